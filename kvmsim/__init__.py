@@ -1,0 +1,1 @@
+"""kvmsim: the KVM side of fd-based guest private memory, in userspace."""

@@ -1,0 +1,1 @@
+"""memfs: a FUSE filesystem that is the memory backing store of virtual machines."""

@@ -1,0 +1,149 @@
+"""Bytes, pages and frames, as types that do not mix.
+
+The RFC shifted page indexes by PAGE_SHIFT a second time and ended ranges inclusively in one place and
+exclusively in another. Here a number says what it counts: byte offsets, page indexes within a file, guest
+physical addresses, guest frame numbers and host frame numbers are distinct types for the type checker (and
+plain ints at run time), every range is half-open, and **this file is the only one that shifts**. Whoever
+needs a page index from a byte offset calls a function here.
+
+A huge page is named by its order, as in the kernel: order 0 is 4 KiB, 9 is 2 MiB, 18 is 1 GiB on x86-64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final, NewType
+
+PAGE_SHIFT: Final = 12
+PAGE_SIZE: Final = 1 << PAGE_SHIFT
+PAGE_MASK: Final = ~(PAGE_SIZE - 1)
+
+ORDER_4K: Final = 0
+ORDER_2M: Final = 9
+ORDER_1G: Final = 18
+
+MAX_OFFSET: Final = (1 << 63) - 1  # loff_t: the largest byte offset a file can have (s_maxbytes of tmpfs)
+
+ByteOffset = NewType("ByteOffset", int)  #: bytes from the start of a file
+PageIndex = NewType("PageIndex", int)  #: pages from the start of a file (the kernel's pgoff_t)
+Gpa = NewType("Gpa", int)  #: guest physical address, bytes
+Gfn = NewType("Gfn", int)  #: guest frame number, pages
+Pfn = NewType("Pfn", int)  #: host frame number, pages
+
+
+@dataclass(frozen=True, slots=True)
+class PageRange:
+    """A half-open range [start, end) of page indexes in one file; never empty, never negative.
+
+    >>> PageRange.covering(ByteOffset(4095), 2)
+    PageRange(start=0, end=2)
+    >>> PageRange.inside(ByteOffset(4095), 2) is None
+    True
+
+    Raises ValueError for a range that is empty or starts below zero: nothing that takes a range has to ask.
+    """
+
+    start: PageIndex
+    end: PageIndex
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.end:
+            raise ValueError(f"not a page range: [{self.start}, {self.end})")
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+    def __iter__(self) -> Iterator[PageIndex]:
+        return (PageIndex(index) for index in range(self.start, self.end))
+
+    def __contains__(self, index: object) -> bool:
+        return isinstance(index, int) and self.start <= index < self.end
+
+    def __str__(self) -> str:
+        return f"[{self.start}, {self.end})"
+
+    @property
+    def offset(self) -> ByteOffset:
+        """Where the range begins, in bytes."""
+        return ByteOffset(self.start << PAGE_SHIFT)
+
+    @property
+    def nbytes(self) -> int:
+        """How long the range is, in bytes."""
+        return len(self) << PAGE_SHIFT
+
+    @property
+    def slice(self) -> slice:
+        """The range as an index into an array with one element a page."""
+        return slice(self.start, self.end)
+
+    def overlaps(self, other: PageRange) -> bool:
+        """Whether the two ranges share a page."""
+        return self.start < other.end and other.start < self.end
+
+    def intersect(self, other: PageRange) -> PageRange | None:
+        """The pages in both ranges; None if there are none."""
+        start, end = max(self.start, other.start), min(self.end, other.end)
+        return PageRange(start, end) if start < end else None
+
+    def chunks(self, pages: int) -> Iterator[PageRange]:
+        """Cut the range into pieces of at most `pages` pages, in order."""
+        for start in range(self.start, self.end, pages):
+            yield PageRange(PageIndex(start), PageIndex(min(start + pages, self.end)))
+
+    @classmethod
+    def covering(cls, offset: ByteOffset, length: int) -> PageRange:
+        """Every page that [offset, offset + length) bytes touch: what an allocation needs. length > 0."""
+        return cls(page_floor(offset), page_ceil(ByteOffset(offset + length)))
+
+    @classmethod
+    def inside(cls, offset: ByteOffset, length: int) -> PageRange | None:
+        """Only the pages wholly in [offset, offset + length) bytes: what a punched hole frees."""
+        start, end = page_ceil(offset), page_floor(ByteOffset(offset + length))
+        return cls(start, end) if start < end else None
+
+
+def page_floor(offset: ByteOffset) -> PageIndex:
+    """The page that holds byte `offset`."""
+    return PageIndex(offset >> PAGE_SHIFT)
+
+
+def page_ceil(offset: ByteOffset) -> PageIndex:
+    """The first page that begins at or after byte `offset`; also the number of pages a size in bytes takes."""
+    return PageIndex((offset + PAGE_SIZE - 1) >> PAGE_SHIFT)
+
+
+def page_offset(index: PageIndex) -> ByteOffset:
+    """Where page `index` begins in its file, in bytes."""
+    return ByteOffset(index << PAGE_SHIFT)
+
+
+def is_page_aligned(number: int) -> bool:
+    """Whether a number of bytes (an offset, a length, an address) is a multiple of PAGE_SIZE."""
+    return number & (PAGE_SIZE - 1) == 0
+
+
+def gpa_to_gfn(gpa: Gpa) -> Gfn:
+    """The guest frame that holds guest physical address `gpa`."""
+    return Gfn(gpa >> PAGE_SHIFT)
+
+
+def gfn_to_gpa(gfn: Gfn) -> Gpa:
+    """The guest physical address at which frame `gfn` begins."""
+    return Gpa(gfn << PAGE_SHIFT)
+
+
+def offset_in_page(address: int) -> int:
+    """The byte within its page that an address or offset names: 0 .. PAGE_SIZE - 1."""
+    return address & (PAGE_SIZE - 1)
+
+
+def bytes_to_pages(nbytes: int) -> int:
+    """How many whole pages `nbytes` bytes are, rounded down."""
+    return nbytes >> PAGE_SHIFT
+
+
+def pages_to_bytes(pages: int) -> int:
+    """How many bytes `pages` pages are."""
+    return pages << PAGE_SHIFT
