@@ -1,0 +1,91 @@
+"""The system calls that Python's os module lacks, through ctypes, with its manners: bytes in, OSError out.
+
+fallocate(2) with modes, mount(2) and umount2(2) go through libc; the mount API of Linux 5.2 (fsopen, fsconfig, fsmount,
+fspick) has no libc wrapper on older systems and goes through syscall(2). ctypes releases the GIL during a call, so a
+long fallocate in a thread holds up nobody.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from typing import Final
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+# linux/falloc.h
+FALLOC_FL_KEEP_SIZE: Final = 0x01
+FALLOC_FL_PUNCH_HOLE: Final = 0x02
+FALLOC_FL_ZERO_RANGE: Final = 0x10
+
+# linux/mount.h
+MS_RDONLY: Final = 1
+MS_NOSUID: Final = 2
+MS_NODEV: Final = 4
+MNT_DETACH: Final = 2
+
+_SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT, _SYS_FSPICK = 430, 431, 432, 433  # the same on every architecture
+_FSOPEN_CLOEXEC = _FSMOUNT_CLOEXEC = _FSPICK_CLOEXEC = 1
+_FSPICK_EMPTY_PATH = 8
+_FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE, _FSCONFIG_CMD_RECONFIGURE = 0, 1, 6, 7
+
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+_libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
+_libc.umount2.argtypes = [ctypes.c_char_p, ctypes.c_int]
+_libc.syscall.restype = ctypes.c_long
+
+
+def _checked(result: int, what: str = "") -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), what or None)
+    return result
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """fallocate(2): offset and length in bytes, mode of FALLOC_FL_* bits. Raises OSError."""
+    _checked(_libc.fallocate(fd, mode, offset, length))
+
+
+def mount(source: str, target: str, fstype: str, flags: int, data: str) -> None:
+    """mount(2). Raises OSError naming the target."""
+    _checked(
+        _libc.mount(os.fsencode(source), os.fsencode(target), fstype.encode(), flags, os.fsencode(data)),
+        target,
+    )
+
+
+def umount(target: str, flags: int = 0) -> None:
+    """umount2(2). Raises OSError naming the target."""
+    _checked(_libc.umount2(os.fsencode(target), flags), target)
+
+
+def _fsconfig(fs: int, options: dict[str, str | None], command: int) -> None:
+    for key, value in options.items():
+        if value is None:
+            _checked(_libc.syscall(_SYS_FSCONFIG, fs, _FSCONFIG_SET_FLAG, key.encode(), None, 0), key)
+        else:
+            _checked(_libc.syscall(_SYS_FSCONFIG, fs, _FSCONFIG_SET_STRING, key.encode(), value.encode(), 0), key)
+    _checked(_libc.syscall(_SYS_FSCONFIG, fs, command, None, None, 0))
+
+
+def mount_detached(fstype: str, options: dict[str, str | None]) -> int:
+    """Mount a filesystem nowhere: a descriptor of its root, which is all that keeps it alive (fsopen(2), fsmount(2)).
+
+    An option whose value is None is a flag. Raises OSError; for a refused option its filename is the option's name.
+    """
+    fs = _checked(_libc.syscall(_SYS_FSOPEN, fstype.encode(), _FSOPEN_CLOEXEC))
+    try:
+        _fsconfig(fs, options, _FSCONFIG_CMD_CREATE)
+        return _checked(_libc.syscall(_SYS_FSMOUNT, fs, _FSMOUNT_CLOEXEC, 0))
+    finally:
+        os.close(fs)
+
+
+def remount_detached(root: int, options: dict[str, str | None]) -> None:
+    """Change options of a filesystem by the descriptor of its root (fspick(2)). Raises OSError, changing nothing."""
+    fs = _checked(_libc.syscall(_SYS_FSPICK, root, b"", _FSPICK_CLOEXEC | _FSPICK_EMPTY_PATH))
+    try:
+        _fsconfig(fs, options, _FSCONFIG_CMD_RECONFIGURE)
+    finally:
+        os.close(fs)
