@@ -1,0 +1,362 @@
+"""One regular file: where its bytes are, which pages it has, its seals, and the one order in which pages come and go.
+
+State and who owns it
+---------------------
+Size, times and, of an ordinary file, the set of allocated pages belong to the **backing file**; nothing here caches
+them, because with kernel passthrough they change without us. A **tracked** file has a page map as well, and then the
+map is the truth. Tracked are guest-sealed files (only their owner touches the backing, and only pages that the map
+shows) and all files on an accounted backing (every allocation goes through this module).
+
+`lock` is the inode lock: it serialises truncate, allocate, punch, seal and an owner's page look-ups, and is held
+while owners are notified, so that two changes of one file never interleave. It is held across awaits; everything
+between two awaits is atomic because the daemon has one thread. Whoever waits for it can be cancelled (a syscall
+interrupted by a signal gets EINTR), whoever has it runs to the end.
+
+Taking memory away has one order, in `_taking_away`:
+
+    check seals -> begin (the owner unmaps, acknowledges, has no page locked) -> free -> account -> end
+
+and end comes on every path once begin was sent, also when freeing fails. Giving memory: reserve -> allocate ->
+account -> tell the owner; when allocating fails the kernel has taken back what the call had allocated (shmem_fallocate)
+and we return the reservation.
+
+Guest seal (RFC patch 01): set on an empty file that nobody could have mapped. A handle that could be mapped counts as
+a mapping, since the kernel does not tell a FUSE server about mmap. The file gets a fresh backing file at that moment,
+so that a descriptor or passthrough handle of the old one leads nowhere.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Final, Protocol
+
+import trio
+
+from memfs import seals
+from memfs.backing import Backing
+from memfs.guest.page_map import ABSENT, ALLOCATED, MAX_PAGES, PageMap
+from memfs.libc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
+from memfs.units import (
+    ByteOffset,
+    PageIndex,
+    PageRange,
+    is_page_aligned,
+    page_ceil,
+    page_floor,
+    page_offset,
+)
+
+_LONG: Final = (
+    8 << 20
+)  # bytes; the kernel takes 2 ms for that. Anything longer goes to a thread, so others are answered
+_MAP_END: Final = PageIndex(MAX_PAGES)
+_WHOLE_MAP: Final = PageRange(PageIndex(0), _MAP_END)
+_SECTORS_PER_PAGE: Final = 8  # st_blocks counts 512 bytes
+
+
+class GuestOps(Protocol):
+    """What an owner is told (RFC patch 01: guest_ops). Each returns when the owner has acted, or has been fenced."""
+
+    async def invalidate_begin(self, pages: PageRange) -> None:
+        """Unmap these pages, map none of them until the end, and keep none locked."""
+
+    async def invalidate_end(self, pages: PageRange) -> None:
+        """What was begun for these pages is over."""
+
+    async def fallocate(self, pages: PageRange) -> None:
+        """These pages are allocated now."""
+
+
+class File:
+    """A regular file. Sizes and offsets are bytes; ranges are pages. All methods raise OSError as the kernel would.
+
+    `name` is for people (it shows in /proc/PID/fd of the daemon); `born_with` are seals (F_SEAL_* bits).
+    """
+
+    __slots__ = ("_backing", "fd", "lock", "mappable_opens", "name", "owner", "page_map", "seals")
+
+    def __init__(self, backing: Backing, name: str, born_with: int = 0) -> None:
+        self._backing: Final = backing
+        self.name: Final = name
+        self.fd = backing.create(name)
+        self.seals = born_with
+        try:
+            self.page_map = PageMap(name) if backing.accounted or self.guest else None
+        except OSError:
+            os.close(self.fd)
+            raise
+        self.lock: Final = trio.Lock()
+        #: how many open handles there are through which the file could be mapped; set by operations.py
+        self.mappable_opens = 0
+        #: who is told when pages come and go; set by guest/registry.py
+        self.owner: GuestOps | None = None
+
+    @property
+    def guest(self) -> bool:
+        """Whether only the guest reaches the content (F_SEAL_GUEST)."""
+        return bool(self.seals & seals.F_SEAL_GUEST)
+
+    @property
+    def size(self) -> int:
+        """The file's size in bytes."""
+        return os.fstat(self.fd).st_size
+
+    def stat(self) -> os.stat_result:
+        """Size, blocks and times, as the backing file has them. Nothing else in it is the file's."""
+        return os.fstat(self.fd)
+
+    def set_times(self, atime_ns: int, mtime_ns: int) -> None:
+        """Set access and modification time, in nanoseconds since the epoch."""
+        os.utime(self.fd, ns=(atime_ns, mtime_ns))
+
+    # -- content ----------------------------------------------------------------------------------------------------
+
+    def read(self, offset: ByteOffset, length: int) -> bytes:
+        """Up to `length` bytes. EPERM if guest-sealed."""
+        self._refuse_if_guest("read")
+        return os.pread(self.fd, length, offset)
+
+    def write(self, offset: ByteOffset, data: bytes) -> int:
+        """Write what there is room for and return how much that was. EPERM if guest-sealed, ENOSPC if none."""
+        self._refuse_if_guest("written")
+        room = self._room_for(offset, len(data))
+        if data and not room:
+            raise OSError(errno.ENOSPC, "no room")
+        with self._giving(PageRange.covering(offset, room) if room else None):
+            return os.pwrite(self.fd, data[:room], offset)
+
+    def seek(self, offset: ByteOffset, whence: int) -> ByteOffset:
+        """SEEK_DATA and SEEK_HOLE (lseek(2)). For a guest-sealed file, data is what is allocated."""
+        if not self.guest:
+            return ByteOffset(os.lseek(self.fd, offset, whence))
+        assert self.page_map is not None
+        size = self.size
+        if not 0 <= offset < size:
+            raise OSError(errno.ENXIO, "past the end of the file")
+        rest = PageRange(page_floor(offset), page_ceil(ByteOffset(size)))
+        first = next(self.page_map.runs(rest, ALLOCATED if whence == os.SEEK_DATA else ABSENT), None)
+        if first is not None:
+            return max(offset, first.offset)
+        if whence == os.SEEK_HOLE:
+            return ByteOffset(size)
+        raise OSError(errno.ENXIO, "no data from there on")
+
+    # -- giving and taking pages ------------------------------------------------------------------------------------
+
+    async def allocate(self, offset: ByteOffset, length: int, *, keep_size: bool) -> None:
+        """fallocate(2) with mode 0 or FALLOC_FL_KEEP_SIZE: every page that [offset, offset + length) touches.
+
+        ENOSPC: nothing was allocated. EINVAL: guest-sealed and not page-aligned.
+        """
+        async with self._locked():
+            self._check_alignment(offset, length)
+            pages = PageRange.covering(offset, length)
+            mode = FALLOC_FL_KEEP_SIZE if keep_size else 0
+            with self._giving(pages):
+                await _system_call(lambda: fallocate(self.fd, mode, offset, length), length)
+            if self.owner is not None:
+                await self.owner.fallocate(pages)
+
+    async def punch(self, offset: ByteOffset, length: int) -> None:
+        """fallocate(2) with FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE: free whole pages, zero partial ones.
+
+        EINVAL: guest-sealed and not page-aligned.
+        """
+        async with self._locked():
+            self._check_alignment(offset, length)
+            pages = PageRange.inside(offset, length)
+            mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+            async with self._taking_away(told=pages, freed=pages):
+                await _system_call(lambda: fallocate(self.fd, mode, offset, length), length)
+
+    async def truncate(self, size: int) -> None:
+        """ftruncate(2), in bytes. EINVAL: guest-sealed and not page-aligned. EFBIG: larger than memfs can track."""
+        async with self._locked():
+            self._check_alignment(ByteOffset(size), 0)
+            old, first = self.size, page_ceil(ByteOffset(size))
+            if size >= old:
+                self._check_tracked_size(first)
+                os.ftruncate(self.fd, size)
+                return
+            end = page_ceil(ByteOffset(old))
+            told = PageRange(first, end) if first < end else None
+            # Pages beyond the old size (FALLOC_FL_KEEP_SIZE allocates such) go as well, but no owner can have those.
+            async with self._taking_away(told=told, freed=PageRange(first, _MAP_END)):
+                await _system_call(lambda: os.ftruncate(self.fd, size), old - size)
+
+    def present(self, pages: PageRange) -> list[tuple[PageRange, bool]]:
+        """Which pages of a range are allocated: runs in order, True for allocated. Call with `lock` held.
+
+        Of an untracked file, pages that were allocated and never written count as absent (as SEEK_HOLE has it).
+        """
+        runs = self.page_map.runs(pages) if self.page_map is not None else self._data_runs(pages)
+        answer: list[tuple[PageRange, bool]] = []
+        position = pages.start
+        for run in runs:
+            if position < run.start:
+                answer.append((PageRange(position, run.start), False))
+            answer.append((run, True))
+            position = run.end
+        if position < pages.end:
+            answer.append((PageRange(position, pages.end), False))
+        return answer
+
+    async def make_present(self, pages: PageRange) -> None:
+        """Allocate whatever is absent in a range within the file's size, all or nothing. Call with `lock` held."""
+        with self._giving(pages):
+            await _system_call(
+                lambda: fallocate(self.fd, FALLOC_FL_KEEP_SIZE, pages.offset, pages.nbytes), pages.nbytes
+            )
+
+    @contextmanager
+    def _giving(self, pages: PageRange | None) -> Iterator[None]:
+        """The order of giving memory, around the system call that allocates a range. None: it allocates nothing."""
+        if self.page_map is None or pages is None:
+            yield
+            return
+        self._check_tracked_size(pages.end)
+        reserved = len(pages) - self.page_map.count(pages)
+        self._backing.reserve(reserved)
+        try:
+            yield
+        except OSError:
+            self._backing.unreserve(reserved)
+            raise
+        # A write may have come first to some of the pages while the call ran in a thread.
+        self._backing.unreserve(reserved - (len(pages) - self.page_map.count(pages)))
+        self.page_map.set(pages, ALLOCATED)
+
+    @asynccontextmanager
+    async def _taking_away(self, *, told: PageRange | None, freed: PageRange | None) -> AsyncIterator[None]:
+        """The order of taking memory away, around the system call that frees it.
+
+        The owner is `told` of these pages; the map loses the `freed` ones. None: no whole page.
+        """
+        owner = self.owner if told is not None else None
+        if owner is not None and told is not None:
+            await owner.invalidate_begin(told)
+        try:
+            yield
+            if freed is not None:
+                self._forget_pages(freed)
+        finally:
+            if owner is not None and told is not None:
+                await owner.invalidate_end(told)
+
+    def _forget_pages(self, pages: PageRange) -> None:
+        tracked = pages.intersect(_WHOLE_MAP)
+        if self.page_map is None or tracked is None:
+            return
+        self._backing.unreserve(self.page_map.count(tracked))
+        self.page_map.set(tracked, ABSENT)
+
+    def _check_tracked_size(self, pages: PageIndex) -> None:
+        if self.page_map is not None and pages > _MAP_END:
+            raise OSError(errno.EFBIG, "larger than a page map")
+
+    def _room_for(self, offset: ByteOffset, length: int) -> int:
+        """How many of `length` bytes from `offset` on can be written before memory runs out."""
+        if self.page_map is None or not length:
+            return length  # the kernel knows
+        pages = PageRange.covering(offset, length)
+        self._check_tracked_size(pages.end)
+        free = self._backing.free_pages
+        for run in self.page_map.runs(pages, ABSENT):
+            if len(run) > free:
+                return max(0, page_offset(PageIndex(run.start + free)) - offset)
+            free -= len(run)
+        return length
+
+    def _data_runs(self, pages: PageRange) -> Iterator[PageRange]:
+        position, end = pages.offset, page_offset(pages.end)
+        while position < end:
+            try:
+                start = os.lseek(self.fd, position, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno == errno.ENXIO:
+                    break
+                raise
+            if start >= end:
+                break
+            position = ByteOffset(min(os.lseek(self.fd, start, os.SEEK_HOLE), end))
+            yield PageRange.covering(ByteOffset(start), position - start)
+
+    # -- seals ------------------------------------------------------------------------------------------------------
+
+    async def add_seals(self, bits: int) -> None:
+        """fcntl(F_ADD_SEALS). EINVAL: unknown bits. EPERM: sealed against sealing. EBUSY: not empty, or mappable.
+
+        Adding seals that are set already is fine.
+        """
+        async with self._locked():
+            if bits & ~seals.SUPPORTED:
+                raise OSError(errno.EINVAL, f"seal bits {bits & ~seals.SUPPORTED:#x} are not supported")
+            if self.seals & seals.F_SEAL_SEAL:
+                raise OSError(errno.EPERM, "sealed against further seals")
+            if bits & seals.F_SEAL_GUEST and not self.guest:
+                self._become_guest()
+            self.seals |= bits
+
+    def _become_guest(self) -> None:
+        if self.size != 0:
+            raise OSError(errno.EBUSY, "the guest seal is for empty files")
+        if self.mappable_opens:
+            raise OSError(errno.EBUSY, "open in a way that could be mapped; close it, or open it with O_DIRECT")
+        if self.owner is not None:
+            raise OSError(errno.EBUSY, "registered as shared memory")
+        old = self.stat()
+        fd = self._backing.create(self.name)
+        try:
+            page_map = self.page_map or PageMap(self.name)
+        except OSError:
+            os.close(fd)
+            raise
+        self._forget_pages(_WHOLE_MAP)  # what KEEP_SIZE had allocated, and the next line frees
+        os.close(self.fd)
+        self.fd, self.page_map = fd, page_map
+        self.set_times(old.st_atime_ns, old.st_mtime_ns)
+
+    def _refuse_if_guest(self, verb: str) -> None:
+        if self.guest:
+            raise OSError(errno.EPERM, f"a guest-sealed file cannot be {verb}")
+
+    def _check_alignment(self, offset: ByteOffset, length: int) -> None:
+        if self.guest and not (is_page_aligned(offset) and is_page_aligned(length)):
+            raise OSError(errno.EINVAL, "offset and length of a guest-sealed file must be page-aligned")
+
+    # -- life -------------------------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _locked(self) -> AsyncIterator[None]:
+        """Wait for the lock, which can be cancelled; then run to the end, which cannot."""
+        async with self.lock:
+            with trio.CancelScope(shield=True):
+                yield
+
+    def close(self) -> None:
+        """The file is gone: free its memory. No owner may be left."""
+        assert self.owner is None, f"{self.name} is freed while registered"
+        os.close(self.fd)
+        if self.page_map is not None:
+            self._forget_pages(_WHOLE_MAP)
+            self.page_map.close()
+
+    def check(self) -> None:
+        """Raise AssertionError on the first broken invariant. Costs time proportional to the file's pages."""
+        assert not self.guest or self.page_map is not None, "guest-sealed without a page map"
+        if self.page_map is not None:
+            mapped = self.page_map.count(_WHOLE_MAP)
+            blocks = self.stat().st_blocks
+            assert mapped * _SECTORS_PER_PAGE == blocks, f"{self.name}: {mapped} pages in the map, {blocks} sectors"
+            assert self.page_map.seq % 2 == 0, "page map left in the middle of a change"
+
+
+async def _system_call(call: Callable[[], object], nbytes: int) -> None:
+    """Run a system call whose cost grows with `nbytes`: at once if it is short, else in a thread."""
+    if nbytes <= _LONG:
+        call()
+    else:
+        await trio.to_thread.run_sync(call)
