@@ -1,0 +1,32 @@
+"""What is mounted where, from /proc, without asking the filesystem itself: that may be us, or hang."""
+
+from __future__ import annotations
+
+
+def device_of_mount_id(mount_id: str, pid: str) -> str | None:
+    """The device number ("major:minor") of a mount in a process's mount namespace; None if it has no such mount."""
+    return next((fields[2] for fields in _mountinfo(pid) if fields[0] == mount_id), None)
+
+
+def device_of_mountpoint(mountpoint: str) -> str | None:
+    """The device number ("major:minor") of what is mounted on a directory, without asking the filesystem itself.
+
+    None if nothing is. `mountpoint` must be absolute and without symbolic links (os.path.realpath).
+    """
+    return next((fields[2] for fields in reversed(_mountinfo("self")) if _unescape(fields[4]) == mountpoint), None)
+
+
+def _mountinfo(pid: str) -> list[list[str]]:
+    """/proc/PID/mountinfo (proc_pid_mountinfo(5)): mount id, parent id, device, root, mountpoint, ..."""
+    try:
+        with open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
+            return [line.split(" ") for line in table]
+    except OSError:  # the process is gone, or not ours to look at
+        return []
+
+
+def _unescape(field: str) -> str:
+    """mountinfo writes space, tab, newline and backslash as octal."""
+    for code, character in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
+        field = field.replace(code, character)
+    return field

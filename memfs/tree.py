@@ -1,0 +1,433 @@
+"""Names: inodes, directories, links, extended attributes, and how many inodes there may be. No FUSE in it.
+
+The kernel asks permission questions itself (default_permissions) and has locked the directories involved before it
+asks us, so what is left here is what tmpfs's own inode operations do (mm/shmem.c, fs/libfs.c): keep entries and link
+counts, inherit from setgid directories, refuse what only the filesystem can know (ENOTEMPTY, EEXIST, ENOSPC).
+
+An inode lives as long as anything refers to it: links, the kernel (which counts its look-ups and forgets them again)
+and holds (open handles, and registrations of owners: RFC patch 06 and the reviewers' complaint about unbalanced file
+references). With the last of the three its memory is freed. Inode numbers are never used twice, so a stale number
+means nothing rather than another file.
+
+Directory entries carry a cookie that only grows; a reader goes on after the last cookie it saw, so that an entry is
+neither shown twice nor lost while others come and go.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Final, NewType
+
+from memfs.file import File
+
+Ino = NewType("Ino", int)
+
+ROOT_INO: Final = Ino(1)
+NAME_MAX: Final = 255  # bytes
+_DIRENT_BYTES: Final = 20  # BOGO_DIRENT_SIZE: what tmpfs counts for an entry in a directory's st_size
+_XATTR_SIZE_MAX: Final = 65536  # linux/limits.h
+RENAME_NOREPLACE: Final = 1
+RENAME_EXCHANGE: Final = 2
+
+
+class Inode:
+    """What every kind of file has. Times in nanoseconds; a regular file's atime and mtime are in its backing."""
+
+    __slots__ = ("atime_ns", "ctime_ns", "gid", "holds", "ino", "mode", "mtime_ns", "nlink", "nlookup", "uid", "xattrs")
+
+    def __init__(self, ino: Ino, mode: int, uid: int, gid: int) -> None:
+        self.ino: Final = ino
+        self.mode = mode  #: type and permission bits, as st_mode
+        self.uid = uid
+        self.gid = gid
+        self.nlink = 1
+        self.nlookup = 0  #: how often the kernel looked it up and has not forgotten it
+        self.holds = 0  #: open handles and registrations
+        self.atime_ns = self.mtime_ns = self.ctime_ns = time.time_ns()
+        self.xattrs: dict[bytes, bytes] | None = None  # most have none
+
+    def changed(self) -> None:
+        """The inode itself was changed: POSIX's ctime."""
+        self.ctime_ns = time.time_ns()
+
+    def modified(self) -> None:
+        """The content was changed: POSIX's mtime and ctime."""
+        self.mtime_ns = self.ctime_ns = time.time_ns()
+
+    @property
+    def is_dir(self) -> bool:
+        return stat.S_ISDIR(self.mode)
+
+
+class RegularFile(Inode):
+    """A regular file; all but its attributes is in `file`."""
+
+    __slots__ = ("file",)
+
+    def __init__(self, ino: Ino, mode: int, uid: int, gid: int, file: File) -> None:
+        super().__init__(ino, mode, uid, gid)
+        self.file: Final = file
+
+
+class Symlink(Inode):
+    """A symbolic link."""
+
+    __slots__ = ("target",)
+
+    def __init__(self, ino: Ino, mode: int, uid: int, gid: int, target: bytes) -> None:
+        super().__init__(ino, mode, uid, gid)
+        self.target: Final = target
+
+
+class Special(Inode):
+    """A FIFO, a socket or a device: the kernel does everything but remember it."""
+
+    __slots__ = ("rdev",)
+
+    def __init__(self, ino: Ino, mode: int, uid: int, gid: int, rdev: int) -> None:
+        super().__init__(ino, mode, uid, gid)
+        self.rdev: Final = rdev
+
+
+@dataclass(slots=True)
+class Entry:
+    """A name in a directory."""
+
+    inode: Inode
+    cookie: int
+
+
+class Directory(Inode):
+    """A directory: names in the order they were made."""
+
+    __slots__ = ("_next_cookie", "entries", "parent")
+
+    def __init__(self, ino: Ino, mode: int, uid: int, gid: int, parent: Directory | None) -> None:
+        super().__init__(ino, mode, uid, gid)
+        self.nlink = 2
+        self.parent: Directory = parent or self
+        self.entries: dict[bytes, Entry] = {}
+        self._next_cookie = 3  # 1 and 2 are "." and ".."
+
+    @property
+    def size(self) -> int:
+        """What tmpfs reports as st_size."""
+        return (len(self.entries) + 2) * _DIRENT_BYTES
+
+    def add(self, name: bytes, inode: Inode) -> None:
+        """Enter a name that is not there."""
+        assert name not in self.entries
+        self.entries[name] = Entry(inode, self._next_cookie)
+        self._next_cookie += 1
+        self.modified()
+        if inode.is_dir:
+            self.nlink += 1
+
+    def remove(self, name: bytes) -> Inode:
+        """Take a name out and return what it named."""
+        inode = self.entries.pop(name).inode
+        self.modified()
+        if inode.is_dir:
+            self.nlink -= 1
+        return inode
+
+    def snapshot(self) -> list[tuple[int, bytes]]:
+        """Every name with its cookie, cookies ascending."""
+        return [(entry.cookie, name) for name, entry in self.entries.items()]
+
+
+class Tree:
+    """All inodes of a mount. Methods raise OSError with the errno that tmpfs gives.
+
+    `new_file` makes the content of a new regular file from its number and the seals it is born with; `nr_inodes` limits
+    how many inodes there are, the root included.
+    """
+
+    def __init__(self, new_file: Callable[[Ino, int], File], nr_inodes: int, mode: int, uid: int, gid: int) -> None:
+        self._new_file: Final = new_file
+        self.nr_inodes = nr_inodes
+        self._next_ino = ROOT_INO
+        self.inodes: dict[Ino, Inode] = {}
+        self.root: Final = Directory(self._new_ino(), stat.S_IFDIR | mode, uid, gid, None)
+        self.inodes[self.root.ino] = self.root
+
+    # -- finding ----------------------------------------------------------------------------------------------------
+
+    def inode(self, ino: int) -> Inode:
+        """The inode with a number. ESTALE if it is gone."""
+        try:
+            return self.inodes[Ino(ino)]
+        except KeyError:
+            raise OSError(errno.ESTALE, f"no inode {ino}") from None
+
+    def directory(self, ino: int) -> Directory:
+        """The directory with a number. ENOTDIR if it is something else."""
+        inode = self.inode(ino)
+        if not isinstance(inode, Directory):
+            raise OSError(errno.ENOTDIR, "not a directory")
+        return inode
+
+    def regular(self, ino: int) -> RegularFile:
+        """The regular file with a number. EINVAL if it is something else."""
+        inode = self.inode(ino)
+        if not isinstance(inode, RegularFile):
+            raise OSError(errno.EINVAL, "not a regular file")
+        return inode
+
+    def lookup(self, parent: int, name: bytes) -> Inode:
+        """What a name in a directory names. ENOENT if nothing."""
+        directory = self.directory(parent)
+        if name == b".":
+            return directory
+        if name == b"..":
+            return directory.parent
+        if len(name) > NAME_MAX:
+            raise OSError(errno.ENAMETOOLONG, "name too long")
+        try:
+            return directory.entries[name].inode
+        except KeyError:
+            raise OSError(errno.ENOENT, "no such entry") from None
+
+    # -- making -----------------------------------------------------------------------------------------------------
+
+    def create(
+        self, parent: int, name: bytes, mode: int, uid: int, gid: int, *, rdev: int = 0, seals: int = 0
+    ) -> Inode:
+        """mknod(2), mkdir(2) and the creating half of open(2): a new inode of the type in `mode`.
+
+        A regular file is born with `seals` (F_SEAL_* bits).
+        """
+        directory = self._writable(parent)
+        self._check_new(directory, name)
+        inode = self._make(directory, mode, uid, gid, rdev=rdev, seals=seals)
+        directory.add(name, inode)
+        return inode
+
+    def symlink(self, parent: int, name: bytes, target: bytes, uid: int, gid: int) -> Inode:
+        """symlink(2)."""
+        directory = self._writable(parent)
+        self._check_new(directory, name)
+        inode = self._make(directory, stat.S_IFLNK | 0o777, uid, gid, target=target)
+        directory.add(name, inode)
+        return inode
+
+    def link(self, ino: int, parent: int, name: bytes) -> Inode:
+        """link(2)."""
+        inode, directory = self.inode(ino), self._writable(parent)
+        self._check_new(directory, name)
+        inode.nlink += 1
+        inode.changed()
+        directory.add(name, inode)
+        return inode
+
+    def _make(
+        self, parent: Directory, mode: int, uid: int, gid: int, *, rdev: int = 0, seals: int = 0, target: bytes = b""
+    ) -> Inode:
+        if len(self.inodes) >= self.nr_inodes:
+            raise OSError(errno.ENOSPC, f"all {self.nr_inodes} inodes are in use")
+        if parent.mode & stat.S_ISGID:  # inode_init_owner()
+            gid = parent.gid
+            if stat.S_ISDIR(mode):
+                mode |= stat.S_ISGID
+        inode: Inode
+        if stat.S_ISREG(mode):
+            ino = self._new_ino()
+            inode = RegularFile(ino, mode, uid, gid, self._new_file(ino, seals))
+        elif stat.S_ISDIR(mode):
+            inode = Directory(self._new_ino(), mode, uid, gid, parent)
+        elif stat.S_ISLNK(mode):
+            inode = Symlink(self._new_ino(), mode, uid, gid, target)
+        else:
+            inode = Special(self._new_ino(), mode, uid, gid, rdev)
+        self.inodes[inode.ino] = inode
+        return inode
+
+    def _new_ino(self) -> Ino:
+        ino = self._next_ino
+        self._next_ino = Ino(ino + 1)
+        return ino
+
+    def _writable(self, ino: int) -> Directory:
+        directory = self.directory(ino)
+        if directory.nlink == 0:
+            raise OSError(errno.ENOENT, "the directory has been removed")
+        return directory
+
+    def _check_new(self, directory: Directory, name: bytes) -> None:
+        if len(name) > NAME_MAX:
+            raise OSError(errno.ENAMETOOLONG, "name too long")
+        if name in directory.entries:
+            raise OSError(errno.EEXIST, "the name exists")
+
+    # -- removing and renaming --------------------------------------------------------------------------------------
+
+    def unlink(self, parent: int, name: bytes) -> None:
+        """unlink(2)."""
+        inode = self.lookup(parent, name)
+        if inode.is_dir:
+            raise OSError(errno.EISDIR, "a directory")
+        self.directory(parent).remove(name)
+        self._unlinked(inode)
+
+    def rmdir(self, parent: int, name: bytes) -> None:
+        """rmdir(2)."""
+        inode = self.lookup(parent, name)
+        if not isinstance(inode, Directory):
+            raise OSError(errno.ENOTDIR, "not a directory")
+        self._check_empty(inode)
+        self.directory(parent).remove(name)
+        self._unlinked(inode)
+
+    def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int = 0) -> None:
+        """renameat2(2) with RENAME_NOREPLACE or RENAME_EXCHANGE."""
+        if flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE) or flags == RENAME_NOREPLACE | RENAME_EXCHANGE:
+            raise OSError(errno.EINVAL, f"rename flags {flags:#x}")
+        source, target = self.directory(parent), self._writable(new_parent)
+        inode = self.lookup(parent, name)
+        if len(new_name) > NAME_MAX:
+            raise OSError(errno.ENAMETOOLONG, "name too long")
+        existing = target.entries.get(new_name)
+        if flags & RENAME_EXCHANGE:
+            self._exchange(source, name, target, new_name)
+            return
+        if existing is not None:
+            if flags & RENAME_NOREPLACE:
+                raise OSError(errno.EEXIST, "the name exists")
+            if existing.inode is inode:
+                return
+            self._check_replaceable(inode, existing.inode)
+            self._unlinked(target.remove(new_name))
+        self._move(source.remove(name), target, new_name)
+
+    def _exchange(self, source: Directory, name: bytes, target: Directory, new_name: bytes) -> None:
+        self.lookup(target.ino, new_name)  # ENOENT, before anything changes
+        first, second = source.remove(name), target.remove(new_name)
+        self._move(first, target, new_name)
+        self._move(second, source, name)
+
+    def _move(self, inode: Inode, target: Directory, name: bytes) -> None:
+        target.add(name, inode)
+        inode.changed()
+        if isinstance(inode, Directory):
+            inode.parent = target
+
+    def _check_replaceable(self, inode: Inode, existing: Inode) -> None:
+        if isinstance(existing, Directory):
+            if not inode.is_dir:
+                raise OSError(errno.EISDIR, "a directory")
+            self._check_empty(existing)
+        elif inode.is_dir:
+            raise OSError(errno.ENOTDIR, "not a directory")
+
+    def _check_empty(self, directory: Directory) -> None:
+        if directory.entries:
+            raise OSError(errno.ENOTEMPTY, "the directory is not empty")
+
+    def _unlinked(self, inode: Inode) -> None:
+        inode.nlink -= 2 if inode.is_dir else 1
+        inode.changed()
+        self._free_if_unused(inode)
+
+    # -- references -------------------------------------------------------------------------------------------------
+
+    def hold(self, inode: Inode) -> None:
+        """Keep an inode alive until `release`."""
+        inode.holds += 1
+
+    def release(self, inode: Inode) -> None:
+        """Undo one `hold`."""
+        assert inode.holds > 0
+        inode.holds -= 1
+        self._free_if_unused(inode)
+
+    def forget(self, ino: int, nlookup: int) -> None:
+        """The kernel forgets so many of its look-ups (FUSE_FORGET). Never raises: there is nobody to tell."""
+        inode = self.inodes.get(Ino(ino))
+        if inode is not None and inode is not self.root:
+            inode.nlookup = max(0, inode.nlookup - nlookup)
+            self._free_if_unused(inode)
+
+    def _free_if_unused(self, inode: Inode) -> None:
+        if inode.nlink or inode.nlookup or inode.holds:
+            return
+        del self.inodes[inode.ino]
+        if isinstance(inode, RegularFile):
+            inode.file.close()
+
+    def close(self) -> None:
+        """Free every file; the mount is gone."""
+        for inode in self.inodes.values():
+            if isinstance(inode, RegularFile):
+                inode.file.close()
+        self.inodes.clear()
+
+    # -- extended attributes ----------------------------------------------------------------------------------------
+
+    def setxattr(self, ino: int, name: bytes, value: bytes) -> None:
+        """setxattr(2)."""
+        inode = self.inode(ino)
+        if len(name) > NAME_MAX:
+            raise OSError(errno.ERANGE, "attribute name too long")
+        if len(value) > _XATTR_SIZE_MAX:
+            raise OSError(errno.E2BIG, "attribute too large")
+        if inode.xattrs is None:
+            inode.xattrs = {}
+        inode.xattrs[name] = value
+        inode.changed()
+
+    def getxattr(self, ino: int, name: bytes) -> bytes:
+        """getxattr(2)."""
+        try:
+            return (self.inode(ino).xattrs or {})[name]
+        except KeyError:
+            raise OSError(errno.ENODATA, "no such attribute") from None
+
+    def removexattr(self, ino: int, name: bytes) -> None:
+        """removexattr(2)."""
+        inode = self.inode(ino)
+        self.getxattr(ino, name)
+        assert inode.xattrs is not None
+        del inode.xattrs[name]
+        inode.changed()
+
+    def listxattr(self, ino: int) -> list[bytes]:
+        """listxattr(2)."""
+        return list(self.inode(ino).xattrs or ())
+
+    # -- invariants -------------------------------------------------------------------------------------------------
+
+    def files(self) -> Iterator[RegularFile]:
+        """Every regular file, linked or not."""
+        return (inode for inode in self.inodes.values() if isinstance(inode, RegularFile))
+
+    def check(self) -> None:
+        """Raise AssertionError on the first broken invariant."""
+        links: dict[Ino, int] = dict.fromkeys(self.inodes, 0)
+        for inode in self.inodes.values():
+            assert inode.nlink or inode.nlookup or inode.holds, f"inode {inode.ino} should have been freed"
+            if isinstance(inode, RegularFile):
+                inode.file.check()
+            if isinstance(inode, Directory) and inode.nlink:
+                self._check_directory(inode, links)
+        for ino, count in links.items():
+            inode = self.inodes[ino]
+            if not inode.is_dir:
+                assert inode.nlink == count, f"inode {ino}: nlink {inode.nlink}, {count} names"
+        assert len(self.inodes) <= self.nr_inodes, "more inodes than allowed"
+
+    def _check_directory(self, directory: Directory, links: dict[Ino, int]) -> None:
+        cookies = [entry.cookie for entry in directory.entries.values()]
+        assert cookies == sorted(set(cookies)), f"directory {directory.ino}: cookies do not ascend"
+        subdirectories = 0
+        for name, entry in directory.entries.items():
+            assert self.inodes.get(entry.inode.ino) is entry.inode, f"{os.fsdecode(name)} names a freed inode"
+            links[entry.inode.ino] += 1
+            if isinstance(entry.inode, Directory):
+                subdirectories += 1
+                assert entry.inode.parent is directory, f"{os.fsdecode(name)} does not know its parent"
+        assert directory.nlink == subdirectories + 2, f"directory {directory.ino}: nlink {directory.nlink}"
