@@ -1,0 +1,173 @@
+"""A protocol connection over a socket: what both ends do alike, with trio.
+
+Sends messages and the descriptors that travel with them, receives them, hands each reply to whoever asked, and yields
+the peer's requests. Every descriptor that arrives is owned by exactly one: by the message that is returned, or, on any
+error, by nobody, and then it is closed here.
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import socket
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import trio
+
+from memfs.guest.messages import Message
+from memfs.guest.protocol import (
+    MAX_DESCRIPTORS,
+    MAX_MESSAGE,
+    Connection,
+    RemoteProtocolError,
+    RequestId,
+    Role,
+)
+
+# One descriptor more than is allowed, so that too many are noticed rather than cut off.
+_ANCILLARY: Final = socket.CMSG_SPACE((MAX_DESCRIPTORS + 1) * array.array("i").itemsize)
+
+
+class PeerGone(Exception):
+    """The connection has ended: the peer closed it, died, or broke the protocol."""
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """A message and the descriptors that came with it; whoever gets this owns them and must close them."""
+
+    id: RequestId
+    message: Message
+    fds: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class _Call:
+    """A request of ours that waits for its reply."""
+
+    done: trio.Event = field(default_factory=trio.Event)
+    reply: Incoming | None = None
+
+
+class Peer:
+    """One end of a connection. `requests` must be iterated by one task for anything to arrive at all."""
+
+    def __init__(self, sock: trio.socket.SocketType, role: Role) -> None:
+        self._socket: Final = sock
+        self.protocol: Final = Connection(role)
+        self._sending: Final = trio.Lock()
+        self._calls: dict[RequestId, _Call] = {}
+        self._closed = False
+
+    async def call(self, message: Message, fds: Sequence[int] = ()) -> Incoming:
+        """Send a request and wait for its reply. Raises PeerGone; LocalProtocolError if it may not be sent now.
+
+        When cancelled, the request stays sent; its reply is dropped when it comes.
+        """
+        call = _Call()
+        await self._send(message, fds=fds, call=call)
+        await call.done.wait()
+        if call.reply is None:
+            raise PeerGone("the connection ended before the answer")
+        return call.reply
+
+    async def reply(self, request: RequestId, message: Message, fds: Sequence[int] = ()) -> None:
+        """Answer a request of the peer's. Raises PeerGone."""
+        await self._send(message, answers=request, fds=fds)
+
+    async def tell(self, message: Message) -> None:
+        """Send what has no answer. Raises PeerGone."""
+        await self._send(message)
+
+    async def requests(self) -> AsyncGenerator[Incoming, None]:
+        """The peer's requests, as they come, until the connection ends.
+
+        Raises RemoteProtocolError when the peer breaks the protocol. The connection is closed either way, and calls
+        that wait raise PeerGone.
+        """
+        try:
+            while True:
+                received = await self._receive()
+                if received is None:
+                    return
+                incoming, is_reply = received
+                if not is_reply:
+                    yield incoming
+                elif (call := self._calls.pop(incoming.id, None)) is not None:
+                    call.reply = incoming
+                    call.done.set()
+                else:  # whoever asked has been cancelled
+                    close_all(incoming.fds)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """End the connection; calls that wait raise PeerGone. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self.protocol.close()
+        self._socket.close()
+        for call in self._calls.values():
+            call.done.set()
+        self._calls.clear()
+
+    async def _send(
+        self,
+        message: Message,
+        *,
+        answers: RequestId | None = None,
+        fds: Sequence[int] = (),
+        call: _Call | None = None,
+    ) -> None:
+        async with self._sending:
+            await trio.lowlevel.checkpoint_if_cancelled()  # afterwards the protocol believes that it has been sent
+            if self._closed:
+                raise PeerGone("the connection has ended")
+            number, data = self.protocol.send(message, answers=answers, descriptors=len(fds))
+            if call is not None:
+                self._calls[number] = call
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+            try:
+                await self._socket.sendmsg([data], rights)
+            except trio.Cancelled:  # the peer does not read, and we cannot take the message back
+                self.close()
+                raise
+            except (OSError, trio.ClosedResourceError) as error:
+                self.close()
+                raise PeerGone("the peer is gone") from error
+
+    async def _receive(self) -> tuple[Incoming, bool] | None:
+        try:
+            data, ancillary, flags, _ = await self._socket.recvmsg(MAX_MESSAGE, _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
+        except (ConnectionError, trio.ClosedResourceError):
+            return None
+        fds = tuple(_descriptors(ancillary))
+        try:
+            if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+                raise RemoteProtocolError("a message or its descriptors are larger than allowed")
+            if not data:
+                if fds:
+                    raise RemoteProtocolError("an empty message")
+                return None
+            received = self.protocol.receive(data, len(fds))
+        except RemoteProtocolError:
+            close_all(fds)
+            raise
+        return Incoming(received.id, received.message, fds), received.answers is not None
+
+
+def close_all(fds: Iterable[int]) -> None:
+    """Close descriptors that nobody wants."""
+    for fd in fds:
+        os.close(fd)
+
+
+def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> Iterator[int]:
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            numbers = array.array("i")
+            numbers.frombytes(data[: len(data) - len(data) % numbers.itemsize])
+            yield from numbers

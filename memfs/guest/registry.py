@@ -1,0 +1,265 @@
+"""Who owns which file, what they have locked, and how they are told that pages come and go.
+
+Lifetimes
+---------
+- An **Owner** is one connection, that is, one virtual machine. It is made with the connection and ends with it; its
+  number is never used again.
+- A **Registration** pairs a file with its one owner (RFC patch 01: memfd_register_guest). It is the file's `owner`
+  and holds one reference on the inode, so that an unlinked file lives on until it is released. Registering again
+  counts; the last unregister, or the end of the owner, undoes it. Nothing outlives that: its locks are gone, its
+  frames are free, and whoever waits for it goes on.
+
+Taking pages away from an owner is three steps, in `Registration.invalidate_begin`: it is told, it acknowledges that
+nothing maps the pages, and it has unlocked those it had locked (RFC: get_lock_pfn, put_unlock_pfn). Only then may they
+be freed. New locks cannot come in between, because a look-up needs the file's lock and the one who frees holds it.
+
+All three together may take `notify_timeout` seconds. An owner that takes longer is **fenced**: told so, cut off, its
+registrations ended, and the operation that waited goes on as if it had never been there. The host must not depend on
+a guest's good will.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+import os
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import trio
+
+from memfs.file import File
+from memfs.guest.frames import FileFrames, FrameAllocator, by_order
+from memfs.guest.locks import PageLocks
+from memfs.guest.messages import (
+    Ack,
+    Fallocate,
+    FileId,
+    InvalidateBegin,
+    InvalidateEnd,
+    PfnReply,
+    PfnRun,
+)
+from memfs.tree import RegularFile, Tree
+from memfs.units import ByteOffset, PageRange, page_ceil
+
+log = logging.getLogger(__name__)
+
+Notification = InvalidateBegin | InvalidateEnd | Fallocate
+
+
+class OwnerGone(Exception):
+    """The owner's connection has ended while something was waiting for it."""
+
+
+class Registration:
+    """One file and its one owner; the file's `GuestOps`."""
+
+    def __init__(self, owner: Owner, inode: RegularFile, file_id: FileId, frames: FileFrames) -> None:
+        self.owner: Final = owner
+        self.inode: Final = inode
+        self.id: Final = file_id
+        self.frames: Final = frames
+        self.count = 1  #: how often it was registered
+        self.alive = True
+        self.locks: Final = PageLocks()
+
+    @property
+    def file(self) -> File:
+        return self.inode.file
+
+    # -- guest_ops: the file tells the owner ------------------------------------------------------------------------
+
+    async def invalidate_begin(self, pages: PageRange) -> None:
+        await self.owner.within_timeout(self, lambda: self._begin(pages))
+
+    async def invalidate_end(self, pages: PageRange) -> None:
+        await self.owner.within_timeout(self, lambda: self._notify(InvalidateEnd(self.id, pages)))
+
+    async def fallocate(self, pages: PageRange) -> None:
+        await self.owner.within_timeout(self, lambda: self._notify(Fallocate(self.id, pages)))
+
+    async def _begin(self, pages: PageRange) -> None:
+        await self._notify(InvalidateBegin(self.id, pages))
+        await self.locks.wait_unlocked(pages)
+
+    async def _notify(self, message: Notification) -> None:
+        ack = await self.owner.notify(message)
+        if ack.errno:
+            reason = os.strerror(ack.errno)
+            log.warning("%s could not act on %s of %s: %s", self.owner, type(message).__name__, message.pages, reason)
+
+    # -- guest_mem_ops: the owner asks about pages ------------------------------------------------------------------
+
+    async def get_pfn(self, pages: PageRange, *, alloc: bool) -> PfnReply:
+        """Lock the pages that exist (with `alloc`, all) and say which frames they are in.
+
+        Covers as many pages from the start on as fit into a reply. Raises OSError: EINVAL past the end of the file,
+        ENOSPC, EBADF if the registration ended meanwhile.
+        """
+        async with self.file.lock:
+            if not self.alive:
+                raise OSError(errno.EBADF, "unregistered")
+            if pages.end > page_ceil(ByteOffset(self.file.size)):
+                raise OSError(errno.EINVAL, "past the end of the file")
+            if alloc:
+                with trio.CancelScope(shield=True):
+                    await self.file.make_present(pages)
+            runs = self._runs(pages, alloc)
+            for run in runs:
+                if run.pfn is not None:
+                    self.locks.lock(run.pages)
+            return PfnReply(self.id, PageRange(pages.start, runs[-1].pages.end), tuple(runs))
+
+    def _runs(self, pages: PageRange, alloc: bool) -> list[PfnRun]:
+        runs: list[PfnRun] = []
+        for run, is_present in [(pages, True)] if alloc else self.file.present(pages):
+            if not is_present:
+                runs.append(PfnRun(run, None))
+            else:
+                whole = functools.partial(self._is_whole, known=run)
+                runs += [PfnRun(piece, self.frames.pfn(piece.start), order) for piece, order in by_order(run, whole)]
+            if len(runs) >= PfnReply.MAX_RUNS:
+                break
+        return runs[: PfnReply.MAX_RUNS]
+
+    def _is_whole(self, block: PageRange, *, known: PageRange) -> bool:
+        """Whether all of a block is allocated. `known` is; of a file without page map nothing else is known."""
+        if block.intersect(known) == block:
+            return True
+        page_map = self.file.page_map
+        return page_map is not None and page_map.count(block) == len(block)
+
+    def put_pfn(self, pages: PageRange) -> None:
+        """Unlock pages. Raises OSError(EINVAL), changing nothing, if any of them is not locked."""
+        self.locks.unlock(pages)
+
+    def end(self) -> None:
+        """The registration is over."""
+        self.alive = False
+        self.locks.clear()
+        self.frames.close()
+
+
+class Owner:
+    """A virtual machine's connection, as the registry sees it.
+
+    `notify` sends a notification and returns its acknowledgement, or raises OwnerGone. `cut_off` ends the connection
+    after telling the peer why; the connection's end then calls `Registry.end`.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        registry: Registry,
+        notify: Callable[[Notification], Awaitable[Ack]],
+        cut_off: Callable[[str], Awaitable[None]],
+    ) -> None:
+        self.number: Final = number
+        self.name = ""  #: what it calls itself, for logs
+        self.notify: Final = notify
+        self._cut_off: Final = cut_off
+        self._registry: Final = registry
+        self.registrations: dict[FileId, Registration] = {}
+
+    def __str__(self) -> str:
+        return f"owner {self.number} ({self.name})" if self.name else f"owner {self.number}"
+
+    def registration(self, file_id: FileId) -> Registration:
+        """The registration with a number. Raises OSError(EBADF)."""
+        try:
+            return self.registrations[file_id]
+        except KeyError:
+            raise OSError(errno.EBADF, f"no registration {file_id}") from None
+
+    async def within_timeout(self, registration: Registration, step: Callable[[], Awaitable[None]]) -> None:
+        """Run a step that waits for the owner; fence the owner if it takes too long. Never raises for its sake."""
+        if not registration.alive:
+            return
+        with trio.move_on_after(self._registry.notify_timeout) as scope:
+            try:
+                await step()
+            except OwnerGone:
+                return
+        if scope.cancelled_caught and registration.alive:
+            await self._registry.fence(self, f"no answer within {self._registry.notify_timeout:g} s")
+
+    async def cut_off(self, reason: str) -> None:
+        """Tell it why, and end the connection."""
+        await self._cut_off(reason)
+
+
+class Registry:
+    """All owners and registrations of a mount. `notify_timeout` in seconds."""
+
+    def __init__(self, tree: Tree, notify_timeout: float = 5.0) -> None:
+        self._tree: Final = tree
+        self.notify_timeout: Final = notify_timeout
+        self.owners: dict[int, Owner] = {}
+        self.fenced = 0  #: how many owners were cut off for not answering
+        self._frames: Final = FrameAllocator()
+        self._last_owner = 0
+        self._last_file = 0
+
+    def new_owner(
+        self, notify: Callable[[Notification], Awaitable[Ack]], cut_off: Callable[[str], Awaitable[None]]
+    ) -> Owner:
+        """A connection has been made."""
+        self._last_owner += 1
+        owner = self.owners[self._last_owner] = Owner(self._last_owner, self, notify, cut_off)
+        return owner
+
+    def register(self, owner: Owner, inode: RegularFile) -> Registration:
+        """Make a file an owner's. Raises OSError(EPERM) if it is another's. The same again is counted."""
+        current = inode.file.owner
+        if isinstance(current, Registration):
+            if current.owner is not owner:
+                raise OSError(errno.EPERM, "the file has another owner")
+            current.count += 1
+            return current
+        self._last_file += 1
+        registration = Registration(owner, inode, FileId(self._last_file), FileFrames(self._frames))
+        owner.registrations[registration.id] = registration
+        inode.file.owner = registration
+        self._tree.hold(inode)
+        return registration
+
+    def unregister(self, owner: Owner, file_id: FileId) -> None:
+        """Undo one `register`. Raises OSError(EBADF)."""
+        registration = owner.registration(file_id)
+        registration.count -= 1
+        if not registration.count:
+            self._end_registration(registration)
+
+    def end(self, owner: Owner) -> None:
+        """The owner's connection is gone, and with it all that it had. Idempotent."""
+        if self.owners.pop(owner.number, None) is None:
+            return
+        for registration in list(owner.registrations.values()):
+            self._end_registration(registration)
+
+    async def fence(self, owner: Owner, reason: str) -> None:
+        """Cut off an owner that does not answer."""
+        log.error("%s is fenced: %s", owner, reason)
+        self.fenced += 1
+        self.end(owner)
+        await owner.cut_off(reason)
+
+    def _end_registration(self, registration: Registration) -> None:
+        del registration.owner.registrations[registration.id]
+        registration.file.owner = None
+        registration.end()
+        self._tree.release(registration.inode)
+
+    def check(self) -> None:
+        """Raise AssertionError on the first broken invariant."""
+        registered = [r for owner in self.owners.values() for r in owner.registrations.values()]
+        for registration in registered:
+            assert registration.alive, f"registration {registration.id} has ended"
+            assert registration.count > 0, f"registration {registration.id} is counted {registration.count} times"
+            assert registration.file.owner is registration, f"registration {registration.id} is not the file's owner"
+            assert registration.inode.holds > 0, f"registration {registration.id} does not hold its inode"
+            self._tree.inode(registration.inode.ino)
+        owned = [inode for inode in self._tree.files() if inode.file.owner is not None]
+        assert len(owned) == len(registered), f"{len(owned)} owned files, {len(registered)} registrations"
