@@ -1,0 +1,5 @@
+"""`python -m memfs`."""
+
+from memfs.cli import main
+
+main()

@@ -1,0 +1,186 @@
+"""The command `memfs`: mount a memfs, and create, seal and look at files on one.
+
+Exit codes: 0, 1 for anything that went wrong (one sentence on standard error), 2 for wrong usage (argparse's).
+
+`memfs mount` returns when the mount answers. What serves it is forked off before anything heavy is imported, and
+reports over a pipe: that it is ready and what could not be had, or why it cannot mount.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import logging
+import os
+import struct
+import sys
+from collections.abc import Callable, Sequence
+from typing import Final, NoReturn
+
+from memfs import seals
+from memfs.options import MountOptions, OptionError, parse_size
+
+_U32: Final = struct.Struct("=I")
+_LOG_FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+class CommandError(Exception):
+    """Why a command failed: one sentence."""
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command and exit."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (CommandError, OptionError) as error:
+        sys.exit(f"memfs: {error}")
+    except OSError as error:
+        sys.exit(f"memfs: {error.filename or options.command}: {error.strerror}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="memfs", description="A filesystem that is the memory of virtual machines.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    mount = commands.add_parser("mount", help="mount a memfs on a directory", description=_mount.__doc__)
+    mount.add_argument("mountpoint", metavar="MOUNTPOINT")
+    mount.add_argument(
+        "-o",
+        dest="options",
+        metavar="OPTIONS",
+        action="append",
+        default=[],
+        help="as for tmpfs, separated by commas: size= (bytes, k/m/g/t or %% of RAM; default 50%%), nr_inodes=, "
+        "mode= (octal), uid=, gid=, allow_other",
+    )
+    mount.add_argument(
+        "--socket", metavar="PATH", help="where owners connect (default /run/memfs/NAME.sock, NAME from MOUNTPOINT)"
+    )
+    mount.add_argument("-f", "--foreground", action="store_true", help="stay in the foreground and log to stderr")
+    mount.add_argument("--log-file", metavar="FILE", help="append the log to FILE")
+    mount.add_argument("-v", "--verbose", action="store_true", help="log more")
+    mount.set_defaults(run=_mount)
+
+    seal = commands.add_parser("seal", help="add seals to a file", description=_seal.__doc__)
+    seal.add_argument("file", metavar="FILE")
+    seal.add_argument("seals", metavar="SEAL", nargs="+", help=f"one of {', '.join(seals.NAMES)}")
+    seal.set_defaults(run=_seal)
+
+    show = commands.add_parser("seals", help="show a file's seals", description=_show_seals.__doc__)
+    show.add_argument("file", metavar="FILE")
+    show.set_defaults(run=_show_seals)
+
+    create = commands.add_parser("create", help="create a file, sealed from the start", description=_create.__doc__)
+    create.add_argument("file", metavar="FILE")
+    create.add_argument("--seals", metavar="SEAL[,SEAL]", default="", help="seals to create it with, e.g. guest")
+    create.add_argument("--size", metavar="SIZE", help="its size in bytes, or with k, m, g, t (a hole: no memory used)")
+    create.set_defaults(run=_create)
+    return parser
+
+
+def _mount(options: argparse.Namespace) -> None:
+    """Mount a memfs. Returns when the mount answers; ends with umount(8), SIGINT or SIGTERM."""
+    mount_options = MountOptions.parse(",".join(options.options))
+    mountpoint = os.path.realpath(options.mountpoint)
+    log_file = os.path.abspath(options.log_file) if options.log_file else None
+    socket_path = os.path.abspath(options.socket) if options.socket else None
+    if options.foreground:
+        _serve(mountpoint, socket_path, mount_options, log_file, options.verbose, _print_notes)
+        return
+    reader, writer = os.pipe()
+    sys.stdout.flush()
+    if os.fork() == 0:
+        os.close(reader)
+        _detach()
+        _serve_and_report(mountpoint, socket_path, mount_options, log_file, options.verbose, writer)
+    os.close(writer)
+    with os.fdopen(reader) as report:
+        outcome, *lines = report.read().split("\n")
+    if outcome != "ready":
+        raise CommandError(lines[0] if lines else "the daemon died while mounting; --foreground shows why")
+    _print_notes([line for line in lines if line])
+
+
+def _serve_and_report(
+    mountpoint: str, socket_path: str | None, options: MountOptions, log_file: str | None, verbose: bool, report: int
+) -> NoReturn:
+    """The daemon's side of `memfs mount`: serve, and tell the parent how it went over a pipe."""
+
+    def tell(outcome: str, lines: list[str]) -> None:
+        os.write(report, "\n".join([outcome, *lines]).encode())
+        os.close(report)
+
+    try:
+        _serve(mountpoint, socket_path, options, log_file, verbose, lambda notes: tell("ready", notes))
+    except (CommandError, OSError) as error:
+        tell("failed", [str(error)])
+        os._exit(1)
+    os._exit(0)
+
+
+def _serve(
+    mountpoint: str,
+    socket_path: str | None,
+    options: MountOptions,
+    log_file: str | None,
+    verbose: bool,
+    ready: Callable[[list[str]], None],
+) -> None:
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy would start a thread a CPU for nothing
+    import trio
+
+    from memfs.daemon import Settings, default_socket_path, serve
+    from memfs.fuse.mount import MountError
+
+    logging.basicConfig(filename=log_file, level=logging.INFO if verbose else logging.WARNING, format=_LOG_FORMAT)
+    settings = Settings(mountpoint, socket_path or default_socket_path(mountpoint), options)
+    try:
+        trio.run(serve, settings, ready)
+    except MountError as error:
+        raise CommandError(str(error)) from error
+
+
+def _detach() -> None:
+    """Leave the terminal and the directory that we were started from (daemon(7))."""
+    os.setsid()
+    os.chdir("/")
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    os.close(null)
+
+
+def _print_notes(notes: list[str]) -> None:
+    for note in notes:
+        print(f"memfs: {note}", file=sys.stderr)
+
+
+def _seal(options: argparse.Namespace) -> None:
+    """Add seals to a file on a memfs. It must be empty and open nowhere for the guest seal."""
+    os.setxattr(options.file, "user.memfs.seals", ",".join(options.seals).encode())
+
+
+def _show_seals(options: argparse.Namespace) -> None:
+    """Print the seals of a file on a memfs, separated by commas; an empty line if it has none."""
+    print(os.getxattr(options.file, "user.memfs.seals").decode())
+
+
+def _create(options: argparse.Namespace) -> None:
+    """Create a file on a memfs. It must not exist."""
+    bits = seals.parse(options.seals)
+    size = parse_size(options.size) if options.size else 0
+    # With O_DIRECT the handle cannot be mapped, so that it does not stand in the way of the guest seal.
+    fd = os.open(options.file, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC, 0o600)
+    try:
+        if bits:
+            fcntl.ioctl(fd, seals.MEMFS_IOC_ADD_SEALS, _U32.pack(bits))
+        os.ftruncate(fd, size)
+    except OSError:
+        os.unlink(options.file)
+        raise
+    finally:
+        os.close(fd)

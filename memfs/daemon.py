@@ -1,0 +1,212 @@
+"""One mounted memfs: puts the parts together, runs them, and takes them apart again, whichever way it ends.
+
+    kernel -- Channel -- Requests (FALLOCATE, LSEEK, IOCTL, ...)  -\\
+                  \\----- pyfuse3 -- Operations ------------------- Tree, Handles, File -- Backing
+    owners -- Server -- Registry ---------------------------------/
+
+It ends when the filesystem is unmounted (the kernel closes the channel) or on SIGINT or SIGTERM (we unmount). In both
+cases the socket is removed and every file's memory is freed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import resource
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import pyfuse3
+import trio
+
+from memfs.attributes import Attributes
+from memfs.backing import Backing, open_backing
+from memfs.file import File
+from memfs.fuse.channel import Channel
+from memfs.fuse.mount import MountError, mount_fuse, unmount_fuse
+from memfs.fuse.requests import Requests
+from memfs.fuse.wire import INIT_OUT, OUT_HEADER, Opcode
+from memfs.guest.registry import Registry
+from memfs.guest.server import Server
+from memfs.handles import Handles
+from memfs.mountinfo import device_of_mountpoint
+from memfs.operations import Operations
+from memfs.options import MountOptions
+from memfs.tree import Ino, Tree
+from memfs.units import PAGE_SIZE, bytes_to_pages
+
+log = logging.getLogger(__name__)
+
+_BACKLOG: Final = 128
+_HEADROOM: Final = 4096  # bytes: what a WRITE or READ has beside its data
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a memfs is started with. `mountpoint` is absolute and real; `socket_path` absolute."""
+
+    mountpoint: str
+    socket_path: str
+    options: MountOptions
+
+
+async def serve(settings: Settings, ready: Callable[[list[str]], None]) -> None:
+    """Mount and serve until unmounted or told to stop.
+
+    `ready` is called when the mount answers, with sentences about what could not be had. Raises MountError if it cannot
+    be mounted; then nothing is left behind.
+    """
+    _raise_descriptor_limit()
+    options = settings.options
+    backing, no_tmpfs = open_backing(options.size)
+    with _listener(settings.socket_path) as listener:
+        fuse_fd, no_root = mount_fuse(settings.mountpoint, allow_other=options.allow_other)
+        memfs = _Memfs(settings, backing)
+        notes = [note for note in (no_root, no_tmpfs) if note]
+        try:
+            await memfs.run(fuse_fd, listener, lambda: ready(notes))
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(unmount_fuse, settings.mountpoint)
+            memfs.close()
+
+
+class _Memfs:
+    """The parts of one mount."""
+
+    def __init__(self, settings: Settings, backing: Backing) -> None:
+        options = settings.options
+        self._settings: Final = settings
+        self._backing: Final = backing
+        self._tree: Final = Tree(self._new_file, options.nr_inodes, options.mode, options.uid, options.gid)
+        self._handles: Final = Handles(self._tree)
+        self._attributes: Final = Attributes(self._tree, settings.socket_path)
+        self._registry: Final = Registry(self._tree)
+
+    def _new_file(self, ino: Ino, seals: int) -> File:
+        return File(self._backing, str(ino), seals)
+
+    async def run(self, fuse_fd: int, listener: trio.socket.SocketType, ready: Callable[[], None]) -> None:
+        """Serve the mounted /dev/fuse descriptor and the socket, until either the mount or we are to end."""
+        answered = trio.Event()
+
+        def amend_init(reply: bytearray) -> None:
+            _fit_init(reply, channel.max_message)
+            answered.set()
+
+        channel = Channel(fuse_fd, Requests(self._handles).handlers, {Opcode.INIT: amend_init})
+        operations = Operations(self._tree, self._handles, self._attributes, self._backing)
+        pyfuse3.init(operations, f"/dev/fd/{channel.hand_over()}", options=set())
+        device = device_of_mountpoint(self._settings.mountpoint)
+        if device is None:
+            raise MountError(f"{self._settings.mountpoint} was unmounted at once")
+        server = Server(listener, self._registry, self._tree, device)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(pyfuse3.main)
+                nursery.start_soon(server.run)
+                nursery.start_soon(self._end_on_signal, nursery.cancel_scope)
+                nursery.start_soon(_call_when, answered, ready)
+                await channel.run()
+                log.info("unmounted")
+                nursery.cancel_scope.cancel()
+        finally:
+            pyfuse3.terminate()
+            pyfuse3.close(unmount=False)
+            channel.close()
+
+    async def _end_on_signal(self, scope: trio.CancelScope) -> None:
+        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            async for number in signals:
+                log.info("%s: unmounting", signal.Signals(number).name)
+                # In a thread, because the kernel may have to ask us something before it can let go.
+                await trio.to_thread.run_sync(unmount_fuse, self._settings.mountpoint)
+                scope.cancel()
+
+    def close(self) -> None:
+        """Free everything."""
+        for owner in list(self._registry.owners.values()):
+            self._registry.end(owner)
+        self._handles.close()
+        self._tree.close()
+        self._backing.close()
+
+
+async def _call_when(event: trio.Event, call: Callable[[], None]) -> None:
+    await event.wait()
+    call()
+
+
+def _fit_init(reply: bytearray, max_message: int) -> None:
+    """Tell the kernel to send no request that does not fit through the socketpair."""
+    fields = list(INIT_OUT.unpack_from(reply, OUT_HEADER.size))
+    max_write = min(fields[6], (max_message - _HEADROOM) // PAGE_SIZE * PAGE_SIZE)
+    fields[6], fields[8] = max_write, bytes_to_pages(max_write)
+    INIT_OUT.pack_into(reply, OUT_HEADER.size, *fields)
+
+
+def _raise_descriptor_limit() -> None:
+    """Every file of the mount takes a descriptor here."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+@contextlib.contextmanager
+def _listener(path: str) -> Iterator[trio.socket.SocketType]:
+    """Listen on a socket that only its owner may connect to, and remove it in the end.
+
+    A socket that nobody listens on is what a killed daemon left, and is replaced. Raises MountError.
+    """
+    try:
+        os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
+        _remove_stale(path)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with sock:
+            mask = os.umask(0o177)
+            try:
+                sock.bind(path)
+            finally:
+                os.umask(mask)
+            sock.listen(_BACKLOG)
+            try:
+                yield trio.socket.from_stdlib_socket(sock.dup())
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+    except OSError as error:
+        raise MountError(f"cannot listen on {path}: {error.strerror or error}") from error
+
+
+def _remove_stale(path: str) -> None:
+    probe = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with probe:
+        try:
+            probe.connect(path)
+        except FileNotFoundError:
+            return
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+    raise OSError(errno.EADDRINUSE, "another memfs listens there")
+
+
+def default_socket_path(mountpoint: str) -> str:
+    """Where owners find the memfs mounted on a directory: NAME.sock, NAME being the path with dashes for slashes.
+
+    >>> default_socket_path("/mnt/guest")  # doctest: +SKIP
+    '/run/memfs/mnt-guest.sock'
+
+    Without root it is in the user's runtime directory ($XDG_RUNTIME_DIR), or a directory of the user's in /tmp.
+    """
+    if os.geteuid() == 0:
+        directory = "/run/memfs"
+    elif runtime := os.environ.get("XDG_RUNTIME_DIR"):
+        directory = os.path.join(runtime, "memfs")
+    else:
+        directory = f"/tmp/memfs-{os.geteuid()}"
+    return os.path.join(directory, mountpoint.strip("/").replace("/", "-") + ".sock")

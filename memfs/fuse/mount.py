@@ -1,0 +1,93 @@
+"""Getting a mounted /dev/fuse descriptor, with root's rights or without, and getting rid of the mount again.
+
+With CAP_SYS_ADMIN we open /dev/fuse and call mount(2) ourselves. Without, the setuid helper fusermount3 does both and
+passes the descriptor back over a socket whose number it finds in the environment variable _FUSE_COMMFD.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+from typing import Final
+
+from memfs.libc import MNT_DETACH, MS_NODEV, MS_NOSUID, mount, umount
+
+_HELPER: Final = "fusermount3"
+_FSTYPE: Final = "fuse.memfs"
+_SOURCE: Final = "memfs"
+
+
+class MountError(Exception):
+    """Why a filesystem cannot be mounted: one sentence for people."""
+
+
+def mount_fuse(mountpoint: str, *, allow_other: bool) -> tuple[int, str | None]:
+    """Mount a FUSE filesystem on a directory. Returns the descriptor of /dev/fuse, and what could not be had or None.
+
+    The mount answers once somebody serves the descriptor. Raises MountError, with nothing mounted.
+    """
+    if not os.path.isdir(mountpoint):
+        raise MountError(f"{mountpoint}: not a directory to mount on")
+    if not os.path.exists("/dev/fuse"):
+        raise MountError("there is no /dev/fuse: load the fuse module (modprobe fuse)")
+    try:
+        return _mount_directly(mountpoint, allow_other), None
+    except PermissionError:
+        return _mount_by_helper(mountpoint, allow_other), f"mounted by {_HELPER}, without CAP_SYS_ADMIN"
+    except OSError as error:
+        raise MountError(f"cannot mount on {mountpoint}: {error.strerror}") from error
+
+
+def _mount_directly(mountpoint: str, allow_other: bool) -> int:
+    fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        data = f"fd={fd},rootmode=40000,user_id={os.geteuid()},group_id={os.getegid()},default_permissions"
+        mount(_SOURCE, mountpoint, _FSTYPE, MS_NOSUID | MS_NODEV, data + ",allow_other" * allow_other)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _mount_by_helper(mountpoint: str, allow_other: bool) -> int:
+    helper = shutil.which(_HELPER)
+    if helper is None:
+        raise MountError(f"no permission to mount: run as root, or install {_HELPER} (Debian package fuse3)")
+    options = f"rw,nosuid,nodev,default_permissions,fsname={_SOURCE},subtype=memfs" + ",allow_other" * allow_other
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with ours:
+        with theirs:
+            result = subprocess.run(
+                [helper, "-o", options, "--", mountpoint],
+                pass_fds=[theirs.fileno()],
+                env={**os.environ, "_FUSE_COMMFD": str(theirs.fileno())},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+        _, fds, _, _ = socket.recv_fds(ours, 1, 1)
+    if result.returncode or not fds:
+        words = result.stderr.strip().removeprefix(f"{os.path.basename(helper)}: ") or "no reason given"
+        raise MountError(f"no permission to mount on {mountpoint}: {_HELPER} says: {words}")
+    os.set_inheritable(fds[0], False)
+    return fds[0]
+
+
+def unmount_fuse(mountpoint: str) -> None:
+    """Unmount; if the mount is in use, so that it vanishes now and ends with its last user. Blocking: not for the loop.
+
+    Nothing happens if it is not mounted any more.
+    """
+    for flags in (0, MNT_DETACH):
+        try:
+            umount(mountpoint, flags)
+        except PermissionError:
+            helper = shutil.which(_HELPER)
+            if helper is not None:
+                subprocess.run([helper, "-u", "-z", "-q", "--", mountpoint], check=False, capture_output=True)
+            return
+        except OSError:
+            continue
+        return

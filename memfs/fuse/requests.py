@@ -1,0 +1,111 @@
+"""Answers to the requests that pyfuse3 does not know or must not have: FALLOCATE, LSEEK, IOCTL, RELEASE and friends.
+
+RELEASE is answered here, although pyfuse3 could, because it must be seen in order: close(2) does not wait for it, and
+a program that closes a file and then seals it by path would otherwise get EBUSY from its own handle now and then.
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+from collections.abc import Coroutine
+from typing import Any, Final
+
+from memfs import seals
+from memfs.fuse.channel import Handler
+from memfs.fuse.wire import (
+    FALLOCATE_IN,
+    IOCTL_IN,
+    IOCTL_OUT,
+    LSEEK_IN,
+    LSEEK_OUT,
+    RELEASE_IN,
+    Opcode,
+    Request,
+    error_reply,
+    reply,
+    unpack,
+)
+from memfs.handles import Handles, OpenFile
+from memfs.libc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
+from memfs.units import ByteOffset
+
+_U32: Final = struct.Struct("=I")
+_PUNCH: Final = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+
+
+class Requests:
+    """The channel's handlers. They raise OSError; the channel makes replies of that."""
+
+    def __init__(self, handles: Handles) -> None:
+        self._handles: Final = handles
+        self.handlers: Final[dict[int, Handler]] = {
+            Opcode.FALLOCATE: self._fallocate,
+            Opcode.LSEEK: self._lseek,
+            Opcode.IOCTL: self._ioctl,
+            Opcode.RELEASE: self._release,
+            Opcode.SYNCFS: _nothing_to_do,
+            Opcode.FLUSH: _not_implemented,  # nothing to flush; the kernel asks once and never again
+            Opcode.FSYNC: _not_implemented,  # memory is as durable as it gets; the kernel then succeeds by itself
+            Opcode.COPY_FILE_RANGE: _not_implemented,  # the kernel copies by itself, as on tmpfs
+            Opcode.STATX: _not_implemented,  # the kernel asks for GETATTR instead
+        }
+
+    async def _fallocate_later(
+        self, handle: OpenFile, offset: ByteOffset, length: int, mode: int, unique: int
+    ) -> bytes:
+        if mode == _PUNCH:
+            await handle.inode.file.punch(offset, length)
+        else:
+            await handle.inode.file.allocate(offset, length, keep_size=bool(mode))
+        return reply(unique)
+
+    def _fallocate(self, request: Request) -> Coroutine[Any, Any, bytes]:
+        fh, offset, length, mode, _ = unpack(FALLOCATE_IN, request.body)
+        if mode not in (0, FALLOC_FL_KEEP_SIZE, _PUNCH):
+            raise OSError(errno.EOPNOTSUPP, f"fallocate mode {mode:#x}")
+        return self._fallocate_later(self._handles.file(fh), ByteOffset(offset), length, mode, request.unique)
+
+    def _lseek(self, request: Request) -> bytes:
+        fh, offset, whence, _ = unpack(LSEEK_IN, request.body)
+        signed = offset - (1 << 64) if offset >> 63 else offset
+        found = self._handles.file(fh).inode.file.seek(ByteOffset(signed), whence)
+        return reply(request.unique, LSEEK_OUT.pack(found))
+
+    def _ioctl(self, request: Request) -> bytes | Coroutine[Any, Any, bytes]:
+        fh, _, command, _, in_size, out_size = unpack(IOCTL_IN, request.body)
+        if command not in (seals.MEMFS_IOC_ADD_SEALS, seals.MEMFS_IOC_GET_SEALS):
+            raise OSError(errno.ENOTTY, f"ioctl {command:#x}")
+        handle = self._handles.file(fh)
+        if command == seals.MEMFS_IOC_GET_SEALS:
+            if out_size < _U32.size:
+                raise OSError(errno.EINVAL, "no room for the answer")
+            return _ioctl_reply(request.unique, _U32.pack(handle.inode.file.seals))
+        if in_size < _U32.size:
+            raise OSError(errno.EINVAL, "no seals given")
+        if not handle.writable:
+            raise OSError(errno.EPERM, "not open for writing")
+        (bits,) = unpack(_U32, request.body[IOCTL_IN.size :])
+        return self._add_seals(handle, bits, request.unique)
+
+    async def _add_seals(self, handle: OpenFile, bits: int, unique: int) -> bytes:
+        await handle.inode.file.add_seals(bits)
+        handle.inode.changed()
+        return _ioctl_reply(unique)
+
+    def _release(self, request: Request) -> bytes:
+        fh, *_ = unpack(RELEASE_IN, request.body)
+        self._handles.release(fh)
+        return reply(request.unique)
+
+
+def _ioctl_reply(unique: int, data: bytes = b"") -> bytes:
+    return reply(unique, IOCTL_OUT.pack(0, 0, 0, 0) + data)
+
+
+def _nothing_to_do(request: Request) -> bytes:
+    return reply(request.unique)
+
+
+def _not_implemented(request: Request) -> bytes:
+    return error_reply(request.unique, errno.ENOSYS)

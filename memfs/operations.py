@@ -1,0 +1,296 @@
+"""pyfuse3's operations, translated one by one onto tree, handles, attributes and file.
+
+Nothing is decided here. OSError becomes an errno for the kernel in one place (`_translated`); an exception of any
+other kind is a bug, is logged with its traceback and answered with EIO, and the daemon goes on.
+
+What the kernel may cache follows from who can change what. Names and attributes change only through this mount, so
+the kernel, which has seen every request, may believe them for good, absent names included. Not so the block count of a
+file with content: an owner, or a program that writes to a mapping, changes it and nobody tells. Such a file's
+attributes are asked for each time.
+
+Requests that change a regular file's pages are in fuse/requests.py, because pyfuse3 does not know them.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+import os
+import stat
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any, Final, ParamSpec, TypeVar
+
+import pyfuse3
+from pyfuse3 import EntryAttributes, FileHandleT, FileNameT, FlagT, InodeT, ModeT, RequestContext, XAttrNameT
+
+from memfs.attributes import Attributes
+from memfs.backing import Backing
+from memfs.handles import Fh, Handles, OpenFile
+from memfs.tree import NAME_MAX, Directory, Inode, RegularFile, Special, Symlink, Tree
+from memfs.units import PAGE_SIZE, ByteOffset
+
+log = logging.getLogger(__name__)
+
+_FOREVER: Final = 3600.0  # seconds
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def _translated(method: Callable[_P, Awaitable[_T]]) -> Callable[_P, Coroutine[Any, Any, _T]]:
+    """The one place where exceptions become errnos."""
+
+    @functools.wraps(method)
+    async def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        try:
+            return await method(*args, **kwargs)
+        except OSError as error:
+            raise pyfuse3.FUSEError(error.errno or errno.EIO) from error
+        except Exception as error:
+            log.exception("%s failed", method.__name__)
+            raise pyfuse3.FUSEError(errno.EIO) from error
+
+    return wrapper
+
+
+class Operations(pyfuse3.Operations):
+    """What pyfuse3 calls."""
+
+    supports_dot_lookup = True
+    enable_writeback_cache = False
+
+    def __init__(self, tree: Tree, handles: Handles, attributes: Attributes, backing: Backing) -> None:
+        super().__init__()
+        self._tree: Final = tree
+        self._handles: Final = handles
+        self._attributes: Final = attributes
+        self._backing: Final = backing
+
+    # -- inodes -----------------------------------------------------------------------------------------------------
+
+    @_translated
+    async def lookup(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> EntryAttributes:
+        try:
+            inode = self._tree.lookup(parent_inode, name)
+        except FileNotFoundError:
+            absent = EntryAttributes()  # inode 0: the kernel may remember that there is none
+            absent.st_ino = InodeT(0)
+            absent.entry_timeout = _FOREVER
+            return absent
+        return self._entry(inode)
+
+    def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:  # type: ignore[override]
+        for ino, nlookup in inode_list:
+            self._tree.forget(ino, nlookup)
+
+    @_translated
+    async def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
+        return _attributes_of(self._tree.inode(inode))
+
+    @_translated
+    async def setattr(
+        self,
+        inode: InodeT,
+        attr: EntryAttributes,
+        fields: pyfuse3.SetattrFields,
+        fh: FileHandleT | None,
+        ctx: RequestContext,
+    ) -> EntryAttributes:
+        node = self._tree.inode(inode)
+        if fields.update_size:
+            await self._tree.regular(inode).file.truncate(attr.st_size)
+        if fields.update_mode:
+            node.mode = stat.S_IFMT(node.mode) | stat.S_IMODE(attr.st_mode)
+        if fields.update_uid:
+            node.uid = attr.st_uid
+        if fields.update_gid:
+            node.gid = attr.st_gid
+        if fields.update_atime or fields.update_mtime:
+            _set_times(
+                node,
+                attr.st_atime_ns if fields.update_atime else None,
+                attr.st_mtime_ns if fields.update_mtime else None,
+            )
+        node.changed()
+        return _attributes_of(node)
+
+    @_translated
+    async def readlink(self, inode: InodeT, ctx: RequestContext) -> FileNameT:
+        node = self._tree.inode(inode)
+        if not isinstance(node, Symlink):
+            raise OSError(errno.EINVAL, "not a symbolic link")
+        return FileNameT(node.target)
+
+    @_translated
+    async def statfs(self, ctx: RequestContext) -> pyfuse3.StatvfsData:
+        reply = pyfuse3.StatvfsData()
+        reply.f_bsize = reply.f_frsize = PAGE_SIZE
+        reply.f_blocks = self._backing.total_pages
+        reply.f_bfree = reply.f_bavail = self._backing.free_pages
+        reply.f_files = self._tree.nr_inodes
+        reply.f_ffree = reply.f_favail = self._tree.nr_inodes - len(self._tree.inodes)
+        reply.f_namemax = NAME_MAX
+        return reply
+
+    # -- names ------------------------------------------------------------------------------------------------------
+
+    @_translated
+    async def mknod(
+        self, parent_inode: InodeT, name: FileNameT, mode: ModeT, rdev: int, ctx: RequestContext
+    ) -> EntryAttributes:
+        return self._entry(self._make(parent_inode, name, mode, ctx, rdev))
+
+    @_translated
+    async def mkdir(self, parent_inode: InodeT, name: FileNameT, mode: ModeT, ctx: RequestContext) -> EntryAttributes:
+        return self._entry(self._make(parent_inode, name, mode, ctx))
+
+    @_translated
+    async def symlink(
+        self, parent_inode: InodeT, name: FileNameT, target: FileNameT, ctx: RequestContext
+    ) -> EntryAttributes:
+        return self._entry(self._tree.symlink(parent_inode, name, target, ctx.uid, ctx.gid))
+
+    @_translated
+    async def link(
+        self, inode: InodeT, new_parent_inode: InodeT, new_name: FileNameT, ctx: RequestContext
+    ) -> EntryAttributes:
+        return self._entry(self._tree.link(inode, new_parent_inode, new_name))
+
+    @_translated
+    async def unlink(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
+        self._tree.unlink(parent_inode, name)
+
+    @_translated
+    async def rmdir(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
+        self._tree.rmdir(parent_inode, name)
+
+    @_translated
+    async def rename(
+        self,
+        parent_inode_old: InodeT,
+        name_old: FileNameT,
+        parent_inode_new: InodeT,
+        name_new: FileNameT,
+        flags: FlagT,
+        ctx: RequestContext,
+    ) -> None:
+        self._tree.rename(parent_inode_old, name_old, parent_inode_new, name_new, flags)
+
+    # -- directories ------------------------------------------------------------------------------------------------
+
+    @_translated
+    async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
+        return FileHandleT(self._handles.open_directory(self._tree.directory(inode)))
+
+    @_translated
+    async def readdir(self, fh: FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        handle = self._handles.directory(fh)
+        for cookie, name, inode in ((1, b".", handle.inode), (2, b"..", handle.inode.parent)):
+            # The kernel does not count these as look-ups.
+            if start_id < cookie and not pyfuse3.readdir_reply(token, FileNameT(name), _attributes_of(inode), cookie):
+                return
+        for cookie, name, entry in handle.entries_after(start_id):
+            if not pyfuse3.readdir_reply(token, FileNameT(name), _attributes_of(entry.inode), cookie):
+                return
+            entry.inode.nlookup += 1
+
+    @_translated
+    async def releasedir(self, fh: FileHandleT) -> None:
+        self._handles.release(fh)
+
+    # -- regular files ----------------------------------------------------------------------------------------------
+
+    @_translated
+    async def create(
+        self, parent_inode: InodeT, name: FileNameT, mode: ModeT, flags: FlagT, ctx: RequestContext
+    ) -> tuple[pyfuse3.FileInfo, EntryAttributes]:
+        inode = self._make(parent_inode, name, ModeT(mode | stat.S_IFREG), ctx)
+        assert isinstance(inode, RegularFile)
+        return _file_info(*self._handles.open_file(inode, flags)), self._entry(inode)
+
+    @_translated
+    async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> pyfuse3.FileInfo:
+        regular = self._tree.regular(inode)
+        if flags & os.O_TRUNC:
+            await regular.file.truncate(0)
+        return _file_info(*self._handles.open_file(regular, flags))
+
+    @_translated
+    async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
+        return self._handles.file(fh).inode.file.read(ByteOffset(off), size)
+
+    @_translated
+    async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
+        return self._handles.file(fh).inode.file.write(ByteOffset(off), buf)
+
+    # -- extended attributes ----------------------------------------------------------------------------------------
+
+    @_translated
+    async def setxattr(self, inode: InodeT, name: XAttrNameT, value: bytes, ctx: RequestContext) -> None:
+        await self._attributes.set(inode, name, value)
+
+    @_translated
+    async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
+        return self._attributes.get(inode, name)
+
+    @_translated
+    async def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[XAttrNameT]:
+        return [XAttrNameT(name) for name in self._attributes.list(inode)]
+
+    @_translated
+    async def removexattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> None:
+        self._attributes.remove(inode, name)
+
+    # -- helpers ----------------------------------------------------------------------------------------------------
+
+    def _make(self, parent: InodeT, name: FileNameT, mode: ModeT, ctx: RequestContext, rdev: int = 0) -> Inode:
+        seals = self._attributes.default_seals(parent) if stat.S_ISREG(mode) else 0
+        return self._tree.create(parent, name, mode, ctx.uid, ctx.gid, rdev=rdev, seals=seals)
+
+    def _entry(self, inode: Inode) -> EntryAttributes:
+        """A reply that the kernel counts as a look-up."""
+        inode.nlookup += 1
+        return _attributes_of(inode)
+
+
+def _attributes_of(inode: Inode) -> EntryAttributes:
+    entry = EntryAttributes()
+    entry.st_ino = InodeT(inode.ino)
+    entry.st_mode = ModeT(inode.mode)
+    entry.st_nlink = inode.nlink
+    entry.st_uid, entry.st_gid = inode.uid, inode.gid
+    entry.st_blksize = PAGE_SIZE
+    entry.entry_timeout = entry.attr_timeout = _FOREVER
+    if isinstance(inode, RegularFile):
+        backing = inode.file.stat()
+        entry.st_size, entry.st_blocks = backing.st_size, backing.st_blocks
+        entry.st_atime_ns, entry.st_mtime_ns = backing.st_atime_ns, backing.st_mtime_ns
+        entry.st_ctime_ns = max(inode.ctime_ns, backing.st_ctime_ns)
+        if backing.st_size:
+            entry.attr_timeout = 0
+        return entry
+    entry.st_atime_ns, entry.st_mtime_ns, entry.st_ctime_ns = inode.atime_ns, inode.mtime_ns, inode.ctime_ns
+    if isinstance(inode, Directory):
+        entry.st_size = inode.size
+    elif isinstance(inode, Symlink):
+        entry.st_size = len(inode.target)
+    elif isinstance(inode, Special):
+        entry.st_rdev = inode.rdev
+    return entry
+
+
+def _set_times(inode: Inode, atime_ns: int | None, mtime_ns: int | None) -> None:
+    if isinstance(inode, RegularFile):
+        now = inode.file.stat()
+        inode.file.set_times(
+            now.st_atime_ns if atime_ns is None else atime_ns, now.st_mtime_ns if mtime_ns is None else mtime_ns
+        )
+        return
+    if atime_ns is not None:
+        inode.atime_ns = atime_ns
+    if mtime_ns is not None:
+        inode.mtime_ns = mtime_ns
+
+
+def _file_info(fh: Fh, handle: OpenFile) -> pyfuse3.FileInfo:
+    return pyfuse3.FileInfo(fh=FileHandleT(fh), direct_io=not handle.mappable)
