@@ -63,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     mount.add_argument("-f", "--foreground", action="store_true", help="stay in the foreground and log to stderr")
     mount.add_argument("--log-file", metavar="FILE", help="append the log to FILE")
     mount.add_argument("-v", "--verbose", action="store_true", help="log more")
+    mount.add_argument("--check", action="store_true", help="verify every invariant at the end; exit code 1 if broken")
     mount.set_defaults(run=_mount)
 
     seal = commands.add_parser("seal", help="add seals to a file", description=_seal.__doc__)
@@ -84,19 +85,25 @@ def _parser() -> argparse.ArgumentParser:
 
 def _mount(options: argparse.Namespace) -> None:
     """Mount a memfs. Returns when the mount answers; ends with umount(8), SIGINT or SIGTERM."""
-    mount_options = MountOptions.parse(",".join(options.options))
-    mountpoint = os.path.realpath(options.mountpoint)
-    log_file = os.path.abspath(options.log_file) if options.log_file else None
-    socket_path = os.path.abspath(options.socket) if options.socket else None
+    options.parsed = MountOptions.parse(",".join(options.options))
+    options.mountpoint = os.path.realpath(options.mountpoint)
+    for path in ("log_file", "socket"):
+        if getattr(options, path) is not None:
+            setattr(options, path, os.path.abspath(getattr(options, path)))
     if options.foreground:
-        _serve(mountpoint, socket_path, mount_options, log_file, options.verbose, _print_notes)
+
+        def ready(notes: list[str]) -> None:
+            _print_notes(notes)
+            print(f"memfs: {options.mountpoint} is mounted", flush=True)
+
+        _serve(options, ready)
         return
     reader, writer = os.pipe()
     sys.stdout.flush()
     if os.fork() == 0:
         os.close(reader)
         _detach()
-        _serve_and_report(mountpoint, socket_path, mount_options, log_file, options.verbose, writer)
+        _serve_and_report(options, writer)
     os.close(writer)
     with os.fdopen(reader) as report:
         outcome, *lines = report.read().split("\n")
@@ -105,9 +112,7 @@ def _mount(options: argparse.Namespace) -> None:
     _print_notes([line for line in lines if line])
 
 
-def _serve_and_report(
-    mountpoint: str, socket_path: str | None, options: MountOptions, log_file: str | None, verbose: bool, report: int
-) -> NoReturn:
+def _serve_and_report(options: argparse.Namespace, report: int) -> NoReturn:
     """The daemon's side of `memfs mount`: serve, and tell the parent how it went over a pipe."""
 
     def tell(outcome: str, lines: list[str]) -> None:
@@ -115,31 +120,25 @@ def _serve_and_report(
         os.close(report)
 
     try:
-        _serve(mountpoint, socket_path, options, log_file, verbose, lambda notes: tell("ready", notes))
+        _serve(options, lambda notes: tell("ready", notes))
     except (CommandError, OSError) as error:
         tell("failed", [str(error)])
         os._exit(1)
     os._exit(0)
 
 
-def _serve(
-    mountpoint: str,
-    socket_path: str | None,
-    options: MountOptions,
-    log_file: str | None,
-    verbose: bool,
-    ready: Callable[[list[str]], None],
-) -> None:
+def _serve(options: argparse.Namespace, ready: Callable[[list[str]], None]) -> None:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy would start a thread a CPU for nothing
     import trio
 
     from memfs.daemon import Settings, default_socket_path, serve
     from memfs.fuse.mount import MountError
 
-    logging.basicConfig(filename=log_file, level=logging.INFO if verbose else logging.WARNING, format=_LOG_FORMAT)
-    settings = Settings(mountpoint, socket_path or default_socket_path(mountpoint), options)
+    level = logging.INFO if options.verbose else logging.WARNING
+    logging.basicConfig(filename=options.log_file, level=level, format=_LOG_FORMAT)
+    socket_path = options.socket or default_socket_path(options.mountpoint)
     try:
-        trio.run(serve, settings, ready)
+        trio.run(serve, Settings(options.mountpoint, socket_path, options.parsed, options.check), ready)
     except MountError as error:
         raise CommandError(str(error)) from error
 

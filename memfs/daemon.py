@@ -53,6 +53,7 @@ class Settings:
     mountpoint: str
     socket_path: str
     options: MountOptions
+    check: bool = False  #: verify every invariant before the end (for tests)
 
 
 async def serve(settings: Settings, ready: Callable[[list[str]], None]) -> None:
@@ -73,6 +74,8 @@ async def serve(settings: Settings, ready: Callable[[list[str]], None]) -> None:
         finally:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(unmount_fuse, settings.mountpoint)
+            if settings.check:
+                memfs.check()
             memfs.close()
 
 
@@ -127,6 +130,15 @@ class _Memfs:
                 # In a thread, because the kernel may have to ask us something before it can let go.
                 await trio.to_thread.run_sync(unmount_fuse, self._settings.mountpoint)
                 scope.cancel()
+
+    def check(self) -> None:
+        """Raise AssertionError on the first broken invariant."""
+        self._tree.check()
+        self._handles.check()
+        self._registry.check()
+        in_files = sum(inode.file.pages for inode in self._tree.files())
+        in_use = self._backing.total_pages - self._backing.free_pages
+        assert in_use == in_files, f"{in_use} pages in use, {in_files} in files"
 
     def close(self) -> None:
         """Free everything."""

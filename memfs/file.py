@@ -104,6 +104,11 @@ class File:
         """The file's size in bytes."""
         return os.fstat(self.fd).st_size
 
+    @property
+    def pages(self) -> int:
+        """How many pages are allocated, beyond the file's size included."""
+        return os.fstat(self.fd).st_blocks // _SECTORS_PER_PAGE
+
     def stat(self) -> os.stat_result:
         """Size, blocks and times, as the backing file has them. Nothing else in it is the file's."""
         return os.fstat(self.fd)
@@ -349,8 +354,7 @@ class File:
         assert not self.guest or self.page_map is not None, "guest-sealed without a page map"
         if self.page_map is not None:
             mapped = self.page_map.count(_WHOLE_MAP)
-            blocks = self.stat().st_blocks
-            assert mapped * _SECTORS_PER_PAGE == blocks, f"{self.name}: {mapped} pages in the map, {blocks} sectors"
+            assert mapped == self.pages, f"{self.name}: {mapped} pages in the map, {self.pages} in the backing"
             assert self.page_map.seq % 2 == 0, "page map left in the middle of a change"
 
 
