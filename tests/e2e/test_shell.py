@@ -17,7 +17,8 @@ SCRIPTS = {
     "punch unaligned": "yes | head -c 20000 > f; fallocate -p -o 100 -l 9000 f; sha256sum f; stat -c '%s %b' f",
     "punch past the end": "echo x > f; fallocate -p -o 1M -l 1M f; stat -c '%s %b' f",
     "zero range": "fallocate -z -l 4096 f; fallocate -c -l 4096 f; fallocate -i -l 4096 f",
-    "truncate": "truncate -s 1M f; stat -c '%s %b' f; truncate -s 100 f; stat -c '%s %b' f; truncate -s +5 f; stat -c %s f",
+    "truncate": "truncate -s 1M f; stat -c '%s %b' f; truncate -s 100 f; "
+    "stat -c '%s %b' f; truncate -s +5 f; stat -c %s f",
     "dd": "dd if=/dev/zero of=f bs=1M count=3 seek=2 2>&1 | sed 's/copied.*//'; stat -c '%s %b' f",
     "sparse copy": "yes | head -c 1M > f; fallocate -p -o 64K -l 512K f; cp --sparse=always f g; cmp f g; stat -c %s g",
     "append": "echo one > f; echo two >> f; cat f",
@@ -26,13 +27,17 @@ SCRIPTS = {
     "rename over": "echo 1 > f; echo 2 > g; mv f g; cat g; ls",
     "rename directories": "mkdir -p a/b c; mv a c; find . | sort; mv c/a/b c/a/b 2>&1",
     "rmdir": "mkdir d; touch d/x; rmdir d; rm d/x; rmdir d; ls",
-    "modes": "umask 027; touch f; mkdir d; chmod 4755 f; chmod g+s d; stat -c '%a %F' f d; touch d/x; mkdir d/y; stat -c %a d/x d/y",
-    "setfattr": "touch f; setfattr -n user.a -v 1 f; getfattr -d f; setfattr -x user.a f; getfattr -d f; setfattr -x user.a f",
+    "modes": "umask 027; touch f; mkdir d; chmod 4755 f; "
+    "chmod g+s d; stat -c '%a %F' f d; touch d/x; mkdir d/y; stat -c %a d/x d/y",
+    "setfattr": "touch f; setfattr -n user.a -v 1 f; getfattr -d f; "
+    "setfattr -x user.a f; getfattr -d f; setfattr -x user.a f",
     "many": "for i in $(seq 500); do echo $i > $i; done; ls | wc -l; rm 1*; ls | wc -l; cat 250",
     "list": "touch a; mkdir b; ls -a; stat -c '%s %h' .",
-    "times": "touch -d '2001-02-03 04:05:06.789' f; stat -c '%y %x' f; echo x >> f; [ $(stat -c %Y f) -gt 1000000000 ] && echo later",
+    "times": "touch -d '2001-02-03 04:05:06.789' f; stat -c '%y %x' f; "
+    "echo x >> f; [ $(stat -c %Y f) -gt 1000000000 ] && echo later",
     "special": "mkfifo p; stat -c %F p; (echo through > p &); cat p",
-    "enospc": "dd if=/dev/zero of=f bs=1M count=100 2>&1 | sed 's/copied.*//'; stat -c %s f; rm f; df --output=used . | tail -1",
+    "enospc": "dd if=/dev/zero of=f bs=1M count=100 2>&1 | sed 's/copied.*//'; stat -c %s f; "
+    "rm f; df --output=used . | tail -1",
     "fallocate enospc": "fallocate -l 40M f; fallocate -l 40M g; stat -c '%s %b' f g; df --output=used . | tail -1",
     "unlinked": "exec 3<>f; echo data >&3; rm f; cat /proc/self/fd/3; ls",
     "names": "touch $(printf 'x%.0s' $(seq 255)); touch $(printf 'x%.0s' $(seq 256)); ls | wc -c",
