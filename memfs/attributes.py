@@ -3,6 +3,8 @@
     user.memfs.seals          of a regular file: its seals by name; setting it adds seals (fcntl(2): F_ADD_SEALS)
     user.memfs.default_seals  of a directory: seals that regular files made in it are born with
     user.memfs.socket         of anything, read-only: the socket on which owners talk to this memfs
+    user.memfs.stat           of anything, read-only: the state of the mount, as JSON (`memfs stat`)
+    user.memfs.remount        of anything, write-only, for root and who mounted it: options to change (`memfs remount`)
 
 getfattr -d and cp -a see only those that were set: the seals of a sealed file, the default seals of a directory.
 """
@@ -10,30 +12,50 @@ getfattr -d and cp -a see only those that were set: the seals of a sealed file, 
 from __future__ import annotations
 
 import errno
-from typing import Final
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
 
 from memfs import seals
-from memfs.tree import Directory, RegularFile, Tree
+from memfs.inode import Directory, RegularFile
+from memfs.options import OptionError, RemountOptions
+from memfs.tree import Tree
 
 SEALS: Final = b"user.memfs.seals"
 DEFAULT_SEALS: Final = b"user.memfs.default_seals"
 SOCKET: Final = b"user.memfs.socket"
+STAT: Final = b"user.memfs.stat"
+REMOUNT: Final = b"user.memfs.remount"
 _PREFIX: Final = b"user.memfs."
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """What attributes of the mount itself are answered with."""
+
+    socket_path: str
+    describe: Callable[[], dict[str, Any]]
+    remount: Callable[[RemountOptions], None]
 
 
 class Attributes:
     """getxattr(2) and its siblings. Methods raise OSError as the kernel would."""
 
-    def __init__(self, tree: Tree, socket_path: str) -> None:
+    def __init__(self, tree: Tree, control: Control) -> None:
         self._tree: Final = tree
-        self._socket_path: Final = socket_path
+        self._control: Final = control
 
-    async def set(self, ino: int, name: bytes, value: bytes) -> None:
-        """setxattr(2). EOPNOTSUPP: a name in user.memfs that means nothing here. EINVAL: a value that does."""
+    async def set(self, ino: int, name: bytes, value: bytes, *, uid: int) -> None:
+        """setxattr(2) by a user. EOPNOTSUPP: a name in user.memfs that cannot be set here. EINVAL: a bad value."""
         inode = self._tree.inode(ino)
         if name == SEALS and isinstance(inode, RegularFile):
             await inode.file.add_seals(seals.parse(_text(value)))
             inode.changed()
+            return
+        if name == REMOUNT:
+            self._remount(_text(value), uid)
             return
         if name == DEFAULT_SEALS and isinstance(inode, Directory):
             seals.parse(_text(value))
@@ -41,11 +63,21 @@ class Attributes:
             raise OSError(errno.EOPNOTSUPP, f"{_text(name)} cannot be set here")
         self._tree.setxattr(ino, name, value)
 
+    def _remount(self, options: str, uid: int) -> None:
+        if uid not in (0, os.geteuid()):
+            raise OSError(errno.EPERM, "only for root and who mounted it")
+        try:
+            self._control.remount(RemountOptions.parse(options))
+        except OptionError as error:
+            raise OSError(errno.EINVAL, str(error)) from error
+
     def get(self, ino: int, name: bytes) -> bytes:
         """getxattr(2)."""
         inode = self._tree.inode(ino)
         if name == SOCKET:
-            return self._socket_path.encode()
+            return self._control.socket_path.encode()
+        if name == STAT:
+            return json.dumps(self._control.describe()).encode()
         if name == SEALS and isinstance(inode, RegularFile):
             return seals.format_seals(inode.file.seals).encode()
         return self._tree.getxattr(ino, name)

@@ -5,7 +5,10 @@ truncate, read, write) is done with ordinary system calls on its descriptor, by 
 kernel itself; the backing is asked only for room.
 
 - `TmpfsBacking`: a tmpfs mounted nowhere. The kernel keeps the limit, whoever allocates, so ENOSPC is real and a
-  runaway writer cannot take the machine down. Needs CAP_SYS_ADMIN.
+  runaway writer cannot take the machine down. Needs CAP_SYS_ADMIN. Guest-sealed files must never be swapped (RFC patch
+  01), which a tmpfs can only promise for all its files, so they lie in a second one with `noswap`. Both share one
+  limit: what the guests' takes, the ordinary one is made smaller by, in steps, so that most allocations cost no system
+  call.
 - `MemfdBacking`: memfds, which anybody may make but which have no limit of the kernel's (a fallocate of 2**62 bytes on
   one ends in the OOM killer). So whoever allocates must `reserve` first; that is exact only because then no handle
   passes through, and every allocation goes by file.py.
@@ -21,23 +24,28 @@ import os
 from typing import ClassVar, Final, Protocol
 
 from memfs.libc import mount_detached, remount_detached
-from memfs.units import PAGE_SIZE, bytes_to_pages
+from memfs.options import MountOptions, OptionError
+from memfs.units import bytes_to_pages, pages_to_bytes
 
 
 class Backing(Protocol):
     """A store of anonymous files with one size limit."""
 
     kind: ClassVar[str]  #: for people: "tmpfs", "memfd"
-    accounted: ClassVar[bool]  #: whether pages must be reserved before they are allocated
+    accounted: ClassVar[bool]  #: whether pages of ordinary files must be reserved, too
 
-    def create(self, name: str) -> int:
+    @property
+    def guest_pinned(self) -> bool:
+        """Whether pages of guest-sealed files are never swapped."""
+
+    def create(self, name: str, *, guest: bool) -> int:
         """A descriptor of a new, empty, anonymous file, open for reading and writing. `name` is for people."""
 
     def reserve(self, pages: int) -> None:
-        """Take room for pages that will be allocated. Raises OSError(ENOSPC), taking nothing. No-op if unaccounted."""
+        """Take room for pages of a tracked file that will be allocated. Raises OSError(ENOSPC), taking nothing."""
 
     def unreserve(self, pages: int) -> None:
-        """Give room back for pages that were freed, or reserved and not allocated. No-op if unaccounted."""
+        """Give room back for pages that were freed, or reserved and not allocated."""
 
     @property
     def total_pages(self) -> int:
@@ -55,44 +63,94 @@ class Backing(Protocol):
 
 
 class TmpfsBacking:
-    """A tmpfs that is mounted nowhere and seen by nobody.
+    """Two tmpfs that are mounted nowhere and seen by nobody, one for ordinary files and one for guest-sealed ones.
 
-    `size` in bytes. Raises OSError: EPERM without CAP_SYS_ADMIN, ENOSYS before Linux 5.2.
+    `size` in bytes, for both together; `options` go to both. Raises OSError: EPERM without CAP_SYS_ADMIN, ENOSYS before
+    Linux 5.2, EINVAL (filename: the option) for an option that this kernel's tmpfs does not take.
     """
 
     kind: ClassVar[str] = "tmpfs"
     accounted: ClassVar[bool] = False
 
-    def __init__(self, size: int, options: dict[str, str | None] | None = None) -> None:
-        # Inodes are limited by the tree, which also counts directories; the backing must never be the first to run out.
-        self._root: Final = mount_detached("tmpfs", {"size": str(size), "nr_inodes": "0", **(options or {})})
+    _STEP: ClassVar[int] = 1024  # pages by which the guests' share grows at least
 
-    def create(self, name: str) -> int:
-        return os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=self._root)
+    def __init__(self, size: int, options: dict[str, str | None] | None = None, *, noatime: bool = False) -> None:
+        self._total = bytes_to_pages(size)
+        self._guest_used = 0  # pages that guest-sealed files have
+        self._guest_share = 0  # pages that the ordinary tmpfs is smaller by
+        self._root: Final = _mount_tmpfs(size, options or {}, noatime)
+        self._guest_root, self._guest_pinned = self._root, True
+        try:
+            self._guest_root = _mount_tmpfs(size, {**(options or {}), "noswap": None}, noatime)
+        except OSError:  # before Linux 6.4
+            self._guest_root, self._guest_pinned = _mount_tmpfs(size, options or {}, noatime), False
+
+    @property
+    def guest_pinned(self) -> bool:
+        return self._guest_pinned
+
+    def create(self, name: str, *, guest: bool) -> int:
+        root = self._guest_root if guest else self._root
+        return os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=root)
 
     def reserve(self, pages: int) -> None:
-        """The kernel reserves."""
+        used = self._guest_used + pages
+        if used > self._guest_share:
+            try:
+                self._set_guest_share(min(used + self._STEP, self._total))
+            except OSError:
+                self._set_guest_share(used)
+        self._guest_used = used
 
     def unreserve(self, pages: int) -> None:
-        """The kernel gives back."""
+        assert pages <= self._guest_used, f"{pages} pages given back, {self._guest_used} in use"
+        self._guest_used -= pages
+        if self._guest_share - self._guest_used > 2 * self._STEP:
+            self._set_guest_share(self._guest_used + self._STEP)
+
+    def _set_guest_share(self, pages: int) -> None:
+        """Raises OSError(ENOSPC), changing nothing, if ordinary files have the room."""
+        if pages > self._total:
+            raise OSError(errno.ENOSPC, f"{pages} pages wanted, {self.free_pages} free")
+        try:
+            self._limit_ordinary(self._total - pages)
+        except OSError as error:
+            raise OSError(errno.ENOSPC, "ordinary files have the room") from error
+        self._guest_share = pages
+
+    def _limit_ordinary(self, pages: int) -> None:
+        # To tmpfs 0 means no limit, so it keeps one page.
+        remount_detached(self._root, {"size": str(pages_to_bytes(max(1, pages)))})
 
     @property
     def total_pages(self) -> int:
-        return os.fstatvfs(self._root).f_blocks
+        return self._total
 
     @property
     def free_pages(self) -> int:
-        return os.fstatvfs(self._root).f_bfree
+        ordinary = os.fstatvfs(self._root)
+        return self._total - self._guest_used - (ordinary.f_blocks - ordinary.f_bfree)
 
     def resize(self, size: int) -> None:
-        remount_detached(self._root, {"size": str(size)})
+        total = bytes_to_pages(size)
+        if total < self._guest_used:
+            raise OSError(errno.EINVAL, f"guest-sealed files have {self._guest_used} pages")
+        self._limit_ordinary(total - self._guest_used)
+        remount_detached(self._guest_root, {"size": str(size)})
+        self._total, self._guest_share = total, self._guest_used
 
     def close(self) -> None:
         os.close(self._root)
+        os.close(self._guest_root)
+
+
+def _mount_tmpfs(size: int, options: dict[str, str | None], noatime: bool) -> int:
+    # Inodes are limited by the tree, which also counts directories; the backing must never be the first to run out.
+    return mount_detached("tmpfs", {"size": str(size), "nr_inodes": "0", **options}, noatime=noatime)
 
 
 class MemfdBacking:
-    """Memfds, and a count of their pages."""
+    """Memfds, and a count of their pages. `size` in bytes."""
 
     kind: ClassVar[str] = "memfd"
     accounted: ClassVar[bool] = True
@@ -101,7 +159,11 @@ class MemfdBacking:
         self._total = bytes_to_pages(size)
         self._used = 0
 
-    def create(self, name: str) -> int:
+    @property
+    def guest_pinned(self) -> bool:
+        return False
+
+    def create(self, name: str, *, guest: bool) -> int:
         return os.memfd_create(f"memfs:{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
 
     def reserve(self, pages: int) -> None:
@@ -122,7 +184,7 @@ class MemfdBacking:
         return self._total - self._used
 
     def resize(self, size: int) -> None:
-        if size < self._used * PAGE_SIZE:
+        if bytes_to_pages(size) < self._used:
             raise OSError(errno.EINVAL, f"{self._used} pages are in use")
         self._total = bytes_to_pages(size)
 
@@ -130,12 +192,21 @@ class MemfdBacking:
         """Nothing is held."""
 
 
-def open_backing(size: int) -> tuple[Backing, str | None]:
-    """The best backing to be had, and if that is not a tmpfs, why (a sentence for people)."""
+def open_backing(options: MountOptions) -> tuple[Backing, str | None]:
+    """The backing that is asked for, or memfds where there can be no tmpfs; and then why (a sentence for people).
+
+    Raises OptionError for an option that cannot be had.
+    """
+    if options.backing == "memfd":
+        if options.tmpfs_options:
+            raise OptionError(f"option {next(iter(options.tmpfs_options))} is for backing=tmpfs")
+        return MemfdBacking(options.size), None
     try:
-        return TmpfsBacking(size), None
+        return TmpfsBacking(options.size, options.tmpfs_options, noatime=options.atime == "noatime"), None
     except OSError as error:
-        reason = (
-            f"no detached tmpfs ({os.strerror(error.errno or 0)}): files live on memfds, and memfs keeps size= itself"
-        )
-        return MemfdBacking(size), reason
+        if error.filename in options.tmpfs_options:
+            raise OptionError(f"option {error.filename}: this kernel's tmpfs does not take it") from error
+        if options.tmpfs_options:
+            raise OptionError(f"option {next(iter(options.tmpfs_options))} needs CAP_SYS_ADMIN") from error
+        reason = os.strerror(error.errno or 0)
+        return MemfdBacking(options.size), f"no detached tmpfs ({reason}): files live on memfds, and memfs keeps size="

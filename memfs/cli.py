@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import json
 import logging
 import os
 import struct
@@ -18,7 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import Final, NoReturn
 
 from memfs import seals
-from memfs.options import MountOptions, OptionError, parse_size
+from memfs.options import MountOptions, OptionError, RemountOptions, parse_size
 
 _U32: Final = struct.Struct("=I")
 _LOG_FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -54,17 +55,30 @@ def _parser() -> argparse.ArgumentParser:
         metavar="OPTIONS",
         action="append",
         default=[],
-        help="as for tmpfs, separated by commas: size= (bytes, k/m/g/t or %% of RAM; default 50%%), nr_inodes=, "
-        "mode= (octal), uid=, gid=, allow_other",
+        help="as for tmpfs, separated by commas: size= (bytes, k/m/g/t or %% of RAM; default 50%%), nr_blocks=, "
+        "nr_inodes=, mode= (octal), uid=, gid=, huge=never|always|within_size|advise, mpol=, noswap; ro, noatime, "
+        "suid, dev, noexec, allow_other; passthrough=auto|on|off, backing=tmpfs|memfd, socket=",
     )
     mount.add_argument(
-        "--socket", metavar="PATH", help="where owners connect (default /run/memfs/NAME.sock, NAME from MOUNTPOINT)"
+        "--socket",
+        metavar="PATH",
+        help="where owners connect, also as option socket= (default /run/memfs/NAME.sock, NAME from MOUNTPOINT)",
     )
     mount.add_argument("-f", "--foreground", action="store_true", help="stay in the foreground and log to stderr")
     mount.add_argument("--log-file", metavar="FILE", help="append the log to FILE")
     mount.add_argument("-v", "--verbose", action="store_true", help="log more")
     mount.add_argument("--check", action="store_true", help="verify every invariant at the end; exit code 1 if broken")
     mount.set_defaults(run=_mount)
+
+    remount = commands.add_parser("remount", help="change options of a mounted memfs", description=_remount.__doc__)
+    remount.add_argument("path", metavar="PATH", help="the mountpoint, or anything on it")
+    remount.add_argument("-o", dest="options", metavar="OPTIONS", required=True, help="size=, nr_blocks=, nr_inodes=")
+    remount.set_defaults(run=_remount)
+
+    state = commands.add_parser("stat", help="show the state of a mounted memfs", description=_stat.__doc__)
+    state.add_argument("path", metavar="PATH", help="the mountpoint, or anything on it")
+    state.add_argument("--json", action="store_true", help="as JSON")
+    state.set_defaults(run=_stat)
 
     seal = commands.add_parser("seal", help="add seals to a file", description=_seal.__doc__)
     seal.add_argument("file", metavar="FILE")
@@ -136,10 +150,10 @@ def _serve(options: argparse.Namespace, ready: Callable[[list[str]], None]) -> N
 
     level = logging.INFO if options.verbose else logging.WARNING
     logging.basicConfig(filename=options.log_file, level=level, format=_LOG_FORMAT)
-    socket_path = options.socket or default_socket_path(options.mountpoint)
+    socket_path = options.socket or options.parsed.socket or default_socket_path(options.mountpoint)
     try:
         trio.run(serve, Settings(options.mountpoint, socket_path, options.parsed, options.check), ready)
-    except MountError as error:
+    except (MountError, OptionError) as error:
         raise CommandError(str(error)) from error
 
 
@@ -156,6 +170,24 @@ def _detach() -> None:
 def _print_notes(notes: list[str]) -> None:
     for note in notes:
         print(f"memfs: {note}", file=sys.stderr)
+
+
+def _remount(options: argparse.Namespace) -> None:
+    """Change how large a mounted memfs may become, in bytes and inodes. Below what is in use: Invalid argument."""
+    RemountOptions.parse(options.options)  # for its clear words; the daemon parses it again
+    os.setxattr(options.path, "user.memfs.remount", options.options.encode())
+
+
+def _stat(options: argparse.Namespace) -> None:
+    """Show the state of a mounted memfs: what it is made of, what is in use, and whether content passes through."""
+    text = os.getxattr(options.path, "user.memfs.stat").decode()
+    if options.json:
+        print(text)
+        return
+    state = json.loads(text)
+    width = max(map(len, state))
+    for name, value in state.items():
+        print(f"{name:{width}}  {value}")
 
 
 def _seal(options: argparse.Namespace) -> None:

@@ -19,31 +19,32 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import pyfuse3
 import trio
 
-from memfs.attributes import Attributes
+from memfs.attributes import Attributes, Control
 from memfs.backing import Backing, open_backing
 from memfs.file import File
 from memfs.fuse.channel import Channel
 from memfs.fuse.mount import MountError, mount_fuse, unmount_fuse
+from memfs.fuse.observers import Observers
+from memfs.fuse.passthrough import Passthrough, Wanted
 from memfs.fuse.requests import Requests
-from memfs.fuse.wire import INIT_OUT, OUT_HEADER, Opcode
 from memfs.guest.registry import Registry
 from memfs.guest.server import Server
 from memfs.handles import Handles
+from memfs.inode import Ino
 from memfs.mountinfo import device_of_mountpoint
 from memfs.operations import Operations
-from memfs.options import MountOptions
-from memfs.tree import Ino, Tree
-from memfs.units import PAGE_SIZE, bytes_to_pages
+from memfs.options import MountOptions, RemountOptions
+from memfs.tree import Tree
+from memfs.units import pages_to_bytes
 
 log = logging.getLogger(__name__)
 
 _BACKLOG: Final = 128
-_HEADROOM: Final = 4096  # bytes: what a WRITE or READ has beside its data
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +60,19 @@ class Settings:
 async def serve(settings: Settings, ready: Callable[[list[str]], None]) -> None:
     """Mount and serve until unmounted or told to stop.
 
-    `ready` is called when the mount answers, with sentences about what could not be had. Raises MountError if it cannot
-    be mounted; then nothing is left behind.
+    `ready` is called when the mount answers, with sentences about what could not be had. Raises MountError or
+    OptionError if it cannot be mounted; then nothing is left behind.
     """
     _raise_descriptor_limit()
-    options = settings.options
-    backing, no_tmpfs = open_backing(options.size)
+    backing, no_tmpfs = open_backing(settings.options)
     with _listener(settings.socket_path) as listener:
-        fuse_fd, no_root = mount_fuse(settings.mountpoint, allow_other=options.allow_other)
-        memfs = _Memfs(settings, backing)
+        fuse_fd, no_root = mount_fuse(settings.mountpoint, settings.options)
         notes = [note for note in (no_root, no_tmpfs) if note]
+        unable = None
+        if backing.accounted:
+            unable = "files live on memfds, whose limit memfs can only keep if every write goes by it"
+        passthrough = Passthrough(fuse_fd, Wanted(settings.options.passthrough), unable)
+        memfs = _Memfs(settings, backing, passthrough)
         try:
             await memfs.run(fuse_fd, listener, lambda: ready(notes))
         finally:
@@ -82,13 +86,15 @@ async def serve(settings: Settings, ready: Callable[[list[str]], None]) -> None:
 class _Memfs:
     """The parts of one mount."""
 
-    def __init__(self, settings: Settings, backing: Backing) -> None:
+    def __init__(self, settings: Settings, backing: Backing, passthrough: Passthrough) -> None:
         options = settings.options
         self._settings: Final = settings
         self._backing: Final = backing
+        self._passthrough: Final = passthrough
         self._tree: Final = Tree(self._new_file, options.nr_inodes, options.mode, options.uid, options.gid)
-        self._handles: Final = Handles(self._tree)
-        self._attributes: Final = Attributes(self._tree, settings.socket_path)
+        self._handles: Final = Handles(self._tree, passthrough)
+        control = Control(settings.socket_path, self.describe, self.remount)
+        self._attributes: Final = Attributes(self._tree, control)
         self._registry: Final = Registry(self._tree)
 
     def _new_file(self, ino: Ino, seals: int) -> File:
@@ -96,13 +102,11 @@ class _Memfs:
 
     async def run(self, fuse_fd: int, listener: trio.socket.SocketType, ready: Callable[[], None]) -> None:
         """Serve the mounted /dev/fuse descriptor and the socket, until either the mount or we are to end."""
-        answered = trio.Event()
-
-        def amend_init(reply: bytearray) -> None:
-            _fit_init(reply, channel.max_message)
-            answered.set()
-
-        channel = Channel(fuse_fd, Requests(self._handles).handlers, {Opcode.INIT: amend_init})
+        initialized = trio.Event()
+        requests = Requests(self._tree, self._handles, self._attributes)
+        observers = Observers(self._tree, self._handles, self._passthrough, initialized.set)
+        channel = Channel(fuse_fd, requests.handlers, observers.observers)
+        observers.max_message = channel.max_message
         operations = Operations(self._tree, self._handles, self._attributes, self._backing)
         pyfuse3.init(operations, f"/dev/fd/{channel.hand_over()}", options=set())
         device = device_of_mountpoint(self._settings.mountpoint)
@@ -112,16 +116,48 @@ class _Memfs:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(pyfuse3.main)
-                nursery.start_soon(server.run)
+                nursery.start_soon(channel.run, nursery.cancel_scope.cancel)
                 nursery.start_soon(self._end_on_signal, nursery.cancel_scope)
-                nursery.start_soon(_call_when, answered, ready)
-                await channel.run()
-                log.info("unmounted")
-                nursery.cancel_scope.cancel()
+                await initialized.wait()
+                if self._passthrough.wanted is Wanted.ON and not self._passthrough.in_force:
+                    nursery.cancel_scope.cancel()
+                else:
+                    nursery.start_soon(server.run)
+                    ready()
         finally:
             pyfuse3.terminate()
             pyfuse3.close(unmount=False)
             channel.close()
+        if self._passthrough.wanted is Wanted.ON and not self._passthrough.in_force:
+            raise MountError(f"option passthrough=on: {self._passthrough.why_not}")
+
+    def describe(self) -> dict[str, Any]:
+        """The state of the mount, for `memfs stat`."""
+        owners = self._registry.owners.values()
+        return {
+            "mountpoint": self._settings.mountpoint,
+            "socket": self._settings.socket_path,
+            "backing": self._backing.kind,
+            "guest-sealed files": "never swapped" if self._backing.guest_pinned else "may be swapped",
+            "passthrough": "on" if self._passthrough.in_force else f"off: {self._passthrough.why_not}",
+            "size": pages_to_bytes(self._backing.total_pages),
+            "used": pages_to_bytes(self._backing.total_pages - self._backing.free_pages),
+            "nr_inodes": self._tree.nr_inodes,
+            "inodes used": len(self._tree.inodes),
+            "open handles": len(self._handles),
+            "owners": len(owners),
+            "registered files": sum(len(owner.registrations) for owner in owners),
+            "owners fenced": self._registry.fenced,
+        }
+
+    def remount(self, options: RemountOptions) -> None:
+        """Change size and number of inodes. Raises OSError(EINVAL), changing nothing, below what is in use."""
+        if options.nr_inodes is not None and options.nr_inodes < len(self._tree.inodes):
+            raise OSError(errno.EINVAL, f"{len(self._tree.inodes)} inodes are in use")
+        if options.size is not None:
+            self._backing.resize(options.size)
+        if options.nr_inodes is not None:
+            self._tree.nr_inodes = options.nr_inodes
 
     async def _end_on_signal(self, scope: trio.CancelScope) -> None:
         with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
@@ -147,19 +183,6 @@ class _Memfs:
         self._handles.close()
         self._tree.close()
         self._backing.close()
-
-
-async def _call_when(event: trio.Event, call: Callable[[], None]) -> None:
-    await event.wait()
-    call()
-
-
-def _fit_init(reply: bytearray, max_message: int) -> None:
-    """Tell the kernel to send no request that does not fit through the socketpair."""
-    fields = list(INIT_OUT.unpack_from(reply, OUT_HEADER.size))
-    max_write = min(fields[6], (max_message - _HEADROOM) // PAGE_SIZE * PAGE_SIZE)
-    fields[6], fields[8] = max_write, bytes_to_pages(max_write)
-    INIT_OUT.pack_into(reply, OUT_HEADER.size, *fields)
 
 
 def _raise_descriptor_limit() -> None:

@@ -76,21 +76,35 @@ class File:
     `name` is for people (it shows in /proc/PID/fd of the daemon); `born_with` are seals (F_SEAL_* bits).
     """
 
-    __slots__ = ("_backing", "fd", "lock", "mappable_opens", "name", "owner", "page_map", "seals")
+    __slots__ = (
+        "_backing",
+        "backing_number",
+        "fd",
+        "lock",
+        "mappable_opens",
+        "name",
+        "owner",
+        "page_map",
+        "seals",
+        "writable_opens",
+    )
 
     def __init__(self, backing: Backing, name: str, born_with: int = 0) -> None:
         self._backing: Final = backing
         self.name: Final = name
-        self.fd = backing.create(name)
         self.seals = born_with
+        self.fd = backing.create(name, guest=self.guest)
         try:
             self.page_map = PageMap(name) if backing.accounted or self.guest else None
         except OSError:
             os.close(self.fd)
             raise
         self.lock: Final = trio.Lock()
-        #: how many open handles there are through which the file could be mapped; set by operations.py
+        #: how many open handles there are through which the file could be mapped, and how many of those can write;
+        #: and the kernel's number for `fd` while they pass through. All three set by handles.py
         self.mappable_opens = 0
+        self.writable_opens = 0
+        self.backing_number: int | None = None
         #: who is told when pages come and go; set by guest/registry.py
         self.owner: GuestOps | None = None
 
@@ -313,7 +327,7 @@ class File:
         if self.owner is not None:
             raise OSError(errno.EBUSY, "registered as shared memory")
         old = self.stat()
-        fd = self._backing.create(self.name)
+        fd = self._backing.create(self.name, guest=True)
         try:
             page_map = self.page_map or PageMap(self.name)
         except OSError:

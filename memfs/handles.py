@@ -1,21 +1,49 @@
-"""Open files and directories: what the kernel's file handles (fh) stand for.
+"""Open files and directories: what the kernel's file handles (fh) stand for, and how the content of each is reached.
 
-A handle holds its inode alive, and counts as a mapping if a program could map it: the kernel tells a FUSE server of
-open and release, and release comes only after the last munmap, but of mmap itself it tells nothing.
+A handle of a regular file reaches content in one of three ways, and the kernel does not let an inode be open in two of
+them that contradict each other:
+
+- PASSTHROUGH: the kernel asks the backing file itself. All ordinary handles, where it can be had.
+- CACHED: reads and writes come to us through the kernel's page cache. All ordinary handles, where it cannot.
+- DIRECT: every read and write comes to us. Guest-sealed files always; files opened with O_DIRECT while nobody passes
+  through.
+
+The first two can be mapped. The kernel tells a FUSE server of open and release, and release comes only after the last
+munmap, but of mmap itself it tells nothing, so each such handle counts as a mapping.
 """
 
 from __future__ import annotations
 
 import bisect
+import enum
 import errno
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final, NewType
+from typing import Final, NewType, Protocol
 
-from memfs.tree import Directory, Entry, Inode, RegularFile, Tree
+from memfs.inode import Directory, Entry, Inode, RegularFile
+from memfs.tree import Tree
 
 Fh = NewType("Fh", int)
+
+
+class BackingNumbers(Protocol):
+    """What registers backing files with the kernel (fuse/passthrough.py)."""
+
+    def open(self, fd: int) -> int | None:
+        """A number for a backing file, or None if there can be none."""
+
+    def close(self, number: int) -> None:
+        """The number is not used any more."""
+
+
+class Access(enum.Enum):
+    """How a handle reaches content."""
+
+    PASSTHROUGH = "passthrough"
+    CACHED = "cached"
+    DIRECT = "direct"
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +52,11 @@ class OpenFile:
 
     inode: RegularFile
     flags: int  #: O_* as given to open(2)
-    mappable: bool  #: whether mmap of it can succeed
+    access: Access
+
+    @property
+    def mappable(self) -> bool:
+        return self.access is not Access.DIRECT
 
     @property
     def writable(self) -> bool:
@@ -54,8 +86,10 @@ class OpenDirectory:
 class Handles:
     """All open handles of a mount. Raises OSError(EBADF) for a number that is none."""
 
-    def __init__(self, tree: Tree) -> None:
+    def __init__(self, tree: Tree, backing_numbers: BackingNumbers | None = None) -> None:
         self._tree: Final = tree
+        #: who registers backing files; None until the mount is there
+        self.backing_numbers = backing_numbers
         self._next = Fh(1)
         self._open: dict[Fh, OpenFile | OpenDirectory] = {}
 
@@ -64,9 +98,20 @@ class Handles:
 
     def open_file(self, inode: RegularFile, flags: int) -> tuple[Fh, OpenFile]:
         """A handle for an open(2) with these flags."""
-        handle = OpenFile(inode, flags, mappable=not (inode.file.guest or flags & os.O_DIRECT))
+        handle = OpenFile(inode, flags, self._access(inode, flags))
         inode.file.mappable_opens += handle.mappable
+        inode.file.writable_opens += handle.mappable and handle.writable
         return self._add(inode, handle), handle
+
+    def _access(self, inode: RegularFile, flags: int) -> Access:
+        file = inode.file
+        if file.guest:
+            return Access.DIRECT
+        if file.backing_number is None and not flags & os.O_DIRECT and not file.mappable_opens:
+            file.backing_number = self.backing_numbers.open(file.fd) if self.backing_numbers is not None else None
+        if file.backing_number is not None:
+            return Access.PASSTHROUGH
+        return Access.DIRECT if flags & os.O_DIRECT else Access.CACHED
 
     def open_directory(self, inode: Directory) -> Fh:
         """A handle for an opendir(3)."""
@@ -91,8 +136,13 @@ class Handles:
         handle = self._open.pop(Fh(fh), None)
         if handle is None:
             raise OSError(errno.EBADF, f"no open handle {fh}")
-        if isinstance(handle, OpenFile):
-            handle.inode.file.mappable_opens -= handle.mappable
+        if isinstance(handle, OpenFile) and handle.mappable:
+            file = handle.inode.file
+            file.mappable_opens -= 1
+            file.writable_opens -= handle.writable
+            if not file.mappable_opens and file.backing_number is not None and self.backing_numbers is not None:
+                self.backing_numbers.close(file.backing_number)
+                file.backing_number = None
         self._tree.release(handle.inode)
 
     def close(self) -> None:
@@ -102,16 +152,20 @@ class Handles:
 
     def check(self) -> None:
         """Raise AssertionError on the first broken invariant."""
-        mappable: dict[int, int] = {}
-        held: dict[int, int] = {}
+        held: dict[int, list[OpenFile | OpenDirectory]] = {}
         for handle in self._open.values():
-            held[handle.inode.ino] = held.get(handle.inode.ino, 0) + 1
-            if isinstance(handle, OpenFile):
-                mappable[handle.inode.ino] = mappable.get(handle.inode.ino, 0) + handle.mappable
+            held.setdefault(handle.inode.ino, []).append(handle)
         for inode in self._tree.files():
-            assert inode.file.mappable_opens == mappable.get(inode.ino, 0), f"inode {inode.ino}: mappable opens"
-        for ino, count in held.items():
-            assert self._tree.inode(ino).holds >= count, f"inode {ino}: fewer holds than handles"
+            files = [handle for handle in held.get(inode.ino, ()) if isinstance(handle, OpenFile)]
+            mappable = [handle for handle in files if handle.mappable]
+            assert inode.file.mappable_opens == len(mappable), f"inode {inode.ino}: mappable opens"
+            assert inode.file.writable_opens == sum(handle.writable for handle in mappable), f"inode {inode.ino}"
+            accesses = {handle.access for handle in mappable}
+            assert len(accesses) <= 1, f"inode {inode.ino} is open in contradicting ways"
+            passes = inode.file.backing_number is not None
+            assert passes == (Access.PASSTHROUGH in accesses), f"inode {inode.ino}: backing number"
+        for ino, handles in held.items():
+            assert self._tree.inode(ino).holds >= len(handles), f"inode {ino}: fewer holds than handles"
 
     def _add(self, inode: Inode, handle: OpenFile | OpenDirectory) -> Fh:
         fh = self._next

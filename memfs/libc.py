@@ -22,7 +22,11 @@ FALLOC_FL_ZERO_RANGE: Final = 0x10
 MS_RDONLY: Final = 1
 MS_NOSUID: Final = 2
 MS_NODEV: Final = 4
+MS_NOEXEC: Final = 8
+MS_NOATIME: Final = 1024
+MS_RELATIME: Final = 1 << 21
 MNT_DETACH: Final = 2
+_MOUNT_ATTR_NOATIME: Final = 0x10
 
 _SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT, _SYS_FSPICK = 430, 431, 432, 433  # the same on every architecture
 _FSOPEN_CLOEXEC = _FSMOUNT_CLOEXEC = _FSPICK_CLOEXEC = 1
@@ -69,7 +73,7 @@ def _fsconfig(fs: int, options: dict[str, str | None], command: int) -> None:
     _checked(_libc.syscall(_SYS_FSCONFIG, fs, command, None, None, 0))
 
 
-def mount_detached(fstype: str, options: dict[str, str | None]) -> int:
+def mount_detached(fstype: str, options: dict[str, str | None], *, noatime: bool = False) -> int:
     """Mount a filesystem nowhere: a descriptor of its root, which is all that keeps it alive (fsopen(2), fsmount(2)).
 
     An option whose value is None is a flag. Raises OSError; for a refused option its filename is the option's name.
@@ -77,7 +81,7 @@ def mount_detached(fstype: str, options: dict[str, str | None]) -> int:
     fs = _checked(_libc.syscall(_SYS_FSOPEN, fstype.encode(), _FSOPEN_CLOEXEC))
     try:
         _fsconfig(fs, options, _FSCONFIG_CMD_CREATE)
-        return _checked(_libc.syscall(_SYS_FSMOUNT, fs, _FSMOUNT_CLOEXEC, 0))
+        return _checked(_libc.syscall(_SYS_FSMOUNT, fs, _FSMOUNT_CLOEXEC, _MOUNT_ATTR_NOATIME if noatime else 0))
     finally:
         os.close(fs)
 

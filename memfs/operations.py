@@ -27,12 +27,13 @@ from pyfuse3 import EntryAttributes, FileHandleT, FileNameT, FlagT, InodeT, Mode
 from memfs.attributes import Attributes
 from memfs.backing import Backing
 from memfs.handles import Fh, Handles, OpenFile
-from memfs.tree import NAME_MAX, Directory, Inode, RegularFile, Special, Symlink, Tree
+from memfs.inode import Inode, RegularFile, Symlink
+from memfs.tree import NAME_MAX, Tree
 from memfs.units import PAGE_SIZE, ByteOffset
 
 log = logging.getLogger(__name__)
 
-_FOREVER: Final = 3600.0  # seconds
+FOREVER: Final = 3600.0  #: seconds that the kernel may believe what only it can change
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
@@ -75,7 +76,7 @@ class Operations(pyfuse3.Operations):
         except FileNotFoundError:
             absent = EntryAttributes()  # inode 0: the kernel may remember that there is none
             absent.st_ino = InodeT(0)
-            absent.entry_timeout = _FOREVER
+            absent.entry_timeout = FOREVER
             return absent
         return self._entry(inode)
 
@@ -106,10 +107,8 @@ class Operations(pyfuse3.Operations):
         if fields.update_gid:
             node.gid = attr.st_gid
         if fields.update_atime or fields.update_mtime:
-            _set_times(
-                node,
-                attr.st_atime_ns if fields.update_atime else None,
-                attr.st_mtime_ns if fields.update_mtime else None,
+            node.set_times(
+                attr.st_atime_ns if fields.update_atime else None, attr.st_mtime_ns if fields.update_mtime else None
             )
         node.changed()
         return _attributes_of(node)
@@ -174,7 +173,7 @@ class Operations(pyfuse3.Operations):
         flags: FlagT,
         ctx: RequestContext,
     ) -> None:
-        self._tree.rename(parent_inode_old, name_old, parent_inode_new, name_new, flags)
+        self._tree.rename(parent_inode_old, name_old, parent_inode_new, name_new, flags, uid=ctx.uid, gid=ctx.gid)
 
     # -- directories ------------------------------------------------------------------------------------------------
 
@@ -227,7 +226,7 @@ class Operations(pyfuse3.Operations):
 
     @_translated
     async def setxattr(self, inode: InodeT, name: XAttrNameT, value: bytes, ctx: RequestContext) -> None:
-        await self._attributes.set(inode, name, value)
+        await self._attributes.set(inode, name, value, uid=ctx.uid)
 
     @_translated
     async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
@@ -245,7 +244,7 @@ class Operations(pyfuse3.Operations):
 
     def _make(self, parent: InodeT, name: FileNameT, mode: ModeT, ctx: RequestContext, rdev: int = 0) -> Inode:
         seals = self._attributes.default_seals(parent) if stat.S_ISREG(mode) else 0
-        return self._tree.create(parent, name, mode, ctx.uid, ctx.gid, rdev=rdev, seals=seals)
+        return self._tree.create(parent, name, mode & ~ctx.umask, ctx.uid, ctx.gid, rdev=rdev, seals=seals)
 
     def _entry(self, inode: Inode) -> EntryAttributes:
         """A reply that the kernel counts as a look-up."""
@@ -254,42 +253,16 @@ class Operations(pyfuse3.Operations):
 
 
 def _attributes_of(inode: Inode) -> EntryAttributes:
+    stat_ = inode.stat()
     entry = EntryAttributes()
-    entry.st_ino = InodeT(inode.ino)
-    entry.st_mode = ModeT(inode.mode)
-    entry.st_nlink = inode.nlink
-    entry.st_uid, entry.st_gid = inode.uid, inode.gid
-    entry.st_blksize = PAGE_SIZE
-    entry.entry_timeout = entry.attr_timeout = _FOREVER
-    if isinstance(inode, RegularFile):
-        backing = inode.file.stat()
-        entry.st_size, entry.st_blocks = backing.st_size, backing.st_blocks
-        entry.st_atime_ns, entry.st_mtime_ns = backing.st_atime_ns, backing.st_mtime_ns
-        entry.st_ctime_ns = max(inode.ctime_ns, backing.st_ctime_ns)
-        if backing.st_size:
-            entry.attr_timeout = 0
-        return entry
-    entry.st_atime_ns, entry.st_mtime_ns, entry.st_ctime_ns = inode.atime_ns, inode.mtime_ns, inode.ctime_ns
-    if isinstance(inode, Directory):
-        entry.st_size = inode.size
-    elif isinstance(inode, Symlink):
-        entry.st_size = len(inode.target)
-    elif isinstance(inode, Special):
-        entry.st_rdev = inode.rdev
+    entry.st_ino = InodeT(stat_.ino)
+    entry.st_mode = ModeT(stat_.mode)
+    entry.st_nlink, entry.st_uid, entry.st_gid, entry.st_rdev = stat_.nlink, stat_.uid, stat_.gid, stat_.rdev
+    entry.st_size, entry.st_blocks, entry.st_blksize = stat_.size, stat_.blocks, PAGE_SIZE
+    entry.st_atime_ns, entry.st_mtime_ns, entry.st_ctime_ns = stat_.atime_ns, stat_.mtime_ns, stat_.ctime_ns
+    entry.entry_timeout = FOREVER
+    entry.attr_timeout = FOREVER if stat_.stable else 0
     return entry
-
-
-def _set_times(inode: Inode, atime_ns: int | None, mtime_ns: int | None) -> None:
-    if isinstance(inode, RegularFile):
-        now = inode.file.stat()
-        inode.file.set_times(
-            now.st_atime_ns if atime_ns is None else atime_ns, now.st_mtime_ns if mtime_ns is None else mtime_ns
-        )
-        return
-    if atime_ns is not None:
-        inode.atime_ns = atime_ns
-    if mtime_ns is not None:
-        inode.mtime_ns = mtime_ns
 
 
 def _file_info(fh: Fh, handle: OpenFile) -> pyfuse3.FileInfo:

@@ -74,6 +74,23 @@ def _parse_gid(text: str) -> int:
         raise ValueError("no such group") from None
 
 
+def _one_of(*choices: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise ValueError(f"not one of {', '.join(choices)}")
+        return text
+
+    return parse
+
+
+def _parse_path(text: str) -> str:
+    return os.path.abspath(text)
+
+
+def _parse_blocks(text: str) -> int:
+    return _parse_count(text) * PAGE_SIZE
+
+
 @dataclass(frozen=True, slots=True)
 class MountOptions:
     """What a memfs is mounted with."""
@@ -83,42 +100,106 @@ class MountOptions:
     mode: int = 0o1777  #: permissions of the root directory
     uid: int = field(default_factory=os.geteuid)
     gid: int = field(default_factory=os.getegid)
+    huge: str = "never"  #: huge pages of the backing tmpfs
+    mpol: str | None = None  #: NUMA policy of the backing tmpfs
+    noswap: bool = False  #: the backing tmpfs is never swapped
+    ro: bool = False
+    atime: str = "relatime"  #: relatime or noatime
+    suid: bool = False
+    dev: bool = False
+    exec: bool = True
+    default_permissions: bool = True  #: the kernel checks permissions; memfs is never mounted otherwise
     allow_other: bool = False  #: let users other than the one who mounted it in
+    socket: str | None = None  #: where owners connect
+    passthrough: str = "auto"
+    backing: str = "tmpfs"  #: where files live
 
     @classmethod
     def parse(cls, text: str) -> MountOptions:
-        """Parse what follows `-o`: options separated by commas.
+        """Parse what follows `-o`: options separated by commas. Of two that contradict each other the later counts.
 
         >>> MountOptions.parse("size=1g,mode=700").size
         1073741824
 
         Raises OptionError.
         """
-        values: dict[str, Any] = {}
-        for item in filter(None, text.split(",")):
-            name, equals, value = item.partition("=")
-            if name in _FLAGS:
-                if equals:
-                    raise OptionError(f"option {name} takes no value, got {item!r}")
-                values[name] = True
-            elif name in _VALUES:
-                if not value:
-                    raise OptionError(f"option {name} needs a value: {name}=...")
-                try:
-                    values[name] = _VALUES[name](value)
-                except ValueError as error:
-                    raise OptionError(f"option {item!r}: {error}") from None
-            else:
-                known = ", ".join(sorted([*_FLAGS, *(f"{key}=" for key in _VALUES)]))
-                raise OptionError(f"unknown option {name!r}; known are {known}")
-        return replace(cls(), **values)
+        return replace(cls(), **_parse_values(text, _FLAGS, _VALUES))
+
+    @property
+    def tmpfs_options(self) -> dict[str, str | None]:
+        """Those that go to the backing tmpfs, which gives them their meaning."""
+        options: dict[str, str | None] = {} if self.huge == "never" else {"huge": self.huge}
+        if self.mpol is not None:
+            options["mpol"] = self.mpol
+        if self.noswap:
+            options["noswap"] = None
+        return options
 
 
-_FLAGS: Final = frozenset({"allow_other"})
-_VALUES: Final[dict[str, Callable[[str], Any]]] = {
-    "size": parse_size,
-    "nr_inodes": _parse_count,
-    "mode": _parse_mode,
-    "uid": _parse_uid,
-    "gid": _parse_gid,
+@dataclass(frozen=True, slots=True)
+class RemountOptions:
+    """What can be changed while mounted; None leaves it as it is."""
+
+    size: int | None = None  #: bytes
+    nr_inodes: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> RemountOptions:
+        """Parse what follows `-o` of `memfs remount`. Raises OptionError."""
+        return cls(**_parse_values(text, {}, {name: _VALUES[name] for name in ("size", "nr_blocks", "nr_inodes")}))
+
+
+def _parse_values(
+    text: str, flags: dict[str, tuple[str, Any]], values: dict[str, tuple[str, Callable[[str], Any]]]
+) -> dict[str, Any]:
+    """Fields and their values; `flags` and `values` say which field an option means and how to parse it."""
+    parsed: dict[str, Any] = {}
+    for item in filter(None, text.split(",")):
+        name, equals, value = item.partition("=")
+        if name in flags:
+            if equals:
+                raise OptionError(f"option {name} takes no value, got {item!r}")
+            key, parsed_value = flags[name]
+            parsed[key] = parsed_value
+        elif name in values:
+            if not value:
+                raise OptionError(f"option {name} needs a value: {name}=...")
+            key, parse = values[name]
+            try:
+                parsed[key] = parse(value)
+            except ValueError as error:
+                raise OptionError(f"option {item!r}: {error}") from None
+        else:
+            known = ", ".join(sorted([*flags, *(f"{key}=" for key in values)]))
+            raise OptionError(f"unknown option {name!r}; known are {known}")
+    return parsed
+
+
+_FLAGS: Final[dict[str, tuple[str, Any]]] = {
+    "allow_other": ("allow_other", True),
+    "default_permissions": ("default_permissions", True),
+    "ro": ("ro", True),
+    "rw": ("ro", False),
+    "noatime": ("atime", "noatime"),
+    "relatime": ("atime", "relatime"),
+    "suid": ("suid", True),
+    "nosuid": ("suid", False),
+    "dev": ("dev", True),
+    "nodev": ("dev", False),
+    "exec": ("exec", True),
+    "noexec": ("exec", False),
+    "noswap": ("noswap", True),
+}
+_VALUES: Final[dict[str, tuple[str, Callable[[str], Any]]]] = {
+    "size": ("size", parse_size),
+    "nr_blocks": ("size", _parse_blocks),
+    "nr_inodes": ("nr_inodes", _parse_count),
+    "mode": ("mode", _parse_mode),
+    "uid": ("uid", _parse_uid),
+    "gid": ("gid", _parse_gid),
+    "huge": ("huge", _one_of("never", "always", "within_size", "advise")),
+    "mpol": ("mpol", str),
+    "socket": ("socket", _parse_path),
+    "passthrough": ("passthrough", _one_of("on", "off", "auto")),
+    "backing": ("backing", _one_of("tmpfs", "memfd")),
 }

@@ -8,9 +8,6 @@ An inode lives as long as anything refers to it: links, the kernel (which counts
 and holds (open handles, and registrations of owners: RFC patch 06 and the reviewers' complaint about unbalanced file
 references). With the last of the three its memory is freed. Inode numbers are never used twice, so a stale number
 means nothing rather than another file.
-
-Directory entries carry a cookie that only grows; a reader goes on after the last cookie it saw, so that an entry is
-neither shown twice nor lost while others come and go.
 """
 
 from __future__ import annotations
@@ -18,127 +15,18 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Final, NewType
+from typing import Final
 
 from memfs.file import File
-
-Ino = NewType("Ino", int)
+from memfs.inode import Directory, Ino, Inode, RegularFile, Special, Symlink
 
 ROOT_INO: Final = Ino(1)
 NAME_MAX: Final = 255  # bytes
-_DIRENT_BYTES: Final = 20  # BOGO_DIRENT_SIZE: what tmpfs counts for an entry in a directory's st_size
 _XATTR_SIZE_MAX: Final = 65536  # linux/limits.h
 RENAME_NOREPLACE: Final = 1
 RENAME_EXCHANGE: Final = 2
-
-
-class Inode:
-    """What every kind of file has. Times in nanoseconds; a regular file's atime and mtime are in its backing."""
-
-    __slots__ = ("atime_ns", "ctime_ns", "gid", "holds", "ino", "mode", "mtime_ns", "nlink", "nlookup", "uid", "xattrs")
-
-    def __init__(self, ino: Ino, mode: int, uid: int, gid: int) -> None:
-        self.ino: Final = ino
-        self.mode = mode  #: type and permission bits, as st_mode
-        self.uid = uid
-        self.gid = gid
-        self.nlink = 1
-        self.nlookup = 0  #: how often the kernel looked it up and has not forgotten it
-        self.holds = 0  #: open handles and registrations
-        self.atime_ns = self.mtime_ns = self.ctime_ns = time.time_ns()
-        self.xattrs: dict[bytes, bytes] | None = None  # most have none
-
-    def changed(self) -> None:
-        """The inode itself was changed: POSIX's ctime."""
-        self.ctime_ns = time.time_ns()
-
-    def modified(self) -> None:
-        """The content was changed: POSIX's mtime and ctime."""
-        self.mtime_ns = self.ctime_ns = time.time_ns()
-
-    @property
-    def is_dir(self) -> bool:
-        return stat.S_ISDIR(self.mode)
-
-
-class RegularFile(Inode):
-    """A regular file; all but its attributes is in `file`."""
-
-    __slots__ = ("file",)
-
-    def __init__(self, ino: Ino, mode: int, uid: int, gid: int, file: File) -> None:
-        super().__init__(ino, mode, uid, gid)
-        self.file: Final = file
-
-
-class Symlink(Inode):
-    """A symbolic link."""
-
-    __slots__ = ("target",)
-
-    def __init__(self, ino: Ino, mode: int, uid: int, gid: int, target: bytes) -> None:
-        super().__init__(ino, mode, uid, gid)
-        self.target: Final = target
-
-
-class Special(Inode):
-    """A FIFO, a socket or a device: the kernel does everything but remember it."""
-
-    __slots__ = ("rdev",)
-
-    def __init__(self, ino: Ino, mode: int, uid: int, gid: int, rdev: int) -> None:
-        super().__init__(ino, mode, uid, gid)
-        self.rdev: Final = rdev
-
-
-@dataclass(slots=True)
-class Entry:
-    """A name in a directory."""
-
-    inode: Inode
-    cookie: int
-
-
-class Directory(Inode):
-    """A directory: names in the order they were made."""
-
-    __slots__ = ("_next_cookie", "entries", "parent")
-
-    def __init__(self, ino: Ino, mode: int, uid: int, gid: int, parent: Directory | None) -> None:
-        super().__init__(ino, mode, uid, gid)
-        self.nlink = 2
-        self.parent: Directory = parent or self
-        self.entries: dict[bytes, Entry] = {}
-        self._next_cookie = 3  # 1 and 2 are "." and ".."
-
-    @property
-    def size(self) -> int:
-        """What tmpfs reports as st_size."""
-        return (len(self.entries) + 2) * _DIRENT_BYTES
-
-    def add(self, name: bytes, inode: Inode) -> None:
-        """Enter a name that is not there."""
-        assert name not in self.entries
-        self.entries[name] = Entry(inode, self._next_cookie)
-        self._next_cookie += 1
-        self.modified()
-        if inode.is_dir:
-            self.nlink += 1
-
-    def remove(self, name: bytes) -> Inode:
-        """Take a name out and return what it named."""
-        inode = self.entries.pop(name).inode
-        self.modified()
-        if inode.is_dir:
-            self.nlink -= 1
-        return inode
-
-    def snapshot(self) -> list[tuple[int, bytes]]:
-        """Every name with its cookie, cookies ascending."""
-        return [(entry.cookie, name) for name, entry in self.entries.items()]
+RENAME_WHITEOUT: Final = 4
 
 
 class Tree:
@@ -206,6 +94,12 @@ class Tree:
         self._check_new(directory, name)
         inode = self._make(directory, mode, uid, gid, rdev=rdev, seals=seals)
         directory.add(name, inode)
+        return inode
+
+    def create_unlinked(self, parent: int, mode: int, uid: int, gid: int, *, seals: int = 0) -> Inode:
+        """open(2) with O_TMPFILE: a new regular file that has no name yet. The caller must hold it."""
+        inode = self._make(self._writable(parent), mode, uid, gid, seals=seals)
+        inode.nlink = 0
         return inode
 
     def symlink(self, parent: int, name: bytes, target: bytes, uid: int, gid: int) -> Inode:
@@ -283,26 +177,33 @@ class Tree:
         self.directory(parent).remove(name)
         self._unlinked(inode)
 
-    def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int = 0) -> None:
-        """renameat2(2) with RENAME_NOREPLACE or RENAME_EXCHANGE."""
-        if flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE) or flags == RENAME_NOREPLACE | RENAME_EXCHANGE:
+    def rename(
+        self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int = 0, *, uid: int = 0, gid: int = 0
+    ) -> None:
+        """renameat2(2) with RENAME_NOREPLACE, RENAME_EXCHANGE or RENAME_WHITEOUT (the whiteout is uid's)."""
+        exchange, whiteout = flags & RENAME_EXCHANGE, flags & RENAME_WHITEOUT
+        if flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE | RENAME_WHITEOUT) or (exchange and flags != exchange):
             raise OSError(errno.EINVAL, f"rename flags {flags:#x}")
         source, target = self.directory(parent), self._writable(new_parent)
         inode = self.lookup(parent, name)
         if len(new_name) > NAME_MAX:
             raise OSError(errno.ENAMETOOLONG, "name too long")
-        existing = target.entries.get(new_name)
-        if flags & RENAME_EXCHANGE:
+        if exchange:
             self._exchange(source, name, target, new_name)
             return
+        existing = target.entries.get(new_name)
         if existing is not None:
             if flags & RENAME_NOREPLACE:
                 raise OSError(errno.EEXIST, "the name exists")
             if existing.inode is inode:
                 return
             self._check_replaceable(inode, existing.inode)
+        left_behind = self._make(source, stat.S_IFCHR, uid, gid) if whiteout else None
+        if existing is not None:
             self._unlinked(target.remove(new_name))
         self._move(source.remove(name), target, new_name)
+        if left_behind is not None:
+            source.add(name, left_behind)
 
     def _exchange(self, source: Directory, name: bytes, target: Directory, new_name: bytes) -> None:
         self.lookup(target.ino, new_name)  # ENOENT, before anything changes

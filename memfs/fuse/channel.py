@@ -6,8 +6,8 @@ end of a socketpair:
 
     kernel  <- /dev/fuse ->  Channel  <- SOCK_SEQPACKET ->  libfuse, pyfuse3
 
-Requests for which there is a handler here are answered here; all others, and their replies, go through unchanged,
-except replies that have an amendment (INIT and OPEN must say things that pyfuse3 does not know).
+Requests for which there is a handler here are answered here; all others go through unchanged. An observer may look at
+a request that goes through and amend the reply (INIT and OPEN must say things that pyfuse3 does not know).
 
 Order matters: a request is handed on, or its handler called, in the order in which the kernel queued it. A handler
 that can answer at once returns bytes, and has then answered before the next request is looked at; one that must wait
@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 Handler = Callable[[Request], "bytes | Coroutine[Any, Any, bytes] | None"]
 #: Changes a successful reply of pyfuse3 in place: gets the whole reply, header included
 Amendment = Callable[[bytearray], None]
+#: Sees a request that goes on to pyfuse3, and may return an amendment of its reply
+Observer = Callable[[Request], "Amendment | None"]
 
 _SO_SNDBUFFORCE: Final = 32
 _BURST: Final = 64  # requests taken before others get a turn
@@ -51,10 +53,10 @@ class Channel:
     machine limits socket buffers (net.core.wmem_max) and we may not exceed that; INIT must then say so.
     """
 
-    def __init__(self, fuse_fd: int, handlers: dict[int, Handler], amendments: dict[int, Amendment]) -> None:
+    def __init__(self, fuse_fd: int, handlers: dict[int, Handler], observers: dict[int, Observer]) -> None:
         self._fuse: Final = fuse_fd
         self._handlers: Final = handlers
-        self._amendments: Final = amendments
+        self._observers: Final = observers
         self._amend_next: dict[int, Amendment] = {}  # by unique: replies that pyfuse3 owes and we will change
         self._running: dict[int, trio.CancelScope] = {}  # by unique: handlers that wait
         os.set_blocking(fuse_fd, False)
@@ -66,12 +68,13 @@ class Channel:
         """The descriptor for libfuse to use (as /dev/fd/N) and to close."""
         return self._libfuse.detach()
 
-    async def run(self) -> None:
-        """Pump until the filesystem is unmounted (then return) or cancelled."""
+    async def run(self, unmounted: Callable[[], None]) -> None:
+        """Pump until cancelled, or until the filesystem is unmounted; then call `unmounted` and return."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._replies)
             await self._requests(nursery)
             nursery.cancel_scope.cancel()
+        unmounted()
 
     def notify(self, message: bytes) -> None:
         """Send the kernel a notification (a reply with unique 0). One it does not know is not an error."""
@@ -117,20 +120,27 @@ class Channel:
         if request.opcode == Opcode.INTERRUPT and self._interrupt(request):
             return
         handler = self._handlers.get(request.opcode)
+        try:
+            if handler is None:
+                self._observe(request)
+            else:
+                answer = handler(request)
+        except Exception as error:
+            self._answer(self._failure(request.unique, request.opcode, error))
+            return
         if handler is None:
-            amendment = self._amendments.get(request.opcode)
-            if amendment is not None:
-                self._amend_next[request.unique] = amendment
             await self._forward(data)
             return
-        try:
-            answer = handler(request)
-        except Exception as error:
-            answer = self._failure(request.unique, request.opcode, error)
         if isinstance(answer, Coroutine):
             nursery.start_soon(self._wait_for, request.unique, request.opcode, answer)
         elif answer is not None:
             self._answer(answer)
+
+    def _observe(self, request: Request) -> None:
+        observer = self._observers.get(request.opcode)
+        amendment = observer(request) if observer is not None else None
+        if amendment is not None:
+            self._amend_next[request.unique] = amendment
 
     async def _wait_for(self, unique: int, opcode: int, work: Coroutine[Any, Any, bytes]) -> None:
         with trio.CancelScope() as scope:

@@ -12,7 +12,18 @@ import socket
 import subprocess
 from typing import Final
 
-from memfs.libc import MNT_DETACH, MS_NODEV, MS_NOSUID, mount, umount
+from memfs.libc import (
+    MNT_DETACH,
+    MS_NOATIME,
+    MS_NODEV,
+    MS_NOEXEC,
+    MS_NOSUID,
+    MS_RDONLY,
+    MS_RELATIME,
+    mount,
+    umount,
+)
+from memfs.options import MountOptions
 
 _HELPER: Final = "fusermount3"
 _FSTYPE: Final = "fuse.memfs"
@@ -23,7 +34,7 @@ class MountError(Exception):
     """Why a filesystem cannot be mounted: one sentence for people."""
 
 
-def mount_fuse(mountpoint: str, *, allow_other: bool) -> tuple[int, str | None]:
+def mount_fuse(mountpoint: str, options: MountOptions) -> tuple[int, str | None]:
     """Mount a FUSE filesystem on a directory. Returns the descriptor of /dev/fuse, and what could not be had or None.
 
     The mount answers once somebody serves the descriptor. Raises MountError, with nothing mounted.
@@ -33,34 +44,49 @@ def mount_fuse(mountpoint: str, *, allow_other: bool) -> tuple[int, str | None]:
     if not os.path.exists("/dev/fuse"):
         raise MountError("there is no /dev/fuse: load the fuse module (modprobe fuse)")
     try:
-        return _mount_directly(mountpoint, allow_other), None
+        return _mount_directly(mountpoint, options), None
     except PermissionError:
-        return _mount_by_helper(mountpoint, allow_other), f"mounted by {_HELPER}, without CAP_SYS_ADMIN"
+        return _mount_by_helper(mountpoint, options), f"mounted by {_HELPER}, without CAP_SYS_ADMIN: no passthrough"
     except OSError as error:
         raise MountError(f"cannot mount on {mountpoint}: {error.strerror}") from error
 
 
-def _mount_directly(mountpoint: str, allow_other: bool) -> int:
+def _mount_directly(mountpoint: str, options: MountOptions) -> int:
+    flags = (
+        (MS_RDONLY if options.ro else 0)
+        | (0 if options.suid else MS_NOSUID)
+        | (0 if options.dev else MS_NODEV)
+        | (0 if options.exec else MS_NOEXEC)
+        | (MS_NOATIME if options.atime == "noatime" else MS_RELATIME)
+    )
     fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
     try:
         data = f"fd={fd},rootmode=40000,user_id={os.geteuid()},group_id={os.getegid()},default_permissions"
-        mount(_SOURCE, mountpoint, _FSTYPE, MS_NOSUID | MS_NODEV, data + ",allow_other" * allow_other)
+        mount(_SOURCE, mountpoint, _FSTYPE, flags, data + ",allow_other" * options.allow_other)
     except OSError:
         os.close(fd)
         raise
     return fd
 
 
-def _mount_by_helper(mountpoint: str, allow_other: bool) -> int:
+def _mount_by_helper(mountpoint: str, options: MountOptions) -> int:
     helper = shutil.which(_HELPER)
     if helper is None:
         raise MountError(f"no permission to mount: run as root, or install {_HELPER} (Debian package fuse3)")
-    options = f"rw,nosuid,nodev,default_permissions,fsname={_SOURCE},subtype=memfs" + ",allow_other" * allow_other
+    words = [
+        "ro" if options.ro else "rw",
+        *(["nosuid"] if not options.suid else []),
+        *(["nodev"] if not options.dev else []),
+        *(["noexec"] if not options.exec else []),
+        *(["noatime"] if options.atime == "noatime" else []),
+        *(["allow_other"] if options.allow_other else []),
+        *("default_permissions", f"fsname={_SOURCE}", "subtype=memfs"),
+    ]
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with ours:
         with theirs:
             result = subprocess.run(
-                [helper, "-o", options, "--", mountpoint],
+                [helper, "-o", ",".join(words), "--", mountpoint],
                 pass_fds=[theirs.fileno()],
                 env={**os.environ, "_FUSE_COMMFD": str(theirs.fileno())},
                 capture_output=True,
@@ -69,8 +95,8 @@ def _mount_by_helper(mountpoint: str, allow_other: bool) -> int:
             )
         _, fds, _, _ = socket.recv_fds(ours, 1, 1)
     if result.returncode or not fds:
-        words = result.stderr.strip().removeprefix(f"{os.path.basename(helper)}: ") or "no reason given"
-        raise MountError(f"no permission to mount on {mountpoint}: {_HELPER} says: {words}")
+        said = result.stderr.strip().removeprefix(f"{os.path.basename(helper)}: ") or "no reason given"
+        raise MountError(f"no permission to mount on {mountpoint}: {_HELPER} says: {said}")
     os.set_inheritable(fds[0], False)
     return fds[0]
 

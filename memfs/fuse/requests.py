@@ -12,22 +12,31 @@ from collections.abc import Coroutine
 from typing import Any, Final
 
 from memfs import seals
+from memfs.attributes import Attributes
 from memfs.fuse.channel import Handler
 from memfs.fuse.wire import (
+    CREATE_IN,
     FALLOCATE_IN,
+    FOPEN_DIRECT_IO,
+    FOPEN_PASSTHROUGH,
     IOCTL_IN,
     IOCTL_OUT,
     LSEEK_IN,
     LSEEK_OUT,
+    OPEN_OUT,
     RELEASE_IN,
     Opcode,
     Request,
     error_reply,
+    pack_entry,
     reply,
     unpack,
 )
-from memfs.handles import Handles, OpenFile
+from memfs.handles import Access, Handles, OpenFile
+from memfs.inode import RegularFile
 from memfs.libc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
+from memfs.operations import FOREVER
+from memfs.tree import Tree
 from memfs.units import ByteOffset
 
 _U32: Final = struct.Struct("=I")
@@ -37,13 +46,16 @@ _PUNCH: Final = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 class Requests:
     """The channel's handlers. They raise OSError; the channel makes replies of that."""
 
-    def __init__(self, handles: Handles) -> None:
+    def __init__(self, tree: Tree, handles: Handles, attributes: Attributes) -> None:
+        self._tree: Final = tree
         self._handles: Final = handles
+        self._attributes: Final = attributes
         self.handlers: Final[dict[int, Handler]] = {
             Opcode.FALLOCATE: self._fallocate,
             Opcode.LSEEK: self._lseek,
             Opcode.IOCTL: self._ioctl,
             Opcode.RELEASE: self._release,
+            Opcode.TMPFILE: self._tmpfile,
             Opcode.SYNCFS: _nothing_to_do,
             Opcode.FLUSH: _not_implemented,  # nothing to flush; the kernel asks once and never again
             Opcode.FSYNC: _not_implemented,  # memory is as durable as it gets; the kernel then succeeds by itself
@@ -97,6 +109,23 @@ class Requests:
         fh, *_ = unpack(RELEASE_IN, request.body)
         self._handles.release(fh)
         return reply(request.unique)
+
+    def _tmpfile(self, request: Request) -> bytes:
+        flags, mode, umask, _ = unpack(CREATE_IN, request.body)
+        seals_ = self._attributes.default_seals(request.nodeid)
+        inode = self._tree.create_unlinked(request.nodeid, mode & ~umask, request.uid, request.gid, seals=seals_)
+        assert isinstance(inode, RegularFile)
+        fh, handle = self._handles.open_file(inode, flags)
+        inode.nlookup += 1
+        return reply(request.unique, pack_entry(inode.stat(), FOREVER) + OPEN_OUT.pack(fh, *open_answer(handle)))
+
+
+def open_answer(handle: OpenFile) -> tuple[int, int]:
+    """The open_flags and the backing_id with which an open is answered."""
+    if handle.access is Access.PASSTHROUGH:
+        assert handle.inode.file.backing_number is not None
+        return FOPEN_PASSTHROUGH, handle.inode.file.backing_number
+    return (FOPEN_DIRECT_IO if handle.access is Access.DIRECT else 0), 0
 
 
 def _ioctl_reply(unique: int, data: bytes = b"") -> bytes:

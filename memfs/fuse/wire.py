@@ -11,6 +11,9 @@ import struct
 from dataclasses import dataclass
 from typing import Final
 
+from memfs.inode import Stat
+from memfs.units import PAGE_SIZE
+
 
 class Opcode(enum.IntEnum):
     """What the kernel asks for. Only those that memfs names; the kernel has more."""
@@ -51,14 +54,34 @@ IOCTL_IN: Final = struct.Struct("=QIIQII")  # fh, flags, cmd, arg, in_size, out_
 IOCTL_OUT: Final = struct.Struct("=iIII")  # result, flags, in_iovs, out_iovs
 RELEASE_IN: Final = struct.Struct("=QIIQ")  # fh, flags, release_flags, lock_owner
 INTERRUPT_IN: Final = struct.Struct("=Q")  # unique of the interrupted request
+INIT_IN: Final = struct.Struct("=IIIII44x")  # major, minor, max_readahead, flags, flags2; rest reserved
+SETATTR_VALID: Final = struct.Struct("=I")  # what a SETATTR request begins with: which attributes are set
+WRITE_IN: Final = struct.Struct("=QQIIQII")  # fh, offset, size, write_flags, lock_owner, flags, padding
+OPEN_IN: Final = struct.Struct("=II")  # flags, open_flags
+CREATE_IN: Final = struct.Struct("=IIII")  # flags, mode, umask, open_flags; then the name
 OPEN_OUT: Final = struct.Struct("=QIi")  # fh, open_flags, backing_id
 INIT_OUT: Final = struct.Struct("=IIIIHHIIHHII24x")  # major, minor, max_readahead, flags, max_background,
 # congestion_threshold, max_write, time_gran, max_pages, map_alignment, flags2, max_stack_depth
-ENTRY_OUT_SIZE: Final = 128  # struct fuse_entry_out; in a CREATE reply it comes before OPEN_OUT
+ENTRY_OUT: Final = struct.Struct("=QQQQII QQQQQQIIIIIIIIII")  # nodeid, generation, entry and attribute timeouts (s,
+# then ns), then struct fuse_attr: ino, size, blocks, times (s, then ns), mode, nlink, uid, gid, rdev, blksize, flags.
+# In a CREATE or TMPFILE reply OPEN_OUT follows.
+
+FUSE_DONT_MASK: Final = 1 << 6
+FUSE_HANDLE_KILLPRIV_V2: Final = 1 << 28
+FUSE_INIT_EXT: Final = 1 << 30  # there is a flags2
+FUSE_PASSTHROUGH_2: Final = 1 << 5  # FUSE_PASSTHROUGH (bit 37), as a bit of flags2
+MAX_STACK_DEPTH: Final = 1  # the backing of a passthrough file must not itself be stacked
+FATTR_KILL_SUIDGID: Final = 1 << 11
+FUSE_WRITE_KILL_SUIDGID: Final = 1 << 2
+FUSE_OPEN_KILL_SUIDGID: Final = 1 << 0
 
 FOPEN_DIRECT_IO: Final = 1 << 0
 FOPEN_KEEP_CACHE: Final = 1 << 1
 FOPEN_PASSTHROUGH: Final = 1 << 7
+
+FUSE_DEV_IOC_BACKING_OPEN: Final = 0x4010E501
+FUSE_DEV_IOC_BACKING_CLOSE: Final = 0x4004E502
+BACKING_MAP: Final = struct.Struct("=iIQ")  # struct fuse_backing_map: fd, flags, padding
 
 MAX_WRITE: Final = 1 << 20  #: bytes in one WRITE request: the most that the kernel sends
 BUFFER_SIZE: Final = MAX_WRITE + 4096  #: bytes: the largest request, header included
@@ -101,6 +124,19 @@ def unpack(layout: struct.Struct, body: memoryview) -> tuple[int, ...]:
 def reply(unique: int, payload: bytes = b"") -> bytes:
     """A successful answer."""
     return OUT_HEADER.pack(OUT_HEADER.size + len(payload), 0, unique) + payload
+
+
+def pack_entry(stat: Stat, timeout: float) -> bytes:
+    """struct fuse_entry_out for an inode: its name may be believed for `timeout` seconds, its attributes if stable."""
+    attr_timeout = int(timeout) if stat.stable else 0
+    (atime, atime_ns), (mtime, mtime_ns), (ctime, ctime_ns) = (
+        divmod(time_ns, 1_000_000_000) for time_ns in (stat.atime_ns, stat.mtime_ns, stat.ctime_ns)
+    )
+    return ENTRY_OUT.pack(
+        *(stat.ino, 0, int(timeout), attr_timeout, 0, 0),
+        *(stat.ino, stat.size, stat.blocks, atime, mtime, ctime, atime_ns, mtime_ns, ctime_ns),
+        *(stat.mode, stat.nlink, stat.uid, stat.gid, stat.rdev, PAGE_SIZE, 0),
+    )
 
 
 def error_reply(unique: int, errno: int) -> bytes:

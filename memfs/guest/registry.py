@@ -41,7 +41,8 @@ from memfs.guest.messages import (
     PfnReply,
     PfnRun,
 )
-from memfs.tree import RegularFile, Tree
+from memfs.inode import RegularFile
+from memfs.tree import Tree
 from memfs.units import ByteOffset, PageRange, page_ceil
 
 log = logging.getLogger(__name__)

@@ -41,8 +41,9 @@ from memfs.guest.messages import (
 from memfs.guest.peer import Incoming, Peer, PeerGone, close_all
 from memfs.guest.protocol import RemoteProtocolError, Role
 from memfs.guest.registry import Notification, Owner, OwnerGone, Registry
+from memfs.inode import RegularFile
 from memfs.mountinfo import device_of_mount_id
-from memfs.tree import RegularFile, Tree
+from memfs.tree import Tree
 from memfs.units import PAGE_SIZE
 
 log = logging.getLogger(__name__)

@@ -1,0 +1,107 @@
+"""What the kernel says and must be told in requests that pyfuse3 answers: passthrough, and killing of setuid bits.
+
+pyfuse3 answers INIT, OPEN, CREATE, SETATTR and WRITE, but knows neither kernel passthrough nor HANDLE_KILLPRIV_V2. So
+the channel shows us these requests on their way there, and we amend the replies on their way back.
+
+HANDLE_KILLPRIV_V2 is needed for speed as much as for safety: once GETXATTR has been answered, a kernel without it asks
+for security.capability before every single write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from memfs.fuse.channel import Amendment, Observer
+from memfs.fuse.passthrough import Passthrough
+from memfs.fuse.requests import open_answer
+from memfs.fuse.wire import (
+    BUFFER_SIZE,
+    CREATE_IN,
+    ENTRY_OUT,
+    FATTR_KILL_SUIDGID,
+    FUSE_DONT_MASK,
+    FUSE_HANDLE_KILLPRIV_V2,
+    FUSE_INIT_EXT,
+    FUSE_OPEN_KILL_SUIDGID,
+    FUSE_PASSTHROUGH_2,
+    FUSE_WRITE_KILL_SUIDGID,
+    INIT_IN,
+    INIT_OUT,
+    MAX_STACK_DEPTH,
+    OPEN_IN,
+    OPEN_OUT,
+    OUT_HEADER,
+    SETATTR_VALID,
+    WRITE_IN,
+    Opcode,
+    Request,
+    unpack,
+)
+from memfs.handles import Handles
+from memfs.tree import Tree
+from memfs.units import PAGE_SIZE, bytes_to_pages
+
+_HEADROOM: Final = 4096  # bytes: what a WRITE or READ has beside its data
+_FATTR_FH_AND_LOCKOWNER: Final = 1 << 6 | 1 << 9
+
+
+class Observers:
+    """The channel's observers. `initialized` is called when INIT has been answered."""
+
+    def __init__(self, tree: Tree, handles: Handles, passthrough: Passthrough, initialized: Callable[[], None]) -> None:
+        self._tree: Final = tree
+        self._handles: Final = handles
+        self._passthrough: Final = passthrough
+        self._initialized: Final = initialized
+        self.max_message = BUFFER_SIZE  #: bytes: the largest request that fits through the channel
+        self.observers: Final[dict[int, Observer]] = {
+            Opcode.INIT: self._init,
+            Opcode.OPEN: self._open,
+            Opcode.CREATE: self._create,
+            Opcode.SETATTR: self._setattr,
+            Opcode.WRITE: self._write,
+        }
+
+    def _init(self, request: Request) -> Amendment:
+        _, _, _, offered, offered2 = unpack(INIT_IN, request.body)
+        passthrough = self._passthrough.negotiate(bool(offered & FUSE_INIT_EXT and offered2 & FUSE_PASSTHROUGH_2))
+
+        def amend(reply: bytearray) -> None:
+            fields = list(INIT_OUT.unpack_from(reply, OUT_HEADER.size))
+            # max_write and max_pages: no request that does not fit through the socketpair
+            fields[6] = min(fields[6], (self.max_message - _HEADROOM) // PAGE_SIZE * PAGE_SIZE)
+            fields[8] = bytes_to_pages(fields[6])
+            fields[3] |= offered & (FUSE_HANDLE_KILLPRIV_V2 | FUSE_DONT_MASK)
+            if passthrough:
+                fields[3] |= FUSE_INIT_EXT
+                fields[10] |= FUSE_PASSTHROUGH_2
+                fields[11] = MAX_STACK_DEPTH
+            INIT_OUT.pack_into(reply, OUT_HEADER.size, *fields)
+            self._initialized()
+
+        return amend
+
+    def _open(self, request: Request) -> Amendment:
+        _, open_flags = unpack(OPEN_IN, request.body)
+        if open_flags & FUSE_OPEN_KILL_SUIDGID:
+            self._tree.inode(request.nodeid).kill_suidgid()
+        return lambda reply: self._amend_open(reply, OUT_HEADER.size)
+
+    def _create(self, request: Request) -> Amendment:
+        unpack(CREATE_IN, request.body)
+        return lambda reply: self._amend_open(reply, OUT_HEADER.size + ENTRY_OUT.size)
+
+    def _amend_open(self, reply: bytearray, at: int) -> None:
+        fh, _, _ = OPEN_OUT.unpack_from(reply, at)
+        OPEN_OUT.pack_into(reply, at, fh, *open_answer(self._handles.file(fh)))
+
+    def _setattr(self, request: Request) -> None:
+        (valid,) = unpack(SETATTR_VALID, request.body)
+        if valid & FATTR_KILL_SUIDGID or not valid & ~_FATTR_FH_AND_LOCKOWNER:
+            self._tree.inode(request.nodeid).kill_suidgid()
+
+    def _write(self, request: Request) -> None:
+        _, _, _, write_flags, *_ = unpack(WRITE_IN, request.body)
+        if write_flags & FUSE_WRITE_KILL_SUIDGID:
+            self._tree.inode(request.nodeid).kill_suidgid()

@@ -1,0 +1,81 @@
+"""Kernel passthrough: reads, writes and mappings of ordinary files go straight from the kernel to the backing file.
+
+Since Linux 6.9 a FUSE server with CAP_SYS_ADMIN may register a backing file on /dev/fuse and answer OPEN with its
+number (FOPEN_PASSTHROUGH). From then on that handle never asks the server for content.
+
+While such a handle or a mapping made through it lives, the kernel refuses (EIO) every other open of the inode that is
+not answered with the same backing. So one rule decides for an inode, in `handles.py`: as its open handles have it. The
+number is registered with the first handle and unregistered with the last: a number forgotten would pin the backing
+inode's memory.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+import fcntl
+import logging
+import os
+import struct
+from typing import Final
+
+from memfs.fuse.wire import BACKING_MAP, FUSE_DEV_IOC_BACKING_CLOSE, FUSE_DEV_IOC_BACKING_OPEN
+
+log = logging.getLogger(__name__)
+
+_U32: Final = struct.Struct("=I")
+
+
+class Wanted(enum.Enum):
+    """The mount option passthrough=."""
+
+    ON = "on"  #: or do not mount
+    OFF = "off"
+    AUTO = "auto"  #: where it can be had
+
+
+class Passthrough:
+    """Registers backing files with the kernel.
+
+    Whether it is in force is known once the kernel has said in INIT what it offers (`negotiate`).
+    """
+
+    def __init__(self, fuse_fd: int, wanted: Wanted, unable: str | None) -> None:
+        self._fuse: Final = fuse_fd
+        self.wanted: Final = wanted
+        #: why it is not in force, a sentence for people; None if it is
+        self.why_not: str | None = "switched off (passthrough=off)" if wanted is Wanted.OFF else unable
+
+    def negotiate(self, offered: bool) -> bool:
+        """The kernel offers it, or not. Returns whether it is in force from now on."""
+        if self.why_not is None and not offered:
+            self.why_not = (
+                f"the kernel is older than 6.9 or built without CONFIG_FUSE_PASSTHROUGH ({os.uname().release})"
+            )
+        return self.why_not is None
+
+    @property
+    def in_force(self) -> bool:
+        return self.why_not is None
+
+    def open(self, fd: int) -> int | None:
+        """Register a backing file. Its number (> 0), or None if the kernel will not have it; then why is logged."""
+        if not self.in_force:
+            return None
+        try:
+            # With a mutable argument, fcntl.ioctl returns what ioctl(2) returned.
+            number: int = fcntl.ioctl(self._fuse, FUSE_DEV_IOC_BACKING_OPEN, bytearray(BACKING_MAP.pack(fd, 0, 0)))
+        except OSError as error:
+            log.warning("no passthrough for a file: %s", error.strerror)
+            if error.errno == errno.EPERM:
+                self.why_not = "the daemon has no CAP_SYS_ADMIN"
+            return None
+        return number
+
+    def close(self, number: int) -> None:
+        """Unregister a backing file."""
+        try:
+            fcntl.ioctl(self._fuse, FUSE_DEV_IOC_BACKING_CLOSE, _U32.pack(number))
+        except OSError as error:
+            if error.errno != errno.ENOTCONN:  # unmounted meanwhile: the kernel has let go of all of them
+                log.warning("backing %d cannot be let go of: %s", number, error.strerror)

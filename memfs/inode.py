@@ -1,0 +1,187 @@
+"""The kinds of inode: what each has, and what stat(2) tells of it.
+
+Times are in nanoseconds since the epoch. A directory's entries carry a cookie that only grows; a reader goes on after
+the last cookie it saw, so that an entry is neither shown twice nor lost while others come and go.
+"""
+
+from __future__ import annotations
+
+import stat
+import time
+from dataclasses import dataclass
+from typing import Final, NamedTuple, NewType
+
+from memfs.file import File
+
+Ino = NewType("Ino", int)
+
+_DIRENT_BYTES: Final = 20  # BOGO_DIRENT_SIZE: what tmpfs counts for an entry in a directory's st_size
+_CAPABILITY: Final = b"security.capability"
+
+
+class Stat(NamedTuple):
+    """What stat(2) tells of an inode. Size in bytes, blocks of 512 bytes, times in nanoseconds since the epoch."""
+
+    ino: Ino
+    mode: int
+    nlink: int
+    uid: int
+    gid: int
+    rdev: int
+    size: int
+    blocks: int
+    atime_ns: int
+    mtime_ns: int
+    ctime_ns: int
+    stable: bool  #: whether nothing but requests through the mount can change it
+
+
+class Inode:
+    """What every kind of file has. Times in nanoseconds; a regular file's atime and mtime are in its backing."""
+
+    __slots__ = ("atime_ns", "ctime_ns", "gid", "holds", "ino", "mode", "mtime_ns", "nlink", "nlookup", "uid", "xattrs")
+
+    def __init__(self, ino: Ino, mode: int, uid: int, gid: int) -> None:
+        self.ino: Final = ino
+        self.mode = mode  #: type and permission bits, as st_mode
+        self.uid = uid
+        self.gid = gid
+        self.nlink = 1
+        self.nlookup = 0  #: how often the kernel looked it up and has not forgotten it
+        self.holds = 0  #: open handles and registrations
+        self.atime_ns = self.mtime_ns = self.ctime_ns = time.time_ns()
+        self.xattrs: dict[bytes, bytes] | None = None  # most have none
+
+    def changed(self) -> None:
+        """The inode itself was changed: POSIX's ctime."""
+        self.ctime_ns = time.time_ns()
+
+    def modified(self) -> None:
+        """The content was changed: POSIX's mtime and ctime."""
+        self.mtime_ns = self.ctime_ns = time.time_ns()
+
+    @property
+    def is_dir(self) -> bool:
+        return stat.S_ISDIR(self.mode)
+
+    def stat(self) -> Stat:
+        """What stat(2) tells."""
+        return self._stat()
+
+    def set_times(self, atime_ns: int | None, mtime_ns: int | None) -> None:
+        """utimensat(2); None leaves a time as it is."""
+        self.atime_ns = self.atime_ns if atime_ns is None else atime_ns
+        self.mtime_ns = self.mtime_ns if mtime_ns is None else mtime_ns
+
+    def kill_suidgid(self) -> None:
+        """Somebody without CAP_FSETID changed content, or anybody the owner (FUSE_HANDLE_KILLPRIV_V2, linux/fuse.h).
+
+        As the VFS does: drop setuid, setgid if the group may execute, and file capabilities.
+        """
+        if self.is_dir:
+            return
+        self.mode &= ~stat.S_ISUID
+        if self.mode & stat.S_IXGRP:
+            self.mode &= ~stat.S_ISGID
+        if self.xattrs is not None:
+            self.xattrs.pop(_CAPABILITY, None)
+
+    def _stat(self, *, size: int = 0, rdev: int = 0) -> Stat:
+        times = self.atime_ns, self.mtime_ns, self.ctime_ns
+        return Stat(self.ino, self.mode, self.nlink, self.uid, self.gid, rdev, size, 0, *times, stable=True)
+
+
+class RegularFile(Inode):
+    """A regular file; all but its attributes is in `file`."""
+
+    __slots__ = ("file",)
+
+    def __init__(self, ino: Ino, mode: int, uid: int, gid: int, file: File) -> None:
+        super().__init__(ino, mode, uid, gid)
+        self.file: Final = file
+
+    def stat(self) -> Stat:
+        backing = self.file.stat()
+        return Stat(
+            *(self.ino, self.mode, self.nlink, self.uid, self.gid, 0, backing.st_size, backing.st_blocks),
+            *(backing.st_atime_ns, backing.st_mtime_ns, max(self.ctime_ns, backing.st_ctime_ns)),
+            # An owner, or a program that writes to a mapping, fills holes, and nobody is told.
+            stable=not backing.st_size,
+        )
+
+    def set_times(self, atime_ns: int | None, mtime_ns: int | None) -> None:
+        now = self.file.stat()
+        self.file.set_times(
+            now.st_atime_ns if atime_ns is None else atime_ns, now.st_mtime_ns if mtime_ns is None else mtime_ns
+        )
+
+
+class Symlink(Inode):
+    """A symbolic link."""
+
+    __slots__ = ("target",)
+
+    def __init__(self, ino: Ino, mode: int, uid: int, gid: int, target: bytes) -> None:
+        super().__init__(ino, mode, uid, gid)
+        self.target: Final = target
+
+    def stat(self) -> Stat:
+        return self._stat(size=len(self.target))
+
+
+class Special(Inode):
+    """A FIFO, a socket or a device: the kernel does everything but remember it."""
+
+    __slots__ = ("rdev",)
+
+    def __init__(self, ino: Ino, mode: int, uid: int, gid: int, rdev: int) -> None:
+        super().__init__(ino, mode, uid, gid)
+        self.rdev: Final = rdev
+
+    def stat(self) -> Stat:
+        return self._stat(rdev=self.rdev)
+
+
+@dataclass(slots=True)
+class Entry:
+    """A name in a directory."""
+
+    inode: Inode
+    cookie: int
+
+
+class Directory(Inode):
+    """A directory: names in the order they were made."""
+
+    __slots__ = ("_next_cookie", "entries", "parent")
+
+    def __init__(self, ino: Ino, mode: int, uid: int, gid: int, parent: Directory | None) -> None:
+        super().__init__(ino, mode, uid, gid)
+        self.nlink = 2
+        self.parent: Directory = parent or self
+        self.entries: dict[bytes, Entry] = {}
+        self._next_cookie = 3  # 1 and 2 are "." and ".."
+
+    def stat(self) -> Stat:
+        return self._stat(size=(len(self.entries) + 2) * _DIRENT_BYTES)
+
+    def add(self, name: bytes, inode: Inode) -> None:
+        """Enter a name that is not there."""
+        assert name not in self.entries
+        self.entries[name] = Entry(inode, self._next_cookie)
+        self._next_cookie += 1
+        self.modified()
+        if inode.is_dir:
+            self.nlink += 1
+
+    def remove(self, name: bytes) -> Inode:
+        """Take a name out and return what it named."""
+        inode = self.entries.pop(name).inode
+        self.modified()
+        if inode.is_dir:
+            self.nlink -= 1
+        return inode
+
+    def snapshot(self) -> list[tuple[int, bytes]]:
+        """Every name with its cookie, cookies ascending."""
+        return [(entry.cookie, name) for name, entry in self.entries.items()]
