@@ -37,6 +37,7 @@ import trio
 
 from memfs import seals
 from memfs.backing import Backing
+from memfs.guest.extents import data_pages
 from memfs.guest.page_map import ABSENT, ALLOCATED, MAX_PAGES, PageMap
 from memfs.libc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
 from memfs.units import (
@@ -211,7 +212,7 @@ class File:
 
         Of an untracked file, pages that were allocated and never written count as absent (as SEEK_HOLE has it).
         """
-        runs = self.page_map.runs(pages) if self.page_map is not None else self._data_runs(pages)
+        runs = self.page_map.runs(pages) if self.page_map is not None else data_pages(self.fd, pages)
         answer: list[tuple[PageRange, bool]] = []
         position = pages.start
         for run in runs:
@@ -288,20 +289,6 @@ class File:
                 return max(0, page_offset(PageIndex(run.start + free)) - offset)
             free -= len(run)
         return length
-
-    def _data_runs(self, pages: PageRange) -> Iterator[PageRange]:
-        position, end = pages.offset, page_offset(pages.end)
-        while position < end:
-            try:
-                start = os.lseek(self.fd, position, os.SEEK_DATA)
-            except OSError as error:
-                if error.errno == errno.ENXIO:
-                    break
-                raise
-            if start >= end:
-                break
-            position = ByteOffset(min(os.lseek(self.fd, start, os.SEEK_HOLE), end))
-            yield PageRange.covering(ByteOffset(start), position - start)
 
     # -- seals ------------------------------------------------------------------------------------------------------
 

@@ -11,9 +11,8 @@ A huge page is named by its order, as in the kernel: order 0 is 4 KiB, 9 is 2 Mi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final, NewType
+from typing import Final, Generic, NewType, Self, TypeVar
 
 PAGE_SHIFT: Final = 12
 PAGE_SIZE: Final = 1 << PAGE_SHIFT
@@ -32,36 +31,56 @@ Gfn = NewType("Gfn", int)  #: guest frame number, pages
 Pfn = NewType("Pfn", int)  #: host frame number, pages
 
 
-@dataclass(frozen=True, slots=True)
-class PageRange:
-    """A half-open range [start, end) of page indexes in one file; never empty, never negative.
+_Index = TypeVar("_Index", bound=int)
 
-    >>> PageRange.covering(ByteOffset(4095), 2)
-    PageRange(start=0, end=2)
-    >>> PageRange.inside(ByteOffset(4095), 2) is None
-    True
+
+@dataclass(frozen=True, slots=True)
+class _Range(Generic[_Index]):
+    """A half-open range [start, end); never empty, never negative.
 
     Raises ValueError for a range that is empty or starts below zero: nothing that takes a range has to ask.
     """
 
-    start: PageIndex
-    end: PageIndex
+    start: _Index
+    end: _Index
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.end:
-            raise ValueError(f"not a page range: [{self.start}, {self.end})")
+            raise ValueError(f"not a range: [{self.start}, {self.end})")
 
     def __len__(self) -> int:
         return self.end - self.start
-
-    def __iter__(self) -> Iterator[PageIndex]:
-        return (PageIndex(index) for index in range(self.start, self.end))
 
     def __contains__(self, index: object) -> bool:
         return isinstance(index, int) and self.start <= index < self.end
 
     def __str__(self) -> str:
         return f"[{self.start}, {self.end})"
+
+    def overlaps(self, other: Self) -> bool:
+        """Whether the two ranges have something in common."""
+        return self.start < other.end and other.start < self.end
+
+    def intersect(self, other: Self) -> Self | None:
+        """What is in both ranges; None if nothing is."""
+        start, end = max(self.start, other.start), min(self.end, other.end)
+        return type(self)(start, end) if start < end else None
+
+
+@dataclass(frozen=True, slots=True)
+class GfnRange(_Range[Gfn]):
+    """A half-open range of guest frame numbers."""
+
+
+@dataclass(frozen=True, slots=True)
+class PageRange(_Range[PageIndex]):
+    """A half-open range of page indexes in one file.
+
+    >>> PageRange.covering(ByteOffset(4095), 2)
+    PageRange(start=0, end=2)
+    >>> PageRange.inside(ByteOffset(4095), 2) is None
+    True
+    """
 
     @property
     def offset(self) -> ByteOffset:
@@ -77,20 +96,6 @@ class PageRange:
     def slice(self) -> slice:
         """The range as an index into an array with one element a page."""
         return slice(self.start, self.end)
-
-    def overlaps(self, other: PageRange) -> bool:
-        """Whether the two ranges share a page."""
-        return self.start < other.end and other.start < self.end
-
-    def intersect(self, other: PageRange) -> PageRange | None:
-        """The pages in both ranges; None if there are none."""
-        start, end = max(self.start, other.start), min(self.end, other.end)
-        return PageRange(start, end) if start < end else None
-
-    def chunks(self, pages: int) -> Iterator[PageRange]:
-        """Cut the range into pieces of at most `pages` pages, in order."""
-        for start in range(self.start, self.end, pages):
-            yield PageRange(PageIndex(start), PageIndex(min(start + pages, self.end)))
 
     @classmethod
     def covering(cls, offset: ByteOffset, length: int) -> PageRange:
