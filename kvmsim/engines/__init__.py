@@ -1,0 +1,1 @@
+"""What a vCPU can execute."""

@@ -1,0 +1,5 @@
+"""`python -m kvmsim`."""
+
+from kvmsim.cli import main
+
+main()

@@ -1,0 +1,245 @@
+"""The command `kvmsim`: run a guest over two files of a memfs, and make the traces that it runs.
+
+Exit codes: 0; 1 for anything that went wrong, a wrong byte in guest memory among it; 2 for wrong usage (argparse's).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Final, NoReturn
+
+import trio
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from kvmsim.engines.trace import IntegrityError, TraceEngine
+from kvmsim.memslots import Memslot
+from kvmsim.mmu.page_table import MAX_GFN
+from kvmsim.picture import draw
+from kvmsim.store import Notification, StoreGone, socket_of
+from kvmsim.trace_file import Trace, TraceError, read_lackey
+from kvmsim.vcpu import VCPU
+from kvmsim.vm import VM, create_vm
+from kvmsim.vmm import UnhandledExit, Vmm, open_memory
+from memfs.options import parse_size
+from memfs.units import PAGE_SIZE, Gfn, GfnRange, Gpa, gpa_to_gfn, is_page_aligned
+
+DEFAULT_TRACE: Final = "sort"
+
+
+class CommandError(Exception):
+    """Why a command failed: one sentence."""
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command and exit."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (CommandError, TraceError, IntegrityError, UnhandledExit, StoreGone) as error:
+        sys.exit(f"kvmsim: {error}")
+    except OSError as error:
+        sys.exit(f"kvmsim: {error.filename + ': ' if error.filename else ''}{error.strerror or error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="kvmsim", description="The KVM side of guest private memory, in userspace.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run a guest", description=_run.__doc__)
+    run.add_argument("--shared", metavar="FILE", required=True, help="file of shared memory, on a memfs")
+    run.add_argument("--private", metavar="FILE", required=True, help="guest-sealed file of private memory, on it, too")
+    run.add_argument("--mem", metavar="SIZE", required=True, help="guest memory in bytes, or with k, m, g")
+    run.add_argument(
+        "--trace",
+        metavar="TRACE",
+        default=DEFAULT_TRACE,
+        help=f".npz, or name of a shipped one ({DEFAULT_TRACE})",
+    )
+    run.add_argument(
+        "--private-ranges",
+        metavar="START-END[,...]",
+        help="guest physical addresses that the guest means as private, e.g. 0-1m,2m-3m "
+        "(default: the lower three quarters of the pages that the trace uses)",
+    )
+    run.add_argument("--no-map-on-fallocate", action="store_true", help="map private memory on faults only")
+    run.add_argument("--socket", metavar="PATH", help="memfs's socket (default: asked of the file)")
+    run.add_argument("--duration", metavar="SECONDS", type=float, default=0, help="repeat the trace for so long")
+    run.add_argument("--picture", action="store_true", help="draw guest memory before and after")
+    run.add_argument("-v", "--verbose", action="store_true", help="print each notification as it comes")
+    run.set_defaults(run=_run)
+
+    convert = commands.add_parser("convert", help="make a trace of lackey's output", description=_convert.__doc__)
+    convert.add_argument("lackey", metavar="LACKEY", help="what lackey wrote, - for standard input")
+    convert.add_argument("trace", metavar="TRACE.npz")
+    convert.add_argument(
+        "--command", dest="traced", default="", metavar="TEXT", help="what was traced, to be kept with it"
+    )
+    convert.set_defaults(run=_convert)
+
+    info = commands.add_parser("info", help="show what a trace is", description=_info.__doc__)
+    info.add_argument("trace", metavar="TRACE")
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _run(options: argparse.Namespace) -> None:
+    """Run a trace as a guest over two files of a memfs, convert memory as it asks, and say what happened."""
+    size = _size(options.mem, "--mem")
+    trace = _load(options.trace)
+    if trace.memory_size > size:
+        raise CommandError(f"--mem {options.mem} is too small: the trace uses {trace.memory_size >> 10} KiB")
+    private = _ranges(options.private_ranges) if options.private_ranges else _default_private(trace)
+    socket_path = options.socket or _socket_of(options.shared)
+    with open_memory(options.shared, options.private, size) as vmm:
+        trio.run(_simulate, options, vmm, trace, private, socket_path, restrict_keyboard_interrupt_to_checkpoints=True)
+
+
+async def _simulate(
+    options: argparse.Namespace, vmm: Vmm, trace: Trace, private: list[GfnRange], socket_path: str
+) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    eager = not options.no_map_on_fallocate
+    async with create_vm(socket_path, name=f"kvmsim-{os.getpid()}", map_on_fallocate=eager) as vm:
+        await vm.set_user_memory_region(vmm.region)
+        if options.verbose:
+            vm.listeners.append(_printer(console))
+        engine = TraceEngine(vm, trace, private, repeat_for=options.duration)
+        vcpu = vm.create_vcpu(0, engine)
+        gfns = GfnRange(Gfn(0), Gfn(trace.memory_size // PAGE_SIZE))
+        if options.picture:
+            console.print("guest memory before:", draw(vm, gfns), sep="\n")
+        started = time.monotonic()
+        with Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:3.0f} %"),
+            TimeElapsedColumn(),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        ) as progress:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_show_progress, progress, engine)
+                failure = await _run_guest(vmm, vcpu)
+                nursery.cancel_scope.cancel()
+        if options.picture:
+            console.print("guest memory after:", draw(vm, gfns), sep="\n")
+        _report(console, vm, vmm, vcpu, engine, time.monotonic() - started, failure)
+        vm.check()
+        if failure is not None:
+            raise failure
+
+
+async def _run_guest(vmm: Vmm, vcpu: VCPU) -> Exception | None:
+    """Run until the guest halts; what went wrong is returned, so that the report can still be made."""
+    try:
+        await vmm.run(vcpu)
+    except (IntegrityError, UnhandledExit, StoreGone, OSError) as error:
+        return error
+    return None
+
+
+async def _show_progress(progress: Progress, engine: TraceEngine) -> None:
+    task = progress.add_task("running", total=1.0)
+    while True:
+        progress.update(task, completed=engine.progress, description=f"running, pass {engine.passes + 1}")
+        await trio.sleep(0.1)
+
+
+def _printer(console: Console) -> Callable[[Notification, Memslot, GfnRange, bool], None]:
+    started = time.monotonic()
+
+    def print_notification(message: Notification, slot: Memslot, gfns: GfnRange, private: bool) -> None:
+        side = "private" if private else "shared"
+        name = type(message).__name__
+        console.print(f"  {time.monotonic() - started:7.3f}s  {name:15} {side:7} pages {message.pages}")
+
+    return print_notification
+
+
+def _report(
+    console: Console, vm: VM, vmm: Vmm, vcpu: VCPU, engine: TraceEngine, seconds: float, failure: Exception | None
+) -> None:
+    everything = GfnRange(Gfn(0), Gfn(MAX_GFN))
+    heard = vm.store.counters
+    rows = {
+        "accesses": f"{engine.accesses:,} in {seconds:.2f} s, {engine.passes} passes of the trace",
+        "faults": f"{vm.faults['private']:,} private, {vm.faults['shared']:,} shared, {vm.mmu.retries:,} retried",
+        "exits": ", ".join(f"{count:,} {name}" for name, count in sorted(vcpu.exits.items())) or "none",
+        "conversions": f"{vmm.conversions['private']:,} to private, {vmm.conversions['shared']:,} to shared",
+        "notifications": f"{heard.invalidate_begin:,} invalidate begin, {heard.invalidate_end:,} end, "
+        f"{heard.fallocate:,} fallocate",
+        "mapped pages": f"{vm.mmu.table.count(everything, private=True):,} private, "
+        f"{vm.mmu.table.count(everything, private=False):,} shared, in {vm.mmu.table.nr_tables} tables",
+        "integrity": "every byte was as stored" if failure is None else f"FAILED: {failure}",
+    }
+    for name, value in rows.items():
+        console.print(f"{name:13}  {value}")
+
+
+def _convert(options: argparse.Namespace) -> None:
+    """Make a trace of what `valgrind --tool=lackey --trace-mem=yes` wrote."""
+    if options.lackey == "-":
+        trace = read_lackey(sys.stdin, options.traced)
+    else:
+        with open(options.lackey, encoding="utf-8", errors="replace") as lines:
+            trace = read_lackey(lines, options.traced)
+    trace.save(Path(options.trace))
+    print(f"{len(trace.records):,} accesses, {trace.memory_size >> 10:,} KiB of guest memory")
+
+
+def _info(options: argparse.Namespace) -> None:
+    """Show what a trace is: the program, its accesses, the memory that it needs."""
+    trace = _load(options.trace)
+    print(f"command   {trace.command or 'not known'}")
+    print(f"accesses  {len(trace.records):,}, {int(trace.records['write'].sum()):,} of them stores")
+    print(f"memory    {trace.memory_size >> 10:,} KiB, {trace.memory_size // PAGE_SIZE:,} pages")
+
+
+def _load(name: str) -> Trace:
+    shipped = files("kvmsim") / "traces" / f"{name}.npz"
+    path = Path(str(shipped)) if shipped.is_file() and not os.path.exists(name) else Path(name)
+    return Trace.load(path)
+
+
+def _size(text: str, option: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise CommandError(f"{option} {text}: {error}") from None
+
+
+def _ranges(text: str) -> list[GfnRange]:
+    """Parse --private-ranges. Raises CommandError."""
+    ranges = []
+    for part in text.split(","):
+        start, dash, end = part.partition("-")
+        numbers = [0 if bound == "0" else _size(bound, "--private-ranges") for bound in (start, end)]
+        if not dash or numbers[0] >= numbers[1] or not all(map(is_page_aligned, numbers)):
+            raise CommandError(f"--private-ranges {part}: not START-END in bytes")
+        ranges.append(GfnRange(gpa_to_gfn(Gpa(numbers[0])), gpa_to_gfn(Gpa(numbers[1]))))
+    return ranges
+
+
+def _default_private(trace: Trace) -> list[GfnRange]:
+    pages = trace.memory_size // PAGE_SIZE * 3 // 4
+    return [GfnRange(Gfn(0), Gfn(pages))] if pages else []
+
+
+def _socket_of(path: str) -> str:
+    try:
+        return socket_of(path)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        raise CommandError(f"{path} does not lie on a memfs") from None

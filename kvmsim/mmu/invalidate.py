@@ -1,0 +1,95 @@
+"""The protocol between faults and invalidations: mmu_invalidate_seq and mmu_invalidate_in_progress of kvm_main.c.
+
+Theory of operation
+===================
+
+A fault asks the store for a frame and installs it. Meanwhile the store may take the page away again, and its
+notification may be handled between the fault's question and its installation. The RFC's first version relied on the
+page lock for that, which does not help with what was decided *before* the lock (which side the page is on).
+
+    invalidation    begin:  in_progress += 1, widen the active range, unmap         | under the
+                    (the store frees the pages)                                     | MMU lock
+                    end:    seq += 1, then in_progress -= 1, wake who waits         |
+
+    fault           seq = sample()
+                    decide shared or private, get the frame (both take time)
+                    under the MMU lock: if must_retry(seq, gfn): start again, else install
+
+`must_retry` is true if an invalidation of the gfn is in progress (its pages are not gone yet, so the frame just got may
+be one of them) or if one ended since the sample. That end bumps seq *before* it lowers in_progress is what leaves no
+gap between the two. Invalidations elsewhere do not disturb a fault while they run; once ended, they cost it one retry.
+
+A page that becomes private is a change for those who have it mapped shared, so `conversion` bumps seq, too: a fault
+that looked before sees after that it looked too early.
+
+The MMU lock is the event loop: nothing here, nor what is called "under the MMU lock", awaits. Rejected: an asyncio-like
+lock (every checkpoint in between would be a bug that the lock hides), and blocking faults while any invalidation runs
+(a slow store would stop the guest).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import trio
+
+from memfs.units import GfnRange
+
+
+class InvalidationState:
+    """seq, in_progress and the active range of one VM."""
+
+    def __init__(self) -> None:
+        self.seq = 0
+        self._active: dict[Hashable, list[GfnRange]] = {}
+        self._ended = trio.Event()  # replaced each time it is set
+
+    @property
+    def in_progress(self) -> int:
+        """How many invalidations have begun and not ended."""
+        return len(self._active)
+
+    def sample(self) -> int:
+        """What a fault must remember before it decides anything."""
+        return self.seq
+
+    def begin(self, key: Hashable, gfns: list[GfnRange]) -> None:
+        """Pages are about to go, which serve these gfns; the caller unmaps them before it does anything else.
+
+        `key` names the invalidation until its end: which gfns it concerns may look different by then, since slots come
+        and go.
+        """
+        assert key not in self._active, f"{key} has begun already"
+        self._active[key] = gfns
+
+    def end(self, key: Hashable) -> None:
+        """They are gone."""
+        self.seq += 1
+        del self._active[key]
+        self._wake()
+
+    def conversion(self) -> None:
+        """Pages changed sides without going away; the caller has dropped the mappings of the other side."""
+        self.seq += 1
+
+    def must_retry(self, seq: int, gfns: GfnRange) -> bool:
+        """Whether what a fault on these gfns learned since it sampled `seq` may be untrue by now."""
+        return seq != self.seq or self._is_active(gfns)
+
+    async def wait_idle(self, gfns: GfnRange | None = None) -> None:
+        """Wait until no invalidation of a range (None: any) is in progress."""
+        while self._active if gfns is None else self._is_active(gfns):
+            await self._ended.wait()
+
+    def abandon(self) -> None:
+        """The store is gone; nobody will end what it began."""
+        self._active.clear()
+        self.seq += 1
+        self._wake()
+
+    def _is_active(self, gfns: GfnRange) -> bool:
+        return any(active.overlaps(gfns) for ranges in self._active.values() for active in ranges)
+
+    def _wake(self) -> None:
+        self._ended.set()
+        self._ended = trio.Event()

@@ -1,0 +1,239 @@
+"""The connection to memfs: registers files, asks for frames, and passes notifications on (RFC patches 04 to 06).
+
+`Store` is the KVM side of guest_ops and guest_mem_ops. It never touches the mount itself: files are named by
+descriptors that the VMM opened, and all else comes over the socket.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from typing import Final
+
+import trio
+
+from memfs.guest.messages import (
+    Ack,
+    Failed,
+    Fallocate,
+    Fenced,
+    FileId,
+    GetPfn,
+    Hello,
+    HelloReply,
+    InvalidateBegin,
+    InvalidateEnd,
+    Message,
+    PfnReply,
+    PutPfn,
+    Register,
+    Registered,
+    Unregister,
+)
+from memfs.guest.page_map import PageMapView
+from memfs.guest.peer import Incoming, Peer, PeerGone, close_all
+from memfs.guest.protocol import RemoteProtocolError, Role
+from memfs.units import PAGE_SIZE, PageIndex, PageRange
+
+Notification = InvalidateBegin | InvalidateEnd | Fallocate
+
+SOCKET_ATTRIBUTE: Final = "user.memfs.socket"
+
+
+class StoreGone(Exception):
+    """The connection to memfs has ended: the VM has no memory any more."""
+
+
+class StoreFile:
+    """A registered file: its memory, mapped, and for a guest-sealed file its page map."""
+
+    def __init__(self, registered: Registered, fds: tuple[int, ...]) -> None:
+        self.id: Final[FileId] = registered.file
+        self.ino: Final = registered.ino
+        self.size: Final = registered.size  #: bytes, when it was registered
+        self.registrations = 0  #: how many slots use it
+        self.page_map: PageMapView | None = None
+        self._mapping: mmap.mmap | None = None
+        #: the backing file: the same bytes as `memory`, for system calls
+        self.fd: Final = fds[0]
+        try:
+            if self.size:
+                self._mapping = mmap.mmap(self.fd, self.size)
+            if len(fds) > 1:
+                self.page_map = PageMapView(fds[1])
+        except (OSError, ValueError):
+            os.close(self.fd)
+            raise
+        finally:
+            close_all(fds[1:])
+
+    @property
+    def memory(self) -> mmap.mmap:
+        """The file's bytes, shared with everybody who may reach them."""
+        assert self._mapping is not None, "an empty file has no memory"
+        return self._mapping
+
+    def is_private(self, index: PageIndex) -> bool:
+        """Whether a page of a guest-sealed file is allocated, that is, private."""
+        return self.page_map is not None and self.page_map.is_allocated(index)
+
+    def close(self) -> None:
+        """Let go of the memory."""
+        os.close(self.fd)
+        if self._mapping is not None:
+            self._mapping.close()
+        if self.page_map is not None:
+            self.page_map.close()
+
+
+@dataclass(slots=True)
+class Counters:
+    """Notifications that came."""
+
+    invalidate_begin: int = 0
+    invalidate_end: int = 0
+    fallocate: int = 0
+
+
+class Store:
+    """A connection. Use `connect`."""
+
+    def __init__(self, peer: Peer, notify: Callable[[Notification], None]) -> None:
+        self._peer: Final = peer
+        self._notify: Final = notify
+        self.files: dict[FileId, StoreFile] = {}
+        self.counters = Counters()
+        self.gone: str | None = None  #: why the connection has ended; None while it has not
+        self.ended: Final = trio.Event()
+
+    async def serve(self) -> None:
+        """Act on notifications until the connection ends."""
+        try:
+            async with aclosing(self._peer.requests()) as requests:
+                async for request in requests:
+                    await self._act(request)
+            self.gone = self.gone or "memfs has closed the connection"
+        except RemoteProtocolError as error:
+            self.gone = f"memfs broke the protocol: {error}"
+        except PeerGone:
+            self.gone = self.gone or "memfs has closed the connection"
+        finally:
+            self.ended.set()
+
+    async def _act(self, request: Incoming) -> None:
+        match request.message:
+            case Fenced() as fenced:
+                self.gone = f"memfs has cut us off: {fenced.text}"
+                return
+            case InvalidateBegin() as message:
+                self.counters.invalidate_begin += 1
+            case InvalidateEnd() as message:
+                self.counters.invalidate_end += 1
+            case Fallocate() as message:
+                self.counters.fallocate += 1
+            case _:
+                raise AssertionError(f"the protocol let {request.message} through")
+        self._notify(message)
+        await self._peer.reply(request.id, Ack())
+
+    async def greet(self, name: str) -> None:
+        """Agree on the protocol version. Raises OSError(EPROTONOSUPPORT) if that cannot be."""
+        reply = await self._call(Hello(name=name))
+        assert isinstance(reply.message, HelloReply)
+        if reply.message.page_size != PAGE_SIZE:
+            raise OSError(errno.EPROTONOSUPPORT, f"memfs has pages of {reply.message.page_size} bytes, not {PAGE_SIZE}")
+
+    async def register(self, fd: int) -> StoreFile:
+        """Own the file behind a descriptor (memfd_register_guest). Raises OSError as `messages.Register` says."""
+        reply = await self._call(Register(), [fd])
+        assert isinstance(reply.message, Registered)
+        file = self.files.get(reply.message.file)
+        if file is None:
+            file = self.files[reply.message.file] = StoreFile(reply.message, reply.fds)
+        else:
+            close_all(reply.fds)
+        file.registrations += 1
+        return file
+
+    async def unregister(self, file: StoreFile) -> None:
+        """Undo one `register`. Nothing may be mapped from the file any more."""
+        file.registrations -= 1
+        if not file.registrations:
+            del self.files[file.id]
+            file.close()
+        await self._call(Unregister(file.id))
+
+    async def get_pfn(self, file: StoreFile, pages: PageRange, *, alloc: bool) -> PfnReply:
+        """Lock pages and learn their frames (get_lock_pfn). May cover only a part, from the start on.
+
+        Raises OSError: EINVAL past the end of the file, ENOSPC.
+        """
+        reply = await self._call(GetPfn(file.id, pages, alloc))
+        assert isinstance(reply.message, PfnReply)
+        return reply.message
+
+    async def put_pfn(self, file: StoreFile, reply: PfnReply, *, dirty: bool) -> None:
+        """Unlock what a get_pfn locked (put_unlock_pfn)."""
+        for run in reply.runs:
+            if run.pfn is not None:
+                await self._call(PutPfn(file.id, run.pages, dirty))
+
+    def close(self) -> None:
+        """End the connection; memfs then forgets all that was registered."""
+        self._peer.close()
+        for file in self.files.values():
+            file.close()
+        self.files.clear()
+
+    async def _call(self, message: Message, fds: list[int] | None = None) -> Incoming:
+        if self.gone is not None:
+            raise StoreGone(self.gone)
+        try:
+            reply = await self._peer.call(message, fds or [])
+        except PeerGone as error:
+            raise StoreGone(self.gone or str(error)) from error
+        if isinstance(reply.message, Failed):
+            raise OSError(reply.message.errno, f"{os.strerror(reply.message.errno)}: {reply.message.text}")
+        return reply
+
+
+@asynccontextmanager
+async def connect(path: str, name: str, notify: Callable[[Notification], None]) -> AsyncIterator[Store]:
+    """Connect to memfs's socket; `notify` is called with each notification and has acted when it returns.
+
+    Raises OSError if nobody listens there, or the protocol versions do not match.
+    """
+    sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        await sock.connect(path)
+    except OSError:
+        sock.close()
+        raise
+    store = Store(Peer(sock, Role.OWNER), notify)
+    failure: Exception | None = None  # leaves as it is, not in the nursery's ExceptionGroup
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(store.serve)
+            try:
+                await store.greet(name)
+                yield store
+            except Exception as error:
+                failure = error
+            nursery.cancel_scope.cancel()
+    finally:
+        store.close()
+    if failure is not None:
+        raise failure
+
+
+def socket_of(path: str) -> str:
+    """The socket of the memfs that a file lies on. Blocking: not for the event loop.
+
+    Raises OSError(ENODATA or EOPNOTSUPP) if it lies on something else.
+    """
+    return os.getxattr(path, SOCKET_ATTRIBUTE).decode()

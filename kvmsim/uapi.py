@@ -1,0 +1,46 @@
+"""KVM's numbers and structures (include/uapi/linux/kvm.h), with what the RFC adds to them.
+
+`UserspaceMemoryRegion` is struct kvm_userspace_memory_region_ext of RFC patch 03; mainline's struct
+kvm_userspace_memory_region2 is its descendant, KVM_MEM_GUEST_MEMFD that of KVM_MEM_FD.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from memfs.units import ByteOffset, Gpa
+
+KVM_MEM_LOG_DIRTY_PAGES: Final = 1 << 0
+KVM_MEM_READONLY: Final = 1 << 1
+KVM_MEM_FD: Final = 1 << 2  #: the slot lies on files (RFC patch 03)
+
+KVM_USER_MEM_SLOTS: Final = 32764  #: slot ids are below this
+KVM_MEM_MAX_NR_PAGES: Final = (1 << 31) - 1  #: the most pages a slot can have
+KVM_MAX_GPA: Final = 1 << 52  #: bytes
+KVM_MAX_VCPU_ID: Final = 4096
+
+KVM_EXIT_HYPERCALL: Final = 3
+KVM_EXIT_HLT: Final = 5
+KVM_EXIT_MMIO: Final = 6
+KVM_EXIT_MEMORY_ERROR: Final = 36  #: RFC patch 02; mainline went KVM_EXIT_MEMORY_FAULT = 39
+
+KVM_EXIT_MEM_MAP_SHARED: Final = 1
+KVM_EXIT_MEM_MAP_PRIVATE: Final = 2
+
+
+@dataclass(frozen=True, slots=True)
+class UserspaceMemoryRegion:
+    """What KVM_SET_USER_MEMORY_REGION is given. Sizes and addresses in bytes.
+
+    With KVM_MEM_FD, `userspace_addr` is the offset into both files, `fd` the file of shared memory and `private_fd`
+    that of private memory, -1 for none.
+    """
+
+    slot: int
+    flags: int
+    guest_phys_addr: Gpa
+    memory_size: int
+    userspace_addr: ByteOffset
+    fd: int = -1
+    private_fd: int = -1
