@@ -115,7 +115,7 @@ async def _simulate(
             vm.listeners.append(_printer(console))
         engine = TraceEngine(vm, trace, private, repeat_for=options.duration)
         vcpu = vm.create_vcpu(0, engine)
-        gfns = GfnRange(Gfn(0), Gfn(trace.memory_size // PAGE_SIZE))
+        gfns = GfnRange(Gfn(0), gpa_to_gfn(Gpa(vmm.size)))
         if options.picture:
             console.print("guest memory before:", draw(vm, gfns), sep="\n")
         started = time.monotonic()
