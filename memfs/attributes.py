@@ -29,6 +29,7 @@ SOCKET: Final = b"user.memfs.socket"
 STAT: Final = b"user.memfs.stat"
 REMOUNT: Final = b"user.memfs.remount"
 _PREFIX: Final = b"user.memfs."
+_NAMESPACES: Final = (b"user.", b"trusted.", b"security.")  # those of tmpfs; who may use which the kernel checks
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,7 @@ class Attributes:
     async def set(self, ino: int, name: bytes, value: bytes, *, uid: int) -> None:
         """setxattr(2) by a user. EOPNOTSUPP: a name in user.memfs that cannot be set here. EINVAL: a bad value."""
         inode = self._tree.inode(ino)
+        _check_name(name)
         if name == SEALS and isinstance(inode, RegularFile):
             await inode.file.add_seals(seals.parse(_text(value)))
             inode.changed()
@@ -74,6 +76,7 @@ class Attributes:
     def get(self, ino: int, name: bytes) -> bytes:
         """getxattr(2)."""
         inode = self._tree.inode(ino)
+        _check_name(name)
         if name == SOCKET:
             return self._control.socket_path.encode()
         if name == STAT:
@@ -90,6 +93,7 @@ class Attributes:
 
     def remove(self, ino: int, name: bytes) -> None:
         """removexattr(2). EPERM for seals: they are for good."""
+        _check_name(name)
         if name == SEALS and isinstance(self._tree.inode(ino), RegularFile):
             raise OSError(errno.EPERM, "seals cannot be taken off")
         self._tree.removexattr(ino, name)
@@ -97,6 +101,14 @@ class Attributes:
     def default_seals(self, parent: int) -> int:
         """The seals that a regular file made in a directory is born with, as F_SEAL_* bits."""
         return seals.parse(_text((self._tree.inode(parent).xattrs or {}).get(DEFAULT_SEALS, b"")))
+
+
+def _check_name(name: bytes) -> None:
+    """As the kernel's xattr_resolve_name(): EOPNOTSUPP for a namespace that is not there, EINVAL for nothing in one."""
+    if name in _NAMESPACES:
+        raise OSError(errno.EINVAL, "an attribute without a name")
+    if not name.startswith(_NAMESPACES):
+        raise OSError(errno.EOPNOTSUPP, f"no namespace for {_text(name)}")
 
 
 def _text(value: bytes) -> str:

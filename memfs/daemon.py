@@ -78,9 +78,14 @@ async def serve(settings: Settings, ready: Callable[[list[str]], None]) -> None:
         finally:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(unmount_fuse, settings.mountpoint)
-            if settings.check:
-                memfs.check()
-            memfs.close()
+            try:
+                if settings.check:
+                    memfs.check()
+            except AssertionError as error:
+                log.critical("broken invariant: %s", error)
+                raise
+            finally:
+                memfs.close()
 
 
 class _Memfs:
@@ -95,7 +100,7 @@ class _Memfs:
         self._handles: Final = Handles(self._tree, passthrough)
         control = Control(settings.socket_path, self.describe, self.remount)
         self._attributes: Final = Attributes(self._tree, control)
-        self._registry: Final = Registry(self._tree)
+        self._registry: Final = Registry(self._tree, options.notify_timeout)
 
     def _new_file(self, ino: Ino, seals: int) -> File:
         return File(self._backing, str(ino), seals)

@@ -54,6 +54,12 @@ def _parse_count(text: str) -> int:
     return int(match[1]) * _SUFFIXES[match[2]]
 
 
+def _parse_seconds(text: str) -> float:
+    if not re.fullmatch(r"\d+(\.\d+)?", text) or not float(text):
+        raise ValueError("not a positive number of seconds")
+    return float(text)
+
+
 def _parse_mode(text: str) -> int:
     if not re.fullmatch(r"[0-7]{1,4}", text):
         raise ValueError("not an octal mode between 0 and 7777")
@@ -113,6 +119,7 @@ class MountOptions:
     socket: str | None = None  #: where owners connect
     passthrough: str = "auto"
     backing: str = "tmpfs"  #: where files live
+    notify_timeout: float = 5.0  #: seconds that an owner may take to act on a notification
 
     @classmethod
     def parse(cls, text: str) -> MountOptions:
@@ -202,4 +209,5 @@ _VALUES: Final[dict[str, tuple[str, Callable[[str], Any]]]] = {
     "socket": ("socket", _parse_path),
     "passthrough": ("passthrough", _one_of("on", "off", "auto")),
     "backing": ("backing", _one_of("tmpfs", "memfd")),
+    "notify_timeout": ("notify_timeout", _parse_seconds),
 }
