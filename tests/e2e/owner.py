@@ -1,0 +1,96 @@
+"""An owner for the tests: speaks the real protocol to a mounted memfs, and acknowledges when the test says so.
+
+Runs in the tests' process, so it must never ask the mount anything itself: files are opened, and commands run, in
+threads and child processes.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import trio
+
+from memfs.guest.messages import Ack, Hello, Message, Register, Registered
+from memfs.guest.peer import Incoming, Peer, close_all
+from memfs.guest.protocol import Role
+
+
+class Owner:
+    """One connection."""
+
+    def __init__(self, peer: Peer) -> None:
+        self.peer = peer
+        self.heard: list[Message] = []
+        self.acknowledge = trio.Event()  # notifications wait for this
+        self.acknowledge.set()
+        self.arrived = trio.Event()  # set when something has come
+        self.gone = trio.Event()
+
+    async def serve(self) -> None:
+        async with trio.open_nursery() as nursery:
+            try:
+                async for request in self.peer.requests():
+                    self.heard.append(request.message)
+                    self.arrived.set()
+                    nursery.start_soon(self._acknowledge, request)
+            finally:
+                self.gone.set()
+            nursery.cancel_scope.cancel()
+
+    async def _acknowledge(self, request: Incoming) -> None:
+        await self.acknowledge.wait()
+        if type(request.message).__name__ != "Fenced":
+            await self.peer.reply(request.id, Ack())
+
+    async def ask(self, message: Message, fds: list[int] | None = None) -> Message:
+        """Send a request; the descriptors that come with the answer are closed."""
+        reply = await self.peer.call(message, fds or [])
+        close_all(reply.fds)
+        return reply.message
+
+    async def register(self, path: Path, flags: int = os.O_RDWR) -> Message:
+        """Register the file at a path."""
+        fd = await trio.to_thread.run_sync(os.open, path, flags)
+        try:
+            return await self.ask(Register(), [fd])
+        finally:
+            await trio.to_thread.run_sync(os.close, fd)
+
+    async def registered(self, path: Path) -> tuple[Registered, tuple[int, ...]]:
+        """Register, and keep the descriptors."""
+        fd = await trio.to_thread.run_sync(os.open, path, os.O_RDWR)
+        try:
+            reply = await self.peer.call(Register(), [fd])
+        finally:
+            await trio.to_thread.run_sync(os.close, fd)
+        assert isinstance(reply.message, Registered), reply.message
+        return reply.message, reply.fds
+
+
+@asynccontextmanager
+async def connected(path: Path, *, hello: bool = True) -> AsyncIterator[Owner]:
+    """An owner, connected to a memfs's socket."""
+    sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    await sock.connect(str(path))
+    owner = Owner(Peer(sock, Role.OWNER))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(owner.serve)
+        if hello:
+            await owner.ask(Hello(name="test"))
+        try:
+            yield owner
+        finally:
+            owner.peer.close()
+            nursery.cancel_scope.cancel()
+
+
+async def shell(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[bytes]:
+    """Run a command in a child process, without blocking the owner."""
+    return await trio.run_process(
+        [str(part) for part in command], cwd=cwd, check=False, capture_stdout=True, capture_stderr=True
+    )

@@ -1,0 +1,205 @@
+"""A store for kvmsim to talk to, without a mount: the real protocol over a socketpair, memory in real memfds.
+
+What it does and when is decided by the test, so that a fault can be held between any two of its steps.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import pytest
+import trio
+
+from kvmsim.uapi import KVM_MEM_FD, UserspaceMemoryRegion
+from kvmsim.vm import VM, create_vm
+from memfs.guest.messages import (
+    Ack,
+    Done,
+    Failed,
+    FileId,
+    GetPfn,
+    Hello,
+    HelloReply,
+    Message,
+    PfnReply,
+    PfnRun,
+    PutPfn,
+    Register,
+    Registered,
+    Unregister,
+)
+from memfs.guest.page_map import ABSENT, ALLOCATED, PageMap
+from memfs.guest.peer import Peer, PeerGone, close_all
+from memfs.guest.protocol import Role
+from memfs.units import PAGE_SIZE, ByteOffset, Gpa, PageIndex, PageRange, Pfn
+
+PAGES = 64
+
+
+@dataclass
+class FakeFile:
+    """A file of the store, known by the descriptor that the VMM has of it."""
+
+    id: FileId
+    fd: int
+    page_map: PageMap | None
+    registered: int = 0
+    locked: list[PageRange] = field(default_factory=list)
+
+
+class ScriptedStore:
+    """The store's end of a connection."""
+
+    def __init__(self) -> None:
+        self.peer: Peer | None = None
+        self.files: dict[int, FakeFile] = {}  # by inode number of the memfd
+        self.refuse: dict[type[Message], int] = {}  # errno for requests of a kind
+        self.before_reply: Callable[[Message], object] = lambda message: None
+        self.requests: list[Message] = []
+        self.held = trio.Event()  # GetPfn waits for this
+        self.held.set()
+
+    def file(self, pages: int = PAGES, *, guest: bool = False) -> int:
+        """A new file; the descriptor for the VMM."""
+        fd = os.memfd_create("fake", os.MFD_CLOEXEC)
+        os.ftruncate(fd, pages * PAGE_SIZE)
+        number = FileId(len(self.files) + 1)
+        self.files[os.fstat(fd).st_ino] = FakeFile(number, fd, PageMap("fake") if guest else None)
+        return fd
+
+    def by_fd(self, fd: int) -> FakeFile:
+        return self.files[os.fstat(fd).st_ino]
+
+    def by_id(self, file: FileId) -> FakeFile:
+        return next(each for each in self.files.values() if each.id == file)
+
+    async def notify(self, message: Message) -> Ack:
+        assert self.peer is not None
+        reply = (await self.peer.call(message)).message
+        assert isinstance(reply, Ack)
+        return reply
+
+    async def serve(self) -> None:
+        assert self.peer is not None
+        async with trio.open_nursery() as nursery:
+            try:
+                async for request in self.peer.requests():
+                    nursery.start_soon(self._answer, request.id, request.message, request.fds)
+            except PeerGone:
+                pass
+            nursery.cancel_scope.cancel()
+
+    async def _answer(self, number: int, message: Message, fds: tuple[int, ...]) -> None:
+        self.requests.append(message)
+        reply, out = self._act(message, fds)
+        close_all(fds)
+        if isinstance(message, GetPfn):
+            await self.held.wait()
+        try:
+            assert self.peer is not None
+            await self.peer.reply(number, reply, out)  # type: ignore[arg-type]
+        except PeerGone:
+            pass
+
+    def _act(self, message: Message, fds: tuple[int, ...]) -> tuple[Message, tuple[int, ...]]:
+        if type(message) in self.refuse:
+            return Failed(self.refuse[type(message)], "as told"), ()
+        match message:
+            case Hello():
+                return HelloReply(1, PAGE_SIZE), ()
+            case Register():
+                file = self.files[os.fstat(fds[0]).st_ino]
+                file.registered += 1
+                maps = () if file.page_map is None else (file.page_map.fd,)
+                return Registered(file.id, 1, os.fstat(file.fd).st_size, 0), (file.fd, *maps)
+            case Unregister(number):
+                self.by_id(number).registered -= 1
+                return Done(), ()
+            case GetPfn(number, pages, alloc):
+                return self._get(self.by_id(number), pages, alloc), ()
+            case PutPfn(number, pages):
+                self.by_id(number).locked.remove(pages)
+                return Done(), ()
+        raise AssertionError(message)
+
+    def _get(self, file: FakeFile, pages: PageRange, alloc: bool) -> PfnReply:
+        runs = []
+        for index in range(pages.start, pages.end):
+            page = PageRange(PageIndex(index), PageIndex(index + 1))
+            present = alloc or file.page_map is None or file.page_map.is_allocated(page.start)
+            runs.append(PfnRun(page, Pfn((file.id << 18) + index) if present else None))
+            if present:
+                file.locked.append(page)
+        return PfnReply(file.id, pages, tuple(runs))
+
+    def allocate(self, fd: int, pages: PageRange) -> None:
+        page_map = self.by_fd(fd).page_map
+        assert page_map is not None
+        page_map.set(pages, ALLOCATED)
+
+    def free(self, fd: int, pages: PageRange) -> None:
+        page_map = self.by_fd(fd).page_map
+        assert page_map is not None
+        page_map.set(pages, ABSENT)
+
+    def close(self) -> None:
+        for file in self.files.values():
+            os.close(file.fd)
+            if file.page_map is not None:
+                file.page_map.close()
+
+
+def region(shared: int, private: int = -1, **changes: int) -> UserspaceMemoryRegion:
+    """A slot of PAGES pages at gpa 0."""
+    values = {"slot": 0, "flags": KVM_MEM_FD, "gpa": 0, "size": PAGES * PAGE_SIZE, "offset": 0, **changes}
+    return UserspaceMemoryRegion(
+        values["slot"],
+        values["flags"],
+        Gpa(values["gpa"]),
+        values["size"],
+        ByteOffset(values["offset"]),
+        shared,
+        private,
+    )
+
+
+@pytest.fixture
+def new_vm(tmp_path: object) -> Callable[..., object]:
+    """A context manager: a VM and the scripted store that it is connected to."""
+
+    @asynccontextmanager
+    async def make(**options: bool) -> AsyncIterator[tuple[VM, ScriptedStore]]:
+        path = f"{tmp_path}/store.sock"
+        listener = trio.socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        await listener.bind(path)
+        listener.listen(1)
+        store = ScriptedStore()
+        try:
+            async with trio.open_nursery() as nursery:
+
+                async def accept() -> None:
+                    sock, _ = await listener.accept()
+                    store.peer = Peer(sock, Role.STORE)
+                    await store.serve()
+
+                nursery.start_soon(accept)
+                async with create_vm(path, **options) as vm:
+                    yield vm, store
+                    vm.check()
+                nursery.cancel_scope.cancel()
+        finally:
+            listener.close()
+            if store.peer is not None:
+                store.peer.close()
+            store.close()
+
+    return make
+
+
+def one(index: int) -> PageRange:
+    """One page."""
+    return PageRange(PageIndex(index), PageIndex(index + 1))
