@@ -108,7 +108,7 @@ def _check_name(name: bytes) -> None:
     if name in _NAMESPACES:
         raise OSError(errno.EINVAL, "an attribute without a name")
     if not name.startswith(_NAMESPACES):
-        raise OSError(errno.EOPNOTSUPP, f"no namespace for {_text(name)}")
+        raise OSError(errno.EOPNOTSUPP, "no such namespace of attributes")
 
 
 def _text(value: bytes) -> str:
