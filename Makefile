@@ -7,7 +7,7 @@ PYTHON ?= python3
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean system
+.PHONY: help demo test bench soak lint clean system
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -17,6 +17,13 @@ demo: $(STAMP) ## See memory converted while a guest runs (30 s, no trace left)
 
 test: lint ## Lint, then all tests
 	$(BIN)/pytest
+
+bench: $(STAMP) ## Measure memfs beside tmpfs and an ordinary pyfuse3 filesystem (10 min; bench/out/bench.json)
+	@$(BIN)/python -m bench
+
+soak: $(STAMP) ## Compare memfs with a tmpfs at random for long (MINUTES=n, and SEED=n to repeat)
+	MEMFS_SOAK_MINUTES=$(or $(MINUTES),10) MEMFS_SOAK_SEED=$(or $(SEED),0) \
+		$(BIN)/pytest -s --timeout=0 tests/e2e/test_differential.py
 
 lint: $(STAMP) ## ruff and mypy --strict
 	$(BIN)/ruff check .

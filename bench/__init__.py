@@ -1,0 +1,1 @@
+"""`make bench`: how fast memfs is, each number beside its reference from the same run."""

@@ -1,0 +1,240 @@
+"""How the benchmarks measure, so that their numbers can be believed on a noisy machine.
+
+Everything is a ratio. A thing and its reference are measured alternately (A B A B ...) in one run, after one round that
+does not count, and their medians are compared. Where a daemon answers, the row says whether it shared a CPU with its
+client (`placement`): a wake-up across CPUs costs several times one on the same CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+_HERE: Final = Path(__file__).parent
+_MOUNT_TIMEOUT: Final = 20  # seconds
+
+
+class BenchError(Exception):
+    """Why something cannot be measured here: one sentence."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table, and one element of bench.json."""
+
+    name: str
+    placement: str
+    median: float
+    min: float
+    max: float
+    unit: str
+    against: str | None  #: what the reference is
+    reference: float | None  #: its median, in the same unit
+    ratio: float | None  #: how many times as good as the reference: 0.5 is half as fast, or twice as large
+    target: str | None
+    met: bool | None  #: None where there is no target
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Repeated measurements of one thing."""
+
+    values: Sequence[float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.values)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the command line asks for."""
+
+    directory: Path  #: for mountpoints
+    repetitions: int
+    quick: bool
+    only: str | None
+
+    def wants(self, name: str) -> bool:
+        """Whether a group of rows is to be measured."""
+        return self.only is None or self.only in name
+
+    def count(self, number: int) -> int:
+        """How many operations to do instead of `number`."""
+        return max(1, number // 8) if self.quick else number
+
+
+def measure(subjects: Mapping[str, Callable[[], float]], repetitions: int) -> dict[str, Sample]:
+    """Call each subject in turn, `repetitions` times after a first time that does not count."""
+    values: dict[str, list[float]] = {name: [] for name in subjects}
+    for repetition in range(repetitions + 1):
+        for name, subject in subjects.items():
+            value = subject()
+            if repetition:
+                values[name].append(value)
+    return {name: Sample(samples) for name, samples in values.items()}
+
+
+def compare(
+    name: str,
+    placement: str,
+    sample: Sample,
+    unit: str,
+    against: str,
+    reference: Sample,
+    *,
+    more_is_better: bool = False,
+    at_least: float | None = None,
+) -> Row:
+    """A row about a sample and its reference; `at_least` is the ratio that is the target."""
+    ours, theirs = sample.median, reference.median
+    ratio = ours / theirs if more_is_better else theirs / ours
+    return Row(
+        *(name, placement, ours, min(sample.values), max(sample.values), unit, against, theirs, ratio),
+        target=None if at_least is None else f"ratio >= {at_least:g}",
+        met=None if at_least is None else ratio >= at_least,
+    )
+
+
+# -- processes and mounts -------------------------------------------------------------------------------------------
+
+
+def placements() -> dict[str, tuple[int, int]]:
+    """Where client and daemon can run: a CPU for each."""
+    cpus = sorted(os.sched_getaffinity(0))
+    both = {"same CPU": (cpus[0], cpus[0])}
+    return both if len(cpus) == 1 else {**both, "different CPUs": (cpus[0], cpus[1])}
+
+
+@functools.cache
+def client() -> str:
+    """The path of the compiled client.c. Raises BenchError."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        raise BenchError("there is no C compiler (cc), and in Python the client would be measured, not the filesystem")
+    path = Path(tempfile.mkdtemp(prefix="memfs-bench-client-")) / "client"
+    subprocess.run([compiler, "-O2", "-Wall", "-o", str(path), str(_HERE / "client.c")], check=True)
+    return str(path)
+
+
+def remove_client() -> None:
+    """Remove what `client` made."""
+    if client.cache_info().currsize:
+        shutil.rmtree(Path(client()).parent)
+
+
+def work(what: str, directory: Path, count: int, cpu: int) -> float:
+    """Nanoseconds that a client pinned to a CPU needs for its workload."""
+    result = subprocess.run(
+        [client(), what, str(directory), str(count)],
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: os.sched_setaffinity(0, {cpu}),
+    )
+    if result.returncode:
+        raise BenchError(f"{what}: {result.stderr.strip()}")
+    return float(result.stdout)
+
+
+@dataclass(frozen=True)
+class Mounted:
+    """A filesystem to measure, and the process that serves it, if one does."""
+
+    path: Path
+    process: subprocess.Popen[str] | None = None
+
+    def pin(self, cpu: int) -> None:
+        """Have all threads of the daemon run on one CPU."""
+        if self.process is not None:
+            for task in Path(f"/proc/{self.process.pid}/task").iterdir():
+                os.sched_setaffinity(int(task.name), {cpu})
+
+    @property
+    def memory(self) -> float:
+        """What the daemon has in memory, in MiB, without the content of files."""
+        assert self.process is not None
+        fields = dict(
+            line.split(":", 1)
+            for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
+            if ":" in line
+        )
+        return (int(fields["RssAnon"].split()[0]) + int(fields["RssFile"].split()[0])) / 1024
+
+
+@contextlib.contextmanager
+def tmpfs(run: Run, options: str) -> Iterator[Mounted]:
+    """A tmpfs. Raises BenchError where it cannot be mounted."""
+    with _mountpoint(run) as path:
+        result = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)], capture_output=True, text=True, check=False
+        )
+        if result.returncode:
+            raise BenchError(f"cannot mount a tmpfs to measure beside: {result.stderr.strip()}")
+        yield Mounted(path)
+
+
+@contextlib.contextmanager
+def memfs(run: Run, options: str) -> Iterator[Mounted]:
+    """A memfs in a process of its own."""
+    with _mountpoint(run) as path:
+        command = ["memfs", "mount", str(path), "-f", "-o", options, "--socket", f"{path}.sock"]
+        with _served(command, path) as mounted:
+            yield mounted
+
+
+@contextlib.contextmanager
+def plain(run: Run, *arguments: str) -> Iterator[Mounted]:
+    """The ordinary pyfuse3 filesystem of plain.py."""
+    with _mountpoint(run) as path, _served(["bench.plain", str(path), *arguments], path) as mounted:
+        yield mounted
+
+
+@contextlib.contextmanager
+def _mountpoint(run: Run) -> Iterator[Path]:
+    path = Path(tempfile.mkdtemp(dir=run.directory))
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", str(path)], check=False, capture_output=True)
+        if os.path.ismount(path):
+            subprocess.run(["umount", "--lazy", str(path)], check=False, capture_output=True)
+        path.rmdir()
+
+
+@contextlib.contextmanager
+def _served(command: Sequence[str], path: Path) -> Iterator[Mounted]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=_HERE.parent
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    try:
+        if not process.stdout.readline():
+            raise BenchError(f"{command[0]}: {process.stderr.read().strip()}")
+        yield Mounted(path, process)
+    finally:
+        subprocess.run(["umount", str(path)], check=False, capture_output=True)
+        try:
+            process.wait(_MOUNT_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        process.stdout.close()
+        process.stderr.close()
+
+
+def now() -> float:
+    """Seconds of a clock that only goes forward."""
+    return time.perf_counter()
