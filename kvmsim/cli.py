@@ -6,6 +6,7 @@ Exit codes: 0; 1 for anything that went wrong, a wrong byte in guest memory amon
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 import time
@@ -144,7 +145,11 @@ async def _run_guest(vmm: Vmm, vcpu: VCPU) -> Exception | None:
     """Run until the guest halts; what went wrong is returned, so that the report can still be made."""
     try:
         await vmm.run(vcpu)
-    except (IntegrityError, UnhandledExit, StoreGone, OSError) as error:
+    except OSError as error:
+        # What a file operation of the VMM says once memfs is gone, which KVM may not have noticed yet.
+        gone = error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
+        return StoreGone("memfs is gone, and guest memory with it") if gone else error
+    except (IntegrityError, UnhandledExit, StoreGone) as error:
         return error
     return None
 

@@ -130,6 +130,7 @@ class _Memfs:
                     nursery.start_soon(server.run)
                     ready()
         finally:
+            self._handles.backing_numbers = None
             pyfuse3.terminate()
             pyfuse3.close(unmount=False)
             channel.close()

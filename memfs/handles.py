@@ -88,7 +88,7 @@ class Handles:
 
     def __init__(self, tree: Tree, backing_numbers: BackingNumbers | None = None) -> None:
         self._tree: Final = tree
-        #: who registers backing files; None until the mount is there
+        #: who registers backing files; None when the mount is gone, and with it all that were registered
         self.backing_numbers = backing_numbers
         self._next = Fh(1)
         self._open: dict[Fh, OpenFile | OpenDirectory] = {}
@@ -140,8 +140,9 @@ class Handles:
             file = handle.inode.file
             file.mappable_opens -= 1
             file.writable_opens -= handle.writable
-            if not file.mappable_opens and file.backing_number is not None and self.backing_numbers is not None:
-                self.backing_numbers.close(file.backing_number)
+            if not file.mappable_opens and file.backing_number is not None:
+                if self.backing_numbers is not None:
+                    self.backing_numbers.close(file.backing_number)
                 file.backing_number = None
         self._tree.release(handle.inode)
 

@@ -77,5 +77,4 @@ class Passthrough:
         try:
             fcntl.ioctl(self._fuse, FUSE_DEV_IOC_BACKING_CLOSE, _U32.pack(number))
         except OSError as error:
-            if error.errno != errno.ENOTCONN:  # unmounted meanwhile: the kernel has let go of all of them
-                log.warning("backing %d cannot be let go of: %s", number, error.strerror)
+            log.warning("backing %d cannot be let go of: %s", number, error.strerror)
