@@ -1,0 +1,158 @@
+"""kvmsim in its own process over a mounted memfs, while the shell converts memory under it."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from .conftest import Memfs, memfs_command, run
+
+KVMSIM = [sys.executable, "-m", "kvmsim"]
+RUN = [*KVMSIM, "run", "--shared", "shared", "--private", "private", "--mem", "4M"]
+
+
+@pytest.fixture(params=["auto", "off"])
+def guest(mount_memfs: Callable[..., Memfs], request: pytest.FixtureRequest) -> Memfs:
+    """A memfs, with and without passthrough, on which the files of a guest of 4 MiB lie."""
+    memfs = mount_memfs(f"size=64m,passthrough={request.param}")
+    memfs.run("touch", "shared")
+    assert memfs.run(*memfs_command("create", "--seals", "guest", "private")).returncode == 0
+    return memfs
+
+
+def number(output: str, what: str) -> int:
+    """The number before some words in kvmsim's report."""
+    match = re.search(rf"([\d,]+) {re.escape(what)}", output)
+    assert match, f"no {what!r} in:\n{output}"
+    return int(match[1].replace(",", ""))
+
+
+def test_trace_runs_and_converts_what_it_touches(guest: Memfs) -> None:
+    result = guest.run(*RUN)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "every byte was as stored" in result.stdout
+    converted = number(result.stdout, "to private")
+    assert converted == number(result.stdout, "MAP_PRIVATE") == number(result.stdout, "private, 60 shared, in")
+    # What is private is paid for once: nothing is left of it in the shared file.
+    blocks = guest.run("stat", "-c", "%b", "private", "shared").stdout.split()
+    assert [int(count) // 8 for count in blocks] == [converted, 60]
+
+
+def test_second_run_finds_its_memory_as_it_was(guest: Memfs) -> None:
+    assert guest.run(*RUN).returncode == 0
+    again = guest.run(*RUN)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert number(again.stdout, "to private") == 0
+
+
+def test_private_ranges_decide_who_is_private(guest: Memfs) -> None:
+    result = guest.run(*RUN, "--private-ranges", "0-64K,128K-192K", "--no-map-on-fallocate")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert number(result.stdout, "to private") == 32
+
+
+@contextmanager
+def running(memfs: Memfs, *options: str) -> Iterator[subprocess.Popen[str]]:
+    """kvmsim in the background; over when the block is."""
+    process = subprocess.Popen(
+        [*RUN, "-v", *options], cwd=memfs.path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        deadline = time.monotonic() + 20
+        while memfs.run("stat", "-c", "%b", "private").stdout == "0\n":
+            assert time.monotonic() < deadline, "the guest does not start"
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def test_conversions_by_the_shell_while_it_runs(guest: Memfs) -> None:
+    with running(guest, "--duration", "4") as process:
+        for _ in range(20):
+            assert guest.run("fallocate", "-p", "-o", "64K", "-l", "256K", "private").returncode == 0
+            assert guest.run("fallocate", "-o", "800K", "-l", "64K", "private").returncode == 0
+            assert guest.run("fallocate", "-p", "-o", "900K", "-l", "32K", "shared").returncode == 0
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert "every byte was as stored" in output
+    assert number(output, "MAP_SHARED") > 0
+    assert number(output, "invalidate begin") == number(output, "end,")
+    assert re.search(r"InvalidateBegin private pages \[16, 80\)", output)
+
+
+def test_byte_changed_behind_its_back_is_found(guest: Memfs) -> None:
+    with running(guest, "--duration", "30") as process:
+        script = "for i in $(seq 200); do head -c 245760 /dev/urandom | dd of=shared bs=1K seek=720 conv=notrunc; done"
+        guest.run("sh", "-c", script)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "shared memory at gpa" in output
+
+
+def test_killed_kvmsim_leaves_nothing(guest: Memfs) -> None:
+    with running(guest, "--duration", "60") as process:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert guest.run("fallocate", "-p", "-l", "1M", "private").returncode == 0
+    assert guest.run(*RUN).returncode == 0
+
+
+def test_memfs_that_ends_stops_the_guest_with_a_clear_error(guest: Memfs) -> None:
+    with running(guest, "--duration", "60") as process:
+        guest.process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "memfs" in output.splitlines()[-1]
+    guest.see_end()
+
+
+REFUSED = {
+    "no file": (["--shared", "missing", "--private", "private", "--mem", "4M"], "No such file"),
+    "not a memfs": (["--shared", "/etc/passwd", "--private", "private", "--mem", "4M"], "does not lie on a memfs"),
+    "one file for both": (["--shared", "private", "--private", "private", "--mem", "4M"], "one file"),
+    "private is not sealed": (["--shared", "shared", "--private", "other", "--mem", "4M"], "not guest-sealed"),
+    "shared is sealed": (["--shared", "private", "--private", "other", "--mem", "4M"], "guest-sealed"),
+    "too little memory": (["--shared", "shared", "--private", "private", "--mem", "64K"], "too small"),
+    "not a size": (["--shared", "shared", "--private", "private", "--mem", "lots"], "--mem lots"),
+    "no trace": (["--shared", "shared", "--private", "private", "--mem", "4M", "--trace", "missing"], "No such file"),
+    "not a trace": (
+        ["--shared", "shared", "--private", "private", "--mem", "4M", "--trace", "/etc/passwd"],
+        "not a trace",
+    ),
+    "not a range": (
+        ["--shared", "shared", "--private", "private", "--mem", "4M", "--private-ranges", "5-3"],
+        "--private-ranges",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_is_said_in_a_sentence(guest: Memfs, name: str) -> None:
+    options, words = REFUSED[name]
+    guest.run("touch", "other")
+    result = guest.run(*KVMSIM, "run", *options)
+    assert result.returncode == 1
+    assert words in result.stderr
+    assert result.stderr.count("\n") == 1, result.stderr
+
+
+def test_trace_made_from_lackey(tmp_path: Path) -> None:
+    if run("sh", "-c", "command -v valgrind").returncode:
+        pytest.skip("valgrind is not installed")
+    lackey, trace = tmp_path / "lackey", tmp_path / "true.npz"
+    assert run("valgrind", "--tool=lackey", "--trace-mem=yes", f"--log-file={lackey}", "true").returncode == 0
+    made = run(*KVMSIM, "convert", lackey, trace, "--command", "true")
+    assert made.returncode == 0, made.stderr
+    info = run(*KVMSIM, "info", trace).stdout
+    assert "command   true" in info
+    assert number(info, "of them stores") > 1000

@@ -1,0 +1,187 @@
+"""How a memfs begins and ends: in the background or not, by umount or signal, and what it says when it cannot."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from .conftest import Memfs, memfs_command, run
+
+
+@contextmanager
+def daemon(directory: Path, *options: str) -> Iterator[tuple[Path, subprocess.CompletedProcess[str]]]:
+    """A memfs mounted the ordinary way, in the background."""
+    mountpoint = directory / "mnt"
+    mountpoint.mkdir()
+    try:
+        yield mountpoint, run(*memfs_command("mount", mountpoint, *options))
+    finally:
+        run("umount", "--lazy", mountpoint)
+
+
+def test_mount_answers_when_the_command_returns(can_mount: None, tmp_path: Path) -> None:
+    with daemon(tmp_path, "-o", "size=1m") as (mountpoint, result):
+        assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+        (mountpoint / "file").write_bytes(b"x")
+        path = Path(os.getxattr(mountpoint / "file", "user.memfs.socket").decode())
+        assert path.is_socket()
+        assert path.stat().st_mode & 0o777 == 0o600
+        subprocess.run(["umount", mountpoint], check=True)
+        until(lambda: not path.exists())
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for what another process does next."""
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_unmounts(memfs: Memfs, number: signal.Signals) -> None:
+    (memfs.path / "file").write_bytes(b"x" * 100000)
+    memfs.process.send_signal(number)
+    memfs.see_end()
+
+
+def test_signal_ends_it_also_when_the_mount_is_in_use(memfs: Memfs) -> None:
+    fd = os.open(memfs.path / "file", os.O_CREAT | os.O_RDWR)
+    try:
+        os.write(fd, b"x")
+        memfs.process.send_signal(signal.SIGTERM)
+        memfs.see_end()
+        with pytest.raises(OSError) as caught:
+            os.open(f"/proc/self/fd/{fd}", os.O_RDWR)
+        assert caught.value.errno == errno.ENOTCONN
+    finally:
+        with suppress(OSError):  # the same again: close(2) asks memfs to flush
+            os.close(fd)
+
+
+def test_umount_of_a_busy_mount_is_refused(memfs: Memfs) -> None:
+    with (memfs.path / "file").open("wb"):
+        assert run("umount", memfs.path).returncode != 0
+        assert memfs.run("ls").stdout == "file\n"
+
+
+REFUSED = {
+    "unknown option": ("-o", "size=1m,nonsense=3"),
+    "unknown flag": ("-o", "nonsense"),
+    "no value": ("-o", "size"),
+    "a value for a flag": ("-o", "allow_other=1"),
+    "not a size": ("-o", "size=big"),
+    "not a mode": ("-o", "mode=999"),
+    "no such user": ("-o", "uid=nosuchuser"),
+    "no such choice": ("-o", "huge=maybe"),
+    "together": ("-o", "backing=memfd,passthrough=on"),
+    "for tmpfs only": ("-o", "backing=memfd,huge=always"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_option_is_named_and_nothing_is_mounted(can_mount: None, tmp_path: Path, name: str) -> None:
+    socket_path = tmp_path / "socket"
+    with daemon(tmp_path, *REFUSED[name], "--socket", str(socket_path)) as (mountpoint, result):
+        assert result.returncode == 1
+        assert result.stderr.count("\n") == 1
+        assert any(word.split("=")[0] in result.stderr for word in REFUSED[name][1].split(",")[-1:])
+        assert not os.path.ismount(mountpoint)
+        assert not socket_path.exists()
+
+
+def test_mountpoint_that_is_none(can_mount: None, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "missing", tmp_path / "file"):
+        result = run(*memfs_command("mount", path, "--socket", tmp_path / "socket"))
+        assert (result.returncode, result.stderr) == (1, f"memfs: {path}: not a directory to mount on\n")
+        assert not (tmp_path / "socket").exists()
+
+
+def test_socket_in_use_is_refused_and_a_stale_one_replaced(memfs: Memfs, tmp_path: Path) -> None:
+    with daemon(tmp_path, "--socket", str(memfs.socket)) as (mountpoint, result):
+        assert result.returncode == 1
+        assert "another memfs listens there" in result.stderr
+        assert not os.path.ismount(mountpoint)
+    assert memfs.socket.exists()
+    stale = tmp_path / "stale"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.bind(str(stale))
+    (tmp_path / "mnt").rmdir()
+    with daemon(tmp_path, "--socket", str(stale)) as (mountpoint, result):
+        assert result.returncode == 0
+        subprocess.run(["umount", mountpoint], check=True)
+        until(lambda: not stale.exists())
+
+
+def test_options_take_effect(mount_memfs: Callable[..., Memfs]) -> None:
+    memfs = mount_memfs("size=3m,nr_inodes=5,mode=751,uid=12,gid=34,noatime,noexec")
+    assert memfs.run("stat", "-c", "%a %u %g", ".").stdout == "751 12 34\n"
+    assert memfs.run("df", "--output=size", ".").stdout.split()[-1] == "3072"
+    assert memfs.run("df", "--output=itotal,iused", ".").stdout.split()[-2:] == ["5", "1"]
+    full = memfs.run("touch", "1", "2", "3", "4", "5")
+    assert "No space left on device" in full.stderr
+    assert memfs.run("ls").stdout.split() == ["1", "2", "3", "4"]
+    options = run("findmnt", "-no", "OPTIONS", memfs.path).stdout
+    assert {"nosuid", "nodev", "noexec", "noatime"} <= set(options.strip().split(","))
+
+
+def test_read_only_mount(mount_memfs: Callable[..., Memfs]) -> None:
+    memfs = mount_memfs("size=3m,ro")
+    assert "Read-only file system" in memfs.run("touch", "file").stderr
+
+
+def test_remount_changes_limits_but_not_below_usage(memfs: Memfs) -> None:
+    memfs.run("fallocate", "-l", "30M", "file")
+    assert run(*memfs_command("remount", memfs.path, "-o", "size=100m,nr_inodes=10")).returncode == 0
+    assert memfs.run("df", "--output=size,itotal", ".").stdout.split()[-2:] == [str(100 << 10), "10"]
+    for options, word in (("size=20m", "Invalid argument"), ("nr_inodes=1", "Invalid argument"), ("mode=7", "mode")):
+        result = run(*memfs_command("remount", memfs.path, "-o", options))
+        assert result.returncode == 1
+        assert word in result.stderr
+        assert memfs.run("df", "--output=size,itotal", ".").stdout.split()[-2:] == [str(100 << 10), "10"]
+
+
+def test_stat_says_whether_content_passes_through(mount_memfs: Callable[..., Memfs]) -> None:
+    off = run(*memfs_command("stat", mount_memfs("passthrough=off").path)).stdout
+    assert "off: switched off" in off
+    memfd = run(*memfs_command("stat", mount_memfs("backing=memfd").path)).stdout
+    assert "off: files live on memfds" in memfd
+    auto = mount_memfs()
+    said = run(*memfs_command("stat", auto.path)).stdout
+    assert "passthrough" in said
+    if os.geteuid() == 0 and tuple(map(int, os.uname().release.split(".")[:2])) >= (6, 9):
+        assert "passthrough         on" in said
+
+
+def test_without_dev_fuse_it_says_so(can_mount: None, tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("hiding /dev/fuse takes root")
+    script = 'mount -t tmpfs none /dev && mknod /dev/null c 1 3 && exec "$@"'
+    command = ["unshare", "--mount", "sh", "-c", script, "sh", *memfs_command("mount", tmp_path)]
+    result = run(*command)
+    assert (result.returncode, result.stderr) == (
+        1,
+        "memfs: there is no /dev/fuse: load the fuse module (modprobe fuse)\n",
+    )
+
+
+def test_without_permission_it_says_so(can_mount: None, tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("giving up rights takes root")
+    script = 'mount -t tmpfs none /usr/local/bin; PATH=/nonexistent exec "$0" "$@"'
+    command = memfs_command("mount", tmp_path, "--socket", tmp_path / "socket")
+    drop = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs"]
+    result = run("unshare", "--mount", *drop, "sh", "-c", script, *command)
+    assert result.returncode == 1
+    assert "no permission to mount: run as root, or install fusermount3" in result.stderr
+    assert not (tmp_path / "socket").exists()

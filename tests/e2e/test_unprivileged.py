@@ -1,0 +1,109 @@
+"""memfs without root: mounted by fusermount3, files on memfds, the size limit kept by the daemon, all of it said."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .conftest import run
+
+NOBODY = 65534
+DROP = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+
+
+class Home:
+    """A directory of an unprivileged user's, in a mount namespace in which /dev/fuse is open to all, as distributions
+    have it, whatever this machine's is."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.mkdir(mode=0o755)
+        os.chown(path, NOBODY, NOBODY)
+        node = path / "fuse"
+        os.mknod(node, 0o666 | stat.S_IFCHR, os.makedev(10, 229))
+        node.chmod(0o666)
+        script = f"mount --bind {node} /dev/fuse && echo ready && exec sleep 600"
+        self._namespace = subprocess.Popen(
+            ["unshare", "--mount", "sh", "-c", script], stdout=subprocess.PIPE, text=True
+        )
+        assert self._namespace.stdout is not None
+        self.ready = self._namespace.stdout.readline() == "ready\n"
+        self.said = ""
+
+    def run(self, *command: str | Path) -> subprocess.CompletedProcess[str]:
+        """Run a command as the user, in the namespace, in the directory above the mount."""
+        enter = ["nsenter", f"--target={self._namespace.pid}", "--mount"]
+        there = ["sh", "-c", 'cd "$0" && exec "$@"', self.path]
+        environment = {**os.environ, "HOME": str(self.path), "XDG_RUNTIME_DIR": str(self.path)}
+        return run(*enter, *there, *DROP, *command, env=environment)
+
+    def close(self) -> None:
+        self._namespace.kill()
+        self._namespace.communicate()
+        shutil.rmtree(self.path)
+
+
+@pytest.fixture
+def home() -> Iterator[Home]:
+    """A mounted memfs of 16 MiB in mnt, below a directory of the unprivileged user's."""
+    if os.geteuid() != 0:
+        pytest.skip("becoming another user takes root")
+    for tool in ("setpriv", "fusermount3", "unshare", "nsenter"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not installed")
+    home = Home(Path(tempfile.gettempdir()) / f"memfs-test-{os.getpid()}")  # pytest's own are closed to others
+    try:
+        if not home.ready:
+            pytest.skip("no mount namespace of our own")
+        if home.run(sys.executable, "-c", "import memfs.daemon").returncode:
+            pytest.skip("another user cannot read this interpreter or package")
+        assert home.run("mkdir", "mnt").returncode == 0
+        mounted = home.run(sys.executable, "-m", "memfs", "mount", "mnt", "-o", "size=16m")
+        if mounted.returncode:
+            pytest.skip(mounted.stderr.strip())
+        home.said = mounted.stderr
+        yield home
+        assert home.run("fusermount3", "-u", "mnt").returncode == 0
+    finally:
+        home.run("fusermount3", "-u", "-z", "mnt")
+        home.close()
+
+
+def test_what_is_missing_is_said_and_the_rest_works(home: Home) -> None:
+    said = home.said
+    assert "mounted by fusermount3" in said
+    assert "files live on memfds" in said
+    script = """
+set -e; cd mnt
+echo hello > f; cat f
+fallocate -l 8M g; fallocate -p -l 4M g; stat -c '%s %b' g
+df --output=used . | tail -1
+dd if=/dev/zero of=big bs=1M count=20 2>/dev/null && echo too much || echo full
+stat -c %s big; rm big
+fallocate -l 20M h 2>/dev/null && echo too much || stat -c '%s %b' h
+df --output=used . | tail -1
+"""
+    result = home.run("bash", "-c", script)
+    # 16 MiB less 4 MiB less the page of f: dd gets all that is left, to the byte.
+    assert result.stdout.split() == [
+        *("hello", "8388608", "8192", "4100", "full", str((12 << 20) - 4096), "0", "0", "4100"),
+    ]
+
+
+def test_sealing_and_owning_work(home: Home) -> None:
+    memfs = [sys.executable, "-m", "memfs"]
+    assert home.run(*memfs, "create", "--seals", "guest", "--size", "4M", "mnt/private").returncode == 0
+    assert "Operation not permitted" in home.run("cat", "mnt/private").stderr
+    assert home.run("touch", "mnt/shared").returncode == 0
+    command = ["kvmsim", "run", "--shared", "mnt/shared", "--private", "mnt/private", "--mem", "4M"]
+    result = home.run(sys.executable, "-m", *command)
+    assert result.returncode == 0, result.stderr
+    assert "every byte was as stored" in result.stdout
