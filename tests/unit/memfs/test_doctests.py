@@ -1,0 +1,18 @@
+"""The examples in the docstrings are true."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+
+import pytest
+
+MODULES = ["memfs.units", "memfs.options", "memfs.seals", "memfs.guest.protocol", "memfs.guest.page_map"]
+MODULES += ["kvmsim.mmu.page_table"]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples(name: str) -> None:
+    outcome = doctest.testmod(importlib.import_module(name))
+    assert outcome.attempted > 0
+    assert outcome.failed == 0

@@ -1,0 +1,216 @@
+"""A file and its owner: in which order pages come and go, whatever fails on the way."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from memfs.backing import Backing, MemfdBacking, TmpfsBacking
+from memfs.file import File
+from memfs.guest.page_map import MAX_PAGES
+from memfs.seals import F_SEAL_GUEST, F_SEAL_SEAL
+from memfs.units import PAGE_SIZE, ByteOffset, PageIndex, PageRange
+
+LIMIT = 32 * PAGE_SIZE
+
+
+@pytest.fixture(params=[TmpfsBacking, MemfdBacking])
+def backing(request: pytest.FixtureRequest) -> Iterator[Backing]:
+    try:
+        backing = request.param(LIMIT)
+    except OSError as error:
+        pytest.skip(f"no detached tmpfs: {error.strerror}")
+    yield backing
+    backing.close()
+
+
+class Recorder:
+    """An owner that writes down what it is told, and what the file was like at that moment."""
+
+    def __init__(self, file: File) -> None:
+        self.file = file
+        self.heard: list[tuple[str, PageRange, int]] = []
+        self.may_go_on = trio.Event()
+        self.may_go_on.set()
+
+    async def _hear(self, what: str, pages: PageRange) -> None:
+        self.heard.append((what, pages, self.file.pages))
+        await self.may_go_on.wait()
+
+    async def invalidate_begin(self, pages: PageRange) -> None:
+        await self._hear("begin", pages)
+
+    async def invalidate_end(self, pages: PageRange) -> None:
+        await self._hear("end", pages)
+
+    async def fallocate(self, pages: PageRange) -> None:
+        await self._hear("fallocate", pages)
+
+
+def pages(start: int, end: int) -> PageRange:
+    return PageRange(PageIndex(start), PageIndex(end))
+
+
+def at(page: int) -> ByteOffset:
+    return ByteOffset(page * PAGE_SIZE)
+
+
+@pytest.fixture
+def guest(backing: Backing) -> Iterator[File]:
+    """A guest-sealed file of 16 pages, all allocated."""
+    file = File(backing, "guest", F_SEAL_GUEST)
+    trio.run(file.truncate, at(16))
+
+    async def allocate() -> None:
+        await file.allocate(at(0), at(16), keep_size=False)
+
+    trio.run(allocate)
+    yield file
+    file.check()
+    file.owner = None
+    file.close()
+    assert backing.free_pages == backing.total_pages
+
+
+async def test_owner_hears_before_and_after_pages_go(guest: File) -> None:
+    guest.owner = owner = Recorder(guest)
+    await guest.punch(at(2), at(3))
+    await guest.truncate(at(8))
+    await guest.allocate(at(2), at(2), keep_size=True)
+    assert owner.heard == [
+        ("begin", pages(2, 5), 16),
+        ("end", pages(2, 5), 13),
+        ("begin", pages(8, 16), 13),
+        ("end", pages(8, 16), 5),
+        ("fallocate", pages(2, 4), 7),
+    ]
+
+
+async def test_end_follows_begin_also_when_freeing_fails(guest: File, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(fd: int, mode: int, offset: int, length: int) -> None:
+        raise OSError(errno.EIO, "told to fail")
+
+    guest.owner = owner = Recorder(guest)
+    monkeypatch.setattr("memfs.file.fallocate", fail)
+    for attempt in (guest.punch(at(0), at(1)), guest.allocate(at(16), at(1), keep_size=False)):
+        with pytest.raises(OSError) as caught:
+            await attempt
+        assert caught.value.errno == errno.EIO
+    assert owner.heard == [("begin", pages(0, 1), 16), ("end", pages(0, 1), 16)]
+    guest.check()
+
+
+async def test_second_change_waits_for_the_first(guest: File) -> None:
+    guest.owner = owner = Recorder(guest)
+    owner.may_go_on = trio.Event()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(guest.punch, at(0), at(1))
+        await wait_all_tasks_blocked()
+        nursery.start_soon(guest.punch, at(1), at(1))
+        await wait_all_tasks_blocked()
+        assert owner.heard == [("begin", pages(0, 1), 16)]
+        owner.may_go_on.set()
+    assert [what for what, *_ in owner.heard] == ["begin", "end", "begin", "end"]
+
+
+async def test_who_waits_can_be_interrupted_and_who_runs_cannot(guest: File) -> None:
+    guest.owner = owner = Recorder(guest)
+    owner.may_go_on = trio.Event()
+    async with trio.open_nursery() as nursery:
+        running, waiting = trio.CancelScope(), trio.CancelScope()
+
+        async def punch(scope: trio.CancelScope, page: int) -> None:
+            with scope:
+                await guest.punch(at(page), at(1))
+
+        nursery.start_soon(punch, running, 0)
+        await wait_all_tasks_blocked()
+        nursery.start_soon(punch, waiting, 1)
+        await wait_all_tasks_blocked()
+        running.cancel()
+        waiting.cancel()
+        await wait_all_tasks_blocked()
+        assert waiting.cancelled_caught
+        owner.may_go_on.set()
+    assert owner.heard == [("begin", pages(0, 1), 16), ("end", pages(0, 1), 15)]
+
+
+@pytest.mark.parametrize(
+    ("offset", "length"), [(1, PAGE_SIZE), (0, 1), (PAGE_SIZE, PAGE_SIZE + 1), (PAGE_SIZE - 1, PAGE_SIZE)]
+)
+async def test_unaligned_changes_of_guest_memory_are_refused(guest: File, offset: int, length: int) -> None:
+    guest.owner = owner = Recorder(guest)
+    for attempt in (
+        guest.punch(ByteOffset(offset), length),
+        guest.allocate(ByteOffset(offset), length, keep_size=True),
+        guest.truncate(length if length % PAGE_SIZE else offset),
+    ):
+        with pytest.raises(OSError) as caught:
+            await attempt
+        assert caught.value.errno == errno.EINVAL
+    assert (owner.heard, guest.pages, guest.size) == ([], 16, at(16))
+
+
+async def test_full_memory_refuses_the_whole_allocation(guest: File, backing: Backing) -> None:
+    guest.owner = owner = Recorder(guest)
+    with pytest.raises(OSError) as caught:
+        await guest.allocate(at(8), at(40), keep_size=False)
+    assert caught.value.errno == errno.ENOSPC
+    assert (owner.heard, guest.pages, guest.size) == ([], 16, at(16))
+    assert backing.free_pages == 16
+    with pytest.raises(OSError) as caught:
+        await guest.truncate((MAX_PAGES + 1) * PAGE_SIZE)
+    assert caught.value.errno == errno.EFBIG
+
+
+async def test_content_of_guest_memory_is_out_of_reach(guest: File) -> None:
+    for attempt in (lambda: guest.read(at(0), 1), lambda: guest.write(at(0), b"x")):
+        with pytest.raises(PermissionError):
+            attempt()
+
+
+async def test_present_says_what_is_allocated(guest: File) -> None:
+    await guest.punch(at(3), at(2))
+    async with guest.lock:
+        assert guest.present(pages(2, 7)) == [(pages(2, 3), True), (pages(3, 5), False), (pages(5, 7), True)]
+        await guest.make_present(pages(3, 4))
+        assert guest.present(pages(3, 5)) == [(pages(3, 4), True), (pages(4, 5), False)]
+
+
+async def test_guest_seal_takes_an_empty_file_that_nobody_can_have_mapped(backing: Backing) -> None:
+    file = File(backing, "file")
+    file.write(at(0), b"content")
+    old = file.fd, file.stat().st_ino
+    for prepare in (lambda: None, lambda: setattr(file, "mappable_opens", 1), lambda: setattr(file, "owner", object())):
+        prepare()
+        with pytest.raises(OSError) as caught:
+            await file.add_seals(F_SEAL_GUEST)
+        assert caught.value.errno == errno.EBUSY
+        assert (file.seals, (file.fd, file.stat().st_ino)) == (0, old)
+        await file.truncate(0)
+    file.mappable_opens, file.owner = 0, None
+    times = file.stat().st_mtime_ns
+    keeper = os.dup(file.fd)
+    await file.add_seals(F_SEAL_GUEST)
+    assert os.fstat(keeper).st_ino != file.stat().st_ino or os.fstat(keeper).st_dev != file.stat().st_dev
+    os.close(keeper)
+    assert file.stat().st_mtime_ns == times
+    await file.add_seals(F_SEAL_GUEST | F_SEAL_SEAL)
+    with pytest.raises(PermissionError):
+        await file.add_seals(0)
+    with pytest.raises(PermissionError):
+        await file.add_seals(F_SEAL_GUEST)
+    file.close()
+
+
+async def test_unknown_seals_are_refused(backing: Backing) -> None:
+    file = File(backing, "file")
+    with pytest.raises(OSError) as caught:
+        await file.add_seals(F_SEAL_GUEST | 1 << 20)
+    assert (caught.value.errno, file.seals) == (errno.EINVAL, 0)
+    file.close()

@@ -1,0 +1,98 @@
+"""The page map against a plain array, also where it is sparse; and what an owner can do with the descriptor."""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+from collections.abc import Iterator
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memfs.guest.page_map import ABSENT, ALLOCATED, MAX_PAGES, PageMap, PageMapView
+from memfs.units import PageIndex, PageRange
+
+SPAN = 3 << 16  # pages of the model: more than it takes for the map to look for extents
+BASES = [0, 12345, MAX_PAGES - SPAN]
+
+
+@pytest.fixture
+def page_map() -> Iterator[PageMap]:
+    page_map = PageMap("test")
+    yield page_map
+    page_map.close()
+
+
+def pages(start: int, end: int) -> PageRange:
+    return PageRange(PageIndex(start), PageIndex(end))
+
+
+spans = st.tuples(st.integers(0, SPAN - 1), st.integers(1, SPAN)).map(lambda s: (s[0], min(SPAN, s[0] + s[1])))
+
+
+@given(st.sampled_from(BASES), st.lists(st.tuples(spans, st.booleans()), max_size=8), spans)
+def test_it_says_what_an_array_says(
+    base: int, changes: list[tuple[tuple[int, int], bool]], asked: tuple[int, int]
+) -> None:
+    page_map, model = PageMap("test"), np.zeros(SPAN, np.uint8)
+    for (start, end), allocated in changes:
+        page_map.set(pages(base + start, base + end), ALLOCATED if allocated else ABSENT)
+        model[start:end] = allocated
+    start, end = asked
+    window = pages(base + start, base + end)
+    assert page_map.count(window) == np.count_nonzero(model[start:end])
+    for state in (ALLOCATED, ABSENT):
+        runs = list(page_map.runs(window, state))
+        rebuilt = np.full(end - start, 1 - state, np.uint8)
+        for run in runs:
+            rebuilt[run.start - base - start : run.end - base - start] = state
+        assert (rebuilt == model[start:end]).all()
+        assert all(one.end < two.start for one, two in pairwise(runs)), "runs are not maximal"
+    assert page_map.seq == 2 * len(changes)
+    page_map.close()
+
+
+def test_owner_sees_the_same_and_cannot_change_it(page_map: PageMap) -> None:
+    view = PageMapView(page_map.fd)
+    page_map.set(pages(7, 9), ALLOCATED)
+    assert [view.is_allocated(PageIndex(at)) for at in (6, 7, 8, 9)] == [False, True, True, False]
+    with pytest.raises(ValueError, match="read-only"):
+        view.pages[7] = ABSENT
+    for attempt in (
+        lambda: mmap.mmap(page_map.fd, 4096),
+        lambda: os.pwrite(page_map.fd, b"\0", 4096),
+        lambda: os.ftruncate(page_map.fd, 0),
+        lambda: os.ftruncate(page_map.fd, 1 << 40),
+        lambda: fcntl.fcntl(page_map.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE),
+    ):
+        with pytest.raises(PermissionError):
+            attempt()
+    again = os.open(f"/proc/self/fd/{page_map.fd}", os.O_RDWR)  # as anybody may who has the descriptor
+    with pytest.raises(PermissionError):
+        mmap.mmap(again, 4096)
+    os.close(again)
+    assert view.is_allocated(PageIndex(7))
+    view.close()
+
+
+def test_a_map_costs_what_was_touched(page_map: PageMap) -> None:
+    page_map.set(pages(MAX_PAGES - 1, MAX_PAGES), ALLOCATED)
+    assert os.fstat(page_map.fd).st_blocks * 512 == 2 * 4096  # the header, and one page of map
+    assert page_map.count(pages(0, MAX_PAGES)) == 1
+    page_map.set(pages(0, MAX_PAGES), ABSENT)
+    assert page_map.count(pages(0, MAX_PAGES)) == 0
+    assert os.fstat(page_map.fd).st_blocks * 512 == 2 * 4096
+
+
+def test_what_is_no_page_map_is_refused() -> None:
+    fd = os.memfd_create("other")
+    with pytest.raises(ValueError, match="not a page map"):
+        PageMapView(fd)
+    os.ftruncate(fd, 4096 + MAX_PAGES)
+    with pytest.raises(ValueError, match="not a page map"):
+        PageMapView(fd)
+    os.close(fd)

@@ -1,0 +1,333 @@
+"""The protocol without I/O: two ends against each other, and every way in which a message can be wrong."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memfs.guest.messages import (
+    MESSAGES,
+    Ack,
+    Done,
+    Failed,
+    Fallocate,
+    Fenced,
+    FileId,
+    GetPfn,
+    Hello,
+    HelloReply,
+    InvalidateBegin,
+    InvalidateEnd,
+    Message,
+    PfnReply,
+    PfnRun,
+    PutPfn,
+    Register,
+    Registered,
+    Unregister,
+)
+from memfs.guest.protocol import (
+    MAX_IN_FLIGHT,
+    MAX_MESSAGE,
+    Connection,
+    LocalProtocolError,
+    RemoteProtocolError,
+    RequestId,
+    Role,
+    State,
+)
+from memfs.units import PageIndex, PageRange, Pfn
+
+FILE = FileId(7)
+
+
+def pages(start: int, end: int) -> PageRange:
+    return PageRange(PageIndex(start), PageIndex(end))
+
+
+u64 = st.integers(0, (1 << 64) - 1)
+ranges = st.tuples(st.integers(0, 1 << 40), st.integers(1, 1 << 40)).map(lambda each: pages(each[0], sum(each)))
+text = st.text(st.characters(codec="utf-8"), max_size=100)
+
+
+@st.composite
+def pfn_replies(draw: st.DrawFn) -> PfnReply:
+    start = draw(st.integers(0, 1000))
+    position, runs = start, []
+    for length, pfn, order in draw(
+        st.lists(
+            st.tuples(st.integers(1, 50), st.none() | st.integers(0, 1 << 40), st.sampled_from([0, 9, 18])),
+            min_size=1,
+            max_size=20,
+        )
+    ):
+        runs.append(PfnRun(pages(position, position + length), None if pfn is None else Pfn(pfn), order))
+        position += length
+    return PfnReply(FILE, pages(start, position), tuple(runs))
+
+
+MESSAGE: dict[type[Message], st.SearchStrategy[Any]] = {
+    Hello: st.builds(Hello, st.just(1), st.integers(1, 9), text),
+    HelloReply: st.builds(HelloReply, st.integers(1, 9), st.integers(1, 1 << 20)),
+    Register: st.builds(Register),
+    Registered: st.builds(Registered, u64, u64, u64, u64),
+    Unregister: st.builds(Unregister, u64),
+    GetPfn: st.builds(GetPfn, u64, ranges, st.booleans()),
+    PfnReply: pfn_replies(),
+    PutPfn: st.builds(PutPfn, u64, ranges, st.booleans()),
+    Done: st.builds(Done),
+    Failed: st.builds(Failed, st.integers(1, 133), text),
+    InvalidateBegin: st.builds(InvalidateBegin, u64, ranges),
+    InvalidateEnd: st.builds(InvalidateEnd, u64, ranges),
+    Fallocate: st.builds(Fallocate, u64, ranges),
+    Ack: st.builds(Ack, st.integers(0, 133)),
+    Fenced: st.builds(Fenced, st.integers(1, 133), text),
+}
+
+
+def test_every_message_is_tried() -> None:
+    assert set(MESSAGE) == set(MESSAGES.values())
+
+
+@given(st.sampled_from(sorted(MESSAGE, key=lambda kind: kind.TYPE)).flatmap(lambda kind: MESSAGE[kind]))
+def test_what_is_packed_is_unpacked(message: Message) -> None:
+    assert type(message).unpack(memoryview(message.pack())) == message
+
+
+def opened() -> tuple[Connection, Connection]:
+    owner, store = Connection(Role.OWNER), Connection(Role.STORE)
+    number, data = owner.send(Hello())
+    store.receive(data)
+    _, data = store.send(HelloReply(1, 4096), answers=number)
+    owner.receive(data)
+    return owner, store
+
+
+def snapshot(connection: Connection) -> tuple[Any, ...]:
+    return (
+        connection.state,
+        dict(connection._last_id),
+        {role: dict(each) for role, each in connection._unanswered.items()},
+        connection.invalidations,
+    )
+
+
+def test_a_conversation() -> None:
+    owner, store = opened()
+    number, data = owner.send(Register(), descriptors=1)
+    assert store.receive(data, 1).message == Register()
+    _, data = store.send(Registered(FILE, 3, 4096, 0), answers=number, descriptors=2)
+    assert owner.receive(data, 2).answers == Register()
+    begun, data = store.send(InvalidateBegin(FILE, pages(1, 2)))
+    assert owner.receive(data).message == InvalidateBegin(FILE, pages(1, 2))
+    assert owner.invalidations == store.invalidations == ((FILE, pages(1, 2)),)
+    _, data = owner.send(Ack(), answers=begun)
+    assert store.receive(data).answers == InvalidateBegin(FILE, pages(1, 2))
+    ended, data = store.send(InvalidateEnd(FILE, pages(1, 2)))
+    owner.receive(data)
+    store.receive(owner.send(Ack(), answers=ended)[1])
+    assert owner.invalidations == store.invalidations == ()
+    assert owner.unanswered == store.unanswered == 0
+    _, data = store.send(Fenced(110, "too slow"))
+    assert owner.receive(data).message == Fenced(110, "too slow")
+    assert owner.state is store.state is State.CLOSED
+
+
+def illegal() -> list[tuple[str, Connection, Message, RequestId | None, int]]:
+    """Each message where it may not be said: by an end, in a state, as an answer, or with descriptors."""
+    some: dict[type[Message], Message] = {
+        Hello: Hello(),
+        HelloReply: HelloReply(1, 4096),
+        Register: Register(),
+        Registered: Registered(FILE, 1, 1, 0),
+        Unregister: Unregister(FILE),
+        GetPfn: GetPfn(FILE, pages(0, 1), True),
+        PfnReply: PfnReply(FILE, pages(0, 1), (PfnRun(pages(0, 1), None),)),
+        PutPfn: PutPfn(FILE, pages(0, 1), True),
+        Done: Done(),
+        Failed: Failed(1, ""),
+        InvalidateBegin: InvalidateBegin(FILE, pages(0, 1)),
+        InvalidateEnd: InvalidateEnd(FILE, pages(0, 1)),
+        Fallocate: Fallocate(FILE, pages(0, 1)),
+        Ack: Ack(),
+        Fenced: Fenced(1, ""),
+    }
+    said_when_open = {
+        Role.OWNER: {Register, Unregister, GetPfn, PutPfn},
+        Role.STORE: {InvalidateBegin, Fallocate, Fenced},
+    }
+    cases: list[tuple[str, Connection, Message, RequestId | None, int]] = []
+    for role in Role:
+        for state in State:
+            for kind, message in some.items():
+                if (role, state, kind) == (Role.OWNER, State.START, Hello):
+                    continue
+                if state is State.OPEN and kind in said_when_open[role]:
+                    continue
+                connection = opened()[list(Role).index(role)] if state is State.OPEN else Connection(role)
+                connection.state = state
+                descriptors = min(kind.DESCRIPTORS)
+                cases.append((f"{kind.__name__} by {role.value} {state.value}", connection, message, None, descriptors))
+                cases.append(("an answer to nothing", connection, message, RequestId(5), descriptors))
+    owner, store = opened()
+    cases.append(("too few descriptors", owner, Register(), None, 0))
+    cases.append(("too many descriptors", owner, Register(), None, 2))
+    cases.append(("a descriptor with none", store, Fallocate(FILE, pages(0, 1)), None, 1))
+    return cases
+
+
+def test_what_may_not_be_sent_raises_and_changes_nothing(subtests: pytest.Subtests) -> None:
+    for what, connection, message, answers, descriptors in illegal():
+        before = snapshot(connection)
+        with subtests.test(what):
+            with pytest.raises(LocalProtocolError):
+                connection.send(message, answers=answers, descriptors=descriptors)
+            assert snapshot(connection) == before
+
+
+def datagram(message: Message, number: int = 5, **changes: int) -> bytes:
+    body = message.pack()
+    header = {"version": 1, "type": message.TYPE, "length": 16 + len(body), "id": number, **changes}
+    return struct.pack("<HHIQ", *header.values()) + body
+
+
+def test_what_may_not_be_said_raises_and_changes_nothing(subtests: pytest.Subtests) -> None:
+    for what, sender, message, answers, descriptors in illegal():
+        receiver = Connection(sender.role.peer)
+        receiver.state = sender.state
+        before = snapshot(receiver)
+        with subtests.test(what):
+            with pytest.raises(RemoteProtocolError):
+                receiver.receive(datagram(message, answers or 1), descriptors)
+            assert snapshot(receiver) == before
+
+
+GOOD = datagram(GetPfn(FILE, pages(3, 9), False))
+MALFORMED = {
+    "empty": b"",
+    "header cut": GOOD[:15],
+    "body cut": GOOD[:-1],
+    "body too long": GOOD + b"\0",
+    "other version": datagram(Done(), version=2),
+    "wrong length": datagram(GetPfn(FILE, pages(3, 9), False), length=99),
+    "unknown type": datagram(Done(), type=99),
+    "type 0": datagram(Done(), type=0),
+    "not a flag": GOOD[:-1] + b"\2",
+    "empty range": struct.pack("<HHIQQQQB", 1, 6, 41, 5, 7, 3, 3, 0),
+    "reversed range": struct.pack("<HHIQQQQB", 1, 6, 41, 5, 7, 9, 3, 0),
+    "range beyond all files": struct.pack("<HHIQQQQB", 1, 6, 41, 5, 7, 0, 1 << 63, 0),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_bytes_raise_and_change_nothing(name: str) -> None:
+    _, store = opened()
+    before = snapshot(store)
+    with pytest.raises(RemoteProtocolError):
+        store.receive(MALFORMED[name])
+    assert snapshot(store) == before
+    store.receive(GOOD)  # and what is right is still understood
+
+
+def test_hello_must_be_text_and_short() -> None:
+    for name in (b"\xff", b"x" * 513):
+        with pytest.raises(RemoteProtocolError):
+            Connection(Role.STORE).receive(struct.pack("<HHIQHH", 1, 1, 20 + len(name), 1, 1, 1) + name)
+
+
+def test_runs_must_cover_what_they_claim() -> None:
+    header = struct.pack("<QQQ", FILE, 0, 4)
+    for runs in (b"", struct.pack("<QQQ", 3, 1, 0), struct.pack("<QQQ", 5, 1, 0), struct.pack("<QQQ", 4, 1, 5), b"x"):
+        owner, store = opened()
+        number, data = owner.send(GetPfn(FILE, pages(0, 4), False))
+        store.receive(data)
+        before = snapshot(owner)
+        body = header + runs
+        with pytest.raises(RemoteProtocolError):
+            owner.receive(struct.pack("<HHIQ", 1, PfnReply.TYPE, 16 + len(body), number) + body)
+        assert snapshot(owner) == before
+
+
+def test_replayed_and_reordered_requests_are_refused() -> None:
+    owner, store = opened()
+    first, second = owner.send(Unregister(FILE))[1], owner.send(Unregister(FILE))[1]
+    store.receive(second)
+    for again in (second, first):
+        before = snapshot(store)
+        with pytest.raises(RemoteProtocolError):
+            store.receive(again)
+        assert snapshot(store) == before
+
+
+def test_an_answer_counts_once() -> None:
+    owner, store = opened()
+    number, data = owner.send(Unregister(FILE))
+    store.receive(data)
+    _, data = store.send(Done(), answers=number)
+    owner.receive(data)
+    with pytest.raises(RemoteProtocolError):
+        owner.receive(data)
+    with pytest.raises(LocalProtocolError):
+        store.send(Done(), answers=number)
+
+
+def test_end_without_begin_is_refused() -> None:
+    owner, store = opened()
+    store.send(InvalidateBegin(FILE, pages(0, 4)))
+    for end in (InvalidateEnd(FILE, pages(0, 3)), InvalidateEnd(FileId(8), pages(0, 4))):
+        with pytest.raises(LocalProtocolError):
+            store.send(end)
+        with pytest.raises(RemoteProtocolError):
+            owner.receive(datagram(end))
+
+
+def test_flood_is_refused() -> None:
+    owner, store = opened()
+    for _ in range(MAX_IN_FLIGHT):
+        store.receive(owner.send(Unregister(FILE))[1])
+    before = snapshot(store)
+    with pytest.raises(LocalProtocolError):
+        owner.send(Unregister(FILE))
+    with pytest.raises(RemoteProtocolError):
+        store.receive(datagram(Unregister(FILE), 9999))
+    assert snapshot(store) == before
+
+
+def test_long_texts_are_cut_where_a_character_ends() -> None:
+    assert Failed.unpack(memoryview(Failed(1, "ä" * 1000).pack())).text == "ä" * 256
+
+
+def test_no_message_is_larger_than_allowed() -> None:
+    runs = tuple(PfnRun(pages(at, at + 1), None if at % 2 else Pfn(at)) for at in range(PfnReply.MAX_RUNS))
+    owner, store = opened()
+    number, data = owner.send(GetPfn(FILE, pages(0, PfnReply.MAX_RUNS), False))
+    store.receive(data)
+    _, data = store.send(PfnReply(FILE, pages(0, PfnReply.MAX_RUNS), runs), answers=number)
+    assert len(data) <= MAX_MESSAGE
+    owner.receive(data)
+
+
+@given(st.binary(max_size=200), st.integers(0, 3))
+def test_no_bytes_raise_anything_else(data: bytes, descriptors: int) -> None:
+    for connection in (*opened(), Connection(Role.STORE), Connection(Role.OWNER)):
+        before = snapshot(connection)
+        try:
+            connection.receive(data, descriptors)
+        except RemoteProtocolError:
+            assert snapshot(connection) == before
+
+
+@given(st.data())
+def test_one_flipped_byte_is_a_message_or_refused(data: st.DataObject) -> None:
+    broken = bytearray(GOOD)
+    broken[data.draw(st.integers(0, len(GOOD) - 1))] ^= data.draw(st.integers(1, 255))
+    _, store = opened()
+    try:
+        received = store.receive(bytes(broken))
+    except RemoteProtocolError:
+        return
+    assert datagram(received.message, received.id) == bytes(broken)
