@@ -190,22 +190,24 @@ class File:
             pages = PageRange.inside(offset, length)
             mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
             async with self._taking_away(told=pages, freed=pages):
-                await _system_call(lambda: fallocate(self.fd, mode, offset, length), length)
+                await self._freeing_call(lambda: fallocate(self.fd, mode, offset, length), length)
 
     async def truncate(self, size: int) -> None:
         """ftruncate(2), in bytes. EINVAL: guest-sealed and not page-aligned. EFBIG: larger than memfs can track."""
         async with self._locked():
             self._check_alignment(ByteOffset(size), 0)
             old, first = self.size, page_ceil(ByteOffset(size))
-            if size >= old:
+            if size > old:
                 self._check_tracked_size(first)
                 os.ftruncate(self.fd, size)
                 return
             end = page_ceil(ByteOffset(old))
             told = PageRange(first, end) if first < end else None
-            # Pages beyond the old size (FALLOC_FL_KEEP_SIZE allocates such) go as well, but no owner can have those.
-            async with self._taking_away(told=told, freed=PageRange(first, _MAP_END)):
-                await _system_call(lambda: os.ftruncate(self.fd, size), old - size)
+            # Pages beyond the old size (FALLOC_FL_KEEP_SIZE allocates such) go as well, even if the size stays, but no
+            # owner can have those.
+            freed = PageRange(first, _MAP_END) if first < _MAP_END else None
+            async with self._taking_away(told=told, freed=freed):
+                await self._freeing_call(lambda: os.ftruncate(self.fd, size), old - size)
 
     def present(self, pages: PageRange) -> list[tuple[PageRange, bool]]:
         """Which pages of a range are allocated: runs in order, True for allocated. Call with `lock` held.
@@ -265,6 +267,14 @@ class File:
         finally:
             if owner is not None and told is not None:
                 await owner.invalidate_end(told)
+
+    async def _freeing_call(self, call: Callable[[], object], nbytes: int) -> None:
+        """A system call that frees memory.
+
+        Where writes are tracked, never in a thread: of a write that came meanwhile nobody could say whether the pages
+        it allocated were freed again.
+        """
+        await _system_call(call, nbytes if self.page_map is None or self.guest else 0)
 
     def _forget_pages(self, pages: PageRange) -> None:
         tracked = pages.intersect(_WHOLE_MAP)

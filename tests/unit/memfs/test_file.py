@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +14,7 @@ from trio.testing import wait_all_tasks_blocked
 from memfs.backing import Backing, MemfdBacking, TmpfsBacking
 from memfs.file import File
 from memfs.guest.page_map import MAX_PAGES
+from memfs.libc import fallocate
 from memfs.seals import F_SEAL_GUEST, F_SEAL_SEAL
 from memfs.units import PAGE_SIZE, ByteOffset, PageIndex, PageRange
 
@@ -214,3 +216,50 @@ async def test_unknown_seals_are_refused(backing: Backing) -> None:
         await file.add_seals(F_SEAL_GUEST | 1 << 20)
     assert (caught.value.errno, file.seals) == (errno.EINVAL, 0)
     file.close()
+
+
+async def test_truncating_to_the_same_size_frees_what_lies_beyond(backing: Backing) -> None:
+    """As on tmpfs, where KEEP_SIZE allocates past the end and any truncate that does not grow frees that again."""
+    for seals in (0, F_SEAL_GUEST):
+        file = File(backing, "file", seals)
+        await file.truncate(at(1))
+        await file.allocate(at(0), at(8), keep_size=True)
+        await file.truncate(at(1))
+        assert file.pages == 1
+        file.check()
+        assert backing.free_pages == 31
+        file.close()
+
+
+async def test_untracked_file_shrinks_from_beyond_any_page_map() -> None:
+    try:
+        backing = TmpfsBacking(LIMIT)
+    except OSError as error:
+        pytest.skip(f"no detached tmpfs: {error.strerror}")
+    file = File(backing, "file")
+    for size in (1 << 62, 1 << 60, 1 << 60, 0):
+        await file.truncate(size)
+        assert file.size == size
+    file.close()
+    backing.close()
+
+
+async def test_write_during_a_long_punch_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a punch that ran in a thread nobody could say whether it freed what was written meanwhile."""
+    backing = MemfdBacking(64 << 20)
+    file = File(backing, "file")
+    await file.truncate(16 << 20)
+
+    def free_and_let_others_go_on(fd: int, mode: int, offset: int, length: int) -> None:
+        fallocate(fd, mode, offset, length)
+        if threading.current_thread() is not threading.main_thread():
+            trio.from_thread.run_sync(file.write, at(5), b"x")
+
+    monkeypatch.setattr("memfs.file.fallocate", free_and_let_others_go_on)
+    await file.punch(at(0), 16 << 20)
+    file.check()
+    file.write(at(5), b"x")
+    file.check()
+    file.close()
+    assert backing.free_pages == backing.total_pages
+    backing.close()
