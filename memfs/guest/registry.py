@@ -212,7 +212,12 @@ class Registry:
         return owner
 
     def register(self, owner: Owner, inode: RegularFile) -> Registration:
-        """Make a file an owner's. Raises OSError(EPERM) if it is another's. The same again is counted."""
+        """Make a file an owner's. Raises OSError(EPERM) if it is another's. The same again is counted.
+
+        ESHUTDOWN: the owner has ended; a request of its may have waited for the file while it was fenced.
+        """
+        if self.owners.get(owner.number) is not owner:
+            raise OSError(errno.ESHUTDOWN, "the owner has been cut off")
         current = inode.file.owner
         if isinstance(current, Registration):
             if current.owner is not owner:

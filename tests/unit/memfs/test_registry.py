@@ -1,0 +1,330 @@
+"""Owners without sockets: who may own what, what waits for whom, and that nothing outlives its registration."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import stat
+from collections.abc import Iterator
+
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from memfs.backing import MemfdBacking
+from memfs.file import File
+from memfs.guest.messages import Ack, Fallocate, FileId, InvalidateBegin, InvalidateEnd
+from memfs.guest.registry import Notification, Owner, OwnerGone, Registration, Registry
+from memfs.inode import RegularFile
+from memfs.seals import F_SEAL_GUEST
+from memfs.tree import ROOT_INO, Tree
+from memfs.units import PAGE_SIZE, ByteOffset, PageIndex, PageRange
+
+MEMORY = 64  # pages
+
+
+def pages(start: int, end: int) -> PageRange:
+    return PageRange(PageIndex(start), PageIndex(end))
+
+
+def at(page: int) -> ByteOffset:
+    return ByteOffset(page * PAGE_SIZE)
+
+
+class Guest:
+    """An owner that writes down what it hears, answers when it may, and can die."""
+
+    def __init__(self, registry: Registry) -> None:
+        self.registry = registry
+        self.heard: list[Notification] = []
+        self.cut_off: list[str] = []
+        self.answers = trio.Event()
+        self.answers.set()
+        self.dead = False
+        self.errno = 0
+        self.owner: Owner = registry.new_owner(self._notify, self._cut_off)
+
+    async def _notify(self, message: Notification) -> Ack:
+        self.heard.append(message)
+        await self.answers.wait()
+        if self.dead:
+            raise OwnerGone
+        return Ack(self.errno)
+
+    async def _cut_off(self, reason: str) -> None:
+        self.cut_off.append(reason)
+
+    def die(self) -> None:
+        """As the server does when the connection ends."""
+        self.dead = True
+        self.answers.set()
+        self.registry.end(self.owner)
+
+    def register(self, inode: RegularFile) -> Registration:
+        return self.registry.register(self.owner, inode)
+
+
+@pytest.fixture
+def tree() -> Iterator[Tree]:
+    backing = MemfdBacking(MEMORY * PAGE_SIZE)
+    tree = Tree(lambda ino, seals: File(backing, str(ino), seals), 100, 0o755, 0, 0)
+    yield tree
+    tree.check()
+    for inode in list(tree.files()):
+        assert inode.file.owner is None, "an owner was left behind"
+    tree.close()
+    assert backing.free_pages == MEMORY
+
+
+@pytest.fixture
+def registry(tree: Tree) -> Iterator[Registry]:
+    registry = Registry(tree)
+    yield registry
+    for owner in list(registry.owners.values()):
+        registry.end(owner)
+    registry.check()
+    assert registry._frames.taken == 0
+
+
+async def filled(tree: Tree, name: str = "file") -> RegularFile:
+    """A guest-sealed file of 16 pages, all allocated."""
+    inode = tree.create(ROOT_INO, name.encode(), stat.S_IFREG | 0o600, 0, 0, seals=F_SEAL_GUEST)
+    assert isinstance(inode, RegularFile)
+    await inode.file.allocate(at(0), at(16), keep_size=False)
+    return inode
+
+
+async def test_one_owner_as_often_as_it_likes(tree: Tree, registry: Registry) -> None:
+    inode = await filled(tree)
+    first, second = Guest(registry), Guest(registry)
+    registration = first.register(inode)
+    assert first.register(inode) is registration
+    with pytest.raises(PermissionError):
+        second.register(inode)
+    assert (registration.count, inode.holds, second.owner.registrations) == (2, 1, {})
+    registry.check()
+    registry.unregister(first.owner, registration.id)
+    registry.check()
+    with pytest.raises(PermissionError):
+        second.register(inode)
+    registry.unregister(first.owner, registration.id)
+    registry.check()
+    with pytest.raises(OSError) as caught:
+        registry.unregister(first.owner, registration.id)
+    assert caught.value.errno == errno.EBADF
+    assert second.register(inode).id != registration.id, "ids are never reused"
+    with pytest.raises(OSError) as caught:
+        first.owner.registration(registration.id)
+    assert caught.value.errno == errno.EBADF
+    registry.check()
+
+
+async def test_an_owner_cannot_name_another_s_registration(tree: Tree, registry: Registry) -> None:
+    inode = await filled(tree)
+    first, second = Guest(registry), Guest(registry)
+    registration = first.register(inode)
+    with pytest.raises(OSError) as caught:
+        registry.unregister(second.owner, registration.id)
+    assert caught.value.errno == errno.EBADF
+    assert (registration.alive, registration.count) == (True, 1)
+    registry.check()
+
+
+async def test_an_owner_that_has_ended_registers_nothing(tree: Tree, registry: Registry) -> None:
+    """Its Register may have waited for the file while it was fenced."""
+    inode = await filled(tree)
+    guest = Guest(registry)
+    guest.die()
+    with pytest.raises(OSError) as caught:
+        guest.register(inode)
+    assert caught.value.errno == errno.ESHUTDOWN
+    assert (inode.file.owner, inode.holds) == (None, 0)
+    registry.check()
+
+
+async def test_unlinked_file_lives_until_it_is_unregistered(tree: Tree, registry: Registry) -> None:
+    inode = await filled(tree)
+    guest = Guest(registry)
+    registration = guest.register(inode)
+    tree.unlink(ROOT_INO, b"file")
+    assert tree.inode(inode.ino) is inode
+    registry.check()
+    registry.unregister(guest.owner, registration.id)
+    with pytest.raises(OSError) as caught:
+        tree.inode(inode.ino)
+    assert caught.value.errno == errno.ESTALE
+    registry.check()
+
+
+async def test_pages_go_when_they_are_acknowledged_and_unlocked(tree: Tree, registry: Registry) -> None:
+    inode = await filled(tree)
+    guest = Guest(registry)
+    registration = guest.register(inode)
+    await registration.get_pfn(pages(2, 6), alloc=False)
+    await registration.get_pfn(pages(4, 5), alloc=False)
+    guest.answers = trio.Event()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(inode.file.punch, at(4), at(4))
+        await wait_all_tasks_blocked()
+        assert guest.heard == [InvalidateBegin(registration.id, pages(4, 8))]
+        guest.answers.set()
+        await wait_all_tasks_blocked()
+        registration.put_pfn(pages(2, 6))
+        await wait_all_tasks_blocked()
+        assert inode.file.pages == 16, "page 4 is locked once more"
+        registry.check()
+        registration.put_pfn(pages(4, 5))
+    assert inode.file.pages == 12
+    assert guest.heard[1:] == [InvalidateEnd(registration.id, pages(4, 8))]
+
+
+async def test_locks_elsewhere_hold_up_nothing(tree: Tree, registry: Registry) -> None:
+    inode = await filled(tree)
+    registration = Guest(registry).register(inode)
+    await registration.get_pfn(pages(0, 4), alloc=False)
+    await inode.file.punch(at(4), at(4))
+    assert inode.file.pages == 12
+
+
+async def test_putting_what_is_not_locked_changes_nothing(tree: Tree, registry: Registry) -> None:
+    inode = await filled(tree)
+    registration = Guest(registry).register(inode)
+    await registration.get_pfn(pages(2, 4), alloc=False)
+    for wrong in (pages(1, 3), pages(3, 5), pages(8, 9), pages(0, 16)):
+        with pytest.raises(OSError) as caught:
+            registration.put_pfn(wrong)
+        assert caught.value.errno == errno.EINVAL
+        assert len(registration.locks) == 2
+    registration.put_pfn(pages(3, 4))
+    registration.put_pfn(pages(2, 3))
+    assert len(registration.locks) == 0
+
+
+async def test_look_ups(tree: Tree, registry: Registry) -> None:
+    inode = await filled(tree)
+    registration = Guest(registry).register(inode)
+    await inode.file.punch(at(2), at(2))
+    reply = await registration.get_pfn(pages(1, 6), alloc=False)
+    assert [(run.pages, run.pfn is None) for run in reply.runs] == [
+        (pages(1, 2), False),
+        (pages(2, 4), True),
+        (pages(4, 6), False),
+    ]
+    assert len(registration.locks) == 3, "absent pages are not locked"
+    present = [run for run in reply.runs if run.pfn is not None]
+    assert present[1].pfn == (present[0].pfn or 0) + 3, "frames are as far apart as pages"
+    reply = await registration.get_pfn(pages(0, 4), alloc=True)
+    assert [run.pages for run in reply.runs] == [pages(0, 4)]
+    assert inode.file.pages == 16
+    before = len(registration.locks)
+    with pytest.raises(OSError) as caught:
+        await registration.get_pfn(pages(15, 17), alloc=True)
+    assert caught.value.errno == errno.EINVAL
+    await inode.file.truncate(at(MEMORY + 1))
+    with pytest.raises(OSError) as caught:
+        await registration.get_pfn(pages(0, MEMORY + 1), alloc=True)
+    assert caught.value.errno == errno.ENOSPC
+    assert (inode.file.pages, len(registration.locks)) == (16, before)
+
+
+async def test_look_up_that_waited_while_the_registration_ended(tree: Tree, registry: Registry) -> None:
+    inode = await filled(tree)
+    registration = (guest := Guest(registry)).register(inode)
+    async with inode.file.lock, trio.open_nursery() as nursery:
+
+        async def look_up() -> None:
+            with pytest.raises(OSError) as caught:
+                await registration.get_pfn(pages(0, 1), alloc=True)
+            assert caught.value.errno == errno.EBADF
+
+        nursery.start_soon(look_up)
+        await wait_all_tasks_blocked()
+        registry.unregister(guest.owner, registration.id)
+        inode.file.lock.release()
+        await wait_all_tasks_blocked()
+        await inode.file.lock.acquire()
+    assert len(registration.locks) == 0
+
+
+@pytest.mark.parametrize("silent", ["to begin", "with locks"])
+async def test_owner_that_does_not_answer_in_time_is_fenced(
+    tree: Tree,
+    registry: Registry,
+    autojump_clock: trio.testing.MockClock,
+    caplog: pytest.LogCaptureFixture,
+    silent: str,
+) -> None:
+    inode, other = await filled(tree), await filled(tree, "other")
+    guest, bystander = Guest(registry), Guest(registry)
+    registration = guest.register(inode)
+    theirs = bystander.register(other)
+    if silent == "with locks":
+        await registration.get_pfn(pages(0, 1), alloc=False)
+    else:
+        guest.answers = trio.Event()
+    start = trio.current_time()
+    await inode.file.punch(at(0), at(4))
+    assert trio.current_time() - start == pytest.approx(registry.notify_timeout)
+    assert inode.file.pages == 12
+    assert guest.heard == [InvalidateBegin(registration.id, pages(0, 4))], "nothing is told to one who is cut off"
+    assert guest.cut_off == ["no answer within 5 s"]
+    assert [record.levelno for record in caplog.records] == [logging.ERROR]
+    assert (registry.fenced, inode.file.owner, theirs.alive) == (1, None, True)
+    registry.check()
+    assert bystander.register(inode).id > theirs.id
+    registry.check()
+
+
+async def test_owner_that_dies_between_begin_and_end_holds_up_nobody(tree: Tree, registry: Registry) -> None:
+    inode = await filled(tree)
+    guest = Guest(registry)
+    registration = guest.register(inode)
+    await registration.get_pfn(pages(0, 1), alloc=False)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(inode.file.punch, at(0), at(4))
+        await wait_all_tasks_blocked()
+        assert inode.file.pages == 16
+        guest.die()
+    assert inode.file.pages == 12
+    assert len(guest.heard) == 1
+    registry.check()
+
+
+async def test_unregistering_during_a_punch_lets_it_go_on(tree: Tree, registry: Registry) -> None:
+    inode = await filled(tree)
+    guest, next_one = Guest(registry), Guest(registry)
+    registration = guest.register(inode)
+    await registration.get_pfn(pages(0, 1), alloc=False)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(inode.file.punch, at(0), at(4))
+        await wait_all_tasks_blocked()
+        registry.unregister(guest.owner, registration.id)
+        next_one.register(inode)
+        registry.check()
+    assert inode.file.pages == 12
+    assert len(guest.heard) == 1
+    assert next_one.heard == [], "what it did not hear begin it does not hear end"
+
+
+async def test_what_an_owner_could_not_do_is_logged(
+    tree: Tree, registry: Registry, caplog: pytest.LogCaptureFixture
+) -> None:
+    inode = await filled(tree)
+    guest = Guest(registry)
+    registration = guest.register(inode)
+    guest.errno = errno.ENOMEM
+    await inode.file.allocate(at(4), at(1), keep_size=True)
+    assert guest.heard == [Fallocate(registration.id, pages(4, 5))]
+    assert "could not act on Fallocate of [4, 5): Cannot allocate memory" in caplog.text
+    assert registry.fenced == 0
+
+
+async def test_end_is_idempotent(tree: Tree, registry: Registry) -> None:
+    guest = Guest(registry)
+    guest.register(await filled(tree))
+    registry.end(guest.owner)
+    registry.end(guest.owner)
+    registry.check()
+    with pytest.raises(OSError) as caught:
+        registry.unregister(guest.owner, FileId(1))
+    assert caught.value.errno == errno.EBADF
