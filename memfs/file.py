@@ -23,11 +23,15 @@ and we return the reservation.
 Guest seal (RFC patch 01): set on an empty file that nobody could have mapped. A handle that could be mapped counts as
 a mapping, since the kernel does not tell a FUSE server about mmap. The file gets a fresh backing file at that moment,
 so that a descriptor or passthrough handle of the old one leads nowhere.
+
+The other seals are enforced here; on an accounted backing the memfd carries them as well, so that the kernel does. What
+passes through never asks us, so a file sealed on writes is not opened in that way any more (handles.py).
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -96,6 +100,7 @@ class File:
         self.seals = born_with
         self.fd = backing.create(name, guest=self.guest)
         try:
+            self._seal_backing()
             self.page_map = PageMap(name) if backing.accounted or self.guest else None
         except OSError:
             os.close(self.fd)
@@ -142,11 +147,23 @@ class File:
     def write(self, offset: ByteOffset, data: bytes) -> int:
         """Write what there is room for and return how much that was. EPERM if guest-sealed, ENOSPC if none."""
         self._refuse_if_guest("written")
-        room = self._room_for(offset, len(data))
-        if data and not room:
+        self._forbid(seals.NO_WRITES, "written")
+        allowed = self._before_sealed_end(offset, len(data))
+        room = self._room_for(offset, allowed)
+        if allowed and not room:
             raise OSError(errno.ENOSPC, "no room")
         with self._giving(PageRange.covering(offset, room) if room else None):
             return os.pwrite(self.fd, data[:room], offset)
+
+    def _before_sealed_end(self, offset: ByteOffset, length: int) -> int:
+        """How much of a write the GROW seal allows: as the kernel, whole pages before the end. EPERM if nothing."""
+        size = ByteOffset(self.size)
+        if not self.seals & seals.F_SEAL_GROW or offset + length <= size:
+            return length
+        allowed = page_offset(page_floor(size)) - offset
+        if allowed <= 0:
+            raise OSError(errno.EPERM, "sealed against growing")
+        return allowed
 
     def seek(self, offset: ByteOffset, whence: int) -> ByteOffset:
         """SEEK_DATA and SEEK_HOLE (lseek(2)). For a guest-sealed file, data is what is allocated."""
@@ -173,6 +190,8 @@ class File:
         """
         async with self._locked():
             self._check_alignment(offset, length)
+            if offset + length > self.size:
+                self._forbid(seals.F_SEAL_GROW, "allocated past its end")
             pages = PageRange.covering(offset, length)
             mode = FALLOC_FL_KEEP_SIZE if keep_size else 0
             with self._giving(pages):
@@ -187,6 +206,7 @@ class File:
         """
         async with self._locked():
             self._check_alignment(offset, length)
+            self._forbid(seals.NO_WRITES, "punched")
             pages = PageRange.inside(offset, length)
             mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
             async with self._taking_away(told=pages, freed=pages):
@@ -197,6 +217,8 @@ class File:
         async with self._locked():
             self._check_alignment(ByteOffset(size), 0)
             old, first = self.size, page_ceil(ByteOffset(size))
+            if size != old:
+                self._forbid(seals.F_SEAL_GROW if size > old else seals.F_SEAL_SHRINK, "resized so")
             if size > old:
                 self._check_tracked_size(first)
                 os.ftruncate(self.fd, size)
@@ -303,18 +325,35 @@ class File:
     # -- seals ------------------------------------------------------------------------------------------------------
 
     async def add_seals(self, bits: int) -> None:
-        """fcntl(F_ADD_SEALS). EINVAL: unknown bits. EPERM: sealed against sealing. EBUSY: not empty, or mappable.
+        """fcntl(F_ADD_SEALS). Adding seals that are set already is fine.
 
-        Adding seals that are set already is fine.
+        EINVAL: unknown bits. EPERM: sealed against sealing. EBUSY: for the guest seal, not empty, or mappable; for a
+        seal on writes, somebody holds the file open for writing in a way that we could not stop.
         """
         async with self._locked():
             if bits & ~seals.SUPPORTED:
                 raise OSError(errno.EINVAL, f"seal bits {bits & ~seals.SUPPORTED:#x} are not supported")
             if self.seals & seals.F_SEAL_SEAL:
                 raise OSError(errno.EPERM, "sealed against further seals")
-            if bits & seals.F_SEAL_GUEST and not self.guest:
+            new = bits & ~self.seals
+            # What passes through never asks us; what is cached may be written to through a mapping.
+            unstoppable = seals.ON_WRITES if self.backing_number is not None else seals.NO_WRITES
+            if new & unstoppable and self.writable_opens:
+                raise OSError(errno.EBUSY, "open for writing")
+            if new & seals.F_SEAL_GUEST:
                 self._become_guest()
             self.seals |= bits
+            self._seal_backing()
+
+    def _seal_backing(self) -> None:
+        """Let the kernel enforce what it can: a memfd can carry seals, a file of a tmpfs cannot."""
+        if self._backing.accounted and self.seals & seals.OF_MEMFD:
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, self.seals & seals.OF_MEMFD)
+
+    def check_chmod(self, old: int, new: int) -> None:
+        """Raise OSError(EPERM) if the EXEC seal forbids a change of permission bits."""
+        if (old ^ new) & 0o111:
+            self._forbid(seals.F_SEAL_EXEC, "made executable or not")
 
     def _become_guest(self) -> None:
         if self.size != 0:
@@ -338,6 +377,10 @@ class File:
     def _refuse_if_guest(self, verb: str) -> None:
         if self.guest:
             raise OSError(errno.EPERM, f"a guest-sealed file cannot be {verb}")
+
+    def _forbid(self, bits: int, what: str) -> None:
+        if self.seals & bits:
+            raise OSError(errno.EPERM, f"a file sealed with {seals.format_seals(self.seals & bits)} cannot be {what}")
 
     def _check_alignment(self, offset: ByteOffset, length: int) -> None:
         if self.guest and not (is_page_aligned(offset) and is_page_aligned(length)):

@@ -6,7 +6,7 @@ them that contradict each other:
 - PASSTHROUGH: the kernel asks the backing file itself. All ordinary handles, where it can be had.
 - CACHED: reads and writes come to us through the kernel's page cache. All ordinary handles, where it cannot.
 - DIRECT: every read and write comes to us. Guest-sealed files always; files opened with O_DIRECT while nobody passes
-  through.
+  through; files sealed against writes and opened for writing.
 
 The first two can be mapped. The kernel tells a FUSE server of open and release, and release comes only after the last
 munmap, but of mmap itself it tells nothing, so each such handle counts as a mapping.
@@ -22,6 +22,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, NewType, Protocol
 
+from memfs import seals
+from memfs.file import File
 from memfs.inode import Directory, Entry, Inode, RegularFile
 from memfs.tree import Tree
 
@@ -104,14 +106,26 @@ class Handles:
         return self._add(inode, handle), handle
 
     def _access(self, inode: RegularFile, flags: int) -> Access:
-        file = inode.file
+        file, direct = inode.file, bool(flags & os.O_DIRECT)
         if file.guest:
             return Access.DIRECT
-        if file.backing_number is None and not flags & os.O_DIRECT and not file.mappable_opens:
+        if file.seals & seals.ON_WRITES:
+            return self._sealed_access(file, flags)
+        if file.backing_number is None and not direct and not file.mappable_opens:
             file.backing_number = self.backing_numbers.open(file.fd) if self.backing_numbers is not None else None
         if file.backing_number is not None:
             return Access.PASSTHROUGH
-        return Access.DIRECT if flags & os.O_DIRECT else Access.CACHED
+        return Access.DIRECT if direct else Access.CACHED
+
+    def _sealed_access(self, file: File, flags: int) -> Access:
+        """A file sealed on writes: whoever could write must come to us. EBUSY while readers pass through."""
+        writes = flags & os.O_ACCMODE != os.O_RDONLY
+        if file.backing_number is not None:
+            if writes:
+                raise OSError(errno.EBUSY, "sealed, and still open from before in a way that excludes this one")
+            return Access.PASSTHROUGH
+        # A writable mapping of the page cache would look as if it had been written.
+        return Access.DIRECT if flags & os.O_DIRECT or (writes and file.seals & seals.NO_WRITES) else Access.CACHED
 
     def open_directory(self, inode: Directory) -> Fh:
         """A handle for an opendir(3)."""

@@ -98,6 +98,8 @@ class Operations(pyfuse3.Operations):
         ctx: RequestContext,
     ) -> EntryAttributes:
         node = self._tree.inode(inode)
+        if fields.update_mode and isinstance(node, RegularFile):
+            node.file.check_chmod(node.mode, attr.st_mode)
         if fields.update_size:
             await self._tree.regular(inode).file.truncate(attr.st_size)
         if fields.update_mode:
