@@ -117,10 +117,10 @@ class Channel:
         except Malformed as error:
             log.error("from the kernel: %s", error)  # noqa: TRY400
             return
-        if request.opcode == Opcode.INTERRUPT and self._interrupt(request):
-            return
         handler = self._handlers.get(request.opcode)
         try:
+            if request.opcode == Opcode.INTERRUPT and self._interrupt(request):
+                return
             if handler is None:
                 self._observe(request)
             else:
@@ -132,7 +132,9 @@ class Channel:
             await self._forward(data)
             return
         if isinstance(answer, Coroutine):
-            nursery.start_soon(self._wait_for, request.unique, request.opcode, answer)
+            # Known from now on, and not only when the task begins: its INTERRUPT may be the next that we read.
+            scope = self._running[request.unique] = trio.CancelScope()
+            nursery.start_soon(self._wait_for, request.unique, request.opcode, answer, scope)
         elif answer is not None:
             self._answer(answer)
 
@@ -142,9 +144,10 @@ class Channel:
         if amendment is not None:
             self._amend_next[request.unique] = amendment
 
-    async def _wait_for(self, unique: int, opcode: int, work: Coroutine[Any, Any, bytes]) -> None:
-        with trio.CancelScope() as scope:
-            self._running[unique] = scope
+    async def _wait_for(
+        self, unique: int, opcode: int, work: Coroutine[Any, Any, bytes], scope: trio.CancelScope
+    ) -> None:
+        with scope:
             try:
                 answer = await work
             except Exception as error:

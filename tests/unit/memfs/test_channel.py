@@ -1,0 +1,225 @@
+"""The channel between the kernel and libfuse, with a socketpair in the kernel's place."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+from collections.abc import Coroutine
+from typing import Any
+
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from memfs.fuse.channel import Amendment, Channel
+from memfs.fuse.wire import IN_HEADER, OUT_HEADER, Malformed, Opcode, Request, error_reply, reply, unpack
+
+GETATTR, AT_ONCE, LATER, SILENT, FAILS, BREAKS, OBSERVED = 3, 200, 201, 202, 203, 204, 205
+
+
+def request(opcode: int, unique: int, body: bytes = b"") -> bytes:
+    return IN_HEADER.pack(IN_HEADER.size + len(body), opcode, unique, 1, 0, 0, 0, 0, 0) + body
+
+
+def interrupt(of: int) -> bytes:
+    return request(Opcode.INTERRUPT, of | 1, struct.pack("=Q", of))
+
+
+class Sides:
+    """Both ends of a channel: what the kernel and what libfuse would hold, and the handlers in between."""
+
+    def __init__(self) -> None:
+        self.kernel, fuse = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.may_go_on = trio.Event()
+        self.finished: list[int] = []
+        self.channel = Channel(
+            fuse.detach(),
+            {
+                AT_ONCE: lambda request: reply(request.unique, bytes(request.body)),
+                LATER: self.later,
+                SILENT: lambda request: None,
+                FAILS: self.fail,
+                BREAKS: self.break_down,
+            },
+            {OBSERVED: self.observe},
+        )
+        self.libfuse = socket.socket(fileno=self.channel.hand_over())
+        for end in (self.kernel, self.libfuse):
+            end.setblocking(False)
+
+    async def run(self) -> None:
+        try:
+            await self.channel.run(lambda: None)
+        finally:
+            self.channel.close()
+            self.kernel.close()
+            self.libfuse.close()
+
+    def later(self, request: Request) -> Coroutine[Any, Any, bytes]:
+        async def work() -> bytes:
+            await self.may_go_on.wait()
+            self.finished.append(request.unique)
+            return reply(request.unique, b"later")
+
+        return work()
+
+    def fail(self, request: Request) -> bytes:
+        raise OSError(errno.EXDEV, "told to")
+
+    def break_down(self, request: Request) -> bytes:
+        unpack(struct.Struct("=Q"), request.body)
+        raise ZeroDivisionError
+
+    def observe(self, request: Request) -> Amendment:
+        def amend(reply: bytearray) -> None:
+            reply[OUT_HEADER.size :] = bytes(reply[OUT_HEADER.size :]).upper()
+
+        return amend
+
+    async def answers(self) -> list[bytes]:
+        """What the kernel has been answered, once nothing moves any more."""
+        return await _drain(self.kernel)
+
+    async def forwarded(self) -> list[bytes]:
+        """What libfuse has been given, once nothing moves any more."""
+        return await _drain(self.libfuse)
+
+
+async def _drain(end: socket.socket) -> list[bytes]:
+    await wait_all_tasks_blocked(0.01)
+    got = []
+    while True:
+        try:
+            got.append(end.recv(1 << 21))
+        except BlockingIOError:
+            return got
+
+
+@pytest.fixture
+async def sides(nursery: trio.Nursery) -> Sides:
+    """A running channel."""
+    sides = Sides()
+    nursery.start_soon(sides.run)
+    return sides
+
+
+async def test_what_has_no_handler_goes_through_unchanged_both_ways(sides: Sides) -> None:
+    sides.kernel.send(request(GETATTR, 2, b"body"))
+    assert await sides.forwarded() == [request(GETATTR, 2, b"body")]
+    notification = OUT_HEADER.pack(OUT_HEADER.size, 4, 0)
+    for message in (reply(2, b"attributes"), error_reply(4, errno.ENOENT), notification):
+        sides.libfuse.send(message)
+        assert await sides.answers() == [message]
+
+
+async def test_handlers_answer_and_libfuse_sees_nothing(sides: Sides) -> None:
+    for opcode, body, answer in (
+        (AT_ONCE, b"body", [reply(2, b"body")]),
+        (SILENT, b"", []),
+        (FAILS, b"", [error_reply(2, errno.EXDEV)]),
+    ):
+        sides.kernel.send(request(opcode, 2, body))
+        assert await sides.answers() == answer
+        assert await sides.forwarded() == []
+
+
+async def test_handler_that_waits_holds_up_nobody(sides: Sides) -> None:
+    for message in (request(LATER, 2), request(AT_ONCE, 4), request(GETATTR, 6)):
+        sides.kernel.send(message)
+    assert await sides.answers() == [reply(4)]
+    assert await sides.forwarded() == [request(GETATTR, 6)]
+    sides.may_go_on.set()
+    assert await sides.answers() == [reply(2, b"later")]
+
+
+async def test_handler_that_breaks_is_an_input_output_error(sides: Sides, caplog: pytest.LogCaptureFixture) -> None:
+    sides.kernel.send(request(BREAKS, 2, bytes(8)))
+    sides.kernel.send(request(BREAKS, 4))
+    sides.kernel.send(request(AT_ONCE, 6))
+    assert await sides.answers() == [error_reply(2, errno.EIO), error_reply(4, errno.EIO), reply(6)]
+    assert "ZeroDivisionError" in caplog.text
+    assert "a body of 0 bytes instead of 8" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "malformed",
+    [b"x", bytes(39), request(AT_ONCE, 2)[:-1], request(AT_ONCE, 2) + b"x", request(Opcode.INTERRUPT, 3)],
+    ids=["a byte", "header cut", "claims more", "claims less", "interrupt of nothing"],
+)
+async def test_malformed_request_harms_nobody(sides: Sides, malformed: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    sides.kernel.send(malformed)
+    await sides.answers()
+    assert await sides.forwarded() == []
+    assert caplog.records
+    sides.kernel.send(request(AT_ONCE, 8))
+    assert await sides.answers() == [reply(8)]
+
+
+async def test_interrupted_handler_is_cancelled(sides: Sides) -> None:
+    sides.kernel.send(request(LATER, 2))
+    sides.kernel.send(request(LATER, 4))
+    assert await sides.answers() == []
+    sides.kernel.send(interrupt(2))
+    assert await sides.answers() == [error_reply(2, errno.EINTR)]
+    assert await sides.forwarded() == []
+    sides.may_go_on.set()
+    assert await sides.answers() == [reply(4, b"later")]
+    assert sides.finished == [4]
+
+
+async def test_interrupt_right_behind_its_request_is_seen(nursery: trio.Nursery) -> None:
+    """A busy daemon reads both at once, before the handler's task has begun."""
+    sides = Sides()
+    sides.kernel.send(request(LATER, 2))
+    sides.kernel.send(interrupt(2))
+    nursery.start_soon(sides.run)
+    assert await sides.answers() == [error_reply(2, errno.EINTR)]
+    assert await sides.forwarded() == []
+
+
+async def test_interrupt_of_what_libfuse_has_goes_to_libfuse(sides: Sides) -> None:
+    sides.kernel.send(request(GETATTR, 2))
+    sides.kernel.send(interrupt(2))
+    assert await sides.forwarded() == [request(GETATTR, 2), interrupt(2)]
+
+
+async def test_interrupt_that_comes_too_late_is_libfuse_s_to_refuse(sides: Sides) -> None:
+    sides.kernel.send(request(AT_ONCE, 2))
+    sides.kernel.send(interrupt(2))
+    assert await sides.answers() == [reply(2)]
+    assert await sides.forwarded() == [interrupt(2)]
+
+
+async def test_amendment_changes_one_successful_reply(sides: Sides) -> None:
+    for answer, expected in (
+        (reply(2, b"word"), reply(2, b"WORD")),
+        (error_reply(2, errno.EACCES), error_reply(2, errno.EACCES)),
+        (reply(4, b"word"), reply(4, b"word")),
+    ):
+        sides.kernel.send(request(OBSERVED, 2))
+        assert await sides.forwarded() == [request(OBSERVED, 2)]
+        sides.libfuse.send(answer)
+        assert await sides.answers() == [expected]
+    sides.libfuse.send(reply(2, b"word"))  # the answer to the last request
+    sides.libfuse.send(reply(2, b"word"))  # nobody asked
+    assert await sides.answers() == [reply(2, b"WORD"), reply(2, b"word")]
+
+
+async def test_large_requests_fit(sides: Sides) -> None:
+    body = os.urandom(sides.channel.max_message - IN_HEADER.size)
+    sides.kernel.setsockopt(socket.SOL_SOCKET, 32, 4 << 20)
+    try:
+        sides.kernel.send(request(GETATTR, 2, body))
+    except OSError as error:
+        pytest.skip(f"the machine limits socket buffers: {error.strerror}")
+    assert await sides.forwarded() == [request(GETATTR, 2, body)]
+
+
+def test_requests_are_parsed_or_refused() -> None:
+    parsed = Request.parse(memoryview(request(GETATTR, 7, b"abc")))
+    assert (parsed.opcode, parsed.unique, parsed.nodeid, bytes(parsed.body)) == (GETATTR, 7, 1, b"abc")
+    for wrong in (b"", request(GETATTR, 7)[:39], request(GETATTR, 7) + b"x"):
+        with pytest.raises(Malformed):
+            Request.parse(memoryview(wrong))
