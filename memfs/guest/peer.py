@@ -19,6 +19,7 @@ import trio
 from memfs.guest.messages import Message
 from memfs.guest.protocol import (
     MAX_DESCRIPTORS,
+    MAX_IN_FLIGHT,
     MAX_MESSAGE,
     Connection,
     RemoteProtocolError,
@@ -49,6 +50,7 @@ class _Call:
 
     done: trio.Event = field(default_factory=trio.Event)
     reply: Incoming | None = None
+    cancelled: bool = False
 
 
 class Peer:
@@ -59,16 +61,25 @@ class Peer:
         self.protocol: Final = Connection(role)
         self._sending: Final = trio.Lock()
         self._calls: dict[RequestId, _Call] = {}
+        self._answered = trio.Event()  # replaced each time it is set
         self._closed = False
 
     async def call(self, message: Message, fds: Sequence[int] = ()) -> Incoming:
         """Send a request and wait for its reply. Raises PeerGone; LocalProtocolError if it may not be sent now.
 
-        When cancelled, the request stays sent; its reply is dropped when it comes.
+        Waits first while as many as may be are unanswered. When cancelled after that, the request stays sent; its reply
+        is dropped when it comes.
         """
         call = _Call()
-        await self._send(message, fds=fds, call=call)
-        await call.done.wait()
+        while not await self._send(message, fds=fds, call=call):
+            await self._answered.wait()
+        try:
+            await call.done.wait()
+        except trio.Cancelled:
+            call.cancelled = True
+            if call.reply is not None:  # it came just now
+                close_all(call.reply.fds)
+            raise
         if call.reply is None:
             raise PeerGone("the connection ended before the answer")
         return call.reply
@@ -95,11 +106,14 @@ class Peer:
                 incoming, is_reply = received
                 if not is_reply:
                     yield incoming
-                elif (call := self._calls.pop(incoming.id, None)) is not None:
+                    continue
+                self._wake()
+                call = self._calls.pop(incoming.id)
+                if call.cancelled:
+                    close_all(incoming.fds)
+                else:
                     call.reply = incoming
                     call.done.set()
-                else:  # whoever asked has been cancelled
-                    close_all(incoming.fds)
         finally:
             self.close()
 
@@ -113,6 +127,11 @@ class Peer:
         for call in self._calls.values():
             call.done.set()
         self._calls.clear()
+        self._wake()
+
+    def _wake(self) -> None:
+        self._answered.set()
+        self._answered = trio.Event()
 
     async def _send(
         self,
@@ -121,11 +140,14 @@ class Peer:
         answers: RequestId | None = None,
         fds: Sequence[int] = (),
         call: _Call | None = None,
-    ) -> None:
+    ) -> bool:
+        """Whether it has been sent: a call is not while too many are unanswered."""
         async with self._sending:
             await trio.lowlevel.checkpoint_if_cancelled()  # afterwards the protocol believes that it has been sent
             if self._closed:
                 raise PeerGone("the connection has ended")
+            if call is not None and self.protocol.unanswered >= MAX_IN_FLIGHT:
+                return False
             number, data = self.protocol.send(message, answers=answers, descriptors=len(fds))
             if call is not None:
                 self._calls[number] = call
@@ -138,6 +160,7 @@ class Peer:
             except (OSError, trio.ClosedResourceError) as error:
                 self.close()
                 raise PeerGone("the peer is gone") from error
+        return True
 
     async def _receive(self) -> tuple[Incoming, bool] | None:
         try:

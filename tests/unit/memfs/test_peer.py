@@ -1,0 +1,281 @@
+"""Two peers on a real socket: calls, descriptors that are never leaked, and ends that die or lie."""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import os
+import socket
+import struct
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from memfs.guest.messages import (
+    Ack,
+    Done,
+    Fallocate,
+    FileId,
+    Hello,
+    HelloReply,
+    InvalidateBegin,
+    Message,
+    Register,
+    Registered,
+    Unregister,
+)
+from memfs.guest.peer import Incoming, Peer, PeerGone, close_all
+from memfs.guest.protocol import MAX_IN_FLIGHT, MAX_MESSAGE, LocalProtocolError, RemoteProtocolError, Role
+from memfs.units import PageIndex, PageRange
+
+RANGE = PageRange(PageIndex(0), PageIndex(1))
+
+
+def descriptors() -> set[str]:
+    return set(os.listdir("/proc/self/fd"))
+
+
+class End:
+    """One peer, its requests taken by a task."""
+
+    def __init__(self, peer: Peer) -> None:
+        self.peer = peer
+        self.requests: list[Incoming] = []
+        self.error: Exception | None = None
+        self.ended = trio.Event()
+
+    async def run(self) -> None:
+        try:
+            async with contextlib.aclosing(self.peer.requests()) as requests:
+                async for request in requests:
+                    self.requests.append(request)
+        except RemoteProtocolError as error:
+            self.error = error
+        self.ended.set()
+
+    async def request(self, number: int = 0) -> Incoming:
+        await wait_all_tasks_blocked()
+        return self.requests[number]
+
+
+@asynccontextmanager
+async def two_ends() -> AsyncIterator[tuple[End, End]]:
+    """An owner and a store that have greeted each other."""
+    before = descriptors()
+    ours, theirs = trio.socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    owner, store = End(Peer(ours, Role.OWNER)), End(Peer(theirs, Role.STORE))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(owner.run)
+        nursery.start_soon(store.run)
+        nursery.start_soon(owner.peer.call, Hello())
+        hello = await store.request()
+        await store.peer.reply(hello.id, HelloReply(1, 4096))
+        store.requests.clear()
+        yield owner, store
+        owner.peer.close()
+        store.peer.close()
+        nursery.cancel_scope.cancel()
+    assert descriptors() == before
+
+
+@asynccontextmanager
+async def raw_end() -> AsyncIterator[tuple[trio.socket.SocketType, End]]:
+    """A socket of which nothing good is to be expected, and a store."""
+    before = descriptors()
+    ours, theirs = trio.socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    store = End(Peer(theirs, Role.STORE))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(store.run)
+        with ours:
+            yield ours, store
+        nursery.cancel_scope.cancel()
+    assert descriptors() == before
+
+
+async def test_calls_are_answered_out_of_order() -> None:
+    async with two_ends() as (owner, store):
+        answers: list[tuple[int, Message]] = []
+
+        async def ask(number: int) -> None:
+            answers.append((number, (await owner.peer.call(Unregister(FileId(number)))).message))
+
+        async with trio.open_nursery() as nursery:
+            for number in range(3):
+                nursery.start_soon(ask, number)
+                await wait_all_tasks_blocked()
+            for index in (2, 0, 1):
+                await store.peer.reply(store.requests[index].id, Done())
+                await wait_all_tasks_blocked()
+        assert answers == [(2, Done()), (0, Done()), (1, Done())]
+
+
+async def test_descriptors_arrive_and_are_the_receiver_s() -> None:
+    async with two_ends() as (owner, store), trio.open_nursery() as nursery:
+        end, other = os.pipe()
+
+        async def register() -> None:
+            reply = await owner.peer.call(Register(), [other])
+            assert isinstance(reply.message, Registered)
+            assert not any(os.get_inheritable(fd) for fd in reply.fds)
+            assert len(reply.fds) == 2
+            close_all(reply.fds)
+
+        nursery.start_soon(register)
+        request = await store.request()
+        assert os.fstat(request.fds[0]).st_ino == os.fstat(other).st_ino
+        assert not os.get_inheritable(request.fds[0])
+        await store.peer.reply(request.id, Registered(FileId(1), 2, 3, 4), [end, end])
+        close_all((end, other, *request.fds))
+
+
+async def test_reply_that_nobody_waits_for_is_dropped_with_its_descriptors() -> None:
+    async with two_ends() as (owner, store):
+        end, other = os.pipe()
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(owner.peer.call, Register(), [other])
+                request = await store.request()
+                scope.cancel()
+        await store.peer.reply(request.id, Registered(FileId(1), 2, 3, 4), [end])
+        await wait_all_tasks_blocked()
+        close_all((end, other, *request.fds))
+        async with trio.open_nursery() as nursery:  # and the connection is unharmed
+            nursery.start_soon(owner.peer.call, Unregister(FileId(1)))
+            request = await store.request(1)
+            await store.peer.reply(request.id, Done())
+
+
+@pytest.mark.parametrize("who", ["peer", "self"])
+async def test_calls_end_with_the_connection(who: str) -> None:
+    async with two_ends() as (owner, store):
+        gone = 0
+
+        async def ask() -> None:
+            nonlocal gone
+            with pytest.raises(PeerGone):
+                await owner.peer.call(Unregister(FileId(1)))
+            gone += 1
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask)
+            nursery.start_soon(ask)
+            await wait_all_tasks_blocked()
+            (store if who == "peer" else owner).peer.close()
+        assert gone == 2
+        await owner.ended.wait()
+        await store.ended.wait()
+        assert (owner.error, store.error) == (None, None)
+        for attempt in (owner.peer.call(Unregister(FileId(1))), store.peer.call(Fallocate(FileId(1), RANGE))):
+            with pytest.raises(PeerGone):
+                await attempt
+        owner.peer.close()
+
+
+async def test_what_may_not_be_sent_harms_nothing() -> None:
+    async with two_ends() as (owner, store):
+        for wrong in (owner.peer.call(Hello()), owner.peer.call(Register()), owner.peer.tell(Done())):
+            with pytest.raises(LocalProtocolError):
+                await wrong
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(owner.peer.call, Unregister(FileId(1)))
+            request = await store.request()
+            await store.peer.reply(request.id, Done())
+
+
+async def test_more_calls_than_may_be_in_flight_wait_their_turn() -> None:
+    """A slow owner of many files, all of which are punched at once, is not our protocol error."""
+    async with two_ends() as (owner, store):
+        async with trio.open_nursery() as nursery:
+            for number in range(MAX_IN_FLIGHT + 50):
+                nursery.start_soon(store.peer.call, InvalidateBegin(FileId(number), RANGE))
+            await wait_all_tasks_blocked()
+            assert len(owner.requests) == MAX_IN_FLIGHT
+            answered = 0
+            while answered < MAX_IN_FLIGHT + 50:
+                await wait_all_tasks_blocked()
+                for request in owner.requests[answered:]:
+                    await owner.peer.reply(request.id, Ack())
+                    answered += 1
+        assert sorted(request.message.file for request in owner.requests) == list(range(MAX_IN_FLIGHT + 50))  # type: ignore[attr-defined]
+
+
+async def test_calls_that_wait_their_turn_end_with_the_connection() -> None:
+    async with two_ends() as (owner, store), trio.open_nursery() as nursery:
+        gone: list[int] = []
+
+        async def invalidate(number: int) -> None:
+            with pytest.raises(PeerGone):
+                await store.peer.call(InvalidateBegin(FileId(number), RANGE))
+            gone.append(number)
+
+        for number in range(MAX_IN_FLIGHT + 50):
+            nursery.start_soon(invalidate, number)
+        await wait_all_tasks_blocked()
+        owner.peer.close()
+        await wait_all_tasks_blocked()
+        assert len(gone) == MAX_IN_FLIGHT + 50
+
+
+def datagram(kind: int, body: bytes = b"", number: int = 1, length: int | None = None) -> bytes:
+    return struct.pack("<HHIQ", 1, kind, 16 + len(body) if length is None else length, number) + body
+
+
+HELLO = datagram(Hello.TYPE, struct.pack("<HH", 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("data", "fds"),
+    [
+        (b"x", 0),
+        (HELLO[:-1], 0),
+        (HELLO + b"\xff", 0),
+        (HELLO, 1),
+        (datagram(Register.TYPE), 1),
+        (datagram(99), 0),
+        (b"\0" * (MAX_MESSAGE + 1), 0),
+        (HELLO, 3),
+        (HELLO, 30),
+        (b"x", 2),
+    ],
+)
+async def test_broken_message_ends_the_connection_and_leaks_nothing(data: bytes, fds: int) -> None:
+    async with raw_end() as (ours, store):
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0] * fds))] if fds else []
+        await ours.sendmsg([data], rights)
+        await store.ended.wait()
+        assert isinstance(store.error, RemoteProtocolError)
+        assert store.requests == []
+        assert await ours.recv(1) == b""
+        with pytest.raises(PeerGone):
+            await store.peer.call(Fallocate(FileId(1), RANGE))
+
+
+async def test_broken_message_later_on_ends_the_connection_too() -> None:
+    async with raw_end() as (ours, store):
+        await ours.send(HELLO)
+        request = await store.request()
+        await store.peer.reply(request.id, HelloReply(1, 4096))
+        await ours.send(HELLO)
+        await store.ended.wait()
+        assert isinstance(store.error, RemoteProtocolError)
+
+
+async def test_peer_that_does_not_read_can_be_given_up() -> None:
+    async with raw_end() as (ours, store):
+        await ours.send(HELLO)
+        await store.peer.reply((await store.request()).id, HelloReply(1, 4096))
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+
+        async def notify() -> None:
+            with pytest.raises(PeerGone):
+                await store.peer.call(Fallocate(FileId(1), RANGE))
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(MAX_IN_FLIGHT):
+                nursery.start_soon(notify)
+            await wait_all_tasks_blocked()
+            ours.close()
+        await store.ended.wait()
