@@ -18,8 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from memfs import seals
-from memfs.inode import Directory, RegularFile
+from memfs import acl, seals
+from memfs.inode import Directory, Inode, RegularFile
 from memfs.options import OptionError, RemountOptions
 from memfs.tree import Tree
 
@@ -59,11 +59,24 @@ class Attributes:
         if name == REMOUNT:
             self._remount(_text(value), uid)
             return
+        if name == acl.ACCESS:
+            self._set_access_acl(inode, value)
+            return
         if name == DEFAULT_SEALS and isinstance(inode, Directory):
             seals.parse(_text(value))
         elif name.startswith(_PREFIX):
             raise OSError(errno.EOPNOTSUPP, f"{_text(name)} cannot be set here")
         self._tree.setxattr(ino, name, value)
+
+    def _set_access_acl(self, inode: Inode, value: bytes) -> None:
+        """An access ACL and the mode say the same; an ACL that says no more than the mode can is not kept."""
+        mode, kept = acl.mode_of(value, inode.mode)
+        if kept is not None:
+            self._tree.setxattr(inode.ino, acl.ACCESS, kept)
+        elif inode.xattrs is not None:
+            inode.xattrs.pop(acl.ACCESS, None)
+        inode.mode = mode
+        inode.changed()
 
     def _remount(self, options: str, uid: int) -> None:
         if uid not in (0, os.geteuid()):
@@ -107,7 +120,7 @@ def _check_name(name: bytes) -> None:
     """As the kernel's xattr_resolve_name(): EOPNOTSUPP for a namespace that is not there, EINVAL for nothing in one."""
     if name in _NAMESPACES:
         raise OSError(errno.EINVAL, "an attribute without a name")
-    if not name.startswith(_NAMESPACES):
+    if not name.startswith(_NAMESPACES) and name not in (acl.ACCESS, acl.DEFAULT):
         raise OSError(errno.EOPNOTSUPP, "no such namespace of attributes")
 
 

@@ -40,7 +40,7 @@ from memfs.mountinfo import device_of_mountpoint
 from memfs.operations import Operations
 from memfs.options import MountOptions, RemountOptions
 from memfs.tree import Tree
-from memfs.units import pages_to_bytes
+from memfs.units import SECTORS_PER_PAGE, pages_to_bytes
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +112,8 @@ class _Memfs:
         observers = Observers(self._tree, self._handles, self._passthrough, initialized.set)
         channel = Channel(fuse_fd, requests.handlers, observers.observers)
         observers.max_message = channel.max_message
-        operations = Operations(self._tree, self._handles, self._attributes, self._backing)
+        noatime = self._settings.options.atime == "noatime"
+        operations = Operations(self._tree, self._handles, self._attributes, self._backing, noatime=noatime)
         pyfuse3.init(operations, f"/dev/fd/{channel.hand_over()}", options=set())
         device = device_of_mountpoint(self._settings.mountpoint)
         if device is None:
@@ -158,8 +159,9 @@ class _Memfs:
 
     def remount(self, options: RemountOptions) -> None:
         """Change size and number of inodes. Raises OSError(EINVAL), changing nothing, below what is in use."""
-        if options.nr_inodes is not None and options.nr_inodes < len(self._tree.inodes):
-            raise OSError(errno.EINVAL, f"{len(self._tree.inodes)} inodes are in use")
+        in_use = self._tree.nr_inodes - self._tree.free_inodes
+        if options.nr_inodes is not None and options.nr_inodes < in_use:
+            raise OSError(errno.EINVAL, f"{in_use} inodes are in use")
         if options.size is not None:
             self._backing.resize(options.size)
         if options.nr_inodes is not None:
@@ -178,7 +180,7 @@ class _Memfs:
         self._tree.check()
         self._handles.check()
         self._registry.check()
-        in_files = sum(inode.file.pages for inode in self._tree.files())
+        in_files = sum(inode.stat().blocks for inode in self._tree.inodes.values()) // SECTORS_PER_PAGE
         in_use = self._backing.total_pages - self._backing.free_pages
         assert in_use == in_files, f"{in_use} pages in use, {in_files} in files"
 

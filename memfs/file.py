@@ -45,6 +45,7 @@ from memfs.guest.extents import data_pages
 from memfs.guest.page_map import ABSENT, ALLOCATED, MAX_PAGES, PageMap
 from memfs.libc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
 from memfs.units import (
+    SECTORS_PER_PAGE,
     ByteOffset,
     PageIndex,
     PageRange,
@@ -59,7 +60,6 @@ _LONG: Final = (
 )  # bytes; the kernel takes 2 ms for that. Anything longer goes to a thread, so others are answered
 _MAP_END: Final = PageIndex(MAX_PAGES)
 _WHOLE_MAP: Final = PageRange(PageIndex(0), _MAP_END)
-_SECTORS_PER_PAGE: Final = 8  # st_blocks counts 512 bytes
 
 
 class GuestOps(Protocol):
@@ -127,7 +127,7 @@ class File:
     @property
     def pages(self) -> int:
         """How many pages are allocated, beyond the file's size included."""
-        return os.fstat(self.fd).st_blocks // _SECTORS_PER_PAGE
+        return os.fstat(self.fd).st_blocks // SECTORS_PER_PAGE
 
     def stat(self) -> os.stat_result:
         """Size, blocks and times, as the backing file has them. Nothing else in it is the file's."""
@@ -136,6 +136,10 @@ class File:
     def set_times(self, atime_ns: int, mtime_ns: int) -> None:
         """Set access and modification time, in nanoseconds since the epoch."""
         os.utime(self.fd, ns=(atime_ns, mtime_ns))
+
+    def touch_ctime(self) -> None:
+        """The inode was changed: bring the backing's ctime up to date, which is the file's."""
+        os.fchmod(self.fd, 0o600)
 
     # -- content ----------------------------------------------------------------------------------------------------
 

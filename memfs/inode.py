@@ -11,11 +11,13 @@ import time
 from dataclasses import dataclass
 from typing import Final, NamedTuple, NewType
 
+from memfs import acl
 from memfs.file import File
 
 Ino = NewType("Ino", int)
 
 _DIRENT_BYTES: Final = 20  # BOGO_DIRENT_SIZE: what tmpfs counts for an entry in a directory's st_size
+_DAY: Final = 24 * 3600 * 1_000_000_000  # nanoseconds
 _CAPABILITY: Final = b"security.capability"
 
 
@@ -37,9 +39,12 @@ class Stat(NamedTuple):
 
 
 class Inode:
-    """What every kind of file has. Times in nanoseconds; a regular file's atime and mtime are in its backing."""
+    """What every kind of file has. A regular file's times are its backing's: with passthrough the kernel sets them."""
 
-    __slots__ = ("atime_ns", "ctime_ns", "gid", "holds", "ino", "mode", "mtime_ns", "nlink", "nlookup", "uid", "xattrs")
+    __slots__ = (
+        *("ino", "mode", "uid", "gid", "nlink", "nlookup", "holds", "flags"),
+        *("atime_ns", "mtime_ns", "ctime_ns", "xattrs"),
+    )
 
     def __init__(self, ino: Ino, mode: int, uid: int, gid: int) -> None:
         self.ino: Final = ino
@@ -49,6 +54,7 @@ class Inode:
         self.nlink = 1
         self.nlookup = 0  #: how often the kernel looked it up and has not forgotten it
         self.holds = 0  #: open handles and registrations
+        self.flags = 0  #: FS_*_FL of chattr(1)
         self.atime_ns = self.mtime_ns = self.ctime_ns = time.time_ns()
         self.xattrs: dict[bytes, bytes] | None = None  # most have none
 
@@ -72,6 +78,18 @@ class Inode:
         """utimensat(2); None leaves a time as it is."""
         self.atime_ns = self.atime_ns if atime_ns is None else atime_ns
         self.mtime_ns = self.mtime_ns if mtime_ns is None else mtime_ns
+
+    def accessed(self) -> None:
+        """The content was read: POSIX's atime, as relatime has it (mount(8))."""
+        now = time.time_ns()
+        if self.atime_ns <= max(self.mtime_ns, self.ctime_ns) or now - self.atime_ns > _DAY:
+            self.atime_ns = now
+
+    def chmod(self, mode: int) -> None:
+        """chmod(2): permission bits, and the access ACL with them."""
+        self.mode = stat.S_IFMT(self.mode) | stat.S_IMODE(mode)
+        if self.xattrs is not None and acl.ACCESS in self.xattrs:
+            self.xattrs[acl.ACCESS] = acl.after_chmod(self.xattrs[acl.ACCESS], mode)
 
     def kill_suidgid(self) -> None:
         """Somebody without CAP_FSETID changed content, or anybody the owner (FUSE_HANDLE_KILLPRIV_V2, linux/fuse.h).
@@ -100,11 +118,14 @@ class RegularFile(Inode):
         super().__init__(ino, mode, uid, gid)
         self.file: Final = file
 
+    def changed(self) -> None:
+        self.file.touch_ctime()
+
     def stat(self) -> Stat:
         backing = self.file.stat()
         return Stat(
             *(self.ino, self.mode, self.nlink, self.uid, self.gid, 0, backing.st_size, backing.st_blocks),
-            *(backing.st_atime_ns, backing.st_mtime_ns, max(self.ctime_ns, backing.st_ctime_ns)),
+            *(backing.st_atime_ns, backing.st_mtime_ns, backing.st_ctime_ns),
             # An owner, or a program that writes to a mapping, fills holes, and nobody is told.
             stable=not backing.st_size,
         )
@@ -117,16 +138,18 @@ class RegularFile(Inode):
 
 
 class Symlink(Inode):
-    """A symbolic link."""
+    """A symbolic link. A long target takes a page of memory, as on tmpfs, and then `page` is a file that has it."""
 
-    __slots__ = ("target",)
+    __slots__ = ("page", "target")
 
-    def __init__(self, ino: Ino, mode: int, uid: int, gid: int, target: bytes) -> None:
+    def __init__(self, ino: Ino, mode: int, uid: int, gid: int, target: bytes, page: File | None) -> None:
         super().__init__(ino, mode, uid, gid)
         self.target: Final = target
+        self.page: Final = page
 
     def stat(self) -> Stat:
-        return self._stat(size=len(self.target))
+        blocks = self.page.stat().st_blocks if self.page is not None else 0
+        return self._stat(size=len(self.target))._replace(blocks=blocks)
 
 
 class Special(Inode):

@@ -59,13 +59,17 @@ class Operations(pyfuse3.Operations):
 
     supports_dot_lookup = True
     enable_writeback_cache = False
+    enable_acl = True
 
-    def __init__(self, tree: Tree, handles: Handles, attributes: Attributes, backing: Backing) -> None:
+    def __init__(
+        self, tree: Tree, handles: Handles, attributes: Attributes, backing: Backing, *, noatime: bool = False
+    ) -> None:
         super().__init__()
         self._tree: Final = tree
         self._handles: Final = handles
         self._attributes: Final = attributes
         self._backing: Final = backing
+        self._noatime: Final = noatime
 
     # -- inodes -----------------------------------------------------------------------------------------------------
 
@@ -103,7 +107,7 @@ class Operations(pyfuse3.Operations):
         if fields.update_size:
             await self._tree.regular(inode).file.truncate(attr.st_size)
         if fields.update_mode:
-            node.mode = stat.S_IFMT(node.mode) | stat.S_IMODE(attr.st_mode)
+            node.chmod(attr.st_mode)
         if fields.update_uid:
             node.uid = attr.st_uid
         if fields.update_gid:
@@ -120,6 +124,7 @@ class Operations(pyfuse3.Operations):
         node = self._tree.inode(inode)
         if not isinstance(node, Symlink):
             raise OSError(errno.EINVAL, "not a symbolic link")
+        self._accessed(node)
         return FileNameT(node.target)
 
     @_translated
@@ -129,7 +134,7 @@ class Operations(pyfuse3.Operations):
         reply.f_blocks = self._backing.total_pages
         reply.f_bfree = reply.f_bavail = self._backing.free_pages
         reply.f_files = self._tree.nr_inodes
-        reply.f_ffree = reply.f_favail = self._tree.nr_inodes - len(self._tree.inodes)
+        reply.f_ffree = reply.f_favail = self._tree.free_inodes
         reply.f_namemax = NAME_MAX
         return reply
 
@@ -186,6 +191,7 @@ class Operations(pyfuse3.Operations):
     @_translated
     async def readdir(self, fh: FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         handle = self._handles.directory(fh)
+        self._accessed(handle.inode)
         for cookie, name, inode in ((1, b".", handle.inode), (2, b"..", handle.inode.parent)):
             # The kernel does not count these as look-ups.
             if start_id < cookie and not pyfuse3.readdir_reply(token, FileNameT(name), _attributes_of(inode), cookie):
@@ -246,7 +252,11 @@ class Operations(pyfuse3.Operations):
 
     def _make(self, parent: InodeT, name: FileNameT, mode: ModeT, ctx: RequestContext, rdev: int = 0) -> Inode:
         seals = self._attributes.default_seals(parent) if stat.S_ISREG(mode) else 0
-        return self._tree.create(parent, name, mode & ~ctx.umask, ctx.uid, ctx.gid, rdev=rdev, seals=seals)
+        return self._tree.create(parent, name, mode, ctx.uid, ctx.gid, umask=ctx.umask, rdev=rdev, seals=seals)
+
+    def _accessed(self, inode: Inode) -> None:
+        if not self._noatime:
+            inode.accessed()
 
     def _entry(self, inode: Inode) -> EntryAttributes:
         """A reply that the kernel counts as a look-up."""

@@ -18,11 +18,15 @@ import stat
 from collections.abc import Callable, Iterator
 from typing import Final
 
+from memfs import acl
 from memfs.file import File
 from memfs.inode import Directory, Ino, Inode, RegularFile, Special, Symlink
+from memfs.units import ByteOffset
 
 ROOT_INO: Final = Ino(1)
 NAME_MAX: Final = 255  # bytes
+_SHORT_SYMLINK: Final = 128  # bytes, the final 0 among them (mm/shmem.c: SHORT_SYMLINK_LEN)
+_INODE_BYTES: Final = 1024  # BOGO_INODE_SIZE: what tmpfs counts for an inode
 _XATTR_SIZE_MAX: Final = 65536  # linux/limits.h
 RENAME_NOREPLACE: Final = 1
 RENAME_EXCHANGE: Final = 2
@@ -39,10 +43,20 @@ class Tree:
     def __init__(self, new_file: Callable[[Ino, int], File], nr_inodes: int, mode: int, uid: int, gid: int) -> None:
         self._new_file: Final = new_file
         self.nr_inodes = nr_inodes
+        self._user_xattr_bytes = 0
         self._next_ino = ROOT_INO
         self.inodes: dict[Ino, Inode] = {}
         self.root: Final = Directory(self._new_ino(), stat.S_IFDIR | mode, uid, gid, None)
         self.inodes[self.root.ino] = self.root
+
+    @property
+    def free_inodes(self) -> int:
+        """How many inodes can still be made. User attributes take room that inodes could have, as on tmpfs."""
+        return self._free_inode_bytes // _INODE_BYTES
+
+    @property
+    def _free_inode_bytes(self) -> int:
+        return (self.nr_inodes - len(self.inodes)) * _INODE_BYTES - self._user_xattr_bytes
 
     # -- finding ----------------------------------------------------------------------------------------------------
 
@@ -84,21 +98,21 @@ class Tree:
     # -- making -----------------------------------------------------------------------------------------------------
 
     def create(
-        self, parent: int, name: bytes, mode: int, uid: int, gid: int, *, rdev: int = 0, seals: int = 0
+        self, parent: int, name: bytes, mode: int, uid: int, gid: int, *, umask: int = 0, rdev: int = 0, seals: int = 0
     ) -> Inode:
         """mknod(2), mkdir(2) and the creating half of open(2): a new inode of the type in `mode`.
 
-        A regular file is born with `seals` (F_SEAL_* bits).
+        A regular file is born with `seals` (F_SEAL_* bits). `umask` counts where there is no default ACL.
         """
         directory = self._writable(parent)
         self._check_new(directory, name)
-        inode = self._make(directory, mode, uid, gid, rdev=rdev, seals=seals)
+        inode = self._make(directory, mode, uid, gid, umask=umask, rdev=rdev, seals=seals)
         directory.add(name, inode)
         return inode
 
-    def create_unlinked(self, parent: int, mode: int, uid: int, gid: int, *, seals: int = 0) -> Inode:
+    def create_unlinked(self, parent: int, mode: int, uid: int, gid: int, *, umask: int = 0, seals: int = 0) -> Inode:
         """open(2) with O_TMPFILE: a new regular file that has no name yet. The caller must hold it."""
-        inode = self._make(self._writable(parent), mode, uid, gid, seals=seals)
+        inode = self._make(self._writable(parent), mode, uid, gid, umask=umask, seals=seals)
         inode.nlink = 0
         return inode
 
@@ -120,26 +134,51 @@ class Tree:
         return inode
 
     def _make(
-        self, parent: Directory, mode: int, uid: int, gid: int, *, rdev: int = 0, seals: int = 0, target: bytes = b""
+        self,
+        parent: Directory,
+        mode: int,
+        uid: int,
+        gid: int,
+        *,
+        umask: int = 0,
+        rdev: int = 0,
+        seals: int = 0,
+        target: bytes = b"",
     ) -> Inode:
-        if len(self.inodes) >= self.nr_inodes:
+        if self._free_inode_bytes < _INODE_BYTES:
             raise OSError(errno.ENOSPC, f"all {self.nr_inodes} inodes are in use")
+        xattrs: dict[bytes, bytes] = {}
+        if not stat.S_ISLNK(mode):
+            mode, xattrs = _inherit(parent, mode, umask)
         if parent.mode & stat.S_ISGID:  # inode_init_owner()
             gid = parent.gid
             if stat.S_ISDIR(mode):
                 mode |= stat.S_ISGID
+        ino = self._new_ino()
         inode: Inode
         if stat.S_ISREG(mode):
-            ino = self._new_ino()
             inode = RegularFile(ino, mode, uid, gid, self._new_file(ino, seals))
         elif stat.S_ISDIR(mode):
-            inode = Directory(self._new_ino(), mode, uid, gid, parent)
+            inode = Directory(ino, mode, uid, gid, parent)
         elif stat.S_ISLNK(mode):
-            inode = Symlink(self._new_ino(), mode, uid, gid, target)
+            inode = Symlink(ino, mode, uid, gid, target, self._page_for(ino, target))
         else:
-            inode = Special(self._new_ino(), mode, uid, gid, rdev)
+            inode = Special(ino, mode, uid, gid, rdev)
+        inode.xattrs = xattrs or None
         self.inodes[inode.ino] = inode
         return inode
+
+    def _page_for(self, ino: Ino, target: bytes) -> File | None:
+        """The memory of a symbolic link's target, if it is long. Raises OSError(ENOSPC)."""
+        if len(target) < _SHORT_SYMLINK:
+            return None
+        page = self._new_file(ino, 0)
+        try:
+            page.write(ByteOffset(0), target)
+        except OSError:
+            page.close()
+            raise
+        return page
 
     def _new_ino(self) -> Ino:
         ino = self._next_ino
@@ -257,14 +296,13 @@ class Tree:
         if inode.nlink or inode.nlookup or inode.holds:
             return
         del self.inodes[inode.ino]
-        if isinstance(inode, RegularFile):
-            inode.file.close()
+        self._user_xattr_bytes -= _user_bytes(inode.xattrs)
+        _close(inode)
 
     def close(self) -> None:
         """Free every file; the mount is gone."""
         for inode in self.inodes.values():
-            if isinstance(inode, RegularFile):
-                inode.file.close()
+            _close(inode)
         self.inodes.clear()
 
     # -- extended attributes ----------------------------------------------------------------------------------------
@@ -276,9 +314,12 @@ class Tree:
             raise OSError(errno.ERANGE, "attribute name too long")
         if len(value) > _XATTR_SIZE_MAX:
             raise OSError(errno.E2BIG, "attribute too large")
-        if inode.xattrs is None:
-            inode.xattrs = {}
-        inode.xattrs[name] = value
+        xattrs = {**(inode.xattrs or {}), name: value}
+        more = _user_bytes(xattrs) - _user_bytes(inode.xattrs)
+        if more > self._free_inode_bytes:
+            raise OSError(errno.ENOSPC, "no room for attributes")
+        self._user_xattr_bytes += more
+        inode.xattrs = xattrs
         inode.changed()
 
     def getxattr(self, ino: int, name: bytes) -> bytes:
@@ -293,7 +334,9 @@ class Tree:
         inode = self.inode(ino)
         self.getxattr(ino, name)
         assert inode.xattrs is not None
+        before = _user_bytes(inode.xattrs)
         del inode.xattrs[name]
+        self._user_xattr_bytes -= before - _user_bytes(inode.xattrs)
         inode.changed()
 
     def listxattr(self, ino: int) -> list[bytes]:
@@ -319,7 +362,9 @@ class Tree:
             inode = self.inodes[ino]
             if not inode.is_dir:
                 assert inode.nlink == count, f"inode {ino}: nlink {inode.nlink}, {count} names"
-        assert len(self.inodes) <= self.nr_inodes, "more inodes than allowed"
+        assert self._free_inode_bytes >= 0, "more inodes and attributes than allowed"
+        in_use = sum(_user_bytes(inode.xattrs) for inode in self.inodes.values())
+        assert self._user_xattr_bytes == in_use, f"{self._user_xattr_bytes} bytes of attributes counted, {in_use} there"
 
     def _check_directory(self, directory: Directory, links: dict[Ino, int]) -> None:
         cookies = [entry.cookie for entry in directory.entries.values()]
@@ -332,3 +377,30 @@ class Tree:
                 subdirectories += 1
                 assert entry.inode.parent is directory, f"{os.fsdecode(name)} does not know its parent"
         assert directory.nlink == subdirectories + 2, f"directory {directory.ino}: nlink {directory.nlink}"
+
+
+def _inherit(parent: Directory, mode: int, umask: int) -> tuple[int, dict[bytes, bytes]]:
+    """The mode of a new inode, and the ACLs that it gets from its directory."""
+    default = (parent.xattrs or {}).get(acl.DEFAULT)
+    if default is None:
+        return mode & ~umask, {}
+    mode, access = acl.inherited(default, mode)
+    xattrs = {} if access is None else {acl.ACCESS: access}
+    if stat.S_ISDIR(mode):
+        xattrs[acl.DEFAULT] = default
+    return mode, xattrs
+
+
+def _user_bytes(xattrs: dict[bytes, bytes] | None) -> int:
+    """The room that tmpfs counts for attributes in the user namespace (simple_xattr_space())."""
+    if not xattrs:
+        return 0
+    return sum(40 + len(name) + len(value) for name, value in xattrs.items() if name.startswith(b"user."))
+
+
+def _close(inode: Inode) -> None:
+    """Free an inode's memory."""
+    if isinstance(inode, RegularFile):
+        inode.file.close()
+    elif isinstance(inode, Symlink) and inode.page is not None:
+        inode.page.close()

@@ -18,6 +18,8 @@ PAGE_SHIFT: Final = 12
 PAGE_SIZE: Final = 1 << PAGE_SHIFT
 PAGE_MASK: Final = ~(PAGE_SIZE - 1)
 
+SECTORS_PER_PAGE: Final = PAGE_SIZE // 512  #: st_blocks counts 512 bytes
+
 ORDER_4K: Final = 0
 ORDER_2M: Final = 9
 ORDER_1G: Final = 18

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from memfs import seals
 from memfs.attributes import Attributes
+from memfs.fuse import wire
 from memfs.fuse.channel import Handler
 from memfs.fuse.wire import (
     CREATE_IN,
@@ -40,6 +41,8 @@ from memfs.tree import Tree
 from memfs.units import ByteOffset
 
 _U32: Final = struct.Struct("=I")
+_FSXATTR: Final = struct.Struct("=I24x")  # struct fsxattr: xflags; extent sizes, projects
+_XFLAGS: Final = {0x40: 0x80, 0x80: 0x40}  # FS_NODUMP_FL, FS_NOATIME_FL as FS_XFLAG_*
 _PUNCH: Final = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 
 
@@ -86,19 +89,34 @@ class Requests:
 
     def _ioctl(self, request: Request) -> bytes | Coroutine[Any, Any, bytes]:
         fh, _, command, _, in_size, out_size = unpack(IOCTL_IN, request.body)
-        if command not in (seals.MEMFS_IOC_ADD_SEALS, seals.MEMFS_IOC_GET_SEALS):
-            raise OSError(errno.ENOTTY, f"ioctl {command:#x}")
-        handle = self._handles.file(fh)
-        if command == seals.MEMFS_IOC_GET_SEALS:
-            if out_size < _U32.size:
-                raise OSError(errno.EINVAL, "no room for the answer")
-            return _ioctl_reply(request.unique, _U32.pack(handle.inode.file.seals))
-        if in_size < _U32.size:
-            raise OSError(errno.EINVAL, "no seals given")
-        if not handle.writable:
-            raise OSError(errno.EPERM, "not open for writing")
-        (bits,) = unpack(_U32, request.body[IOCTL_IN.size :])
-        return self._add_seals(handle, bits, request.unique)
+        data = request.body[IOCTL_IN.size : IOCTL_IN.size + in_size]
+        match command:
+            case seals.MEMFS_IOC_GET_SEALS if out_size >= _U32.size:
+                return _ioctl_reply(request.unique, _U32.pack(self._handles.file(fh).inode.file.seals))
+            case seals.MEMFS_IOC_ADD_SEALS:
+                handle = self._handles.file(fh)
+                if not handle.writable:
+                    raise OSError(errno.EPERM, "not open for writing")
+                (bits,) = unpack(_U32, data)
+                return self._add_seals(handle, bits, request.unique)
+            case wire.FS_IOC_GETFLAGS if out_size >= _U32.size:
+                return _ioctl_reply(request.unique, _U32.pack(self._tree.inode(request.nodeid).flags))
+            case wire.FS_IOC_SETFLAGS:
+                (flags,) = unpack(_U32, data)
+                self._set_flags(request.nodeid, flags)
+                return _ioctl_reply(request.unique)
+            case wire.FS_IOC_FSGETXATTR if out_size >= _FSXATTR.size:
+                flags = self._tree.inode(request.nodeid).flags
+                xflags = sum(xflag for flag, xflag in _XFLAGS.items() if flags & flag)
+                return _ioctl_reply(request.unique, _FSXATTR.pack(xflags))
+        raise OSError(errno.ENOTTY, f"ioctl {command:#x}")
+
+    def _set_flags(self, nodeid: int, flags: int) -> None:
+        inode = self._tree.inode(nodeid)
+        if flags & ~sum(_XFLAGS):
+            raise OSError(errno.EOPNOTSUPP, f"inode flags {flags:#x}")
+        inode.flags = flags
+        inode.changed()
 
     async def _add_seals(self, handle: OpenFile, bits: int, unique: int) -> bytes:
         await handle.inode.file.add_seals(bits)
@@ -113,7 +131,7 @@ class Requests:
     def _tmpfile(self, request: Request) -> bytes:
         flags, mode, umask, _ = unpack(CREATE_IN, request.body)
         seals_ = self._attributes.default_seals(request.nodeid)
-        inode = self._tree.create_unlinked(request.nodeid, mode & ~umask, request.uid, request.gid, seals=seals_)
+        inode = self._tree.create_unlinked(request.nodeid, mode, request.uid, request.gid, umask=umask, seals=seals_)
         assert isinstance(inode, RegularFile)
         fh, handle = self._handles.open_file(inode, flags)
         inode.nlookup += 1

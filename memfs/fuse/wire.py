@@ -83,6 +83,11 @@ FUSE_DEV_IOC_BACKING_OPEN: Final = 0x4010E501
 FUSE_DEV_IOC_BACKING_CLOSE: Final = 0x4004E502
 BACKING_MAP: Final = struct.Struct("=iIQ")  # struct fuse_backing_map: fd, flags, padding
 
+# linux/fs.h: chattr(1), as far as flags mean nothing but to those who read them
+FS_IOC_GETFLAGS: Final = 0x80086601
+FS_IOC_SETFLAGS: Final = 0x40086602
+FS_IOC_FSGETXATTR: Final = 0x801C581F
+
 MAX_WRITE: Final = 1 << 20  #: bytes in one WRITE request: the most that the kernel sends
 BUFFER_SIZE: Final = MAX_WRITE + 4096  #: bytes: the largest request, header included
 
