@@ -21,7 +21,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from kvmsim.engines.trace import IntegrityError, TraceEngine
 from kvmsim.memslots import Memslot
-from kvmsim.mmu.page_table import MAX_GFN
 from kvmsim.picture import draw
 from kvmsim.store import Notification, StoreGone, socket_of
 from kvmsim.trace_file import Trace, TraceError, read_lackey
@@ -175,7 +174,7 @@ def _printer(console: Console) -> Callable[[Notification, Memslot, GfnRange, boo
 def _report(
     console: Console, vm: VM, vmm: Vmm, vcpu: VCPU, engine: TraceEngine, seconds: float, failure: Exception | None
 ) -> None:
-    everything = GfnRange(Gfn(0), Gfn(MAX_GFN))
+    everything = vm.mmu.table.everything
     heard = vm.store.counters
     rows = {
         "accesses": f"{engine.accesses:,} in {seconds:.2f} s, {engine.passes} passes of the trace",

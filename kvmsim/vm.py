@@ -30,7 +30,8 @@ from kvmsim.memslots import Memslot, Memslots, check_files, check_region, first_
 from kvmsim.mmu.fault import Access, Mmu, handle_fault, map_gfns
 from kvmsim.mmu.frames import FrameMap
 from kvmsim.mmu.invalidate import InvalidationState
-from kvmsim.mmu.page_table import MAX_GFN, PageTable, is_private
+from kvmsim.mmu.page_table import PageTable
+from kvmsim.mmu.pte import is_private, level_pages
 from kvmsim.store import Notification, Store, StoreFile, StoreGone, connect
 from kvmsim.uapi import KVM_MAX_VCPU_ID, UserspaceMemoryRegion
 from kvmsim.vcpu import VCPU, Engine
@@ -173,16 +174,17 @@ class VM:
 
     def lost_store(self) -> None:
         """memfs is gone: nothing may be mapped any more."""
-        self.mmu.table.unmap_range(GfnRange(Gfn(0), Gfn(MAX_GFN)))
+        self.mmu.table.unmap_range(self.mmu.table.everything)
         self.tlb_flushes += 1
         self.mmu.invalidations.abandon()
 
     def check(self) -> None:
         """Raise AssertionError on the first broken invariant."""
         self.mmu.table.check()
-        for gfns, ptes in self.mmu.table.mapped_ranges(GfnRange(Gfn(0), Gfn(MAX_GFN))):
-            for position in ptes.nonzero()[0].tolist():
-                gfn, pte = Gfn(gfns.start + position), int(ptes[position])
+        for leaves in self.mmu.table.leaves(self.mmu.table.everything):
+            for position in leaves.ptes.nonzero()[0].tolist():
+                gfn = Gfn(leaves.gfns.start + position * level_pages(leaves.level))
+                pte = int(leaves.ptes[position])
                 slot = self.mmu.slots.find(gfn)
                 assert slot is not None, f"gfn {gfn:#x} is mapped outside of all slots"
                 allocated = slot.private is not None and slot.private.is_private(slot.page(gfn))

@@ -24,7 +24,7 @@ import trio
 from kvmsim.exits import HALT, Exit
 from kvmsim.memslots import Memslot
 from kvmsim.mmu.fault import Access
-from kvmsim.mmu.page_table import PTE_A, PTE_D, PTE_W, is_private, pte_pfn
+from kvmsim.mmu.pte import PTE_A, PTE_D, PTE_W, is_private, pte_pfn
 from kvmsim.store import Notification
 from kvmsim.trace_file import Trace
 from kvmsim.vm import VM

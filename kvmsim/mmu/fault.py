@@ -14,7 +14,8 @@ from kvmsim.exits import Exit, MemoryErrorExit, MmioExit
 from kvmsim.memslots import Memslot, Memslots
 from kvmsim.mmu.frames import FrameMap
 from kvmsim.mmu.invalidate import InvalidationState
-from kvmsim.mmu.page_table import PTE_PRIVATE, PTE_R, PTE_RWX, PTE_X, PageTable
+from kvmsim.mmu.page_table import PageTable
+from kvmsim.mmu.pte import PTE_PRIVATE, PTE_R, PTE_RWX, PTE_X
 from kvmsim.store import Store, StoreFile
 from kvmsim.uapi import KVM_EXIT_MEM_MAP_PRIVATE, KVM_EXIT_MEM_MAP_SHARED
 from memfs.guest.messages import PfnReply

@@ -1,14 +1,13 @@
-"""The secondary page table: a radix tree from gfn to PTE, as EPT is one, in numpy.
+"""The secondary page table: a radix tree from gfn to PTE, as EPT and NPT are one, in numpy.
 
-Four levels of 512 entries cover 2**36 frames (256 TiB). All tables lie in one array of shape (tables, 512), dtype
-uint64, and an entry of an inner table holds the number of the next table where a leaf holds a pfn. Table 0 is all
-zeros and stays so: a walk that comes to an absent entry goes on in table 0 and ends at an absent PTE, so that a walk of
-any number of gfns is four array look-ups without a branch.
+Four levels of 512 entries cover 2**36 frames (256 TiB of guest physical memory), five 2**45. Entries are as in pte.py,
+tables as in tables.py. Leaves are 4 KiB, 2 MiB or 1 GiB. A huge leaf that is changed in part is split into the table of
+smaller ones that say the same, and whatever maps a whole huge page again takes the place of such a table, so nothing
+here ever depends on how memory was mapped, only on what is.
 
-    PTE   bit 0 R   bit 1 W   bit 2 X   bit 8 accessed   bit 9 dirty   bits 12-51 pfn   bit 58 private
-
-(EPT's bits, Intel SDM volume 3, "EPT Paging-Structure Entries"; 58 is one of those left to software.) A gfn has one
-PTE, so it cannot be mapped shared and private at once; what remains to be seen to is that the one is the right one.
+Everything is done to ranges. The tree is descended once a range and never once a gfn: what lies under one table of
+level 2 (1 GiB) is read and written as one array. `translate` goes the other way, level by level for all gfns at once,
+in blocks that fit into a cache; absent entries lead through the null table to an absent PTE without a branch.
 
 Tables that become empty are freed at once. Not thread-safe: whoever calls holds the MMU lock (see invalidate.py).
 """
@@ -16,220 +15,515 @@ Tables that become empty are freed at once. Not thread-safe: whoever calls holds
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
+from kvmsim.mmu.pte import (
+    ENTRIES,
+    ENTRIES_SHIFT,
+    MAX_PFN,
+    PFN_MASK,
+    PG_LEVEL_1G,
+    PG_LEVEL_2M,
+    PG_LEVEL_4K,
+    PTE_A,
+    PTE_D,
+    PTE_HUGE,
+    PTE_R,
+    PTE_RWX,
+    PTE_W,
+    Ptes,
+    entry_index,
+    is_private,
+    level_of_order,
+    level_pages,
+    level_shift,
+    make_pte,
+    pte_pfn,
+    select,
+)
+from kvmsim.mmu.tables import NULL_TABLE, Numbers, Tables
 from memfs.units import PAGE_SHIFT, Gfn, GfnRange, Pfn
 
-PTE_R: Final = 1 << 0
-PTE_W: Final = 1 << 1
-PTE_X: Final = 1 << 2
-PTE_A: Final = 1 << 8
-PTE_D: Final = 1 << 9
-PTE_PRIVATE: Final = 1 << 58
-PTE_RWX: Final = PTE_R | PTE_W | PTE_X
-
-LEVELS: Final = 4
-_BITS: Final = 9  # of a gfn, consumed at each level
-_ENTRIES: Final = 1 << _BITS
-MAX_GFN: Final = 1 << (LEVELS * _BITS)
-_PFN_MASK: Final = ((1 << 40) - 1) << PAGE_SHIFT
-_NULL, _ROOT = 0, 1
-
-Ptes = npt.NDArray[np.uint64]
+_BLOCK: Final = 8192  # gfns translated at a time: their intermediate arrays stay in the cache
 
 
-def pte_pfn(pte: int) -> Pfn:
-    """The frame that a present PTE names."""
-    return Pfn((pte & _PFN_MASK) >> PAGE_SHIFT)
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """A walk of one gfn: the entries met from the root down, and the level of the last (its leaf's, if present)."""
+
+    entries: tuple[int, ...]
+    level: int
+
+    @property
+    def pte(self) -> int:
+        """The leaf; 0 if absent."""
+        return self.entries[-1]
 
 
-def is_private(pte: int) -> bool:
-    """Whether a present PTE maps private memory."""
-    return bool(pte & PTE_PRIVATE)
+@dataclass(frozen=True, slots=True)
+class Leaves:
+    """Neighbouring leaves in one table. `ptes` is a view, absent ones among them; `gfns` what of the range they map.
+
+    Of a leaf that is larger than 4 KiB, only a part may be in `gfns`.
+    """
+
+    level: int
+    gfns: GfnRange
+    ptes: Ptes
 
 
 class PageTable:
     """Maps gfns to PTEs; 0 is an absent one.
 
     >>> table = PageTable()
-    >>> table.map_range(GfnRange(Gfn(5), Gfn(8)), Pfn(100), PTE_RWX | PTE_PRIVATE)
-    >>> [pte_pfn(int(pte)) for pte in table.translate(np.array([5, 7, 8]))]
+    >>> table.map_range(GfnRange(Gfn(5), Gfn(8)), Pfn(100), PTE_RWX)
+    >>> [pte_pfn(pte) for pte in table.translate(np.array([5, 7, 8])).tolist()]
     [100, 102, 0]
     >>> table.unmap_range(GfnRange(Gfn(0), Gfn(7)))
     2
+    >>> table.mapped, table.nr_tables
+    (1, 4)
 
-    Raises ValueError for a gfn or pfn that no table can hold.
+    `levels`: 4 or 5. Raises ValueError for what no table can hold.
     """
 
-    def __init__(self) -> None:
-        self._tables: Ptes = np.zeros((16, _ENTRIES), np.uint64)
-        self._used = np.zeros(16, np.int32)  # present entries of each table
-        self._free: list[int] = list(range(15, _ROOT, -1))
-        #: how many leaves are present
+    def __init__(self, levels: int = 4) -> None:
+        if levels not in (4, 5):
+            raise ValueError("a page table has 4 or 5 levels")
+        self.levels: Final = levels
+        #: gfns are below this
+        self.max_gfn: Final = 1 << (levels * ENTRIES_SHIFT)
+        #: how many gfns are mapped
         self.mapped = 0
+        #: how many huge leaves there are, by level
+        self.huge: Final = {PG_LEVEL_2M: 0, PG_LEVEL_1G: 0}
+        self._tables: Final = Tables()
+        self._entries: Final = self._tables.entries
+        self._used: Final = self._tables.used
+        self._root: Final = int(self._tables.make(1)[0])
+
+    @property
+    def everything(self) -> GfnRange:
+        """All gfns."""
+        return GfnRange(Gfn(0), Gfn(self.max_gfn))
 
     @property
     def nr_tables(self) -> int:
         """How many tables are in use, the root included."""
-        return len(self._tables) - 1 - len(self._free)
+        return len(self._tables)
+
+    @property
+    def nbytes(self) -> int:
+        """How much memory they take."""
+        return self._tables.nbytes
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
     def translate(self, gfns: npt.NDArray[np.integer]) -> Ptes:
-        """The PTEs of many gfns: any integer dtype and shape in, uint64 of the same shape out, 0 where absent."""
-        gfns = gfns.astype(np.int64, copy=False)
-        if gfns.size and not (gfns.min() >= 0 and gfns.max() < MAX_GFN):
+        """The leaves of many gfns: any integer dtype and shape in, int64 of the same shape out, 0 where absent.
+
+        Of a huge leaf, the PTE names the gfn's own frame and keeps PTE_HUGE.
+        """
+        flat = np.ascontiguousarray(gfns, np.int64).ravel()
+        if flat.size and not (flat.min() >= 0 and flat.max() < self.max_gfn):
             raise ValueError("a gfn that no table can hold")
-        table: npt.NDArray[np.int64] = np.full(gfns.shape, _ROOT)
-        for level in range(LEVELS - 1, 0, -1):
-            entry = self._tables[table, (gfns >> level * _BITS) & (_ENTRIES - 1)]
-            table = (entry >> np.uint64(PAGE_SHIFT)).astype(np.int64)
-        ptes: Ptes = self._tables[table, gfns & (_ENTRIES - 1)]
-        return ptes
+        out = np.empty(flat.shape, np.int64)
+        index, entry = np.empty((2, min(_BLOCK, flat.size)), np.int64)
+        for start in range(0, flat.size, _BLOCK):
+            block = flat[start : start + _BLOCK]
+            self._translate(block, out[start : start + _BLOCK], index[: block.size], entry[: block.size])
+        return out.reshape(gfns.shape)
+
+    def _translate(self, gfns: Ptes, out: Ptes, index: Ptes, entry: Ptes) -> None:
+        huge: Ptes | None = None
+        entry.fill(make_pte(self._root, 0))
+        for level in range(self.levels, 0, -1):
+            np.right_shift(gfns, level_shift(level), out=index)
+            index &= ENTRIES - 1
+            entry >>= PAGE_SHIFT - ENTRIES_SHIFT  # from the number of a table to the index of its first entry
+            entry &= -ENTRIES
+            index += entry
+            target = out if level == PG_LEVEL_4K else entry
+            np.take(self._tables.flat, index, out=target, mode="clip")
+            if self.huge.get(level):
+                is_huge = (entry & PTE_HUGE) != 0
+                here = np.where(is_huge, entry + ((gfns & (level_pages(level) - 1)) << PAGE_SHIFT), 0)
+                huge = here if huge is None else huge + here
+                entry[is_huge] = make_pte(NULL_TABLE, 0)
+        if huge is not None:
+            out += huge
+
+    def walk(self, gfn: Gfn) -> Walk:
+        """The entries that a walk of one gfn meets, down to its leaf or the first absent entry."""
+        if not 0 <= gfn < self.max_gfn:
+            raise ValueError(f"gfn {gfn:#x} is more than a table can hold")
+        table, entries = self._root, []
+        for level in range(self.levels, 0, -1):
+            entry = int(self._entries[table, entry_index(gfn, level)])
+            entries.append(entry)
+            if not entry or level == PG_LEVEL_4K or entry & PTE_HUGE:
+                break
+            table = pte_pfn(entry)
+        return Walk(tuple(entries), level)
 
     def lookup(self, gfn: Gfn) -> int:
-        """The PTE of one gfn, 0 if absent."""
-        table = self._leaf(gfn)
-        return int(self._tables[table, gfn & (_ENTRIES - 1)])
+        """The leaf of one gfn as `translate` gives it, 0 if absent."""
+        walk = self.walk(gfn)
+        return walk.pte + ((gfn & (level_pages(walk.level) - 1)) << PAGE_SHIFT) if walk.pte & PTE_HUGE else walk.pte
 
-    def mapped_ranges(self, gfns: GfnRange) -> Iterator[tuple[GfnRange, Ptes]]:
-        """The parts of a range that have leaf tables, with a view of their PTEs (absent ones among them)."""
-        for table, part in self._leaves(gfns):
-            start = part.start & (_ENTRIES - 1)
-            yield part, self._tables[table, start : start + len(part)]
+    def leaves(self, gfns: GfnRange, *, split: bool = False) -> Iterator[Leaves]:
+        """The leaves that a range touches, in order. With `split`, huge ones that it covers in part are split first.
+
+        The page table must not be changed otherwise while this goes on, except through the views.
+        """
+        yield from self._leaves(self._root, self.levels, 0, self._clip(gfns), split)
+
+    def _leaves(self, table: int, level: int, base: int, gfns: GfnRange, split: bool) -> Iterator[Leaves]:
+        first, last = _entries_of(gfns, base, level)
+        if level == PG_LEVEL_4K:
+            yield Leaves(level, gfns, self._entries[table, first:last])
+            return
+        pages, entries = level_pages(level), self._entries[table]
+        whole = range(-(-(gfns.start - base) // pages), (gfns.end - base) // pages)
+        for start, stop in _stretches(entries, first, last, whole):
+            part = gfns.intersect(GfnRange(Gfn(base + start * pages), Gfn(base + stop * pages)))
+            assert part is not None
+            if entries[start] & PTE_HUGE and (start in whole or not split):
+                yield Leaves(level, part, entries[start:stop])
+            else:
+                yield from self._leaves(
+                    self._descend(table, level, start), level - 1, base + start * pages, part, split
+                )
 
     def count(self, gfns: GfnRange, private: bool | None = None) -> int:
         """How many gfns of a range are mapped; private or shared ones only, unless None."""
-        return sum(int(np.count_nonzero(_select(ptes, private))) for _, ptes in self.mapped_ranges(gfns))
+        return sum(
+            int(np.count_nonzero(select(leaves.ptes, private))) * (len(leaves.gfns) // len(leaves.ptes))
+            for leaves in self.leaves(gfns)
+        )
 
-    # -- changing ---------------------------------------------------------------------------------------------------
+    # -- mapping ----------------------------------------------------------------------------------------------------
 
-    def map_range(self, gfns: GfnRange, pfn: Pfn, flags: int) -> None:
+    def map_range(self, gfns: GfnRange, pfn: Pfn, flags: int, order: int = 0) -> None:
         """Map neighbouring gfns to neighbouring frames from `pfn` on, replacing what was there.
 
-        `flags` are PTE_* bits other than the pfn, PTE_R among them.
+        `flags` are PTE_* bits other than the frame and PTE_HUGE, PTE_R among them. `order`: the largest leaf that may
+        be used (0, 9 or 18), which is where gfns and frames are aligned alike.
         """
-        if gfns.end > MAX_GFN or not 0 <= pfn <= (_PFN_MASK >> PAGE_SHIFT) - len(gfns):
+        if gfns.end > self.max_gfn or not 0 <= pfn <= MAX_PFN - len(gfns):
             raise ValueError(f"gfns {gfns} or pfn {pfn:#x} are more than a PTE can hold")
-        if not flags & PTE_R:
-            raise ValueError("a mapping that cannot be read would count as absent")
-        for part in _cut(gfns):
-            table = self._make_leaf(part.start)
-            start = part.start & (_ENTRIES - 1)
-            ptes = self._tables[table, start : start + len(part)]
-            new = len(part) - int(np.count_nonzero(ptes))
-            first = pfn + (part.start - gfns.start)
-            ptes[:] = (np.arange(first, first + len(part), dtype=np.uint64) << np.uint64(PAGE_SHIFT)) | np.uint64(flags)
-            self._used[table] += new
-            self.mapped += new
+        if not flags & PTE_R or flags & (PFN_MASK | PTE_HUGE) or flags < 0:
+            raise ValueError("flags that make no leaf: it must be readable, and its frame is said otherwise")
+        self._map(self._root, self.levels, 0, gfns, pfn, flags, level_of_order(order))
+
+    def _map(self, table: int, level: int, base: int, gfns: GfnRange, pfn: int, flags: int, largest: int) -> None:
+        first, last = _entries_of(gfns, base, level)
+        if level == PG_LEVEL_4K:
+            self._write(table, level, first, last, pfn, flags)
+            return
+        pages = level_pages(level)
+        whole = range(-(-(gfns.start - base) // pages), (gfns.end - base) // pages)
+        if level <= largest and (pfn - gfns.start) % pages == 0:
+            if whole:
+                self._drop(table, level, whole.start, whole.stop)
+                first_pfn = pfn + base + whole.start * pages - gfns.start
+                self._write(table, level, whole.start, whole.stop, first_pfn, flags | PTE_HUGE)
+        elif level == PG_LEVEL_2M:
+            if whole:
+                self._map_whole(table, whole, pfn + base + whole.start * pages - gfns.start, flags)
+        else:
+            whole = range(0)
+        for index in range(first, last):
+            if index not in whole:
+                start = base + index * pages
+                part = gfns.intersect(GfnRange(Gfn(start), Gfn(start + pages)))
+                assert part is not None
+                child = self._descend(table, level, index)
+                self._map(child, level - 1, start, part, pfn + part.start - gfns.start, flags, largest)
+
+    def _write(self, table: int, level: int, first: int, last: int, pfn: int, flags: int) -> None:
+        """Write leaves into one table, over leaves or absent entries."""
+        ptes = self._entries[table, first:last]
+        new = last - first - int(np.count_nonzero(ptes))
+        pages = level_pages(level)
+        ptes[:] = _run(pfn, flags, last - first, pages)
+        self._used[table] += new
+        self.mapped += new * pages
+        if level > PG_LEVEL_4K:
+            self.huge[level] += new
+
+    def _map_whole(self, table: int, whole: range, pfn: int, flags: int) -> None:
+        """Fill all the 4 KiB leaves under neighbouring entries of a table of level 2."""
+        entries = self._entries[table, whole.start : whole.stop]
+        self._drop_huge(table, PG_LEVEL_2M, entries, (entries & PTE_HUGE) != 0)
+        absent = entries == 0
+        number = int(np.count_nonzero(absent))
+        entries[absent] = (self._tables.make(number) << PAGE_SHIFT) | PTE_RWX
+        self._used[table] += number
+        children = (entries & PFN_MASK) >> PAGE_SHIFT
+        self.mapped += len(whole) * ENTRIES - int(self._used[children].sum())
+        ptes = _run(pfn, flags, len(whole) * ENTRIES, 1).reshape(len(whole), ENTRIES)
+        if children[-1] - children[0] == len(whole) - 1 and (np.diff(children) == 1).all():
+            self._entries[int(children[0]) : int(children[-1]) + 1] = ptes
+        else:
+            self._entries[children] = ptes
+        self._used[children] = ENTRIES
+
+    def _descend(self, table: int, level: int, index: int) -> int:
+        """The table under an entry: made if absent, split from a huge leaf if it is one."""
+        entry = int(self._entries[table, index])
+        if entry & PTE_HUGE:
+            return self._split(table, level, index)
+        if entry:
+            return pte_pfn(entry)
+        child = int(self._tables.make(1)[0])
+        self._entries[table, index] = make_pte(child, PTE_RWX)
+        self._used[table] += 1
+        return child
+
+    def _split(self, table: int, level: int, index: int) -> int:
+        """Put a table of smaller leaves, which say the same, in the place of a huge one."""
+        entry = int(self._entries[table, index])
+        child = int(self._tables.make(1)[0])
+        flags = entry & ~PFN_MASK
+        if level == PG_LEVEL_2M:
+            flags &= ~PTE_HUGE
+        else:
+            self.huge[level - 1] += ENTRIES
+        self._entries[child] = _run(pte_pfn(entry), flags, ENTRIES, level_pages(level - 1))
+        self._used[child] = ENTRIES
+        self.huge[level] -= 1
+        self._entries[table, index] = make_pte(child, PTE_RWX)
+        return child
+
+    def collapse(self, gfn: Gfn, order: int) -> bool:
+        """Put one leaf of 2**order pages in the place of the smaller ones around a gfn, if they say the same.
+
+        They do if all are there, in neighbouring aligned frames, with the same flags apart from accessed and dirty,
+        which become true if one was. Returns whether there is such a leaf now.
+        """
+        level = level_of_order(order)
+        table, above = self._root, self.levels
+        while above > level:
+            entry = int(self._entries[table, entry_index(gfn, above)])
+            if not entry or entry & PTE_HUGE:
+                return bool(entry)
+            table, above = pte_pfn(entry), above - 1
+        index = entry_index(gfn, level)
+        entry = int(self._entries[table, index])
+        if level == PG_LEVEL_4K or not entry or entry & PTE_HUGE:
+            return bool(entry)
+        child, pages = pte_pfn(entry), level_pages(level - 1)
+        if level - 1 > PG_LEVEL_4K:
+            start = gfn & -level_pages(level)
+            if not all(self.collapse(Gfn(start + number * pages), order - ENTRIES_SHIFT) for number in range(ENTRIES)):
+                return False
+        ptes = self._entries[child]
+        first, marks = int(ptes[0]) & ~(PTE_A | PTE_D), int(np.bitwise_or.reduce(ptes)) & (PTE_A | PTE_D)
+        same = (ptes & ~(PTE_A | PTE_D)) == _run(pte_pfn(first), first & ~PFN_MASK, ENTRIES, pages)
+        if not first or pte_pfn(first) % level_pages(level) or not same.all():
+            return False
+        if level - 1 > PG_LEVEL_4K:
+            self.huge[level - 1] -= ENTRIES
+        self._tables.give_back(np.array([child], np.int64))
+        self._entries[table, index] = first | marks | PTE_HUGE
+        self.huge[level] += 1
+        return True
+
+    # -- unmapping --------------------------------------------------------------------------------------------------
 
     def unmap_range(self, gfns: GfnRange, private: bool | None = None) -> int:
         """Unmap a range; private or shared mappings only, unless None. Returns how many gfns were unmapped."""
-        total = 0
-        for table, part in list(self._leaves(gfns)):
-            start = part.start & (_ENTRIES - 1)
-            ptes = self._tables[table, start : start + len(part)]
-            gone = _select(ptes, private)
+        before = self.mapped
+        self._unmap(self._root, self.levels, 0, self._clip(gfns), private)
+        return before - self.mapped
+
+    def _unmap(self, table: int, level: int, base: int, gfns: GfnRange, private: bool | None) -> None:
+        first, last = _entries_of(gfns, base, level)
+        if level == PG_LEVEL_4K:
+            ptes = self._entries[table, first:last]
+            gone = select(ptes, private)
             number = int(np.count_nonzero(gone))
             ptes[gone] = 0
             self._used[table] -= number
-            total += number
-            if not self._used[table]:
-                self._free_leaf(part.start)
-        self.mapped -= total
-        return total
+            self.mapped -= number
+            return
+        pages = level_pages(level)
+        whole = range(-(-(gfns.start - base) // pages), (gfns.end - base) // pages)
+        if level == PG_LEVEL_2M and whole:
+            self._unmap_whole(table, whole, private)
+        for index in (np.flatnonzero(self._entries[table, first:last]) + first).tolist():
+            entry, start = int(self._entries[table, index]), base + index * pages
+            part = gfns.intersect(GfnRange(Gfn(start), Gfn(start + pages)))
+            assert part is not None
+            if entry & PTE_HUGE and private is not None and is_private(entry) != private:
+                continue
+            if len(part) == pages and (entry & PTE_HUGE or private is None):
+                self._drop(table, level, index, index + 1)
+            elif level != PG_LEVEL_2M or index not in whole:
+                child = self._descend(table, level, index)
+                self._unmap(child, level - 1, start, part, private)
+                self._free_if_empty(table, np.array([index]))
+
+    def _unmap_whole(self, table: int, whole: range, private: bool | None) -> None:
+        """Unmap what is under neighbouring entries of a table of level 2."""
+        if private is None:
+            self._drop(table, PG_LEVEL_2M, whole.start, whole.stop)
+            return
+        entries = self._entries[table, whole.start : whole.stop]
+        is_huge = (entries & PTE_HUGE) != 0
+        self._drop_huge(table, PG_LEVEL_2M, entries, is_huge & select(entries, private))
+        indexes = np.flatnonzero((entries != 0) & ~is_huge)
+        children = (entries[indexes] & PFN_MASK) >> PAGE_SHIFT
+        ptes = self._entries[children]
+        gone = select(ptes, private)
+        numbers = np.count_nonzero(gone, axis=1)
+        ptes[gone] = 0
+        self._entries[children] = ptes
+        self._used[children] -= numbers.astype(np.int32)
+        self.mapped -= int(numbers.sum())
+        self._free_if_empty(table, indexes + whole.start)
+
+    def _drop(self, table: int, level: int, first: int, last: int) -> None:
+        """Empty neighbouring entries of a table, with all that is under them."""
+        entries = self._entries[table, first:last]
+        self._drop_huge(table, level, entries, (entries & PTE_HUGE) != 0)
+        present = entries != 0
+        children = (entries[present] & PFN_MASK) >> PAGE_SHIFT
+        if level == PG_LEVEL_2M:
+            self.mapped -= int(self._used[children].sum())
+        else:
+            for child in children.tolist():
+                self._drop(child, level - 1, 0, ENTRIES)
+        self._tables.give_back(children)
+        entries[present] = 0
+        self._used[table] -= len(children)
+
+    def _drop_huge(self, table: int, level: int, entries: Ptes, gone: npt.NDArray[np.bool_]) -> None:
+        """Empty huge leaves among neighbouring entries of a table."""
+        number = int(np.count_nonzero(gone))
+        if number:
+            entries[gone] = 0
+            self._used[table] -= number
+            self.mapped -= number * level_pages(level)
+            self.huge[level] -= number
+
+    def _free_if_empty(self, table: int, indexes: Numbers) -> None:
+        """Free those of the tables under entries that have become empty."""
+        children = (self._entries[table, indexes] & PFN_MASK) >> PAGE_SHIFT
+        empty = self._used[children] == 0
+        if empty.any():
+            self._tables.give_back(children[empty])
+            self._entries[table, indexes[empty]] = 0
+            self._used[table] -= int(np.count_nonzero(empty))
+
+    # -- flags ------------------------------------------------------------------------------------------------------
 
     def set_flags(self, gfn: Gfn, flags: int) -> None:
-        """Add PTE_A or PTE_D to a mapped gfn, as the hardware does."""
-        table = self._leaf(gfn)
-        assert self._tables[table, gfn & (_ENTRIES - 1)], f"gfn {gfn:#x} is not mapped"
-        self._tables[table, gfn & (_ENTRIES - 1)] |= np.uint64(flags)
-
-    # -- tables -----------------------------------------------------------------------------------------------------
-
-    def _leaf(self, gfn: Gfn) -> int:
-        """The leaf table of a gfn; the null table if it has none."""
-        if not 0 <= gfn < MAX_GFN:
-            raise ValueError(f"gfn {gfn:#x} is more than a table can hold")
-        table = _ROOT
-        for level in range(LEVELS - 1, 0, -1):
-            table = int(self._tables[table, (gfn >> level * _BITS) & (_ENTRIES - 1)]) >> PAGE_SHIFT
-        return table
-
-    def _leaves(
-        self, gfns: GfnRange, level: int = LEVELS - 1, table: int = _ROOT, base: int = 0
-    ) -> Iterator[tuple[int, GfnRange]]:
-        """The leaf tables under a table that a range touches, each with the part of the range that it holds."""
-        if level == 0:
-            part = gfns.intersect(GfnRange(Gfn(base), Gfn(base + _ENTRIES)))
-            if part is not None:
-                yield table, part
-            return
-        reach = 1 << level * _BITS  # gfns under one entry
-        first = max(0, (gfns.start - base) // reach)
-        last = min(_ENTRIES, (gfns.end - base + reach - 1) // reach)
-        for index in (np.flatnonzero(self._tables[table, first:last]) + first).tolist():
-            child = int(self._tables[table, index]) >> PAGE_SHIFT
-            yield from self._leaves(gfns, level - 1, child, base + index * reach)
-
-    def _make_leaf(self, gfn: Gfn) -> int:
-        """The leaf table of a gfn, made with the tables above it if need be."""
-        table = _ROOT
-        for level in range(LEVELS - 1, 0, -1):
-            index = (gfn >> level * _BITS) & (_ENTRIES - 1)
-            child = int(self._tables[table, index]) >> PAGE_SHIFT
-            if child == _NULL:
-                child = self._new_table()
-                self._tables[table, index] = child << PAGE_SHIFT | PTE_RWX
-                self._used[table] += 1
-            table = child
-        return table
-
-    def _free_leaf(self, gfn: Gfn) -> None:
-        """Free the empty leaf table of a gfn, and those above it that become empty by that."""
-        path = [_ROOT]
-        for level in range(LEVELS - 1, 0, -1):
-            path.append(int(self._tables[path[-1], (gfn >> level * _BITS) & (_ENTRIES - 1)]) >> PAGE_SHIFT)
-        for level, table in enumerate(reversed(path[1:]), start=1):
-            if self._used[table]:
+        """Add flags to the leaf of a mapped gfn, as the hardware does with PTE_A and PTE_D."""
+        for leaves in self.leaves(GfnRange(gfn, Gfn(gfn + 1))):
+            if leaves.ptes[0]:
+                leaves.ptes[0] |= flags
                 return
-            parent = path[-1 - level]
-            self._tables[parent, (gfn >> level * _BITS) & (_ENTRIES - 1)] = 0
-            self._used[parent] -= 1
-            self._free.append(table)
+        raise AssertionError(f"gfn {gfn:#x} is not mapped")
 
-    def _new_table(self) -> int:
-        if not self._free:
-            old = len(self._tables)
-            self._tables = np.concatenate([self._tables, np.zeros_like(self._tables)])
-            self._used = np.concatenate([self._used, np.zeros_like(self._used)])
-            self._free = list(range(2 * old - 1, old - 1, -1))
-        return self._free.pop()
+    def protect_range(self, gfns: GfnRange, *, clear: int = 0, add: int = 0) -> int:
+        """Clear and add flags of all leaves in a range, splitting huge ones that it covers in part.
+
+        `clear` must not have PTE_R in it. Returns how many gfns are mapped differently now.
+        """
+        if (clear | add) & (PFN_MASK | PTE_HUGE) or clear & PTE_R:
+            raise ValueError("flags that cannot be changed: only R of a leaf that goes away, and its frame")
+        changed = 0
+        for leaves in self.leaves(gfns, split=True):
+            wanted = np.where(leaves.ptes != 0, leaves.ptes & ~clear | add, 0)
+            different = int(np.count_nonzero(wanted != leaves.ptes))
+            if different:
+                leaves.ptes[:] = wanted
+                changed += different * level_pages(leaves.level)
+        return changed
+
+    def write_protect(self, gfns: GfnRange) -> int:
+        """Take writability away, so that the next store to each page faults. Returns how many gfns had it."""
+        return self.protect_range(gfns, clear=PTE_W)
+
+    def test_age(self, gfns: GfnRange) -> bool:
+        """Whether anything in a range was accessed since it was last aged (kvm_test_age_gfn)."""
+        return any(bool((leaves.ptes & PTE_A).any()) for leaves in self.leaves(gfns))
+
+    def age(self, gfns: GfnRange) -> bool:
+        """`test_age`, and clear the accessed bits (kvm_age_gfn). Huge leaves are aged whole, as in KVM."""
+        young = False
+        for leaves in self.leaves(gfns):
+            if (leaves.ptes & PTE_A).any():
+                leaves.ptes[:] &= ~PTE_A
+                young = True
+        return young
+
+    # -- soundness --------------------------------------------------------------------------------------------------
+
+    def _clip(self, gfns: GfnRange) -> GfnRange:
+        if gfns.end > self.max_gfn:
+            raise ValueError(f"gfns {gfns} are more than a table can hold")
+        return gfns
 
     def check(self) -> None:
         """Raise AssertionError on the first broken invariant."""
-        assert not self._tables[_NULL].any(), "the null table is not null"
-        assert (np.count_nonzero(self._tables, axis=1) == self._used).all(), "present entries are miscounted"
-        leaves = list(self._leaves(GfnRange(Gfn(0), Gfn(MAX_GFN))))
-        assert sum(int(self._used[table]) for table, _ in leaves) == self.mapped, "leaves are miscounted"
-        assert all(self._used[table] for table, _ in leaves), "an empty table was not freed"
-        assert not self._tables[self._free].any(), "a free table is not empty"
+        assert not self._entries[NULL_TABLE].any(), "the null table is not null"
+        free = np.array(self._tables.free, np.int64)
+        assert not self._entries[free].any(), "a free table is not empty"
+        tables, reached, mapped = np.array([self._root]), 0, 0
+        for level in range(self.levels, 0, -1):
+            reached += len(tables)
+            entries = self._entries[tables]
+            assert (np.count_nonzero(entries, axis=1) == self._used[tables]).all(), "present entries are miscounted"
+            assert level == self.levels or self._used[tables].all(), "an empty table was not freed"
+            present = entries[entries != 0]
+            assert (present & PTE_R).all(), "a present entry cannot be read"
+            is_leaf = (present & PTE_HUGE) != 0 if level > PG_LEVEL_4K else np.ones(len(present), np.bool_)
+            assert level > PG_LEVEL_4K or not (present & PTE_HUGE).any(), "a 4 KiB leaf that claims to be huge"
+            assert level <= PG_LEVEL_1G or not is_leaf.any(), "a leaf that is larger than any"
+            frames = (present & PFN_MASK) >> PAGE_SHIFT
+            assert not (frames[is_leaf] % level_pages(level)).any(), "a huge leaf on unaligned frames"
+            assert level not in self.huge or self.huge[level] == is_leaf.sum(), "huge leaves are miscounted"
+            mapped += int(is_leaf.sum()) * level_pages(level)
+            tables = frames[~is_leaf]
+            assert len(np.unique(tables)) == len(tables), "a table that is used twice"
+        assert mapped == self.mapped, "mapped gfns are miscounted"
+        assert reached == len(self._tables), "a table that no walk comes to was not freed"
 
 
-def _select(ptes: Ptes, private: bool | None) -> npt.NDArray[np.bool_]:
-    present: npt.NDArray[np.bool_] = ptes != 0
-    if private is not None:
-        present &= ((ptes & np.uint64(PTE_PRIVATE)) != 0) == private
-    return present
+def _entries_of(gfns: GfnRange, base: int, level: int) -> tuple[int, int]:
+    """The entries of a table that begins at gfn `base` through which a range inside it goes."""
+    pages = level_pages(level)
+    return (gfns.start - base) // pages, -(-(gfns.end - base) // pages)
 
 
-def _cut(gfns: GfnRange) -> Iterator[GfnRange]:
-    """Cut a range at leaf table boundaries."""
-    start = gfns.start
-    while start < gfns.end:
-        end = min(gfns.end, (start | (_ENTRIES - 1)) + 1)
-        yield GfnRange(start, Gfn(end))
-        start = Gfn(end)
+def _stretches(entries: Ptes, first: int, last: int, whole: range) -> Iterator[tuple[int, int]]:
+    """The present entries from `first` to `last`: each by itself, but neighbouring huge leaves in `whole` together."""
+    indexes = (np.flatnonzero(entries[first:last]) + first).tolist()
+    together = [bool(entries[index] & PTE_HUGE) and index in whole for index in indexes]
+    position = 0
+    while position < len(indexes):
+        start = position
+        position += 1
+        while (
+            position < len(indexes)
+            and together[start]
+            and together[position]
+            and indexes[position] == indexes[position - 1] + 1
+        ):
+            position += 1
+        yield indexes[start], indexes[position - 1] + 1
+
+
+def _run(pfn: int, flags: int, count: int, pages: int) -> Ptes:
+    """PTEs of neighbouring frames, `pages` apart."""
+    step = pages << PAGE_SHIFT
+    first = make_pte(pfn, flags)
+    ptes: Ptes = np.arange(first, first + count * step, step, dtype=np.int64)
+    return ptes

@@ -12,7 +12,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from kvmsim.exits import MemoryErrorExit, MmioExit
 from kvmsim.mmu.fault import Access
-from kvmsim.mmu.page_table import PTE_W, is_private, pte_pfn
+from kvmsim.mmu.pte import PTE_W, is_private, pte_pfn
 from kvmsim.store import StoreGone
 from kvmsim.uapi import (
     KVM_EXIT_MEM_MAP_PRIVATE,

@@ -1,0 +1,84 @@
+"""Where page tables live: an anonymous mapping in which table n is page n, so that a table is as large as a real one.
+
+The address space is reserved once for as many tables as the largest VM could need, and costs nothing until a table is
+used. So tables never move: a view of one stays true while others are made, and making one copies nothing. A table that
+is freed gives its page back to the kernel, which is also what makes it zero again for its next use.
+
+Table 0 is all zeros and stays so: a walk that comes to an absent entry goes on in table 0, and needs no branch.
+
+Rejected: an array that grows by doubling (copies gigabytes under the MMU lock, and is half empty afterwards); one
+Python object a table (a walk of many gfns at once is then no array look-up any more).
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from kvmsim.mmu.pte import ENTRIES, Ptes
+from memfs.units import PAGE_SIZE
+
+MAX_TABLES: Final = 1 << 23  #: enough for the 2**31 - 1 pages of the largest memslot, twice
+NULL_TABLE: Final = 0
+_GIVE_BACK_FROM: Final = 8  # tables; fewer are cheaper to clear than to have faulted in again
+
+Numbers = npt.NDArray[np.int64]  #: of tables
+
+
+class Tables:
+    """Makes and frees tables. `entries`: shape (MAX_TABLES, 512), int64; `used`: shape (MAX_TABLES,), int32.
+
+    `used` counts the present entries of each table; whoever changes entries keeps it true.
+    """
+
+    def __init__(self) -> None:
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+        self._memory: Final = mmap.mmap(-1, MAX_TABLES * PAGE_SIZE, flags=flags)
+        self._counts: Final = mmap.mmap(-1, MAX_TABLES * np.dtype(np.int32).itemsize, flags=flags)
+        #: all entries of all tables in one row: entry i of table n is at n * 512 + i
+        self.flat: Final[Ptes] = np.frombuffer(self._memory, np.int64)
+        self.entries: Final[Ptes] = self.flat.reshape(MAX_TABLES, ENTRIES)
+        self.used: Final[npt.NDArray[np.int32]] = np.frombuffer(self._counts, np.int32)
+        self._next = NULL_TABLE + 1  # tables from here on were never used
+        self._free: list[int] = []
+
+    def __len__(self) -> int:
+        return self._next - 1 - len(self._free)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the tables in use take, with their counts."""
+        return len(self) * (PAGE_SIZE + self.used.itemsize)
+
+    @property
+    def free(self) -> Sequence[int]:
+        """The numbers that were used and are not."""
+        return tuple(self._free)
+
+    def make(self, count: int) -> Numbers:
+        """New empty tables; neighbours if possible. Raises MemoryError, changing nothing."""
+        reused = self._free[len(self._free) - min(count, len(self._free)) :]
+        fresh = count - len(reused)
+        if self._next + fresh > MAX_TABLES:
+            raise MemoryError("more page tables than any VM needs")
+        del self._free[len(self._free) - len(reused) :]
+        numbers = np.empty(count, np.int64)
+        numbers[: len(reused)] = reused[::-1]
+        numbers[len(reused) :] = np.arange(self._next, self._next + fresh)
+        self._next += fresh
+        return numbers
+
+    def give_back(self, numbers: Numbers) -> None:
+        """Free tables, whatever is in them."""
+        ordered = np.sort(numbers)
+        for run in np.split(ordered, np.flatnonzero(np.diff(ordered) != 1) + 1):
+            if len(run) >= _GIVE_BACK_FROM:
+                self._memory.madvise(mmap.MADV_DONTNEED, int(run[0]) * PAGE_SIZE, len(run) * PAGE_SIZE)
+            else:
+                self.entries[run] = 0
+        self.used[numbers] = 0
+        self._free.extend(ordered[::-1].tolist())
