@@ -1,8 +1,8 @@
 """One mounted memfs: puts the parts together, runs them, and takes them apart again, whichever way it ends.
 
-    kernel -- Channel -- Requests (FALLOCATE, LSEEK, IOCTL, ...)  -\\
-                  \\----- pyfuse3 -- Operations ------------------- Tree, Handles, File -- Backing
-    owners -- Server -- Registry ---------------------------------/
+    kernel -- Channel -- Names, Requests ----------\\
+                  \\----- pyfuse3 -- Operations ----- Tree, Handles, File -- Backing
+    owners -- Server -- Registry ------------------/
 
 It ends when the filesystem is unmounted (the kernel closes the channel) or on SIGINT or SIGTERM (we unmount). In both
 cases the socket is removed and every file's memory is freed.
@@ -19,6 +19,7 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import pyfuse3
@@ -29,6 +30,7 @@ from memfs.backing import Backing, open_backing
 from memfs.file import File
 from memfs.fuse.channel import Channel
 from memfs.fuse.mount import MountError, mount_fuse, unmount_fuse
+from memfs.fuse.names import Names
 from memfs.fuse.observers import Observers
 from memfs.fuse.passthrough import Passthrough, Wanted
 from memfs.fuse.requests import Requests
@@ -108,9 +110,12 @@ class _Memfs:
     async def run(self, fuse_fd: int, listener: trio.socket.SocketType, ready: Callable[[], None]) -> None:
         """Serve the mounted /dev/fuse descriptor and the socket, until either the mount or we are to end."""
         initialized = trio.Event()
-        requests = Requests(self._tree, self._handles, self._attributes)
-        observers = Observers(self._tree, self._handles, self._passthrough, initialized.set)
-        channel = Channel(fuse_fd, requests.handlers, observers.observers)
+        handlers = {
+            **Names(self._tree, self._handles, self._attributes).handlers,
+            **Requests(self._tree, self._handles).handlers,
+        }
+        observers = Observers(self._tree, self._passthrough, initialized.set)
+        channel = Channel(fuse_fd, handlers, observers.observers)
         observers.max_message = channel.max_message
         noatime = self._settings.options.atime == "noatime"
         operations = Operations(self._tree, self._handles, self._attributes, self._backing, noatime=noatime)
@@ -194,9 +199,13 @@ class _Memfs:
 
 
 def _raise_descriptor_limit() -> None:
-    """Every file of the mount takes a descriptor here."""
+    """Every file of the mount takes a descriptor here: as many as we may have, and as root as the kernel can."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    most = int(Path("/proc/sys/fs/nr_open").read_text())
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    except ValueError:  # Python's for EPERM: without CAP_SYS_RESOURCE only the soft limit can be raised
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 @contextlib.contextmanager

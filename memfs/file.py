@@ -392,12 +392,22 @@ class File:
 
     # -- life -------------------------------------------------------------------------------------------------------
 
+    def is_quick(self, length: int) -> bool:
+        """Whether a change of `length` bytes would not wait for anything: then its coroutine ends without yielding."""
+        return self.owner is None and length <= _LONG and not self.lock.locked()
+
     @asynccontextmanager
     async def _locked(self) -> AsyncIterator[None]:
         """Wait for the lock, which can be cancelled; then run to the end, which cannot."""
-        async with self.lock:
+        try:
+            self.lock.acquire_nowait()
+        except trio.WouldBlock:
+            await self.lock.acquire()
+        try:
             with trio.CancelScope(shield=True):
                 yield
+        finally:
+            self.lock.release()
 
     def close(self) -> None:
         """The file is gone: free its memory. No owner may be left."""

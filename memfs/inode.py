@@ -16,6 +16,7 @@ from memfs.file import File
 
 Ino = NewType("Ino", int)
 
+FOREVER: Final = 3600  #: seconds that the kernel may believe what only it can change
 _DIRENT_BYTES: Final = 20  # BOGO_DIRENT_SIZE: what tmpfs counts for an entry in a directory's st_size
 _DAY: Final = 24 * 3600 * 1_000_000_000  # nanoseconds
 _CAPABILITY: Final = b"security.capability"

@@ -3,12 +3,8 @@
 Nothing is decided here. OSError becomes an errno for the kernel in one place (`_translated`); an exception of any
 other kind is a bug, is logged with its traceback and answered with EIO, and the daemon goes on.
 
-What the kernel may cache follows from who can change what. Names and attributes change only through this mount, so
-the kernel, which has seen every request, may believe them for good, absent names included. Not so the block count of a
-file with content: an owner, or a program that writes to a mapping, changes it and nobody tells. Such a file's
-attributes are asked for each time.
-
-Requests that change a regular file's pages are in fuse/requests.py, because pyfuse3 does not know them.
+What is asked for most often never comes here but is answered by the channel's own handlers, in fuse/names.py; so are
+the requests that pyfuse3 does not know, in fuse/requests.py. What the kernel may cache is said in the former.
 """
 
 from __future__ import annotations
@@ -16,7 +12,6 @@ from __future__ import annotations
 import errno
 import functools
 import logging
-import os
 import stat
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Final, ParamSpec, TypeVar
@@ -26,14 +21,13 @@ from pyfuse3 import EntryAttributes, FileHandleT, FileNameT, FlagT, InodeT, Mode
 
 from memfs.attributes import Attributes
 from memfs.backing import Backing
-from memfs.handles import Fh, Handles, OpenFile
-from memfs.inode import Inode, RegularFile, Symlink
+from memfs.handles import Handles
+from memfs.inode import FOREVER, Inode, RegularFile, Symlink
 from memfs.tree import NAME_MAX, Tree
 from memfs.units import PAGE_SIZE, ByteOffset
 
 log = logging.getLogger(__name__)
 
-FOREVER: Final = 3600.0  #: seconds that the kernel may believe what only it can change
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
@@ -72,25 +66,6 @@ class Operations(pyfuse3.Operations):
         self._noatime: Final = noatime
 
     # -- inodes -----------------------------------------------------------------------------------------------------
-
-    @_translated
-    async def lookup(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> EntryAttributes:
-        try:
-            inode = self._tree.lookup(parent_inode, name)
-        except FileNotFoundError:
-            absent = EntryAttributes()  # inode 0: the kernel may remember that there is none
-            absent.st_ino = InodeT(0)
-            absent.entry_timeout = FOREVER
-            return absent
-        return self._entry(inode)
-
-    def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:  # type: ignore[override]
-        for ino, nlookup in inode_list:
-            self._tree.forget(ino, nlookup)
-
-    @_translated
-    async def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
-        return _attributes_of(self._tree.inode(inode))
 
     @_translated
     async def setattr(
@@ -163,10 +138,6 @@ class Operations(pyfuse3.Operations):
         return self._entry(self._tree.link(inode, new_parent_inode, new_name))
 
     @_translated
-    async def unlink(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
-        self._tree.unlink(parent_inode, name)
-
-    @_translated
     async def rmdir(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
         self._tree.rmdir(parent_inode, name)
 
@@ -206,21 +177,6 @@ class Operations(pyfuse3.Operations):
         self._handles.release(fh)
 
     # -- regular files ----------------------------------------------------------------------------------------------
-
-    @_translated
-    async def create(
-        self, parent_inode: InodeT, name: FileNameT, mode: ModeT, flags: FlagT, ctx: RequestContext
-    ) -> tuple[pyfuse3.FileInfo, EntryAttributes]:
-        inode = self._make(parent_inode, name, ModeT(mode | stat.S_IFREG), ctx)
-        assert isinstance(inode, RegularFile)
-        return _file_info(*self._handles.open_file(inode, flags)), self._entry(inode)
-
-    @_translated
-    async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> pyfuse3.FileInfo:
-        regular = self._tree.regular(inode)
-        if flags & os.O_TRUNC:
-            await regular.file.truncate(0)
-        return _file_info(*self._handles.open_file(regular, flags))
 
     @_translated
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
@@ -275,7 +231,3 @@ def _attributes_of(inode: Inode) -> EntryAttributes:
     entry.entry_timeout = FOREVER
     entry.attr_timeout = FOREVER if stat_.stable else 0
     return entry
-
-
-def _file_info(fh: Fh, handle: OpenFile) -> pyfuse3.FileInfo:
-    return pyfuse3.FileInfo(fh=FileHandleT(fh), direct_io=not handle.mappable)

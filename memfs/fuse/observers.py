@@ -1,7 +1,7 @@
 """What the kernel says and must be told in requests that pyfuse3 answers: passthrough, and killing of setuid bits.
 
-pyfuse3 answers INIT, OPEN, CREATE, SETATTR and WRITE, but knows neither kernel passthrough nor HANDLE_KILLPRIV_V2. So
-the channel shows us these requests on their way there, and we amend the replies on their way back.
+pyfuse3 answers INIT, SETATTR and WRITE, but knows neither kernel passthrough nor HANDLE_KILLPRIV_V2. So the channel
+shows us these requests on their way there, and we amend the reply to INIT on its way back.
 
 HANDLE_KILLPRIV_V2 is needed for speed as much as for safety: once GETXATTR has been answered, a kernel without it asks
 for security.capability before every single write.
@@ -14,23 +14,17 @@ from typing import Final
 
 from memfs.fuse.channel import Amendment, Observer
 from memfs.fuse.passthrough import Passthrough
-from memfs.fuse.requests import open_answer
 from memfs.fuse.wire import (
     BUFFER_SIZE,
-    CREATE_IN,
-    ENTRY_OUT,
     FATTR_KILL_SUIDGID,
     FUSE_DONT_MASK,
     FUSE_HANDLE_KILLPRIV_V2,
     FUSE_INIT_EXT,
-    FUSE_OPEN_KILL_SUIDGID,
     FUSE_PASSTHROUGH_2,
     FUSE_WRITE_KILL_SUIDGID,
     INIT_IN,
     INIT_OUT,
     MAX_STACK_DEPTH,
-    OPEN_IN,
-    OPEN_OUT,
     OUT_HEADER,
     SETATTR_VALID,
     WRITE_IN,
@@ -38,7 +32,6 @@ from memfs.fuse.wire import (
     Request,
     unpack,
 )
-from memfs.handles import Handles
 from memfs.tree import Tree
 from memfs.units import PAGE_SIZE, bytes_to_pages
 
@@ -49,16 +42,13 @@ _FATTR_FH_AND_LOCKOWNER: Final = 1 << 6 | 1 << 9
 class Observers:
     """The channel's observers. `initialized` is called when INIT has been answered."""
 
-    def __init__(self, tree: Tree, handles: Handles, passthrough: Passthrough, initialized: Callable[[], None]) -> None:
+    def __init__(self, tree: Tree, passthrough: Passthrough, initialized: Callable[[], None]) -> None:
         self._tree: Final = tree
-        self._handles: Final = handles
         self._passthrough: Final = passthrough
         self._initialized: Final = initialized
         self.max_message = BUFFER_SIZE  #: bytes: the largest request that fits through the channel
         self.observers: Final[dict[int, Observer]] = {
             Opcode.INIT: self._init,
-            Opcode.OPEN: self._open,
-            Opcode.CREATE: self._create,
             Opcode.SETATTR: self._setattr,
             Opcode.WRITE: self._write,
         }
@@ -81,20 +71,6 @@ class Observers:
             self._initialized()
 
         return amend
-
-    def _open(self, request: Request) -> Amendment:
-        _, open_flags = unpack(OPEN_IN, request.body)
-        if open_flags & FUSE_OPEN_KILL_SUIDGID:
-            self._tree.inode(request.nodeid).kill_suidgid()
-        return lambda reply: self._amend_open(reply, OUT_HEADER.size)
-
-    def _create(self, request: Request) -> Amendment:
-        unpack(CREATE_IN, request.body)
-        return lambda reply: self._amend_open(reply, OUT_HEADER.size + ENTRY_OUT.size)
-
-    def _amend_open(self, reply: bytearray, at: int) -> None:
-        fh, _, _ = OPEN_OUT.unpack_from(reply, at)
-        OPEN_OUT.pack_into(reply, at, fh, *open_answer(self._handles.file(fh)))
 
     def _setattr(self, request: Request) -> None:
         (valid,) = unpack(SETATTR_VALID, request.body)

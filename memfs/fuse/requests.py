@@ -1,8 +1,4 @@
-"""Answers to the requests that pyfuse3 does not know or must not have: FALLOCATE, LSEEK, IOCTL, RELEASE and friends.
-
-RELEASE is answered here, although pyfuse3 could, because it must be seen in order: close(2) does not wait for it, and
-a program that closes a file and then seals it by path would otherwise get EBUSY from its own handle now and then.
-"""
+"""Answers to the requests on open files that pyfuse3 does not know: FALLOCATE, LSEEK, IOCTL and friends."""
 
 from __future__ import annotations
 
@@ -12,31 +8,23 @@ from collections.abc import Coroutine
 from typing import Any, Final
 
 from memfs import seals
-from memfs.attributes import Attributes
+from memfs.file import File
 from memfs.fuse import wire
 from memfs.fuse.channel import Handler
 from memfs.fuse.wire import (
-    CREATE_IN,
     FALLOCATE_IN,
-    FOPEN_DIRECT_IO,
-    FOPEN_PASSTHROUGH,
     IOCTL_IN,
     IOCTL_OUT,
     LSEEK_IN,
     LSEEK_OUT,
-    OPEN_OUT,
-    RELEASE_IN,
     Opcode,
     Request,
     error_reply,
-    pack_entry,
     reply,
     unpack,
 )
-from memfs.handles import Access, Handles, OpenFile
-from memfs.inode import RegularFile
+from memfs.handles import Handles, OpenFile
 from memfs.libc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
-from memfs.operations import FOREVER
 from memfs.tree import Tree
 from memfs.units import ByteOffset
 
@@ -49,16 +37,13 @@ _PUNCH: Final = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 class Requests:
     """The channel's handlers. They raise OSError; the channel makes replies of that."""
 
-    def __init__(self, tree: Tree, handles: Handles, attributes: Attributes) -> None:
+    def __init__(self, tree: Tree, handles: Handles) -> None:
         self._tree: Final = tree
         self._handles: Final = handles
-        self._attributes: Final = attributes
         self.handlers: Final[dict[int, Handler]] = {
             Opcode.FALLOCATE: self._fallocate,
             Opcode.LSEEK: self._lseek,
             Opcode.IOCTL: self._ioctl,
-            Opcode.RELEASE: self._release,
-            Opcode.TMPFILE: self._tmpfile,
             Opcode.SYNCFS: _nothing_to_do,
             Opcode.FLUSH: _not_implemented,  # nothing to flush; the kernel asks once and never again
             Opcode.FSYNC: _not_implemented,  # memory is as durable as it gets; the kernel then succeeds by itself
@@ -66,20 +51,20 @@ class Requests:
             Opcode.STATX: _not_implemented,  # the kernel asks for GETATTR instead
         }
 
-    async def _fallocate_later(
-        self, handle: OpenFile, offset: ByteOffset, length: int, mode: int, unique: int
-    ) -> bytes:
-        if mode == _PUNCH:
-            await handle.inode.file.punch(offset, length)
-        else:
-            await handle.inode.file.allocate(offset, length, keep_size=bool(mode))
-        return reply(unique)
-
-    def _fallocate(self, request: Request) -> Coroutine[Any, Any, bytes]:
+    def _fallocate(self, request: Request) -> bytes | Coroutine[Any, Any, bytes]:
         fh, offset, length, mode, _ = unpack(FALLOCATE_IN, request.body)
         if mode not in (0, FALLOC_FL_KEEP_SIZE, _PUNCH):
             raise OSError(errno.EOPNOTSUPP, f"fallocate mode {mode:#x}")
-        return self._fallocate_later(self._handles.file(fh), ByteOffset(offset), length, mode, request.unique)
+        file = self._handles.file(fh).inode.file
+        answer = self._change_pages(file, ByteOffset(offset), length, mode, request.unique)
+        return _run_now(answer) if file.is_quick(length) else answer
+
+    async def _change_pages(self, file: File, offset: ByteOffset, length: int, mode: int, unique: int) -> bytes:
+        if mode == _PUNCH:
+            await file.punch(offset, length)
+        else:
+            await file.allocate(offset, length, keep_size=bool(mode))
+        return reply(unique)
 
     def _lseek(self, request: Request) -> bytes:
         fh, offset, whence, _ = unpack(LSEEK_IN, request.body)
@@ -123,27 +108,15 @@ class Requests:
         handle.inode.changed()
         return _ioctl_reply(unique)
 
-    def _release(self, request: Request) -> bytes:
-        fh, *_ = unpack(RELEASE_IN, request.body)
-        self._handles.release(fh)
-        return reply(request.unique)
 
-    def _tmpfile(self, request: Request) -> bytes:
-        flags, mode, umask, _ = unpack(CREATE_IN, request.body)
-        seals_ = self._attributes.default_seals(request.nodeid)
-        inode = self._tree.create_unlinked(request.nodeid, mode, request.uid, request.gid, umask=umask, seals=seals_)
-        assert isinstance(inode, RegularFile)
-        fh, handle = self._handles.open_file(inode, flags)
-        inode.nlookup += 1
-        return reply(request.unique, pack_entry(inode.stat(), FOREVER) + OPEN_OUT.pack(fh, *open_answer(handle)))
-
-
-def open_answer(handle: OpenFile) -> tuple[int, int]:
-    """The open_flags and the backing_id with which an open is answered."""
-    if handle.access is Access.PASSTHROUGH:
-        assert handle.inode.file.backing_number is not None
-        return FOPEN_PASSTHROUGH, handle.inode.file.backing_number
-    return (FOPEN_DIRECT_IO if handle.access is Access.DIRECT else 0), 0
+def _run_now(answer: Coroutine[Any, Any, bytes]) -> bytes:
+    """Run what does not wait for anything: a task of its own would cost two more turns of the event loop."""
+    try:
+        answer.send(None)
+    except StopIteration as end:
+        return bytes(end.value)
+    answer.close()
+    raise AssertionError("it waited")
 
 
 def _ioctl_reply(unique: int, data: bytes = b"") -> bytes:

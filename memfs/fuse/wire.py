@@ -11,7 +11,7 @@ import struct
 from dataclasses import dataclass
 from typing import Final
 
-from memfs.inode import Stat
+from memfs.inode import FOREVER, Stat
 from memfs.units import PAGE_SIZE
 
 
@@ -22,6 +22,7 @@ class Opcode(enum.IntEnum):
     FORGET = 2
     GETATTR = 3
     SETATTR = 4
+    UNLINK = 10
     OPEN = 14
     READ = 15
     WRITE = 16
@@ -36,6 +37,7 @@ class Opcode(enum.IntEnum):
     INTERRUPT = 36
     DESTROY = 38
     IOCTL = 39
+    BATCH_FORGET = 42
     FALLOCATE = 43
     RENAME2 = 45
     LSEEK = 46
@@ -62,9 +64,19 @@ CREATE_IN: Final = struct.Struct("=IIII")  # flags, mode, umask, open_flags; the
 OPEN_OUT: Final = struct.Struct("=QIi")  # fh, open_flags, backing_id
 INIT_OUT: Final = struct.Struct("=IIIIHHIIHHII24x")  # major, minor, max_readahead, flags, max_background,
 # congestion_threshold, max_write, time_gran, max_pages, map_alignment, flags2, max_stack_depth
-ENTRY_OUT: Final = struct.Struct("=QQQQII QQQQQQIIIIIIIIII")  # nodeid, generation, entry and attribute timeouts (s,
-# then ns), then struct fuse_attr: ino, size, blocks, times (s, then ns), mode, nlink, uid, gid, rdev, blksize, flags.
-# In a CREATE or TMPFILE reply OPEN_OUT follows.
+FORGET_IN: Final = struct.Struct("=Q")  # nlookup
+BATCH_FORGET_IN: Final = struct.Struct("=II")  # count, padding; then as many of
+FORGET_ONE: Final = struct.Struct("=QQ")  # nodeid, nlookup
+
+_ENTRY_HEAD: Final = struct.Struct("=QQQQII")  # nodeid, generation, timeouts of entry and attributes: s, then ns
+_ATTR_HEAD: Final = struct.Struct("=QII")  # timeout of the attributes: s, ns; padding
+_ATTRIBUTES: Final = struct.Struct(
+    "=QQQqqqIIIIIIIIII"
+)  # struct fuse_attr: ino, size, blocks, times (s, then ns), mode,
+# nlink, uid, gid, rdev, blksize, flags. Times before 1970 are negative.
+_SECOND: Final = 1_000_000_000
+#: struct fuse_entry_out that says: there is nothing of that name, and you may remember that
+NO_ENTRY: Final = _ENTRY_HEAD.pack(0, 0, FOREVER, 0, 0, 0) + bytes(_ATTRIBUTES.size)
 
 FUSE_DONT_MASK: Final = 1 << 6
 FUSE_HANDLE_KILLPRIV_V2: Final = 1 << 28
@@ -131,14 +143,22 @@ def reply(unique: int, payload: bytes = b"") -> bytes:
     return OUT_HEADER.pack(OUT_HEADER.size + len(payload), 0, unique) + payload
 
 
-def pack_entry(stat: Stat, timeout: float) -> bytes:
-    """struct fuse_entry_out for an inode: its name may be believed for `timeout` seconds, its attributes if stable."""
-    attr_timeout = int(timeout) if stat.stable else 0
-    (atime, atime_ns), (mtime, mtime_ns), (ctime, ctime_ns) = (
-        divmod(time_ns, 1_000_000_000) for time_ns in (stat.atime_ns, stat.mtime_ns, stat.ctime_ns)
-    )
-    return ENTRY_OUT.pack(
-        *(stat.ino, 0, int(timeout), attr_timeout, 0, 0),
+def pack_entry(stat: Stat) -> bytes:
+    """struct fuse_entry_out for an inode: its name may be believed, its attributes if they are stable."""
+    attr_timeout = FOREVER if stat.stable else 0
+    return _ENTRY_HEAD.pack(stat.ino, 0, FOREVER, attr_timeout, 0, 0) + _pack_attributes(stat)
+
+
+def pack_attr(stat: Stat) -> bytes:
+    """struct fuse_attr_out for an inode."""
+    return _ATTR_HEAD.pack(FOREVER if stat.stable else 0, 0, 0) + _pack_attributes(stat)
+
+
+def _pack_attributes(stat: Stat) -> bytes:
+    atime, atime_ns = divmod(stat.atime_ns, _SECOND)
+    mtime, mtime_ns = divmod(stat.mtime_ns, _SECOND)
+    ctime, ctime_ns = divmod(stat.ctime_ns, _SECOND)
+    return _ATTRIBUTES.pack(
         *(stat.ino, stat.size, stat.blocks, atime, mtime, ctime, atime_ns, mtime_ns, ctime_ns),
         *(stat.mode, stat.nlink, stat.uid, stat.gid, stat.rdev, PAGE_SIZE, 0),
     )

@@ -1,0 +1,158 @@
+"""Answers to the requests that programs make most: finding, making, opening, asking about and removing files.
+
+pyfuse3 could answer these, and did, until it was measured: each of its answers costs two more turns of the event loop,
+one for libfuse to see the request behind the socketpair and one for the channel to see the reply, and that was half of
+what a create, stat and unlink took. So these are answered where they arrive. What is asked for less often stays in
+operations.py; no request is answered in both.
+
+What the kernel may cache follows from who can change what. Names and attributes change only through this mount, so the
+kernel, which has seen every request, may believe them for good, absent names included. Not so the block count of a file
+with content: an owner, or a program that writes to a mapping, changes it and nobody tells. Such a file's attributes are
+asked for each time.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Coroutine
+from typing import Any, Final
+
+from memfs.attributes import Attributes
+from memfs.fuse.channel import Handler
+from memfs.fuse.wire import (
+    BATCH_FORGET_IN,
+    CREATE_IN,
+    FOPEN_DIRECT_IO,
+    FOPEN_PASSTHROUGH,
+    FORGET_IN,
+    FORGET_ONE,
+    FUSE_OPEN_KILL_SUIDGID,
+    NO_ENTRY,
+    OPEN_IN,
+    OPEN_OUT,
+    RELEASE_IN,
+    Malformed,
+    Opcode,
+    Request,
+    pack_attr,
+    pack_entry,
+    reply,
+    unpack,
+)
+from memfs.handles import Access, Handles
+from memfs.inode import RegularFile
+from memfs.tree import Tree
+
+
+class Names:
+    """The channel's handlers for names and handles. They raise OSError; the channel makes replies of that."""
+
+    def __init__(self, tree: Tree, handles: Handles, attributes: Attributes) -> None:
+        self._tree: Final = tree
+        self._handles: Final = handles
+        self._attributes: Final = attributes
+        self.handlers: Final[dict[int, Handler]] = {
+            Opcode.LOOKUP: self._lookup,
+            Opcode.FORGET: self._forget,
+            Opcode.BATCH_FORGET: self._batch_forget,
+            Opcode.GETATTR: self._getattr,
+            Opcode.UNLINK: self._unlink,
+            Opcode.CREATE: self._create,
+            Opcode.TMPFILE: self._tmpfile,
+            Opcode.OPEN: self._open,
+            Opcode.RELEASE: self._release,
+        }
+
+    def _lookup(self, request: Request) -> bytes:
+        try:
+            inode = self._tree.lookup(request.nodeid, _name(request.body))
+        except FileNotFoundError:
+            return reply(request.unique, NO_ENTRY)
+        inode.nlookup += 1
+        return reply(request.unique, pack_entry(inode.stat()))
+
+    def _forget(self, request: Request) -> None:
+        (nlookup,) = unpack(FORGET_IN, request.body)
+        self._tree.forget(request.nodeid, nlookup)
+
+    def _batch_forget(self, request: Request) -> None:
+        count, _ = unpack(BATCH_FORGET_IN, request.body)
+        forgotten = request.body[BATCH_FORGET_IN.size :]
+        if len(forgotten) != count * FORGET_ONE.size:
+            raise Malformed(f"{count} inodes to forget in {len(forgotten)} bytes")
+        for nodeid, nlookup in FORGET_ONE.iter_unpack(forgotten):
+            self._tree.forget(nodeid, nlookup)
+
+    def _getattr(self, request: Request) -> bytes:
+        return reply(request.unique, pack_attr(self._tree.inode(request.nodeid).stat()))
+
+    def _unlink(self, request: Request) -> bytes:
+        self._tree.unlink(request.nodeid, _name(request.body))
+        return reply(request.unique)
+
+    def _create(self, request: Request) -> bytes:
+        flags, mode, umask, _ = unpack(CREATE_IN, request.body)
+        name = _name(request.body[CREATE_IN.size :])
+        inode = self._tree.create(
+            request.nodeid,
+            name,
+            mode | stat.S_IFREG,
+            request.uid,
+            request.gid,
+            umask=umask,
+            seals=self._attributes.default_seals(request.nodeid),
+        )
+        return self._created(request, inode, flags)
+
+    def _tmpfile(self, request: Request) -> bytes:
+        flags, mode, umask, _ = unpack(CREATE_IN, request.body)
+        seals = self._attributes.default_seals(request.nodeid)
+        inode = self._tree.create_unlinked(request.nodeid, mode, request.uid, request.gid, umask=umask, seals=seals)
+        return self._created(request, inode, flags)
+
+    def _created(self, request: Request, inode: object, flags: int) -> bytes:
+        assert isinstance(inode, RegularFile)
+        opened = self._opened(inode, flags)
+        inode.nlookup += 1
+        return reply(request.unique, pack_entry(inode.stat()) + opened)
+
+    def _open(self, request: Request) -> bytes | Coroutine[Any, Any, bytes]:
+        flags, open_flags = unpack(OPEN_IN, request.body)
+        inode = self._tree.regular(request.nodeid)
+        if open_flags & FUSE_OPEN_KILL_SUIDGID:
+            inode.kill_suidgid()
+        if flags & os.O_TRUNC:
+            return self._truncate_and_open(request.unique, inode, flags)
+        return reply(request.unique, self._opened(inode, flags))
+
+    async def _truncate_and_open(self, unique: int, inode: RegularFile, flags: int) -> bytes:
+        self._tree.hold(inode)  # it may be unlinked meanwhile
+        try:
+            await inode.file.truncate(0)
+            return reply(unique, self._opened(inode, flags))
+        finally:
+            self._tree.release(inode)
+
+    def _opened(self, inode: RegularFile, flags: int) -> bytes:
+        fh, handle = self._handles.open_file(inode, flags)
+        if handle.access is Access.PASSTHROUGH:
+            assert inode.file.backing_number is not None
+            return OPEN_OUT.pack(fh, FOPEN_PASSTHROUGH, inode.file.backing_number)
+        return OPEN_OUT.pack(fh, FOPEN_DIRECT_IO if handle.access is Access.DIRECT else 0, 0)
+
+    def _release(self, request: Request) -> bytes:
+        fh, *_ = unpack(RELEASE_IN, request.body)
+        self._handles.release(fh)
+        return reply(request.unique)
+
+
+def _name(data: memoryview) -> bytes:
+    """A name in a request: it ends with a zero byte."""
+    name = bytes(data)
+    if not name.endswith(b"\0"):
+        raise Malformed("a name without an end")
+    if len(name) == 1:
+        raise OSError(errno.EINVAL, "an empty name")
+    return name[:-1]
