@@ -202,7 +202,7 @@ def open_backing(options: MountOptions) -> tuple[Backing, str | None]:
             raise OptionError(f"option {next(iter(options.tmpfs_options))} is for backing=tmpfs")
         return MemfdBacking(options.size), None
     try:
-        return TmpfsBacking(options.size, options.tmpfs_options, noatime=options.atime == "noatime"), None
+        return TmpfsBacking(options.size, options.tmpfs_options, noatime=_without_atime(options)), None
     except OSError as error:
         if error.filename in options.tmpfs_options:
             raise OptionError(f"option {error.filename}: this kernel's tmpfs does not take it") from error
@@ -210,3 +210,8 @@ def open_backing(options: MountOptions) -> tuple[Backing, str | None]:
             raise OptionError(f"option {next(iter(options.tmpfs_options))} needs CAP_SYS_ADMIN") from error
         reason = os.strerror(error.errno or 0)
         return MemfdBacking(options.size), f"no detached tmpfs ({reason}): files live on memfds, and memfs keeps size="
+
+
+def _without_atime(options: MountOptions) -> bool:
+    """Whether reads leave access times alone. Without passthrough it is the daemon that reads, not who asked for it."""
+    return options.atime == "noatime" or options.passthrough == "off"

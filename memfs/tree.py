@@ -44,6 +44,7 @@ class Tree:
         self._new_file: Final = new_file
         self.nr_inodes = nr_inodes
         self._user_xattr_bytes = 0
+        self._extra_links = 0  # names of files beyond the first
         self._next_ino = ROOT_INO
         self.inodes: dict[Ino, Inode] = {}
         self.root: Final = Directory(self._new_ino(), stat.S_IFDIR | mode, uid, gid, None)
@@ -56,7 +57,7 @@ class Tree:
 
     @property
     def _free_inode_bytes(self) -> int:
-        return (self.nr_inodes - len(self.inodes)) * _INODE_BYTES - self._user_xattr_bytes
+        return (self.nr_inodes - len(self.inodes) - self._extra_links) * _INODE_BYTES - self._user_xattr_bytes
 
     # -- finding ----------------------------------------------------------------------------------------------------
 
@@ -128,6 +129,9 @@ class Tree:
         """link(2)."""
         inode, directory = self.inode(ino), self._writable(parent)
         self._check_new(directory, name)
+        if inode.nlink and self._free_inode_bytes < _INODE_BYTES:  # as on tmpfs, a second name takes an inode's room
+            raise OSError(errno.ENOSPC, f"all {self.nr_inodes} inodes are in use")
+        self._extra_links += bool(inode.nlink)
         inode.nlink += 1
         inode.changed()
         directory.add(name, inode)
@@ -270,6 +274,7 @@ class Tree:
 
     def _unlinked(self, inode: Inode) -> None:
         inode.nlink -= 2 if inode.is_dir else 1
+        self._extra_links -= bool(inode.nlink)
         inode.changed()
         self._free_if_unused(inode)
 
@@ -363,6 +368,8 @@ class Tree:
             if not inode.is_dir:
                 assert inode.nlink == count, f"inode {ino}: nlink {inode.nlink}, {count} names"
         assert self._free_inode_bytes >= 0, "more inodes and attributes than allowed"
+        extra = sum(inode.nlink - 1 for inode in self.inodes.values() if inode.nlink and not inode.is_dir)
+        assert self._extra_links == extra, f"{self._extra_links} extra links counted, {extra} there"
         in_use = sum(_user_bytes(inode.xattrs) for inode in self.inodes.values())
         assert self._user_xattr_bytes == in_use, f"{self._user_xattr_bytes} bytes of attributes counted, {in_use} there"
 

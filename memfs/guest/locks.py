@@ -32,12 +32,11 @@ class PageLocks:
         """Undo one lock of every page of a range. Raises OSError(EINVAL), changing nothing, if one is not locked."""
         wanted, kept = [pages], []
         for held in self._held:
-            common = next((both for want in wanted if (both := held.intersect(want))), None)
-            if common is None:
-                kept.append(held)
-                continue
-            kept += _without(held, common)
-            wanted = [rest for want in wanted for rest in _without(want, common)]
+            left = [held]
+            while (common := _first_common(left, wanted)) is not None:
+                left = [rest for each in left for rest in _without(each, common)]
+                wanted = [rest for each in wanted for rest in _without(each, common)]
+            kept += left
         if wanted:
             raise OSError(errno.EINVAL, f"pages {wanted[0]} are not locked")
         self._held = kept
@@ -56,6 +55,11 @@ class PageLocks:
     def _wake(self) -> None:
         self._released.set()
         self._released = trio.Event()
+
+
+def _first_common(some: list[PageRange], others: list[PageRange]) -> PageRange | None:
+    """Pages that are in a range of each list; None if there are none."""
+    return next((both for one in some for other in others if (both := one.intersect(other))), None)
 
 
 def _without(whole: PageRange, gone: PageRange) -> list[PageRange]:
