@@ -91,6 +91,7 @@ class File:
         "owner",
         "page_map",
         "seals",
+        "was_owned",
         "writable_opens",
     )
 
@@ -111,8 +112,10 @@ class File:
         self.mappable_opens = 0
         self.writable_opens = 0
         self.backing_number: int | None = None
-        #: who is told when pages come and go; set by guest/registry.py
+        #: who is told when pages come and go; set by guest/registry.py. And whether there was such since the kernel's
+        #: page cache was last emptied; reset by fuse/names.py
         self.owner: GuestOps | None = None
+        self.was_owned = False
 
     @property
     def guest(self) -> bool:

@@ -18,8 +18,14 @@ Ino = NewType("Ino", int)
 
 FOREVER: Final = 3600  #: seconds that the kernel may believe what only it can change
 _DIRENT_BYTES: Final = 20  # BOGO_DIRENT_SIZE: what tmpfs counts for an entry in a directory's st_size
+_CLOCK_REALTIME_COARSE: Final = 5  # linux/time.h
 _DAY: Final = 24 * 3600 * 1_000_000_000  # nanoseconds
 _CAPABILITY: Final = b"security.capability"
+
+
+def _now() -> int:
+    """The time by the clock that the kernel stamps files with, so that its stamps and ours are in order."""
+    return time.clock_gettime_ns(_CLOCK_REALTIME_COARSE)
 
 
 class Stat(NamedTuple):
@@ -36,6 +42,7 @@ class Stat(NamedTuple):
     atime_ns: int
     mtime_ns: int
     ctime_ns: int
+    btime_ns: int
     stable: bool  #: whether nothing but requests through the mount can change it
 
 
@@ -44,7 +51,7 @@ class Inode:
 
     __slots__ = (
         *("ino", "mode", "uid", "gid", "nlink", "nlookup", "holds", "flags"),
-        *("atime_ns", "mtime_ns", "ctime_ns", "xattrs"),
+        *("atime_ns", "mtime_ns", "ctime_ns", "btime_ns", "xattrs"),
     )
 
     def __init__(self, ino: Ino, mode: int, uid: int, gid: int) -> None:
@@ -56,16 +63,16 @@ class Inode:
         self.nlookup = 0  #: how often the kernel looked it up and has not forgotten it
         self.holds = 0  #: open handles and registrations
         self.flags = 0  #: FS_*_FL of chattr(1)
-        self.atime_ns = self.mtime_ns = self.ctime_ns = time.time_ns()
+        self.atime_ns = self.mtime_ns = self.ctime_ns = self.btime_ns = _now()
         self.xattrs: dict[bytes, bytes] | None = None  # most have none
 
     def changed(self) -> None:
         """The inode itself was changed: POSIX's ctime."""
-        self.ctime_ns = time.time_ns()
+        self.ctime_ns = _now()
 
     def modified(self) -> None:
         """The content was changed: POSIX's mtime and ctime."""
-        self.mtime_ns = self.ctime_ns = time.time_ns()
+        self.mtime_ns = self.ctime_ns = _now()
 
     @property
     def is_dir(self) -> bool:
@@ -82,7 +89,7 @@ class Inode:
 
     def accessed(self) -> None:
         """The content was read: POSIX's atime, as relatime has it (mount(8))."""
-        now = time.time_ns()
+        now = _now()
         if self.atime_ns <= max(self.mtime_ns, self.ctime_ns) or now - self.atime_ns > _DAY:
             self.atime_ns = now
 
@@ -106,7 +113,7 @@ class Inode:
             self.xattrs.pop(_CAPABILITY, None)
 
     def _stat(self, *, size: int = 0, rdev: int = 0) -> Stat:
-        times = self.atime_ns, self.mtime_ns, self.ctime_ns
+        times = self.atime_ns, self.mtime_ns, self.ctime_ns, self.btime_ns
         return Stat(self.ino, self.mode, self.nlink, self.uid, self.gid, rdev, size, 0, *times, stable=True)
 
 
@@ -126,7 +133,7 @@ class RegularFile(Inode):
         backing = self.file.stat()
         return Stat(
             *(self.ino, self.mode, self.nlink, self.uid, self.gid, 0, backing.st_size, backing.st_blocks),
-            *(backing.st_atime_ns, backing.st_mtime_ns, backing.st_ctime_ns),
+            *(backing.st_atime_ns, backing.st_mtime_ns, backing.st_ctime_ns, self.btime_ns),
             # An owner, or a program that writes to a mapping, fills holes, and nobody is told.
             stable=not backing.st_size,
         )

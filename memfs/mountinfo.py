@@ -16,6 +16,13 @@ def device_of_mountpoint(mountpoint: str) -> str | None:
     return next((fields[2] for fields in reversed(_mountinfo("self")) if _unescape(fields[4]) == mountpoint), None)
 
 
+def type_of_device(device: str) -> str | None:
+    """The filesystem type, with its subtype ("fuse.memfs"), of what is mounted from a device ("major:minor")."""
+    return next(
+        (fields[fields.index("-") + 1] for fields in _mountinfo("self") if fields[2] == device and "-" in fields), None
+    )
+
+
 def _mountinfo(pid: str) -> list[list[str]]:
     """/proc/PID/mountinfo (proc_pid_mountinfo(5)): mount id, parent id, device, root, mountpoint, ..."""
     try:

@@ -25,6 +25,7 @@ from memfs.fuse.wire import (
     BATCH_FORGET_IN,
     CREATE_IN,
     FOPEN_DIRECT_IO,
+    FOPEN_KEEP_CACHE,
     FOPEN_PASSTHROUGH,
     FORGET_IN,
     FORGET_ONE,
@@ -38,6 +39,7 @@ from memfs.fuse.wire import (
     Request,
     pack_attr,
     pack_entry,
+    pack_statx,
     reply,
     unpack,
 )
@@ -58,6 +60,7 @@ class Names:
             Opcode.FORGET: self._forget,
             Opcode.BATCH_FORGET: self._batch_forget,
             Opcode.GETATTR: self._getattr,
+            Opcode.STATX: self._statx,
             Opcode.UNLINK: self._unlink,
             Opcode.CREATE: self._create,
             Opcode.TMPFILE: self._tmpfile,
@@ -87,6 +90,9 @@ class Names:
 
     def _getattr(self, request: Request) -> bytes:
         return reply(request.unique, pack_attr(self._tree.inode(request.nodeid).stat()))
+
+    def _statx(self, request: Request) -> bytes:
+        return reply(request.unique, pack_statx(self._tree.inode(request.nodeid).stat()))
 
     def _unlink(self, request: Request) -> bytes:
         self._tree.unlink(request.nodeid, _name(request.body))
@@ -140,7 +146,12 @@ class Names:
         if handle.access is Access.PASSTHROUGH:
             assert inode.file.backing_number is not None
             return OPEN_OUT.pack(fh, FOPEN_PASSTHROUGH, inode.file.backing_number)
-        return OPEN_OUT.pack(fh, FOPEN_DIRECT_IO if handle.access is Access.DIRECT else 0, 0)
+        if handle.access is Access.DIRECT:
+            return OPEN_OUT.pack(fh, FOPEN_DIRECT_IO, 0)
+        # What the page cache holds is true unless an owner may have written behind its back.
+        keep = not inode.file.was_owned
+        inode.file.was_owned = inode.file.owner is not None
+        return OPEN_OUT.pack(fh, FOPEN_KEEP_CACHE if keep else 0, 0)
 
     def _release(self, request: Request) -> bytes:
         fh, *_ = unpack(RELEASE_IN, request.body)

@@ -48,7 +48,6 @@ class Requests:
             Opcode.FLUSH: _not_implemented,  # nothing to flush; the kernel asks once and never again
             Opcode.FSYNC: _not_implemented,  # memory is as durable as it gets; the kernel then succeeds by itself
             Opcode.COPY_FILE_RANGE: _not_implemented,  # the kernel copies by itself, as on tmpfs
-            Opcode.STATX: _not_implemented,  # the kernel asks for GETATTR instead
         }
 
     def _fallocate(self, request: Request) -> bytes | Coroutine[Any, Any, bytes]:

@@ -7,6 +7,7 @@ so the numbers stand here. Everything is in host byte order, as the kernel write
 from __future__ import annotations
 
 import enum
+import os
 import struct
 from dataclasses import dataclass
 from typing import Final
@@ -74,6 +75,10 @@ _ATTRIBUTES: Final = struct.Struct(
     "=QQQqqqIIIIIIIIII"
 )  # struct fuse_attr: ino, size, blocks, times (s, then ns), mode,
 # nlink, uid, gid, rdev, blksize, flags. Times before 1970 are negative.
+_STATX_HEAD: Final = struct.Struct("=QII16x")  # timeout of the attributes: s, ns; flags
+_STATX: Final = struct.Struct("=IIQIIIHHQQQQqIiqIiqIiqIiIIII112x")  # struct fuse_statx: mask, blksize, attributes,
+# nlink, uid, gid, mode, ino, size, blocks, attributes_mask; atime, btime, ctime, mtime (s, ns, reserved); rdev, dev
+_STATX_BASIC_AND_BTIME: Final = 0xFFF
 _SECOND: Final = 1_000_000_000
 #: struct fuse_entry_out that says: there is nothing of that name, and you may remember that
 NO_ENTRY: Final = _ENTRY_HEAD.pack(0, 0, FOREVER, 0, 0, 0) + bytes(_ATTRIBUTES.size)
@@ -152,6 +157,22 @@ def pack_entry(stat: Stat) -> bytes:
 def pack_attr(stat: Stat) -> bytes:
     """struct fuse_attr_out for an inode."""
     return _ATTR_HEAD.pack(FOREVER if stat.stable else 0, 0, 0) + _pack_attributes(stat)
+
+
+def pack_statx(stat: Stat) -> bytes:
+    """struct fuse_statx_out for an inode: all that fuse_attr_out says, and when it was made."""
+    times = (
+        part for time_ns in (stat.atime_ns, stat.btime_ns, stat.ctime_ns, stat.mtime_ns) for part in _timestamp(time_ns)
+    )
+    device = os.major(stat.rdev), os.minor(stat.rdev)
+    return _STATX_HEAD.pack(FOREVER if stat.stable else 0, 0, 0) + _STATX.pack(
+        *(_STATX_BASIC_AND_BTIME, PAGE_SIZE, 0, stat.nlink, stat.uid, stat.gid, stat.mode, 0),
+        *(stat.ino, stat.size, stat.blocks, 0, *times, *device, 0, 0),
+    )
+
+
+def _timestamp(time_ns: int) -> tuple[int, int, int]:
+    return (*divmod(time_ns, _SECOND), 0)
 
 
 def _pack_attributes(stat: Stat) -> bytes:

@@ -228,6 +228,7 @@ class Registry:
         registration = Registration(owner, inode, FileId(self._last_file), FileFrames(self._frames))
         owner.registrations[registration.id] = registration
         inode.file.owner = registration
+        inode.file.was_owned = True
         self._tree.hold(inode)
         return registration
 
