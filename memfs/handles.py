@@ -24,7 +24,7 @@ from typing import Final, NewType, Protocol
 
 from memfs import seals
 from memfs.file import File
-from memfs.inode import Directory, Entry, Inode, RegularFile
+from memfs.inode import DOTDOT_COOKIE, Directory, Entry, Inode, RegularFile
 from memfs.tree import Tree
 
 Fh = NewType("Fh", int)
@@ -78,7 +78,8 @@ class OpenDirectory:
         """What is left of the names after a cookie, with their entries; 0 begins anew (rewinddir(3))."""
         if cookie == 0 or self._names is None:
             self._names = self.inode.snapshot()
-        for position in range(bisect.bisect_right(self._names, (cookie, b"\xff" * 256)), len(self._names)):
+        first = bisect.bisect_right(self._names, -cookie, key=lambda each: -each[0]) if cookie > DOTDOT_COOKIE else 0
+        for position in range(first, len(self._names)):
             number, name = self._names[position]
             entry = self.inode.entries.get(name)
             if entry is not None and entry.cookie == number:  # not removed meanwhile, nor replaced

@@ -1,7 +1,8 @@
 """The kinds of inode: what each has, and what stat(2) tells of it.
 
-Times are in nanoseconds since the epoch. A directory's entries carry a cookie that only grows; a reader goes on after
-the last cookie it saw, so that an entry is neither shown twice nor lost while others come and go.
+Times are in nanoseconds since the epoch. A directory's entries carry a cookie that only grows; a reader begins with the
+newest and goes on below the last cookie it saw, so that an entry is neither shown twice nor lost while others come and
+go.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from memfs.file import File
 Ino = NewType("Ino", int)
 
 FOREVER: Final = 3600  #: seconds that the kernel may believe what only it can change
+DOT_COOKIE: Final = 1
+DOTDOT_COOKIE: Final = 2
 _DIRENT_BYTES: Final = 20  # BOGO_DIRENT_SIZE: what tmpfs counts for an entry in a directory's st_size
 _CLOCK_REALTIME_COARSE: Final = 5  # linux/time.h
 _DAY: Final = 24 * 3600 * 1_000_000_000  # nanoseconds
@@ -191,7 +194,7 @@ class Directory(Inode):
         self.nlink = 2
         self.parent: Directory = parent or self
         self.entries: dict[bytes, Entry] = {}
-        self._next_cookie = 3  # 1 and 2 are "." and ".."
+        self._next_cookie = DOTDOT_COOKIE + 1
 
     def stat(self) -> Stat:
         return self._stat(size=(len(self.entries) + 2) * _DIRENT_BYTES)
@@ -214,5 +217,5 @@ class Directory(Inode):
         return inode
 
     def snapshot(self) -> list[tuple[int, bytes]]:
-        """Every name with its cookie, cookies ascending."""
-        return [(entry.cookie, name) for name, entry in self.entries.items()]
+        """Every name with its cookie, the newest first, as tmpfs lists them."""
+        return [(entry.cookie, name) for name, entry in reversed(self.entries.items())]

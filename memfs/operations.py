@@ -22,7 +22,7 @@ from pyfuse3 import EntryAttributes, FileHandleT, FileNameT, FlagT, InodeT, Mode
 from memfs.attributes import Attributes
 from memfs.backing import Backing
 from memfs.handles import Handles
-from memfs.inode import FOREVER, Inode, RegularFile, Symlink
+from memfs.inode import DOT_COOKIE, DOTDOT_COOKIE, FOREVER, Inode, RegularFile, Symlink
 from memfs.tree import NAME_MAX, Tree
 from memfs.units import PAGE_SIZE, ByteOffset
 
@@ -163,7 +163,10 @@ class Operations(pyfuse3.Operations):
     async def readdir(self, fh: FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         handle = self._handles.directory(fh)
         self._accessed(handle.inode)
-        for cookie, name, inode in ((1, b".", handle.inode), (2, b"..", handle.inode.parent)):
+        for cookie, name, inode in (
+            (DOT_COOKIE, b".", handle.inode),
+            (DOTDOT_COOKIE, b"..", handle.inode.parent),
+        ):
             # The kernel does not count these as look-ups.
             if start_id < cookie and not pyfuse3.readdir_reply(token, FileNameT(name), _attributes_of(inode), cookie):
                 return
