@@ -1,83 +1,133 @@
-"""Memslots: which guest frames are served by which pages of which files, and what KVM lets a VMM change about that.
+"""Memslots: which guest frames are served by which host memory, and how they are found from either side.
 
-The order of the checks and their errnos are those of KVM_SET_USER_MEMORY_REGION (__kvm_set_memory_region in
-virt/kvm/kvm_main.c) as the real kernel answers them; what is the RFC's own is said where it stands.
+A slot lies on files of memfs (KVM_MEM_FD, RFC patch 03) or on host virtual addresses (classic). What may happen to the
+memory of either is said in pages of some **space** ("useraddr" in RFC patches 08 to 10): a file, or our own address
+space. A **window** is the part of a slot that one space serves. The pages in a notification are looked up among the
+windows of its space, and come out as gfns; one offset in two files cannot be confused, since each file is a space.
+
+An fd slot has a window on each of its files. A classic slot has one on the address space, and one more on each memfs
+file behind its mappings, added when a fault first comes to it.
+
+Slots are found by id, by gfn (binary search) and by space and pages (intervals.py).
 """
 
 from __future__ import annotations
 
 import bisect
-import errno
+import enum
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, field
 
+from kvmsim.dirty import DirtyLog
+from kvmsim.intervals import IntervalIndex
 from kvmsim.store import StoreFile
-from kvmsim.uapi import (
-    KVM_MAX_GPA,
-    KVM_MEM_FD,
-    KVM_MEM_LOG_DIRTY_PAGES,
-    KVM_MEM_MAX_NR_PAGES,
-    KVM_MEM_READONLY,
-    KVM_USER_MEM_SLOTS,
-    UserspaceMemoryRegion,
-)
+from kvmsim.uapi import KVM_MEM_FD, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY
 from memfs.guest.messages import FileId
-from memfs.units import (
-    Gfn,
-    GfnRange,
-    Gpa,
-    PageIndex,
-    PageRange,
-    bytes_to_pages,
-    gpa_to_gfn,
-    is_page_aligned,
-    page_floor,
-)
-
-_KNOWN_FLAGS: Final = KVM_MEM_LOG_DIRTY_PAGES | KVM_MEM_READONLY | KVM_MEM_FD
+from memfs.units import ByteOffset, Gfn, GfnRange, PageIndex, PageRange, page_floor
 
 
-@dataclass(frozen=True, slots=True)
+class AddressSpace(enum.Enum):
+    """The space of classic memory."""
+
+    HVA = "hva"
+
+
+Space = FileId | AddressSpace
+
+
+@dataclass(frozen=True, eq=False, slots=True)
 class Memslot:
-    """A range of guest frames and the files behind it, both from the same page on (RFC patch 04)."""
+    """A range of guest frames and what is behind it (RFC patch 04). A change makes a new one in its place."""
 
     id: int
     flags: int
     gfns: GfnRange
-    first_page: PageIndex
-    shared: StoreFile
+    userspace_addr: ByteOffset  #: into both files, or a hva
+    shared: StoreFile | None  #: None for a classic slot
     private: StoreFile | None
+    dirty: DirtyLog | None = None  #: with KVM_MEM_LOG_DIRTY_PAGES
 
     @property
     def readonly(self) -> bool:
         return bool(self.flags & KVM_MEM_READONLY)
 
+    @property
+    def logs_dirty(self) -> bool:
+        return bool(self.flags & KVM_MEM_LOG_DIRTY_PAGES)
+
+    @property
+    def is_classic(self) -> bool:
+        return not self.flags & KVM_MEM_FD
+
+    @property
+    def pages(self) -> PageRange:
+        """The pages of either file, or of the address space, that serve it."""
+        first = page_floor(self.userspace_addr)
+        return PageRange(first, PageIndex(first + len(self.gfns)))
+
+    @property
+    def files(self) -> tuple[StoreFile, ...]:
+        """What it keeps registered, apart from files behind mappings."""
+        return tuple(file for file in (self.shared, self.private) if file is not None)
+
     def page(self, gfn: Gfn) -> PageIndex:
-        """The page of either file that serves a gfn."""
-        return PageIndex(gfn - self.gfns.start + self.first_page)
+        """The page of either file, or of the address space, that serves a gfn."""
+        return PageIndex(gfn - self.gfns.start + self.pages.start)
 
     def gfns_of(self, pages: PageRange) -> GfnRange | None:
-        """The gfns that pages of either file serve, clipped to the slot; None if they serve none here."""
-        mine = pages.intersect(PageRange(self.first_page, PageIndex(self.first_page + len(self.gfns))))
+        """The gfns that those pages serve, clipped to the slot; None if they serve none here."""
+        mine = pages.intersect(self.pages)
         if mine is None:
             return None
-        shift = self.gfns.start - self.first_page
+        shift = self.gfns.start - self.pages.start
         return GfnRange(Gfn(mine.start + shift), Gfn(mine.end + shift))
 
     def pages_of(self, gfns: GfnRange) -> PageRange:
         """The pages that serve gfns of the slot."""
-        return PageRange(self.page(gfns.start), self.page(gfns.end))
+        return PageRange(self.page(gfns.start), PageIndex(self.page(gfns.start) + len(gfns)))
+
+    def windows(self) -> Iterator[Window]:
+        """Those that it has from the beginning."""
+        if self.is_classic:
+            yield Window(self, AddressSpace.HVA, self.pages, self.gfns.start, private=False)
+        if self.shared is not None:
+            yield Window(self, self.shared.id, self.pages, self.gfns.start, private=False)
+        if self.private is not None:
+            yield Window(self, self.private.id, self.pages, self.gfns.start, private=True)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Window:
+    """Pages of a space serve gfns of a slot from `gfn` on."""
+
+    slot: Memslot
+    space: Space
+    pages: PageRange
+    gfn: Gfn
+    private: bool = field(kw_only=True)  #: the space is the slot's private file
+
+    def gfns_of(self, pages: PageRange) -> GfnRange | None:
+        """The gfns that pages of the space serve through this window; None if none."""
+        mine = pages.intersect(self.pages)
+        if mine is None:
+            return None
+        shift = self.gfn - self.pages.start
+        return GfnRange(Gfn(mine.start + shift), Gfn(mine.end + shift))
+
+    def serves(self, gfns: GfnRange) -> bool:
+        """Whether any of those gfns is served through it."""
+        return gfns.overlaps(GfnRange(self.gfn, Gfn(self.gfn + len(self.pages))))
 
 
 class Memslots:
-    """The slots of one VM, found by id, by gfn and by file."""
+    """The slots of one VM."""
 
     def __init__(self) -> None:
         self._by_id: dict[int, Memslot] = {}
         self._starts: list[Gfn] = []  # of the slots in _in_order
         self._in_order: list[Memslot] = []  # by gfn
-        self._by_file: dict[FileId, list[Memslot]] = {}
+        self._spaces: dict[Space, IntervalIndex[Window]] = {}
+        self._windows: dict[int, list[Window]] = {}  # by slot id
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -89,102 +139,76 @@ class Memslots:
         """The slot with an id."""
         return self._by_id.get(slot_id)
 
+    def is_current(self, slot: Memslot) -> bool:
+        """Whether a slot still is one, unchanged."""
+        return self._by_id.get(slot.id) is slot
+
     def find(self, gfn: Gfn) -> Memslot | None:
         """The slot that a gfn lies in."""
         index = bisect.bisect_right(self._starts, gfn) - 1
         return self._in_order[index] if index >= 0 and gfn in self._in_order[index].gfns else None
 
-    def overlapping(self, gfns: GfnRange) -> Memslot | None:
-        """Some slot that shares a gfn with a range."""
+    def overlapping(self, gfns: GfnRange, but: Memslot | None = None) -> Memslot | None:
+        """Some slot, other than `but`, that shares a gfn with a range."""
         index = bisect.bisect_left(self._starts, gfns.end) - 1
-        return self._in_order[index] if index >= 0 and self._in_order[index].gfns.overlaps(gfns) else None
+        while index >= 0 and self._in_order[index].gfns.end > gfns.start:
+            if self._in_order[index] is not but:
+                return self._in_order[index]
+            index -= 1
+        return None
 
-    def of_file(self, file: FileId) -> list[Memslot]:
-        """The slots behind which a file lies, as shared or as private."""
-        return self._by_file.get(file, [])
+    def touching(self, space: Space, pages: PageRange) -> list[tuple[Window, GfnRange]]:
+        """The windows through which pages of a space serve gfns, and which gfns."""
+        index = self._spaces.get(space)
+        if index is None:
+            return []
+        found = ((window, window.gfns_of(pages)) for window in index.touching(pages.start, pages.end))
+        return [(window, gfns) for window, gfns in found if gfns is not None]
+
+    def windows_of(self, slot: Memslot) -> list[Window]:
+        """All windows of a slot."""
+        return list(self._windows[slot.id])
 
     def add(self, slot: Memslot) -> None:
-        """Add a slot that `check` has let pass."""
+        """Add a slot that the rules have let pass."""
         assert slot.id not in self._by_id
         assert self.overlapping(slot.gfns) is None
         self._by_id[slot.id] = slot
         index = bisect.bisect(self._starts, slot.gfns.start)
         self._starts.insert(index, slot.gfns.start)
         self._in_order.insert(index, slot)
-        for file in filter(None, (slot.shared, slot.private)):
-            self._by_file.setdefault(file.id, []).append(slot)
+        self._windows[slot.id] = []
+        for window in slot.windows():
+            self.add_window(window)
 
     def remove(self, slot: Memslot) -> None:
-        """Remove a slot."""
-        del self._by_id[slot.id]
-        index = self._in_order.index(slot)
+        """Remove a slot and its windows."""
+        for window in self.windows_of(slot):
+            self.remove_window(window)
+        del self._by_id[slot.id], self._windows[slot.id]
+        index = bisect.bisect_left(self._starts, slot.gfns.start)
+        assert self._in_order[index] is slot
         del self._starts[index], self._in_order[index]
-        for file in filter(None, (slot.shared, slot.private)):
-            slots = self._by_file[file.id]
-            slots.remove(slot)
-            if not slots:
-                del self._by_file[file.id]
 
+    def add_window(self, window: Window) -> None:
+        """One more part of a slot's memory has been traced to its space."""
+        self._spaces.setdefault(window.space, IntervalIndex()).add(window.pages.start, window.pages.end, window)
+        self._windows[window.slot.id].append(window)
 
-def check_region(slots: Memslots, region: UserspaceMemoryRegion) -> None:
-    """Raise OSError, in the kernel's order, if a region may not be set; the files themselves are not looked at.
+    def remove_window(self, window: Window) -> None:
+        """It is not served from there any more."""
+        index = self._spaces[window.space]
+        index.remove(window.pages.start, window.pages.end, window)
+        if not len(index):
+            del self._spaces[window.space]
+        self._windows[window.slot.id] = [each for each in self._windows[window.slot.id] if each is not window]
 
-    EINVAL: flags, alignment, wrap, size, immutability; EEXIST: gfns that another slot has.
-    """
-    _check_numbers(region)
-    old = slots.get(region.slot)
-    if region.memory_size == 0:
-        if old is None:
-            raise OSError(errno.EINVAL, f"no slot {region.slot} to delete")
-        return
-    if old is not None:
-        raise OSError(errno.EINVAL, "a slot on files can only be deleted")  # RFC patch 06
-    if slots.overlapping(gfn_range(region)) is not None:
-        raise OSError(errno.EEXIST, "the gfns overlap with another slot's")
-    if region.fd < 0:
-        raise OSError(errno.EBADF, "no fd")
-    if region.guest_phys_addr + region.memory_size > KVM_MAX_GPA:
-        raise OSError(errno.EINVAL, "beyond the largest guest physical address")
-
-
-def _check_numbers(region: UserspaceMemoryRegion) -> None:
-    private = region.private_fd >= 0
-    checks = (
-        (not region.flags & ~_KNOWN_FLAGS, f"unknown flags {region.flags & ~_KNOWN_FLAGS:#x}"),
-        (bool(region.flags & KVM_MEM_FD) or region.memory_size == 0, "only slots with KVM_MEM_FD"),
-        (not (private and region.flags & (KVM_MEM_READONLY | KVM_MEM_LOG_DIRTY_PAGES)), "flags and a private fd"),
-        (is_page_aligned(region.memory_size) and region.memory_size >= 0, "memory_size is not page-aligned"),
-        (
-            is_page_aligned(region.guest_phys_addr) and region.guest_phys_addr >= 0,
-            "guest_phys_addr is not page-aligned",
-        ),
-        (is_page_aligned(region.userspace_addr) and region.userspace_addr >= 0, "the offset is not page-aligned"),
-        (0 <= region.slot < KVM_USER_MEM_SLOTS, f"slot ids are below {KVM_USER_MEM_SLOTS}"),
-        (region.guest_phys_addr + region.memory_size < 1 << 64, "guest_phys_addr wraps"),
-        (bytes_to_pages(region.memory_size) <= KVM_MEM_MAX_NR_PAGES, f"more than {KVM_MEM_MAX_NR_PAGES} pages"),
-    )
-    for holds, otherwise in checks:
-        if not holds:
-            raise OSError(errno.EINVAL, otherwise)
-
-
-def check_files(region: UserspaceMemoryRegion, shared: StoreFile, private: StoreFile | None) -> None:
-    """Raise OSError(EINVAL) if the files do not fit the region: past their end, or of the wrong kind."""
-    for file in filter(None, (shared, private)):
-        if region.userspace_addr + region.memory_size > file.size:
-            raise OSError(errno.EINVAL, "past the end of a file")
-    if shared.page_map is not None:
-        raise OSError(errno.EINVAL, "fd is of a guest-sealed file")
-    if private is not None and private.page_map is None:
-        raise OSError(errno.EINVAL, "private_fd is of a file that is not guest-sealed")
-
-
-def gfn_range(region: UserspaceMemoryRegion) -> GfnRange:
-    """The gfns of a region that is not empty."""
-    end = gpa_to_gfn(Gpa(region.guest_phys_addr + region.memory_size))
-    return GfnRange(gpa_to_gfn(region.guest_phys_addr), end)
-
-
-def first_page(region: UserspaceMemoryRegion) -> PageIndex:
-    """The page of the files that serves the region's first gfn."""
-    return page_floor(region.userspace_addr)
+    def check(self) -> None:
+        """Raise AssertionError on the first broken invariant."""
+        assert self._starts == [slot.gfns.start for slot in self._in_order] == sorted(self._starts)
+        assert set(self._in_order) == set(self._by_id.values()), "slots by gfn are not those by id"
+        for slot, after in zip(self._in_order, self._in_order[1:], strict=False):
+            assert not slot.gfns.overlaps(after.gfns), f"slots {slot.id} and {after.id} overlap"
+        windows = [window for each in self._windows.values() for window in each]
+        assert sum(map(len, self._spaces.values())) == len(windows), "windows are miscounted"
+        assert all(self.is_current(window.slot) for window in windows), "a window of a slot that is gone"

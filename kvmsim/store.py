@@ -55,7 +55,7 @@ class StoreFile:
     def __init__(self, registered: Registered, fds: tuple[int, ...]) -> None:
         self.id: Final[FileId] = registered.file
         self.ino: Final = registered.ino
-        self.size: Final = registered.size  #: bytes, when it was registered
+        self.size = registered.size  #: bytes, when it was last registered
         self.registrations = 0  #: how many slots use it
         self.page_map: PageMapView | None = None
         self._mapping: mmap.mmap | None = None
@@ -71,6 +71,12 @@ class StoreFile:
             raise
         finally:
             close_all(fds[1:])
+
+    def resized(self, size: int) -> None:
+        """It has another size by now. Who still reads through the former mapping may go on to do so."""
+        if size > self.size:
+            self._mapping = mmap.mmap(self.fd, size)
+        self.size = size
 
     @property
     def memory(self) -> mmap.mmap:
@@ -157,6 +163,7 @@ class Store:
             file = self.files[reply.message.file] = StoreFile(reply.message, reply.fds)
         else:
             close_all(reply.fds)
+            file.resized(reply.message.size)
         file.registrations += 1
         return file
 

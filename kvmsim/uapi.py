@@ -19,11 +19,19 @@ KVM_USER_MEM_SLOTS: Final = 32764  #: slot ids are below this
 KVM_MEM_MAX_NR_PAGES: Final = (1 << 31) - 1  #: the most pages a slot can have
 KVM_MAX_GPA: Final = 1 << 52  #: bytes
 KVM_MAX_VCPU_ID: Final = 4096
+USER_ADDRESS_MAX: Final = 0x7FFFFFFFF000  #: no hva of x86-64 is above (USER_PTR_MAX)
 
 KVM_EXIT_HYPERCALL: Final = 3
 KVM_EXIT_HLT: Final = 5
 KVM_EXIT_MMIO: Final = 6
-KVM_EXIT_MEMORY_ERROR: Final = 36  #: RFC patch 02; mainline went KVM_EXIT_MEMORY_FAULT = 39
+KVM_EXIT_MEMORY_ERROR: Final = 36  #: RFC patch 02
+KVM_EXIT_MEMORY_FAULT: Final = 39  #: what mainline made of it (Linux 6.8)
+KVM_MEMORY_EXIT_FLAG_PRIVATE: Final = 1 << 3  #: in the flags of KVM_EXIT_MEMORY_FAULT
+
+KVM_HC_MAP_GPA_RANGE: Final = 12  #: hypercall: convert a range (include/uapi/linux/kvm_para.h)
+KVM_MAP_GPA_RANGE_ENCRYPTED: Final = 1 << 4  #: to private; clear: to shared
+KVM_EINVAL: Final = 22  #: hypercalls return 0 or minus an errno
+KVM_ENOSYS: Final = 1000
 
 KVM_EXIT_MEM_MAP_SHARED: Final = 1
 KVM_EXIT_MEM_MAP_PRIVATE: Final = 2
@@ -33,8 +41,8 @@ KVM_EXIT_MEM_MAP_PRIVATE: Final = 2
 class UserspaceMemoryRegion:
     """What KVM_SET_USER_MEMORY_REGION is given. Sizes and addresses in bytes.
 
-    With KVM_MEM_FD, `userspace_addr` is the offset into both files, `fd` the file of shared memory and `private_fd`
-    that of private memory, -1 for none.
+    Without KVM_MEM_FD, `userspace_addr` is a hva. With it, it is the offset into both files, `fd` the file of shared
+    memory and `private_fd` that of private memory, -1 for none.
     """
 
     slot: int

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from kvmsim.exits import Exit
+from kvmsim.mmu.tlb import Tlb
 
 if TYPE_CHECKING:
     from kvmsim.vm import VM
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 class Engine(Protocol):
     """What a vCPU executes."""
 
-    async def run(self, vm: VM) -> Exit:
+    async def run(self, vcpu: VCPU) -> Exit:
         """Go on where it stopped, until something has to be done outside; it is then called again."""
 
 
@@ -23,13 +24,14 @@ class VCPU:
 
     def __init__(self, vm: VM, vcpu_id: int, engine: Engine) -> None:
         self.id: Final = vcpu_id
-        self._vm: Final = vm
+        self.vm: Final = vm
+        self.tlb: Final[Tlb[Any]] = Tlb()
         self._engine: Final = engine
         self.exits: Counter[str] = Counter()  #: by name
 
     async def run(self) -> Exit:
         """KVM_RUN: run until an exit. Raises OSError(EFAULT, ENOSPC), StoreGone if memfs is gone."""
-        self._vm.check_alive()
-        exit_ = await self._engine.run(self._vm)
+        self.vm.check_alive()
+        exit_ = await self._engine.run(self)
         self.exits[exit_.name] += 1
         return exit_

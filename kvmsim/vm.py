@@ -1,4 +1,4 @@
-"""A virtual machine: memslots over files of memfs, the secondary page table, and what notifications do to it.
+"""A virtual machine: memslots, the secondary page table, and what notifications do to it.
 
 One VM is one connection to memfs, that is, one owner (RFC patch 01). All of it runs in one trio thread. The MMU lock is
 that nothing under it awaits; the slots lock is a real one, because setting a slot talks to memfs.
@@ -25,18 +25,27 @@ from typing import Final
 
 import trio
 
+from kvmsim.dirty import Bitmap, DirtyLog, runs
 from kvmsim.exits import Exit
-from kvmsim.memslots import Memslot, Memslots, check_files, check_region, first_page, gfn_range
-from kvmsim.mmu.fault import Access, Mmu, handle_fault, map_gfns
-from kvmsim.mmu.frames import FrameMap
-from kvmsim.mmu.invalidate import InvalidationState
+from kvmsim.memslots import AddressSpace, Memslot
+from kvmsim.mmu.fault import Access, handle_fault, map_gfns
+from kvmsim.mmu.mmu import Mmu
+from kvmsim.mmu.ownership import OwnershipTable, OwnershipViolation
 from kvmsim.mmu.page_table import PageTable
-from kvmsim.mmu.pte import is_private, level_pages
+from kvmsim.mmu.pte import is_private, level_pages, pte_pfn
+from kvmsim.slot_rules import Change, check_files, check_reach, check_region, gfn_range
 from kvmsim.store import Notification, Store, StoreFile, StoreGone, connect
-from kvmsim.uapi import KVM_MAX_VCPU_ID, UserspaceMemoryRegion
+from kvmsim.uapi import (
+    KVM_MAX_VCPU_ID,
+    KVM_MEM_FD,
+    KVM_MEM_LOG_DIRTY_PAGES,
+    KVM_USER_MEM_SLOTS,
+    UserspaceMemoryRegion,
+)
 from kvmsim.vcpu import VCPU, Engine
+from kvmsim.vm_type import VmType
 from memfs.guest.messages import Fallocate, InvalidateBegin, InvalidateEnd
-from memfs.units import Gfn, GfnRange
+from memfs.units import Gfn, GfnRange, Gpa, PageRange, gfn_to_gpa, gpa_to_gfn
 
 #: Told of each notification, slot by slot, after it has been acted upon; `private`: it is about private memory
 Listener = Callable[[Notification, Memslot, GfnRange, bool], None]
@@ -45,13 +54,24 @@ Listener = Callable[[Notification, Memslot, GfnRange, bool], None]
 class VM:
     """A virtual machine. Use `create_vm`."""
 
-    def __init__(self, store: Store, nursery: trio.Nursery, *, map_on_fallocate: bool) -> None:
+    def __init__(
+        self,
+        store: Store,
+        nursery: trio.Nursery,
+        *,
+        map_on_fallocate: bool = True,
+        vm_type: VmType = VmType.SNP,
+        levels: int = 5,
+        ownership: OwnershipTable | None = None,
+    ) -> None:
+        ownership = ownership or OwnershipTable()
         self.map_on_fallocate: Final = map_on_fallocate
-        self.mmu: Final = Mmu(store, Memslots(), PageTable(), FrameMap(), InvalidationState())
+        self.type: Final = vm_type
+        self.mmu: Final = Mmu(store, PageTable(levels), ownership, ownership.new_vm())
         self.vcpus: dict[int, VCPU] = {}
         self.listeners: list[Listener] = []
-        self.tlb_flushes = 0  #: bumped whenever a mapping goes away; whoever caches translations compares it
         self.faults: Counter[str] = Counter()  #: by kind: private, shared
+        self.manual_dirty_log_protect = False  #: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2
         self._store: Final = store
         self._slots_lock: Final = trio.Lock()
         self._nursery: Final = nursery
@@ -59,50 +79,143 @@ class VM:
     # -- memslots ---------------------------------------------------------------------------------------------------
 
     async def set_user_memory_region(self, region: UserspaceMemoryRegion) -> None:
-        """KVM_SET_USER_MEMORY_REGION: create a slot, or delete it (memory_size 0). All or nothing.
+        """KVM_SET_USER_MEMORY_REGION: create, move or delete a slot, or change its flags. All or nothing.
 
         Raises OSError with KVM's errnos; EPERM if a file has another owner.
         """
         async with self._slots_lock:
-            check_region(self.mmu.slots, region)
+            change = check_region(self.mmu.slots, region)
             await self.mmu.invalidations.wait_idle()  # slots do not change under an invalidation (RFC patch 10)
-            if region.memory_size == 0:
-                slot = self.mmu.slots.get(region.slot)
-                assert slot is not None
-                await self._delete(slot)
+            old = self.mmu.slots.get(region.slot)
+            if change is Change.DELETE:
+                assert old is not None
+                await self._release(self._take_out(old))
+                return
+            shared, private = await self._register(region, old) if region.flags & KVM_MEM_FD else (None, None)
+            try:
+                if change in (Change.CREATE, Change.MOVE):
+                    check_reach(region, gfn_to_gpa(Gfn(self.mmu.table.max_gfn)))
+            except OSError:
+                await self._release([file for file in (shared, private) if file is not None])
+                raise
+            if change is not Change.NONE:
+                held = self._replace(region, old, shared, private)
             else:
-                await self._create(region)
+                held = [file for file in (shared, private) if file is not None]
+            await self._release(held)
 
-    async def _create(self, region: UserspaceMemoryRegion) -> None:
+    async def _register(self, region: UserspaceMemoryRegion, old: Memslot | None) -> tuple[StoreFile, StoreFile | None]:
+        """Register the files of a region, both or none."""
         registered: list[StoreFile] = []
         try:
+            if region.private_fd >= 0 and not self.type.has_private_memory:
+                raise OSError(errno.EINVAL, "a VM of this type has no private memory")
             registered.append(shared := await self._store.register(region.fd))
             private = None
             if region.private_fd >= 0:
                 registered.append(private := await self._store.register(region.private_fd))
-            if shared is private:
-                raise OSError(errno.EINVAL, "fd and private_fd are one file")
-            check_files(region, shared, private)
+            check_files(self.mmu.slots, region, shared, private, old)
         except OSError:
-            with trio.CancelScope(shield=True):
-                for file in registered:
-                    await self._unregister(file)
+            await self._release(registered)
             raise
-        self.mmu.slots.add(Memslot(region.slot, region.flags, gfn_range(region), first_page(region), shared, private))
+        return shared, private
 
-    async def _delete(self, slot: Memslot) -> None:
+    def _replace(
+        self, region: UserspaceMemoryRegion, old: Memslot | None, shared: StoreFile | None, private: StoreFile | None
+    ) -> list[StoreFile]:
+        """Put a slot in, in the place of its former self. Returns the registrations that nobody needs then."""
+        gfns = gfn_range(region)
+        log: DirtyLog | None = None
+        if region.flags & KVM_MEM_LOG_DIRTY_PAGES:
+            log = old.dirty if old is not None and old.dirty is not None else DirtyLog(len(gfns))
+        slot = Memslot(region.slot, region.flags, gfns, region.userspace_addr, shared, private, log)
+        stays = old is not None and old.gfns == gfns
+        held = [] if old is None else self._take_out(old, unmap=not stays)
+        self.mmu.slots.add(slot)
+        if stays and slot.logs_dirty:
+            self.mmu.write_protect(gfns)
+        return held
+
+    def _take_out(self, slot: Memslot, *, unmap: bool = True) -> list[StoreFile]:
+        """Remove a slot. Returns what it had registered, which is still to be let go of."""
+        held = list(slot.files)
+        if slot.is_classic:
+            behind = [window.space for window in self.mmu.slots.windows_of(slot)]
+            held += [self._store.files[space] for space in behind if not isinstance(space, AddressSpace)]
+            unmap = True  # its windows on files go and come back with the faults
         self.mmu.slots.remove(slot)
         self.mmu.invalidations.conversion()  # faults that found the slot must look again
-        self.mmu.table.unmap_range(slot.gfns)
-        self.tlb_flushes += 1
-        with trio.CancelScope(shield=True):
-            for file in filter(None, (slot.shared, slot.private)):
-                await self._unregister(file)
+        if unmap:
+            self.mmu.unmap(slot.gfns)
+        return held
 
-    async def _unregister(self, file: StoreFile) -> None:
-        if file.registrations == 1:
-            self.mmu.frames.forget(file)
-        await self._store.unregister(file)
+    async def _release(self, files: list[StoreFile]) -> None:
+        with trio.CancelScope(shield=True):
+            for file in files:
+                if file.registrations == 1:
+                    self.mmu.frames.forget(file)
+                await self._store.unregister(file)
+
+    def _slot_with_log(self, slot_id: int) -> tuple[Memslot, DirtyLog]:
+        if not 0 <= slot_id < KVM_USER_MEM_SLOTS:
+            raise OSError(errno.EINVAL, f"slot ids are below {KVM_USER_MEM_SLOTS}")
+        slot = self.mmu.slots.get(slot_id)
+        if slot is None or slot.dirty is None:
+            raise OSError(errno.ENOENT, f"slot {slot_id} keeps no dirty log")
+        return slot, slot.dirty
+
+    def get_dirty_log(self, slot_id: int) -> Bitmap:
+        """KVM_GET_DIRTY_LOG: which pages were written, dtype uint8, a bit a page, least significant first.
+
+        Unless `manual_dirty_log_protect`, they count as clean from now on. Raises OSError: EINVAL for an id that no
+        slot can have, ENOENT without such a slot or log.
+        """
+        slot, log = self._slot_with_log(slot_id)
+        if self.manual_dirty_log_protect:
+            return log.bitmap()
+        taken = log.take()
+        self._protect(slot, taken)
+        return taken
+
+    def clear_dirty_log(self, slot_id: int, first_page: int, num_pages: int, bitmap: Bitmap) -> None:
+        """KVM_CLEAR_DIRTY_LOG: pages whose bits are set count as clean from now on.
+
+        `bitmap` begins with `first_page`. Raises OSError as `get_dirty_log` and `DirtyLog.clear` do.
+        """
+        slot, log = self._slot_with_log(slot_id)
+        self._protect(slot, log.clear(first_page, num_pages, bitmap))
+
+    def _protect(self, slot: Memslot, bits: Bitmap) -> None:
+        for start, end in runs(bits):
+            self.mmu.write_protect(GfnRange(Gfn(slot.gfns.start + start), Gfn(slot.gfns.start + end)))
+
+    # -- what an mmu_notifier would do ------------------------------------------------------------------------------
+
+    def invalidate_hva(self, addresses: PageRange) -> None:
+        """Classic memory at these pages of our address space is going away or changing (mmu_notifier).
+
+        To be called before it does; no vCPU may run from here to the change. Which files are mapped there is asked anew
+        when the guest comes back.
+        """
+        for window, gfns in self.mmu.slots.touching(AddressSpace.HVA, addresses):
+            self.mmu.unmap(gfns)
+            for other in self.mmu.slots.windows_of(window.slot):
+                if isinstance(other.space, AddressSpace) or not other.serves(gfns):
+                    continue
+                self.mmu.slots.remove_window(other)
+                self._nursery.start_soon(self._release, [self._store.files[other.space]])
+        self.mmu.invalidations.conversion()
+
+    def age(self, gfns: GfnRange) -> bool:
+        """kvm_age_gfn: whether a range was accessed since it was last asked."""
+        young = self.mmu.table.age(gfns)
+        if young:
+            self.mmu.flush_tlbs(gfns)  # what a TLB holds would be used without marking it as accessed
+        return young
+
+    def test_age(self, gfns: GfnRange) -> bool:
+        """kvm_test_age_gfn: the same, and it stays so."""
+        return self.mmu.table.test_age(gfns)
 
     # -- running ----------------------------------------------------------------------------------------------------
 
@@ -113,7 +226,13 @@ class VM:
         if vcpu_id in self.vcpus:
             raise OSError(errno.EEXIST, f"there is a vCPU {vcpu_id}")
         vcpu = self.vcpus[vcpu_id] = VCPU(self, vcpu_id, engine)
+        self.mmu.tlbs.append(vcpu.tlb)
         return vcpu
+
+    def decode(self, gpa: Gpa, *, write: bool, encrypted: bool = False) -> Access:
+        """What an access of the guest means, by the VM's type. Raises OSError(EFAULT) as `VmType.decode` does."""
+        address, private = self.type.decode(gpa, encrypted=encrypted)
+        return Access(gpa_to_gfn(address), write, private)
 
     async def fault(self, access: Access) -> Exit | None:
         """Handle a fault of a vCPU. Raises OSError as `handle_fault` says, StoreGone if memfs is."""
@@ -133,31 +252,22 @@ class VM:
     # -- notifications ----------------------------------------------------------------------------------------------
 
     def _notified(self, message: Notification) -> None:
-        touched = [
-            (slot, gfns, slot.private is not None and slot.private.id == message.file)
-            for slot in self.mmu.slots.of_file(message.file)
-            if (gfns := slot.gfns_of(message.pages)) is not None
-        ]
+        touched = self.mmu.slots.touching(message.file, message.pages)
         key = (message.file, message.pages)
         if isinstance(message, InvalidateBegin):
-            self.mmu.invalidations.begin(key, [gfns for _, gfns, _ in touched])
+            self.mmu.invalidations.begin(key, [gfns for _, gfns in touched])
         elif isinstance(message, InvalidateEnd):
             self.mmu.invalidations.end(key)
-        for slot, gfns, private in touched:
+        for window, gfns in touched:
             if isinstance(message, InvalidateBegin):
-                self._unmap(gfns, private=private)
-            elif isinstance(message, Fallocate) and private:
-                self._unmap(gfns, private=False)
+                self.mmu.unmap(gfns, private=window.private)
+            elif isinstance(message, Fallocate) and window.private:
+                self.mmu.unmap(gfns, private=False)
                 self.mmu.invalidations.conversion()
                 if self.map_on_fallocate:
-                    self._nursery.start_soon(self._map_private, slot, gfns)
+                    self._nursery.start_soon(self._map_private, window.slot, gfns)
             for listener in self.listeners:
-                listener(message, slot, gfns, private)
-
-    def _unmap(self, gfns: GfnRange, *, private: bool) -> None:
-        """Drop one side's mappings."""
-        if self.mmu.table.unmap_range(gfns, private):
-            self.tlb_flushes += 1
+                listener(message, window.slot, gfns, window.private)
 
     async def _map_private(self, slot: Memslot, gfns: GfnRange) -> None:
         """Map what was allocated. A mere optimisation: whatever comes in between, a fault will do it later."""
@@ -169,33 +279,47 @@ class VM:
                 if done is None:
                     return
                 rest = GfnRange(done.end, rest.end) if done.end < rest.end else None
-        except (OSError, StoreGone):
+        except (OSError, StoreGone, OwnershipViolation):
             return
 
     def lost_store(self) -> None:
         """memfs is gone: nothing may be mapped any more."""
-        self.mmu.table.unmap_range(self.mmu.table.everything)
-        self.tlb_flushes += 1
+        self.mmu.unmap(self.mmu.table.everything)
         self.mmu.invalidations.abandon()
 
     def check(self) -> None:
         """Raise AssertionError on the first broken invariant."""
         self.mmu.table.check()
+        self.mmu.slots.check()
         for leaves in self.mmu.table.leaves(self.mmu.table.everything):
+            pages = level_pages(leaves.level)
             for position in leaves.ptes.nonzero()[0].tolist():
-                gfn = Gfn(leaves.gfns.start + position * level_pages(leaves.level))
-                pte = int(leaves.ptes[position])
-                slot = self.mmu.slots.find(gfn)
-                assert slot is not None, f"gfn {gfn:#x} is mapped outside of all slots"
-                allocated = slot.private is not None and slot.private.is_private(slot.page(gfn))
-                assert is_private(pte) <= allocated, f"gfn {gfn:#x} is mapped private and not allocated"
+                pte, start = int(leaves.ptes[position]), leaves.gfns.start + position * pages
+                block, private = GfnRange(Gfn(start), Gfn(start + pages)), is_private(pte)
+                slot = self.mmu.slots.find(block.start)
+                assert slot is not None, f"gfn {start:#x} is mapped outside of all slots"
+                assert slot.gfns.intersect(block) == block, f"a leaf at gfn {start:#x} goes beyond its slot"
+                assert self.mmu.is_uniform(slot, block, private=private), (
+                    f"gfn {start:#x} is mapped from the wrong side"
+                )
+                owner = self.mmu.ownership.owner(pte_pfn(pte)) if private else None
+                assert not private or owner == (self.mmu.vm, start), f"gfn {start:#x} maps a frame that is not its own"
 
 
 @asynccontextmanager
-async def create_vm(socket_path: str, *, name: str = "vm", map_on_fallocate: bool = True) -> AsyncIterator[VM]:
+async def create_vm(
+    socket_path: str,
+    *,
+    name: str = "vm",
+    map_on_fallocate: bool = True,
+    vm_type: VmType = VmType.SNP,
+    levels: int = 5,
+    ownership: OwnershipTable | None = None,
+) -> AsyncIterator[VM]:
     """Create a VM on the memfs that listens on a socket; it ends with the block.
 
-    Raises OSError if nobody listens there.
+    `levels` of its page table: 4, for 2**48 bytes of guest physical memory, or 5, for all that KVM can have.
+    `ownership`: of private frames; VMs of one process on one memfs share it. Raises OSError if nobody listens there.
     """
     vm: VM | None = None
     failure: Exception | None = None
@@ -206,7 +330,14 @@ async def create_vm(socket_path: str, *, name: str = "vm", map_on_fallocate: boo
 
     async with connect(socket_path, name, notified) as store:
         async with trio.open_nursery() as nursery:
-            vm = VM(store, nursery, map_on_fallocate=map_on_fallocate)
+            vm = VM(
+                store,
+                nursery,
+                map_on_fallocate=map_on_fallocate,
+                vm_type=vm_type,
+                levels=levels,
+                ownership=ownership,
+            )
             nursery.start_soon(_watch, vm)
             try:
                 yield vm

@@ -5,8 +5,8 @@ should be there is kept in a shadow of guest memory, one for shared and one for 
 page have content of their own. A page that the store takes away is empty when it comes back, so the shadow of that side
 is emptied with the notification; any other difference is a byte lost, or one leaked from somewhere else.
 
-Translations are cached as a TLB would, and forgotten when the VM drops a mapping. Between blocks of accesses the event
-loop gets a turn, so that notifications are acted upon: a guest does not stop for them.
+Translations are kept in the vCPU's TLB, from which the MMU flushes what it takes away. Between blocks of accesses the
+event loop gets a turn, so that notifications are acted upon: a guest does not stop for them.
 
 Nobody else may write to shared memory while a trace runs: that would be found, and called lost.
 """
@@ -25,8 +25,10 @@ from kvmsim.exits import HALT, Exit
 from kvmsim.memslots import Memslot
 from kvmsim.mmu.fault import Access
 from kvmsim.mmu.pte import PTE_A, PTE_D, PTE_W, is_private, pte_pfn
+from kvmsim.mmu.tlb import Tlb
 from kvmsim.store import Notification
 from kvmsim.trace_file import Trace
+from kvmsim.vcpu import VCPU
 from kvmsim.vm import VM
 from memfs.guest.extents import data_pages
 from memfs.guest.messages import InvalidateBegin
@@ -53,7 +55,7 @@ class IntegrityError(Exception):
 class _Translation:
     """A cached translation of one page, and the shadow of its side."""
 
-    memory: mmap.mmap
+    memory: mmap.mmap | memoryview
     offset: int
     private: bool
     dirty: bool  # whether the dirty bit is set, so that a store may use it
@@ -78,8 +80,6 @@ class TraceEngine:
         self._position = 0
         self._stored = 0
         self._deadline: Final = trio.current_time() + repeat_for
-        self._tlb: dict[int, _Translation] = {}
-        self._tlb_flushes = -1
         self._shadows: Final = {
             side: mmap.mmap(-1, max(trace.memory_size, PAGE_SIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             for side in (False, True)
@@ -96,12 +96,13 @@ class TraceEngine:
         """How much of the current pass is done: 0 to 1."""
         return self._position / len(self._gpas)
 
-    async def run(self, vm: VM) -> Exit:
+    async def run(self, vcpu: VCPU) -> Exit:
         """Go on until an exit. Raises IntegrityError on the first byte that is wrong."""
+        vm = self._vm
         while True:
             end = min(self._position + _BLOCK, len(self._gpas))
             while self._position < end:
-                missing = self._run_to(end)
+                missing = self._run_to(end, vcpu.tlb)
                 if missing is not None:
                     exit_ = await vm.fault(missing)
                     if exit_ is not None:
@@ -114,20 +115,17 @@ class TraceEngine:
             await trio.lowlevel.checkpoint()
             vm.check_alive()
 
-    def _run_to(self, end: int) -> Access | None:
+    def _run_to(self, end: int, tlb: Tlb[_Translation]) -> Access | None:
         """Make accesses until position `end`, or until one faults: then that. Does not await."""
-        if self._tlb_flushes != self._vm.tlb_flushes:
-            self._tlb.clear()
-            self._tlb_flushes = self._vm.tlb_flushes
-        gpas, sizes, writes, tlb, private = self._gpas, self._sizes, self._writes, self._tlb, self._private
-        start = self._position
+        gpas, sizes, writes, cached, private = self._gpas, self._sizes, self._writes, tlb.entries, self._private
+        start, misses = self._position, tlb.misses
         try:
             for position in range(start, end):
                 gpa, size, write = gpas[position], sizes[position], writes[position]
                 gfn = gpa_to_gfn(Gpa(gpa))
-                hit = tlb.get(gfn)
+                hit = cached.get(gfn)
                 if hit is None or hit.private != private[gfn] or (write and not hit.dirty):
-                    hit = self._walk(gfn, write=write, private=private[gfn])
+                    hit = self._walk(tlb, gfn, write=write, private=private[gfn])
                     if hit is None:
                         end = position
                         return Access(gfn, write, private[gfn])
@@ -143,13 +141,14 @@ class TraceEngine:
         finally:
             self._position = end
             self.accesses += end - start
+            tlb.hits += end - start - (tlb.misses - misses)
         return None
 
     def _value(self, size: int) -> bytes:
         eight = (self._stored * _MIXER & _MASK).to_bytes(8, "little")
         return eight[:size] if size <= 8 else (eight * (size // 8 + 1))[:size]
 
-    def _walk(self, gfn: Gfn, *, write: bool, private: bool) -> _Translation | None:
+    def _walk(self, tlb: Tlb[_Translation], gfn: Gfn, *, write: bool, private: bool) -> _Translation | None:
         """Translate through the page table, setting accessed and dirty bits; None: a fault."""
         table = self._vm.mmu.table
         pte = table.lookup(gfn)
@@ -157,7 +156,8 @@ class TraceEngine:
             return None
         table.set_flags(gfn, PTE_A | (PTE_D if write else 0))
         file, offset = self._vm.mmu.frames.locate(pte_pfn(pte))
-        hit = self._tlb[gfn] = _Translation(file.memory, offset, private, write, self._shadows[private])
+        hit = _Translation(file.memory, offset, private, write, self._shadows[private])
+        tlb.fill(gfn, hit)
         return hit
 
     def _fail(self, hit: _Translation, gpa: Gpa, at: int, size: int) -> None:

@@ -1,25 +1,40 @@
-"""A page fault of the secondary MMU on a slot that lies on files (RFC patch 07: kvm_faultin_pfn for fd-based slots).
+"""A page fault of the secondary MMU (RFC patch 07: kvm_faultin_pfn, for fd-based slots; classic ones beside it).
 
 Private or shared is decided by one thing: whether the page is allocated in the private file. If the guest meant the
 other, the VMM is asked to convert (KVM_EXIT_MEMORY_ERROR); otherwise the frame is taken from the file of that side and
 mapped, unless an invalidation says that what was learned may be untrue by now (invalidate.py).
+
+How large the mapping may be is decided last, under the MMU lock, of what is true then: the store's order for the page,
+gfn and frame aligned alike, the slot's bounds, one side throughout, no invalidation of any page of it in progress.
 """
 
 from __future__ import annotations
 
 import errno
+import os
 from dataclasses import dataclass
 
+import trio
+
 from kvmsim.exits import Exit, MemoryErrorExit, MmioExit
-from kvmsim.memslots import Memslot, Memslots
-from kvmsim.mmu.frames import FrameMap
-from kvmsim.mmu.invalidate import InvalidationState
-from kvmsim.mmu.page_table import PageTable
-from kvmsim.mmu.pte import PTE_PRIVATE, PTE_R, PTE_RWX, PTE_X
-from kvmsim.store import Store, StoreFile
+from kvmsim.hva import Mapping, find_mapping, local_pfn, open_mapped_file
+from kvmsim.memslots import AddressSpace, Memslot, Window
+from kvmsim.mmu.mmu import Mmu
+from kvmsim.mmu.ownership import OwnershipViolation
+from kvmsim.store import StoreFile
 from kvmsim.uapi import KVM_EXIT_MEM_MAP_PRIVATE, KVM_EXIT_MEM_MAP_SHARED
-from memfs.guest.messages import PfnReply
-from memfs.units import PAGE_SIZE, Gfn, GfnRange, gfn_to_gpa
+from memfs.guest.messages import PfnReply, PfnRun
+from memfs.units import (
+    ORDER_1G,
+    ORDER_2M,
+    ORDER_4K,
+    PAGE_SIZE,
+    Gfn,
+    GfnRange,
+    PageIndex,
+    PageRange,
+    gfn_to_gpa,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,23 +46,13 @@ class Access:
     private: bool
 
 
-@dataclass(slots=True)
-class Mmu:
-    """The parts of a VM that a fault and a notification work on."""
-
-    store: Store
-    slots: Memslots
-    table: PageTable
-    frames: FrameMap
-    invalidations: InvalidationState
-    retries: int = 0  #: faults that had to start again
-
-
 async def handle_fault(mmu: Mmu, access: Access) -> Exit | None:
     """Make an access possible (None: run the guest again), or say what the VMM must do.
 
-    Raises OSError: EFAULT for a private access to a slot without private memory; what the store said (ENOSPC).
+    Raises OSError: EFAULT for a private access to a slot without private memory, or a hva at which nothing is mapped;
+    EPERM for a private frame that belongs to somebody else; what the store said (ENOSPC).
     """
+    gfns = GfnRange(access.gfn, Gfn(access.gfn + 1))
     while True:
         slot = mmu.slots.find(access.gfn)
         if slot is None or (access.write and slot.readonly):
@@ -59,41 +64,131 @@ async def handle_fault(mmu: Mmu, access: Access) -> Exit | None:
         if access.private != allocated:
             wanted = KVM_EXIT_MEM_MAP_PRIVATE if access.private else KVM_EXIT_MEM_MAP_SHARED
             return MemoryErrorExit(wanted, gfn_to_gpa(access.gfn), PAGE_SIZE)
-        gfns = GfnRange(access.gfn, Gfn(access.gfn + 1))
-        if await map_gfns(mmu, slot, gfns, private=access.private, seq=seq, dirty=access.write) is not None:
+        if access.write and mmu.make_writable(slot, access.gfn, access.private):
+            return None
+        try:
+            if slot.is_classic:
+                done = await _map_classic(mmu, slot, access, seq)
+            else:
+                done = await map_gfns(mmu, slot, gfns, private=access.private, seq=seq, write=access.write) is not None
+        except OwnershipViolation as violation:
+            raise OSError(errno.EPERM, str(violation)) from violation
+        if done:
             return None
         mmu.retries += 1
         await mmu.invalidations.wait_idle(gfns)
 
 
 async def map_gfns(
-    mmu: Mmu, slot: Memslot, gfns: GfnRange, *, private: bool, seq: int, dirty: bool = False
+    mmu: Mmu, slot: Memslot, gfns: GfnRange, *, private: bool, seq: int, write: bool = False
 ) -> GfnRange | None:
     """Map gfns of a slot to one side's memory, allocating on the shared side, if what was decided at `seq` still holds.
 
     Returns the part that was dealt with, from the start on (absent private pages are left unmapped); None if an
-    invalidation came in between.
+    invalidation came in between. Raises OwnershipViolation, and OSError as the store does.
     """
     file = slot.private if private else slot.shared
     assert file is not None
     reply = await mmu.store.get_pfn(file, slot.pages_of(gfns), alloc=not private)
-    # Under the MMU lock: nothing from here to the end of the installation awaits.
-    installed = _install(mmu, slot, file, reply, private=private, seq=seq)
-    await mmu.store.put_pfn(file, reply, dirty=dirty)
-    return slot.gfns_of(reply.pages) if installed else None
+    try:  # Under the MMU lock: nothing from here to the end of the installation awaits.
+        installed = _install(mmu, slot, file, reply, gfns, private=private, write=write, seq=seq)
+    finally:
+        await mmu.store.put_pfn(file, reply, dirty=write)
+    return GfnRange(gfns.start, Gfn(gfns.start + len(reply.pages))) if installed else None
 
 
-def _install(mmu: Mmu, slot: Memslot, file: StoreFile, reply: PfnReply, *, private: bool, seq: int) -> bool:
-    gfns = slot.gfns_of(reply.pages)
-    if gfns is None or mmu.slots.get(slot.id) is not slot or mmu.invalidations.must_retry(seq, gfns):
+def _install(
+    mmu: Mmu,
+    slot: Memslot,
+    file: StoreFile,
+    reply: PfnReply,
+    gfns: GfnRange,
+    *,
+    private: bool,
+    write: bool,
+    seq: int,
+) -> bool:
+    """Map what the store said about the first pages of `gfns`, if that still holds."""
+    gfns = GfnRange(gfns.start, Gfn(gfns.start + len(reply.pages)))
+    if not mmu.slots.is_current(slot) or mmu.invalidations.must_retry(seq, gfns):
         return False
-    flags = (PTE_R | PTE_X) if slot.readonly else PTE_RWX
+    shift = gfns.start - reply.pages.start
     for run in reply.runs:
-        part = slot.gfns_of(run.pages)
-        if run.pfn is None or part is None:
+        if run.pfn is None:
             if len(reply.runs) == 1:
                 return False  # the one page that was asked for has gone meanwhile
             continue
+        part = GfnRange(Gfn(run.pages.start + shift), Gfn(run.pages.end + shift))
         mmu.frames.learn(file, run)
-        mmu.table.map_range(part, run.pfn, flags | (PTE_PRIVATE if private else 0))
+        if len(part) > 1:
+            order = ORDER_4K if slot.logs_dirty else run.order
+            mmu.install(slot, part, run.pfn, private=private, write=write, order=order)
+            continue
+        block, order = _largest(mmu, slot, part.start, run, private=private)
+        pfn = type(run.pfn)(run.pfn - (part.start - block.start))
+        mmu.install(slot, block, pfn, private=private, write=write, order=order)
     return True
+
+
+def _largest(mmu: Mmu, slot: Memslot, gfn: Gfn, run: PfnRun, *, private: bool) -> tuple[GfnRange, int]:
+    """The largest block around a gfn that one leaf may map."""
+    assert run.pfn is not None
+    for order in (ORDER_1G, ORDER_2M):
+        pages = 1 << order
+        start = gfn & -pages
+        block = GfnRange(Gfn(start), Gfn(start + pages))
+        if (
+            order <= run.order
+            and not slot.logs_dirty
+            and (gfn - run.pfn) % pages == 0
+            and slot.gfns.intersect(block) == block
+            and not mmu.invalidations.is_active(block)
+            and mmu.is_uniform(slot, block, private=private)
+        ):
+            return block, order
+    return GfnRange(gfn, Gfn(gfn + 1)), ORDER_4K
+
+
+async def _map_classic(mmu: Mmu, slot: Memslot, access: Access, seq: int) -> bool:
+    """Map one page of a classic slot; False: an invalidation came in between."""
+    gfns, page = GfnRange(access.gfn, Gfn(access.gfn + 1)), slot.page(access.gfn)
+    mapping = find_mapping(page)
+    if mapping is None or not mapping.readable or (access.write and not mapping.writable):
+        raise OSError(errno.EFAULT, "nothing is mapped at the hva, or not for that access")
+    if not mapping.is_memfs:
+        mmu.install(slot, gfns, local_pfn(page), private=False, write=access.write, order=ORDER_4K)
+        return True
+    file = await _file_behind(mmu, slot, page, mapping)
+    if file is None:
+        return False
+    file_page = mapping.file_page(page)
+    reply = await mmu.store.get_pfn(file, PageRange(file_page, PageIndex(file_page + 1)), alloc=True)
+    try:
+        return _install(mmu, slot, file, reply, gfns, private=False, write=access.write, seq=seq)
+    finally:
+        await mmu.store.put_pfn(file, reply, dirty=access.write)
+
+
+async def _file_behind(mmu: Mmu, slot: Memslot, page: PageIndex, mapping: Mapping) -> StoreFile | None:
+    """The file behind a mapping, registered, with a window of the slot on it. None: the slot has gone meanwhile."""
+    for window in mmu.slots.windows_of(slot):
+        file = None if window.space is AddressSpace.HVA else mmu.store.files[window.space]
+        if file is not None and file.ino == mapping.ino and mapping.file_page(page) in window.pages:
+            return file
+    fd = await trio.to_thread.run_sync(open_mapped_file, mapping)
+    try:
+        file = await mmu.store.register(fd)
+    finally:
+        await trio.to_thread.run_sync(os.close, fd)  # close(2) asks the filesystem, too
+    if not mmu.slots.is_current(slot):
+        with trio.CancelScope(shield=True):
+            await mmu.store.unregister(file)
+        return None
+    pages = mapping.pages.intersect(slot.pages)
+    assert pages is not None
+    first = mapping.file_page(pages.start)
+    gfns = slot.gfns_of(pages)
+    assert gfns is not None
+    served = PageRange(first, PageIndex(first + len(pages)))
+    mmu.slots.add_window(Window(slot, file.id, served, gfns.start, private=False))
+    return file

@@ -1,13 +1,15 @@
-"""From a host frame number back to the byte of host memory that it names: what the hardware does with an address.
+"""From a host frame number back to the bytes of host memory that it names: what the hardware does with an address.
 
 memfs allots frame numbers in extents of 1 GiB, each for one aligned gibibyte of one file (memfs/guest/frames.py), so a
-look-up per extent is enough to find the file, and the file is mapped in our address space.
+look-up per extent is enough to find the file, and the file is mapped in our address space. Frames of memory without a
+store name their own address (kvmsim/hva.py).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvmsim.hva import LOCAL_PFN, LocalMemory
 from kvmsim.store import StoreFile
 from memfs.guest.messages import PfnRun
 from memfs.units import ORDER_1G, ByteOffset, PageIndex, Pfn, page_offset
@@ -18,11 +20,11 @@ _EXTENT = 1 << ORDER_1G
 @dataclass(frozen=True, slots=True)
 class _Extent:
     file: StoreFile
-    first_page: PageIndex  # the page that the extent's first frame holds
+    first_page: PageIndex  # the page that the extent's first frame holds; negative if frames are out of step
 
 
 class FrameMap:
-    """Which file's memory a frame is in."""
+    """Which memory a frame is in."""
 
     def __init__(self) -> None:
         self._extents: dict[int, _Extent] = {}
@@ -33,8 +35,10 @@ class FrameMap:
         number, within = divmod(run.pfn, _EXTENT)
         self._extents[number] = _Extent(file, PageIndex(run.pages.start - within))
 
-    def locate(self, pfn: Pfn) -> tuple[StoreFile, ByteOffset]:
-        """The file that a frame's memory is in, and where in it. Raises KeyError for a frame that was never learnt."""
+    def locate(self, pfn: Pfn) -> tuple[StoreFile | LocalMemory, ByteOffset]:
+        """What a frame's memory is in, and where in it. Raises KeyError for a frame that was never learnt."""
+        if pfn >= LOCAL_PFN:
+            return LocalMemory(pfn), ByteOffset(0)
         number, within = divmod(pfn, _EXTENT)
         extent = self._extents[number]
         return extent.file, page_offset(PageIndex(extent.first_page + within))

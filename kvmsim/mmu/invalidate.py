@@ -74,11 +74,11 @@ class InvalidationState:
 
     def must_retry(self, seq: int, gfns: GfnRange) -> bool:
         """Whether what a fault on these gfns learned since it sampled `seq` may be untrue by now."""
-        return seq != self.seq or self._is_active(gfns)
+        return seq != self.seq or self.is_active(gfns)
 
     async def wait_idle(self, gfns: GfnRange | None = None) -> None:
         """Wait until no invalidation of a range (None: any) is in progress."""
-        while self._active if gfns is None else self._is_active(gfns):
+        while self._active if gfns is None else self.is_active(gfns):
             await self._ended.wait()
 
     def abandon(self) -> None:
@@ -87,7 +87,8 @@ class InvalidationState:
         self.seq += 1
         self._wake()
 
-    def _is_active(self, gfns: GfnRange) -> bool:
+    def is_active(self, gfns: GfnRange) -> bool:
+        """Whether an invalidation of something in a range is in progress."""
         return any(active.overlaps(gfns) for ranges in self._active.values() for active in ranges)
 
     def _wake(self) -> None:

@@ -237,7 +237,7 @@ async def test_store_that_goes_away_takes_all_memory_with_it(new_vm: NewVm) -> N
 
 REFUSED = {
     "unknown flag": ({"flags": KVM_MEM_FD | 1 << 7}, errno.EINVAL),
-    "classic slot": ({"flags": 0}, errno.EINVAL),
+    "classic slot in the place of one on files": ({"flags": 0, "offset": 1 << 30}, errno.EINVAL),
     "private and READONLY": ({"flags": KVM_MEM_FD | KVM_MEM_READONLY}, errno.EINVAL),
     "private and LOG_DIRTY_PAGES": ({"flags": KVM_MEM_FD | KVM_MEM_LOG_DIRTY_PAGES}, errno.EINVAL),
     "unaligned size": ({"slot": 1, "gpa": 1 << 30, "size": 100}, errno.EINVAL),

@@ -1,0 +1,114 @@
+"""The parts of a VM that faults and notifications work on, and the only two ways in which mappings come and go.
+
+`install` and `unmap` keep page table, ownership of private frames and TLBs in step; nobody else maps or unmaps.
+Everything here is called under the MMU lock, that is: nothing awaits (invalidate.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from kvmsim.memslots import Memslot, Memslots
+from kvmsim.mmu.frames import FrameMap
+from kvmsim.mmu.invalidate import InvalidationState
+from kvmsim.mmu.ownership import OwnershipTable
+from kvmsim.mmu.page_table import PageTable
+from kvmsim.mmu.pte import PTE_PRIVATE, PTE_R, PTE_W, PTE_X, level_pages, pte_pfn, select
+from kvmsim.mmu.tlb import Tlb
+from kvmsim.store import Store
+from memfs.units import Gfn, GfnRange, Pfn
+
+
+@dataclass(slots=True)
+class Mmu:
+    """The secondary MMU of one VM."""
+
+    store: Store
+    table: PageTable
+    ownership: OwnershipTable
+    vm: int  #: its number in the ownership table
+    slots: Memslots = field(default_factory=Memslots)
+    frames: FrameMap = field(default_factory=FrameMap)
+    invalidations: InvalidationState = field(default_factory=InvalidationState)
+    tlbs: list[Tlb[Any]] = field(default_factory=list)  #: of all vCPUs
+    retries: int = 0  #: faults that had to start again
+    tlb_flushes: int = 0
+
+    def install(self, slot: Memslot, gfns: GfnRange, pfn: Pfn, *, private: bool, write: bool, order: int) -> None:
+        """Map gfns of a slot to neighbouring frames, with leaves of at most 2**order pages.
+
+        `write`: the guest is about to store. In a slot whose dirty pages are logged, only then is it let.
+        Raises OwnershipViolation, changing nothing.
+        """
+        flags = PTE_R | PTE_X
+        if not slot.readonly and (write or not slot.logs_dirty):
+            flags |= PTE_W
+        if private:
+            flags |= PTE_PRIVATE
+            self.ownership.assign(self.vm, gfns, pfn)
+        if write:
+            self.mark_dirty(slot, gfns)
+        self.table.map_range(gfns, pfn, flags, order)
+
+    def make_writable(self, slot: Memslot, gfn: Gfn, private: bool) -> bool:
+        """Handle a store to a page that is mapped read-only, if that is all that is wrong (fast_page_fault)."""
+        pte = self.table.lookup(gfn)
+        if not pte or pte & PTE_W or bool(pte & PTE_PRIVATE) != private or slot.readonly:
+            return False
+        gfns = GfnRange(gfn, Gfn(gfn + 1))
+        self.mark_dirty(slot, gfns)
+        self.table.protect_range(gfns, add=PTE_W)
+        return True
+
+    def mark_dirty(self, slot: Memslot, gfns: GfnRange) -> None:
+        """Pages of a slot are written (mark_page_dirty_in_slot)."""
+        if slot.dirty is not None:
+            for gfn in range(gfns.start, gfns.end):
+                slot.dirty.mark(gfn - slot.gfns.start)
+
+    def unmap(self, gfns: GfnRange, private: bool | None = None) -> int:
+        """Drop the mappings of a range, of one side unless None. Returns how many pages were mapped."""
+        if self.table.mapped == 0:
+            return 0
+        if private is not False and self.ownership.owned:
+            self._release(gfns)
+        count = self.table.unmap_range(gfns, private)
+        if count:
+            self.flush_tlbs(gfns)
+        return count
+
+    def _release(self, gfns: GfnRange) -> None:
+        """The private frames of a range are about to be unmapped."""
+        for leaves in self.table.leaves(gfns):
+            ptes = leaves.ptes[select(leaves.ptes, True)]
+            if not len(ptes):
+                continue
+            if len(leaves.gfns) == len(leaves.ptes) * level_pages(leaves.level):
+                self.ownership.release(ptes, level_pages(leaves.level))
+            else:  # a part of one huge leaf
+                within = leaves.gfns.start % level_pages(leaves.level)
+                first = pte_pfn(int(ptes[0])) + within
+                frames = np.arange(first, first + len(leaves.gfns))
+                self.ownership.release_frames(frames)
+
+    def write_protect(self, gfns: GfnRange) -> None:
+        """Have the next store to each page of a range fault."""
+        if self.table.write_protect(gfns):
+            self.flush_tlbs(gfns)
+
+    def flush_tlbs(self, gfns: GfnRange) -> None:
+        """Something in a range may be used less than before: no vCPU may go on with what it remembers."""
+        self.tlb_flushes += 1
+        for tlb in self.tlbs:
+            tlb.flush(gfns)
+
+    def is_uniform(self, slot: Memslot, gfns: GfnRange, *, private: bool) -> bool:
+        """Whether all pages that serve a range are on one side, as the page map has it now."""
+        if slot.private is None or slot.private.page_map is None:
+            return not private
+        pages = slot.pages_of(gfns)
+        allocated = slot.private.page_map.count(pages)
+        return allocated == (len(gfns) if private else 0)

@@ -1,0 +1,111 @@
+"""Who owns which private frame: what the RMP (SEV-SNP) and the PAMT (TDX) are to hardware.
+
+A private frame belongs to one guest frame of one VM, until it is unmapped there. Whoever tries to map it a second time
+is refused, and that is counted: in this system it cannot happen unless the store breaks its promise, which is exactly
+what such a table is for, since a confidential guest does not believe the host's software.
+
+The table is as sparse as memory: frames lie in extents of 1 GiB (memfs/guest/frames.py), and an extent's owners are one
+array. There is one table for each memfs; VMs on the same one that are simulated in one process share it.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from kvmsim.mmu.pte import PFN_MASK, Ptes
+from memfs.units import ORDER_1G, PAGE_SHIFT, GfnRange, Pfn
+
+_EXTENT: Final = 1 << ORDER_1G
+_VM_SHIFT: Final = 48  # an owner is vm << 48 | gfn; 0 is nobody, since VMs count from 1
+MAX_VMS: Final = 1 << 15
+
+
+class OwnershipViolation(Exception):
+    """A private frame was about to be mapped that belongs to somebody else."""
+
+
+class OwnershipTable:
+    """Owners of private frames.
+
+    >>> from memfs.units import Gfn
+    >>> table = OwnershipTable()
+    >>> vm, other = table.new_vm(), table.new_vm()
+    >>> table.assign(vm, GfnRange(Gfn(0), Gfn(4)), Pfn(100))
+    >>> table.assign(other, GfnRange(Gfn(0), Gfn(1)), Pfn(102))
+    Traceback (most recent call last):
+    kvmsim.mmu.ownership.OwnershipViolation: frame 0x66 belongs to gfn 0x2 of VM 1
+    """
+
+    def __init__(self) -> None:
+        self._extents: dict[int, npt.NDArray[np.int64]] = {}
+        self._vms = 0
+        self.owned = 0  #: frames
+        self.violations = 0  #: how often somebody was refused
+
+    def new_vm(self) -> int:
+        """A number for a VM, never used again."""
+        self._vms += 1
+        assert self._vms < MAX_VMS
+        return self._vms
+
+    def assign(self, vm: int, gfns: GfnRange, pfn: Pfn) -> None:
+        """Neighbouring frames from `pfn` on become those of neighbouring gfns; they may be so already.
+
+        Raises OwnershipViolation, changing nothing.
+        """
+        pieces = self._pieces(pfn, len(gfns))
+        for owners, done in pieces:
+            wanted = self._wanted(vm, gfns, done, len(owners))
+            foreign = np.flatnonzero((owners != 0) & (owners != wanted))
+            if len(foreign):
+                self.violations += 1
+                owner = int(owners[foreign[0]])
+                raise OwnershipViolation(
+                    f"frame {pfn + done + int(foreign[0]):#x} belongs to "
+                    f"gfn {owner & ((1 << _VM_SHIFT) - 1):#x} of VM {owner >> _VM_SHIFT}"
+                )
+        for owners, done in pieces:
+            self.owned += len(owners) - int(np.count_nonzero(owners))
+            owners[:] = self._wanted(vm, gfns, done, len(owners))
+
+    def release(self, ptes: Ptes, pages: int) -> None:
+        """The frames of private leaves, each of `pages` frames, are nobody's any more."""
+        pfns = (ptes & PFN_MASK) >> PAGE_SHIFT
+        if pages > 1:
+            pfns = (pfns[:, None] + np.arange(pages)).ravel()
+        self.release_frames(pfns)
+
+    def release_frames(self, pfns: npt.NDArray[np.int64]) -> None:
+        """Frames are nobody's any more."""
+        extents = pfns >> ORDER_1G
+        for number in np.unique(extents).tolist():
+            owners = self._extents[number]
+            within = pfns[extents == number] & (_EXTENT - 1)
+            self.owned -= int(np.count_nonzero(owners[within]))
+            owners[within] = 0
+
+    def owner(self, pfn: Pfn) -> tuple[int, int] | None:
+        """The (VM, gfn) that a frame belongs to."""
+        number, within = divmod(pfn, _EXTENT)
+        owner = int(self._extents[number][within]) if number in self._extents else 0
+        return (owner >> _VM_SHIFT, owner & ((1 << _VM_SHIFT) - 1)) if owner else None
+
+    @staticmethod
+    def _wanted(vm: int, gfns: GfnRange, done: int, count: int) -> npt.NDArray[np.int64]:
+        first = (vm << _VM_SHIFT) + gfns.start + done
+        return np.arange(first, first + count, dtype=np.int64)
+
+    def _pieces(self, pfn: int, count: int) -> list[tuple[npt.NDArray[np.int64], int]]:
+        """Views of the owners of neighbouring frames, one an extent, each with how many frames come before it."""
+        pieces, done = [], 0
+        while done < count:
+            number, within = divmod(pfn + done, _EXTENT)
+            if number not in self._extents:
+                self._extents[number] = np.zeros(_EXTENT, np.int64)
+            owners = self._extents[number][within : within + count - done]
+            pieces.append((owners, done))
+            done += len(owners)
+        return pieces

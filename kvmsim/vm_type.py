@@ -1,0 +1,49 @@
+"""How a guest says that it means private memory: the one thing in which confidential VMs differ here.
+
+default     not at all; such a VM has no private memory
+TDX         by an address bit: with the shared bit of the gpa clear, an access is private. It is bit 47 of a guest
+            with 48 address bits and bit 51 of one with 52, and no part of the gfn
+SNP         by the C-bit of the guest's own page tables, which the processor takes off before KVM sees the gpa: an
+            attribute of the access
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+
+from memfs.units import Gpa
+
+
+class VmType(enum.Enum):
+    """A kind of VM; the value is the shared bit of a gpa, or what else it is."""
+
+    DEFAULT = "default"
+    TDX_48 = 47
+    TDX_52 = 51
+    SNP = "snp"
+
+    @property
+    def has_private_memory(self) -> bool:
+        return self is not VmType.DEFAULT
+
+    @property
+    def shared_bit(self) -> int:
+        """The mask of the shared bit; 0 if there is none."""
+        return 1 << self.value if isinstance(self.value, int) else 0
+
+    def decode(self, gpa: Gpa, *, encrypted: bool = False) -> tuple[Gpa, bool]:
+        """The gpa without the shared bit, and whether the access is private.
+
+        `encrypted` is the attribute that only SNP has. Raises OSError(EFAULT) if another type's guest claims it.
+
+        >>> VmType.TDX_48.decode(Gpa(1 << 47 | 0x1000))
+        (4096, False)
+        >>> VmType.TDX_48.decode(Gpa(0x1000))
+        (4096, True)
+        """
+        if encrypted and self is not VmType.SNP:
+            raise OSError(errno.EFAULT, "only an SNP guest has the C-bit")
+        if self.shared_bit:
+            return Gpa(gpa & ~self.shared_bit), not gpa & self.shared_bit
+        return gpa, encrypted
