@@ -68,10 +68,11 @@ class OpenFile:
 class OpenDirectory:
     """An open directory: the names it had when reading began, so that change does not disturb the reader."""
 
-    __slots__ = ("_names", "inode")
+    __slots__ = ("_names", "flags", "inode")
 
-    def __init__(self, inode: Directory) -> None:
+    def __init__(self, inode: Directory, flags: int) -> None:
         self.inode: Final = inode
+        self.flags: Final = flags  #: O_* as given to open(2)
         self._names: list[tuple[int, bytes]] | None = None
 
     def entries_after(self, cookie: int) -> Iterator[tuple[int, bytes, Entry]]:
@@ -128,9 +129,9 @@ class Handles:
         # A writable mapping of the page cache would look as if it had been written.
         return Access.DIRECT if flags & os.O_DIRECT or (writes and file.seals & seals.NO_WRITES) else Access.CACHED
 
-    def open_directory(self, inode: Directory) -> Fh:
+    def open_directory(self, inode: Directory, flags: int) -> Fh:
         """A handle for an opendir(3)."""
-        return self._add(inode, OpenDirectory(inode))
+        return self._add(inode, OpenDirectory(inode, flags))
 
     def file(self, fh: int) -> OpenFile:
         """The open file behind a number."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import functools
 import logging
+import os
 import stat
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Final, ParamSpec, TypeVar
@@ -156,13 +157,10 @@ class Operations(pyfuse3.Operations):
     # -- directories ------------------------------------------------------------------------------------------------
 
     @_translated
-    async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
-        return FileHandleT(self._handles.open_directory(self._tree.directory(inode)))
-
-    @_translated
     async def readdir(self, fh: FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         handle = self._handles.directory(fh)
-        self._accessed(handle.inode)
+        if not handle.flags & os.O_NOATIME:
+            self._accessed(handle.inode)
         for cookie, name, inode in (
             (DOT_COOKIE, b".", handle.inode),
             (DOTDOT_COOKIE, b"..", handle.inode.parent),
@@ -174,10 +172,6 @@ class Operations(pyfuse3.Operations):
             if not pyfuse3.readdir_reply(token, FileNameT(name), _attributes_of(entry.inode), cookie):
                 return
             entry.inode.nlookup += 1
-
-    @_translated
-    async def releasedir(self, fh: FileHandleT) -> None:
-        self._handles.release(fh)
 
     # -- regular files ----------------------------------------------------------------------------------------------
 

@@ -66,6 +66,8 @@ class Names:
             Opcode.TMPFILE: self._tmpfile,
             Opcode.OPEN: self._open,
             Opcode.RELEASE: self._release,
+            Opcode.OPENDIR: self._opendir,
+            Opcode.RELEASEDIR: self._release,
         }
 
     def _lookup(self, request: Request) -> bytes:
@@ -152,6 +154,11 @@ class Names:
         keep = not inode.file.was_owned
         inode.file.was_owned = inode.file.owner is not None
         return OPEN_OUT.pack(fh, FOPEN_KEEP_CACHE if keep else 0, 0)
+
+    def _opendir(self, request: Request) -> bytes:
+        flags, _ = unpack(OPEN_IN, request.body)
+        fh = self._handles.open_directory(self._tree.directory(request.nodeid), flags)
+        return reply(request.unique, OPEN_OUT.pack(fh, 0, 0))
 
     def _release(self, request: Request) -> bytes:
         fh, *_ = unpack(RELEASE_IN, request.body)

@@ -34,6 +34,8 @@ class Opcode(enum.IntEnum):
     GETXATTR = 22
     FLUSH = 25
     INIT = 26
+    OPENDIR = 27
+    RELEASEDIR = 29
     CREATE = 35
     INTERRUPT = 36
     DESTROY = 38
