@@ -102,15 +102,16 @@ class Inode:
         if self.xattrs is not None and acl.ACCESS in self.xattrs:
             self.xattrs[acl.ACCESS] = acl.after_chmod(self.xattrs[acl.ACCESS], mode)
 
-    def kill_suidgid(self) -> None:
+    def kill_suidgid(self, *, in_group: bool) -> None:
         """Somebody without CAP_FSETID changed content, or anybody the owner (FUSE_HANDLE_KILLPRIV_V2, linux/fuse.h).
 
-        As the VFS does: drop setuid, setgid if the group may execute, and file capabilities.
+        As the VFS does: drop setuid and file capabilities, and setgid if the group may execute or if whoever did it is
+        not `in_group` (setattr_should_drop_suidgid()).
         """
         if self.is_dir:
             return
         self.mode &= ~stat.S_ISUID
-        if self.mode & stat.S_IXGRP:
+        if self.mode & stat.S_IXGRP or not in_group:
             self.mode &= ~stat.S_ISGID
         if self.xattrs is not None:
             self.xattrs.pop(_CAPABILITY, None)

@@ -20,6 +20,7 @@ from collections.abc import Coroutine
 from typing import Any, Final
 
 from memfs.attributes import Attributes
+from memfs.fuse.caller import in_group_or_capable
 from memfs.fuse.channel import Handler
 from memfs.fuse.wire import (
     BATCH_FORGET_IN,
@@ -130,7 +131,7 @@ class Names:
         flags, open_flags = unpack(OPEN_IN, request.body)
         inode = self._tree.regular(request.nodeid)
         if open_flags & FUSE_OPEN_KILL_SUIDGID:
-            inode.kill_suidgid()
+            inode.kill_suidgid(in_group=in_group_or_capable(request, inode.gid))
         if flags & os.O_TRUNC:
             return self._truncate_and_open(request.unique, inode, flags)
         return reply(request.unique, self._opened(inode, flags))

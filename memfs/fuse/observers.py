@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
+from memfs.fuse.caller import in_group_or_capable
 from memfs.fuse.channel import Amendment, Observer
 from memfs.fuse.passthrough import Passthrough
 from memfs.fuse.wire import (
@@ -75,9 +76,13 @@ class Observers:
     def _setattr(self, request: Request) -> None:
         (valid,) = unpack(SETATTR_VALID, request.body)
         if valid & FATTR_KILL_SUIDGID or not valid & ~_FATTR_FH_AND_LOCKOWNER:
-            self._tree.inode(request.nodeid).kill_suidgid()
+            self._kill_suidgid(request)
 
     def _write(self, request: Request) -> None:
         _, _, _, write_flags, *_ = unpack(WRITE_IN, request.body)
         if write_flags & FUSE_WRITE_KILL_SUIDGID:
-            self._tree.inode(request.nodeid).kill_suidgid()
+            self._kill_suidgid(request)
+
+    def _kill_suidgid(self, request: Request) -> None:
+        inode = self._tree.inode(request.nodeid)
+        inode.kill_suidgid(in_group=in_group_or_capable(request, inode.gid))

@@ -1,0 +1,57 @@
+"""What comes goes again: after thousands of files the daemon has the memory, descriptors and pages it began with."""
+
+from __future__ import annotations
+
+import gc
+import os
+from pathlib import Path
+
+import pytest
+
+from .conftest import Memfs
+
+ROUNDS = int(os.environ.get("MEMFS_LEAK_ROUNDS", "6000"))  # a million in the long run
+ALLOWED = 4 << 20  # bytes that the daemon's memory may grow by: an allocator's slack, not a file's worth each
+
+
+def resident(pid: int) -> int:
+    """Private memory of a process, in bytes (proc_pid_status(5))."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:")) << 10
+
+
+def churn(directory: Path, rounds: int) -> None:
+    for number in range(rounds):
+        path = directory / str(number % 50)
+        fd = os.open(path, os.O_CREAT | os.O_RDWR)
+        os.write(fd, b"content")
+        os.setxattr(fd, "user.a", b"value")
+        os.close(fd)
+        os.link(path, directory / "link")
+        os.rename(directory / "link", directory / "renamed")
+        os.close(os.open(path, os.O_RDONLY))
+        os.unlink(directory / "renamed")
+        os.unlink(path)
+        if number % 10 == 0:
+            os.mkdir(path)
+            os.setxattr(path, "user.memfs.default_seals", b"guest")
+            (path / "sealed").touch()
+            os.unlink(path / "sealed")
+            os.rmdir(path)
+
+
+@pytest.mark.timeout(3600)
+def test_nothing_is_left_of_files_that_are_gone(memfs: Memfs) -> None:
+    descriptors = Path(f"/proc/{memfs.process.pid}/fd")
+    churn(memfs.path, 1000)  # what is allocated once
+    before = resident(memfs.process.pid), len(list(descriptors.iterdir()))
+    usage = os.statvfs(memfs.path)
+    churn(memfs.path, ROUNDS)
+    gc.collect()
+    after = resident(memfs.process.pid), len(list(descriptors.iterdir()))
+    assert after[1] == before[1]
+    assert after[0] - before[0] < ALLOWED
+    now = os.statvfs(memfs.path)
+    assert (now.f_bfree, now.f_ffree) == (usage.f_bfree, usage.f_ffree)
+    # The tmpfs that files lie on has none of them left either: only its root.
+    assert now.f_files - now.f_ffree == 1
