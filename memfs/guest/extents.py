@@ -9,20 +9,26 @@ from collections.abc import Iterator
 from memfs.units import ByteOffset, PageRange, page_offset
 
 
-def data_pages(fd: int, pages: PageRange) -> Iterator[PageRange]:
-    """The parts of a range that hold data, by SEEK_DATA and SEEK_HOLE (lseek(2)); nothing is touched or allocated.
+def data_extents(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """The parts of [start, end) bytes that hold data, by SEEK_DATA and SEEK_HOLE (lseek(2)), as (start, end) in bytes.
 
     On tmpfs, pages that were allocated and never written count as holes.
     """
-    position, end = pages.offset, page_offset(pages.end)
+    position = start
     while position < end:
         try:
-            start = os.lseek(fd, position, os.SEEK_DATA)
+            data = os.lseek(fd, position, os.SEEK_DATA)
         except OSError as error:
             if error.errno == errno.ENXIO:  # no data from here on
                 return
             raise
-        if start >= end:
+        if data >= end:
             return
-        position = ByteOffset(min(os.lseek(fd, start, os.SEEK_HOLE), end))
-        yield PageRange.covering(ByteOffset(start), position - start)
+        position = min(os.lseek(fd, data, os.SEEK_HOLE), end)
+        yield data, position
+
+
+def data_pages(fd: int, pages: PageRange) -> Iterator[PageRange]:
+    """The parts of a range of pages that hold data."""
+    for start, end in data_extents(fd, pages.offset, page_offset(pages.end)):
+        yield PageRange.covering(ByteOffset(start), end - start)

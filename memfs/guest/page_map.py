@@ -22,7 +22,6 @@ do everything); SEEK_DATA on the backing file (a system call for each look-up, a
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import mmap
 import os
@@ -33,6 +32,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from memfs.guest.extents import data_extents
 from memfs.units import PAGE_SHIFT, PAGE_SIZE, PageIndex, PageRange
 
 ABSENT: Final = 0
@@ -51,22 +51,12 @@ _Bytes = npt.NDArray[np.uint8]
 
 
 def _extents(fd: int, pages: PageRange) -> Iterator[PageRange]:
-    """The parts of a range in which the object has data at all, by SEEK_DATA and SEEK_HOLE (lseek(2))."""
+    """The parts of a range in which the object has data at all; a short range as a whole."""
     if len(pages) < _SPARSE_FROM:
         yield pages
         return
-    position, end = _HEADER_BYTES + pages.start, _HEADER_BYTES + pages.end
-    while position < end:
-        try:
-            position = os.lseek(fd, position, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:  # no data from here on
-                return
-            raise
-        hole = min(os.lseek(fd, position, os.SEEK_HOLE), end)
-        if position < end:
-            yield PageRange(PageIndex(position - _HEADER_BYTES), PageIndex(hole - _HEADER_BYTES))
-        position = hole
+    for start, end in data_extents(fd, _HEADER_BYTES + pages.start, _HEADER_BYTES + pages.end):
+        yield PageRange(PageIndex(start - _HEADER_BYTES), PageIndex(end - _HEADER_BYTES))
 
 
 class PageMapView:
