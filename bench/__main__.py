@@ -98,21 +98,27 @@ def main() -> None:
     progress = Console(stderr=True)
     with tempfile.TemporaryDirectory(prefix="memfs-bench-") as directory:
         run = Run(Path(directory), repetitions=3 if options.quick else 7, quick=options.quick, only=only)
+        failed = []
         try:
             for module in modules.values():
-                for row in module(run):
-                    progress.print(f"{row.name}, {row.placement}: {_number(row.median)} {row.unit}", highlight=False)
-                    rows.append(row)
-        except BenchError as error:
-            sys.exit(f"bench: {error}")
+                try:
+                    for row in module(run):
+                        progress.print(
+                            f"{row.name}, {row.placement}: {_number(row.median)} {row.unit}", highlight=False
+                        )
+                        rows.append(row)
+                except BenchError as error:  # what has been measured is worth having
+                    failed.append(str(error))
         finally:
             remove_client()
-    if not rows:
+    if not rows and not failed:
         sys.exit(f"bench: nothing is called {options.only}; modules are {', '.join(_modules())}")
     conditions = _conditions()
     _print(rows, conditions)
     OUT.mkdir(exist_ok=True)
     (OUT / "bench.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    if failed:
+        sys.exit("\n".join(f"bench: {error}" for error in failed))
 
 
 if __name__ == "__main__":

@@ -86,9 +86,9 @@ class Actor:
 
     def lseek(self, slot: int, offset: int, whence: int) -> int:
         fd = self._fd(slot)
-        found = os.lseek(fd, offset, whence)
-        # Where a directory ends is the filesystem's own business: telldir(3) values are opaque.
-        return found if not stat.S_ISDIR(os.fstat(fd).st_mode) else 0
+        if stat.S_ISDIR(os.fstat(fd).st_mode):  # positions are the filesystem's own business there, but for the first
+            return os.lseek(fd, 0, os.SEEK_SET)
+        return os.lseek(fd, offset, whence)
 
     def ftruncate(self, slot: int, size: int) -> None:
         os.ftruncate(self._fd(slot), size)

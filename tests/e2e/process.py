@@ -1,13 +1,21 @@
-"""Starting an actor.py as somebody, and having it do things."""
+"""Starting an actor.py as somebody and having it do things, and mounting a memfs and a tmpfs for it to do them on."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import pickle
 import struct
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import pytest
+
+from .conftest import run, start_memfs
 
 #: uid, gid and further groups of those who act
 USERS = {"root": (0, 0), "alice": (12001, 12001, 13000), "bob": (12002, 12002)}
@@ -36,3 +44,27 @@ class Process:
     def end(self) -> None:
         """It ends when nobody asks any more."""
         self._process.communicate()
+
+
+@contextlib.contextmanager
+def mounted_alike(options: str, mode: str) -> Iterator[tuple[Path, Path]]:
+    """A memfs, with one option of its own, and a tmpfs. Both where all users get to, unlike pytest's."""
+    if os.geteuid() != 0:
+        pytest.skip("mounts a tmpfs and acts as several users, so it needs root")
+    with tempfile.TemporaryDirectory(prefix="memfs-test-") as name:
+        directory = Path(name)
+        directory.chmod(0o755)
+        beside = directory / "tmpfs"
+        beside.mkdir()
+        mounted = run("mount", "-t", "tmpfs", "-o", options, "tmpfs", beside)
+        if mounted.returncode:
+            pytest.skip(f"cannot mount a tmpfs to compare with: {mounted.stderr.strip()}")
+        try:
+            memfs = start_memfs(directory, f"{options},allow_other,suid,dev,{mode}")
+            try:
+                yield memfs.path, beside
+                memfs.stop()
+            finally:
+                memfs.kill()
+        finally:
+            run("umount", "--lazy", beside)
