@@ -72,6 +72,12 @@ def _parser() -> argparse.ArgumentParser:
         "(default: the lower three quarters of the pages that the trace uses)",
     )
     run.add_argument("--no-map-on-fallocate", action="store_true", help="map private memory on faults only")
+    run.add_argument(
+        "--granule",
+        choices=["4k", "64k", "2m"],
+        default="4k",
+        help="how far around a page that is converted empty neighbours are converted as well (default: 4k)",
+    )
     run.add_argument("--socket", metavar="PATH", help="memfs's socket (default: asked of the file)")
     run.add_argument("--duration", metavar="SECONDS", type=float, default=0, help="repeat the trace for so long")
     run.add_argument("--picture", action="store_true", help="draw guest memory before and after")
@@ -100,7 +106,7 @@ def _run(options: argparse.Namespace) -> None:
         raise CommandError(f"--mem {options.mem} is too small: the trace uses {trace.memory_size >> 10} KiB")
     private = _ranges(options.private_ranges) if options.private_ranges else _default_private(trace)
     socket_path = options.socket or _socket_of(options.shared)
-    with open_memory(options.shared, options.private, size) as vmm:
+    with open_memory(options.shared, options.private, size, parse_size(options.granule)) as vmm:
         trio.run(_simulate, options, vmm, trace, private, socket_path, restrict_keyboard_interrupt_to_checkpoints=True)
 
 
@@ -110,7 +116,7 @@ async def _simulate(
     console = Console(highlight=False, soft_wrap=True)
     eager = not options.no_map_on_fallocate
     async with create_vm(socket_path, name=f"kvmsim-{os.getpid()}", map_on_fallocate=eager) as vm:
-        await vm.set_user_memory_region(vmm.region)
+        await vmm.add_memory(vm)
         if options.verbose:
             vm.listeners.append(_printer(console))
         engine = TraceEngine(vm, trace, private, repeat_for=options.duration)
@@ -183,6 +189,7 @@ def _report(
         "conversions": f"{vmm.conversions['private']:,} to private, {vmm.conversions['shared']:,} to shared",
         "notifications": f"{heard.invalidate_begin:,} invalidate begin, {heard.invalidate_end:,} end, "
         f"{heard.fallocate:,} fallocate",
+        "TLB": f"{vcpu.tlb.hits:,} hits, {vcpu.tlb.misses:,} misses, {vcpu.tlb.flushes:,} flushes",
         "mapped pages": f"{vm.mmu.table.count(everything, private=True):,} private, "
         f"{vm.mmu.table.count(everything, private=False):,} shared, in {vm.mmu.table.nr_tables} tables",
         "integrity": "every byte was as stored" if failure is None else f"FAILED: {failure}",

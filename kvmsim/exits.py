@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Final
 
 from kvmsim.uapi import (
     KVM_EXIT_HLT,
+    KVM_EXIT_HYPERCALL,
     KVM_EXIT_MEM_MAP_PRIVATE,
     KVM_EXIT_MEMORY_ERROR,
+    KVM_EXIT_MEMORY_FAULT,
     KVM_EXIT_MMIO,
+    KVM_MEMORY_EXIT_FLAG_PRIVATE,
 )
 from memfs.units import Gpa
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryFaultExit:
+    """KVM_EXIT_MEMORY_FAULT: mainline's word for a MemoryErrorExit (KVM_RUN then returns -1 with EFAULT).
+
+    `flags`: KVM_MEMORY_EXIT_FLAG_PRIVATE if the access was private, so that the memory is to become so.
+    """
+
+    reason: ClassVar[int] = KVM_EXIT_MEMORY_FAULT
+    name: ClassVar[str] = "MEMORY_FAULT"
+    flags: int
+    gpa: Gpa
+    size: int  #: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,16 +45,34 @@ class MemoryErrorExit:
         """For people."""
         return "MAP_PRIVATE" if self.type == KVM_EXIT_MEM_MAP_PRIVATE else "MAP_SHARED"
 
+    @property
+    def memory_fault(self) -> MemoryFaultExit:
+        """The same exit for a VMM that knows mainline's only."""
+        private = self.type == KVM_EXIT_MEM_MAP_PRIVATE
+        return MemoryFaultExit(KVM_MEMORY_EXIT_FLAG_PRIVATE if private else 0, self.gpa, self.size)
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True)
 class MmioExit:
-    """KVM_EXIT_MMIO: no memory there, or a write to a read-only slot."""
+    """KVM_EXIT_MMIO: no memory there, or a write to a read-only slot. For a read, the VMM fills in `data`."""
 
     reason: ClassVar[int] = KVM_EXIT_MMIO
     name: ClassVar[str] = "MMIO"
     gpa: Gpa
     size: int  #: bytes
     is_write: bool
+    data: bytes = field(default=b"", compare=False)
+
+
+@dataclass(slots=True)
+class HypercallExit:
+    """KVM_EXIT_HYPERCALL: the guest called; the VMM fills in `ret` before it runs the vCPU again."""
+
+    reason: ClassVar[int] = KVM_EXIT_HYPERCALL
+    name: ClassVar[str] = "HYPERCALL"
+    nr: int  #: KVM_HC_*
+    args: tuple[int, ...]
+    ret: int = field(default=0, compare=False)  #: 0, or minus an errno
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +83,6 @@ class HaltExit:
     name: ClassVar[str] = "HLT"
 
 
-Exit = MemoryErrorExit | MmioExit | HaltExit
+Exit = MemoryErrorExit | MmioExit | HypercallExit | HaltExit
 
 HALT: Final = HaltExit()

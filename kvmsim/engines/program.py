@@ -1,0 +1,152 @@
+"""An engine for guests that are written in Python: a generator that yields what the guest does.
+
+    def guest():
+        yield Store(Gpa(0x1000), b"hello", encrypted=True)
+        yield convert(Gpa(0x1000), 1, to_private=False)
+        assert (yield Load(Gpa(0x1000), 5)) == bytes(5)
+
+A trace says what a program did; this says what a guest does about what it finds, which tests of conversions need. An
+access goes through TLB, page table and fault path like any other, a page at a time, and is made again after an exit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import trio
+
+from kvmsim.exits import HALT, Exit, HypercallExit, MmioExit
+from kvmsim.mmu.fault import Access
+from kvmsim.mmu.pte import PTE_A, PTE_D, PTE_W, is_private, pte_pfn
+from kvmsim.uapi import KVM_HC_MAP_GPA_RANGE, KVM_MAP_GPA_RANGE_ENCRYPTED
+from kvmsim.vcpu import VCPU
+from memfs.units import PAGE_SIZE, Gpa, gfn_to_gpa, offset_in_page
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Read `size` bytes; they are the value of the yield. `encrypted`: the C-bit of an SNP guest's page table."""
+
+    gpa: Gpa
+    size: int
+    encrypted: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """Write bytes."""
+
+    gpa: Gpa
+    data: bytes
+    encrypted: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Hypercall:
+    """Call the hypervisor; the value of the yield is what it returned."""
+
+    nr: int
+    args: tuple[int, ...]
+
+
+Operation = Load | Store | Hypercall
+Program = Generator[Operation, Any, None]
+
+
+def convert(gpa: Gpa, pages: int, *, to_private: bool) -> Hypercall:
+    """The hypercall that asks for a conversion (KVM_HC_MAP_GPA_RANGE)."""
+    return Hypercall(KVM_HC_MAP_GPA_RANGE, (gpa, pages, KVM_MAP_GPA_RANGE_ENCRYPTED if to_private else 0))
+
+
+@dataclass(frozen=True, slots=True)
+class _Translation:
+    pte: int
+    private: bool
+
+
+class ProgramEngine:
+    """Runs one program."""
+
+    def __init__(self, program: Program) -> None:
+        self._program: Final = program
+        self._operation: Operation | None = None
+        self._exit: Exit | None = None  # which the VMM is answering
+        self._done = bytearray()  # of the current load or store
+        self._started = False
+
+    async def run(self, vcpu: VCPU) -> Exit:
+        """Go on until an exit. Raises what the program raises."""
+        value: Any = None
+        if isinstance(self._exit, HypercallExit):
+            value, self._operation = self._exit.ret, None
+        elif isinstance(self._exit, MmioExit):
+            value = self._after_mmio(self._exit)
+        self._exit = None
+        while True:
+            if self._operation is None:
+                try:
+                    self._operation = self._program.send(value if self._started else None)
+                except StopIteration:
+                    return HALT
+                self._started, value = True, None
+                self._done.clear()
+            self._exit = await self._step(vcpu, self._operation)
+            if self._exit is not None:
+                return self._exit
+            if not isinstance(self._operation, Hypercall) and len(self._done) == _size(self._operation):
+                value, self._operation = bytes(self._done) if isinstance(self._operation, Load) else None, None
+            await trio.lowlevel.checkpoint()
+
+    async def _step(self, vcpu: VCPU, operation: Operation) -> Exit | None:
+        """Do the next page of an operation; None: go on."""
+        if isinstance(operation, Hypercall):
+            return HypercallExit(operation.nr, operation.args)
+        gpa = Gpa(operation.gpa + len(self._done))
+        size = min(_size(operation) - len(self._done), PAGE_SIZE - offset_in_page(gpa))
+        write = isinstance(operation, Store)
+        access = vcpu.vm.decode(gpa, write=write, encrypted=operation.encrypted)
+        pte = _walk(vcpu, access)
+        if not pte:
+            exit_ = await vcpu.vm.fault(access)
+            if isinstance(exit_, MmioExit):  # a device is told of the bytes, not of the page
+                data = operation.data[len(self._done) : len(self._done) + size] if isinstance(operation, Store) else b""
+                return MmioExit(Gpa(gfn_to_gpa(access.gfn) + offset_in_page(gpa)), size, write, data)
+            return exit_
+        file, offset = vcpu.vm.mmu.frames.locate(pte_pfn(pte))
+        at = offset + offset_in_page(gpa)
+        if isinstance(operation, Store):
+            file.memory[at : at + size] = operation.data[len(self._done) : len(self._done) + size]
+        self._done += bytes(file.memory[at : at + size])
+        return None
+
+    def _after_mmio(self, exit_: MmioExit) -> bytes | None:
+        """The device has answered: that part of the access is done. The value, if all of it is."""
+        assert self._operation is not None
+        assert not isinstance(self._operation, Hypercall)
+        self._done += exit_.data[: exit_.size].ljust(exit_.size, b"\xff")  # as a bus on which nobody answers
+        if len(self._done) < _size(self._operation):
+            return None
+        is_load, self._operation = isinstance(self._operation, Load), None
+        return bytes(self._done) if is_load else None
+
+
+def _size(operation: Load | Store) -> int:
+    return operation.size if isinstance(operation, Load) else len(operation.data)
+
+
+def _walk(vcpu: VCPU, access: Access) -> int:
+    """The PTE that allows an access, from the TLB or the page table; 0: a fault."""
+    cached = vcpu.tlb.entries.get(access.gfn)
+    if cached is not None and cached.private == access.private and (not access.write or cached.pte & PTE_D):
+        vcpu.tlb.hits += 1
+        return int(cached.pte)
+    table = vcpu.vm.mmu.table
+    pte = table.lookup(access.gfn)
+    if not pte or is_private(pte) != access.private or (access.write and not pte & PTE_W):
+        return 0
+    table.set_flags(access.gfn, PTE_A | (PTE_D if access.write else 0))
+    pte = table.lookup(access.gfn)
+    vcpu.tlb.fill(access.gfn, _Translation(pte, access.private))
+    return pte
