@@ -210,28 +210,34 @@ def _raise_descriptor_limit() -> None:
 
 @contextlib.contextmanager
 def _listener(path: str) -> Iterator[trio.socket.SocketType]:
-    """Listen on a socket that only its owner may connect to, and remove it in the end.
-
-    A socket that nobody listens on is what a killed daemon left, and is replaced. Raises MountError.
-    """
+    """Listen on a socket that only its owner may connect to, and remove it in the end. Raises MountError."""
     try:
-        os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
-        _remove_stale(path)
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with sock:
-            mask = os.umask(0o177)
-            try:
-                sock.bind(path)
-            finally:
-                os.umask(mask)
-            sock.listen(_BACKLOG)
-            try:
-                yield trio.socket.from_stdlib_socket(sock.dup())
-            finally:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(path)
+        listener = _listen(path)
     except OSError as error:
         raise MountError(f"cannot listen on {path}: {error.strerror or error}") from error
+    try:
+        yield listener
+    finally:
+        listener.close()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+def _listen(path: str) -> trio.socket.SocketType:
+    """A listening socket. One that nobody listens on is what a killed daemon left, and is replaced. Raises OSError."""
+    os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
+    _remove_stale(path)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    mask = os.umask(0o177)
+    try:
+        sock.bind(path)
+        sock.listen(_BACKLOG)
+    except OSError:
+        sock.close()
+        raise
+    finally:
+        os.umask(mask)
+    return trio.socket.from_stdlib_socket(sock)
 
 
 def _remove_stale(path: str) -> None:

@@ -16,7 +16,6 @@ _libc = ctypes.CDLL(None, use_errno=True)
 # linux/falloc.h
 FALLOC_FL_KEEP_SIZE: Final = 0x01
 FALLOC_FL_PUNCH_HOLE: Final = 0x02
-FALLOC_FL_ZERO_RANGE: Final = 0x10
 
 # linux/mount.h
 MS_RDONLY: Final = 1

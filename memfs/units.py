@@ -16,7 +16,6 @@ from typing import Final, Generic, NewType, Self, TypeVar
 
 PAGE_SHIFT: Final = 12
 PAGE_SIZE: Final = 1 << PAGE_SHIFT
-PAGE_MASK: Final = ~(PAGE_SIZE - 1)
 
 SECTORS_PER_PAGE: Final = PAGE_SIZE // 512  #: st_blocks counts 512 bytes
 

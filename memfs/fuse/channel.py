@@ -77,14 +77,6 @@ class Channel:
             nursery.cancel_scope.cancel()
         unmounted()
 
-    def notify(self, message: bytes) -> None:
-        """Send the kernel a notification (a reply with unique 0). One it does not know is not an error."""
-        try:
-            os.write(self._fuse, message)
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENOTDIR):
-                log.warning("the kernel refused a notification: %s", error)
-
     def close(self) -> None:
         """Close all descriptors. The kernel then aborts whatever it waits for."""
         self._ours.close()

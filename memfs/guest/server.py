@@ -48,7 +48,6 @@ from memfs.units import PAGE_SIZE
 
 log = logging.getLogger(__name__)
 
-_BACKLOG: Final = 128
 _FAREWELL: Final = 0.1  # seconds: how long we try to tell a peer that is being cut off why
 
 
