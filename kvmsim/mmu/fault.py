@@ -119,6 +119,8 @@ def _install(
                 return False  # the one page that was asked for has gone meanwhile
             continue
         part = GfnRange(Gfn(run.pages.start + shift), Gfn(run.pages.end + shift))
+        if not mmu.is_uniform(slot, part, private=private):
+            return False  # converted, and the store has not come to telling us
         mmu.frames.learn(file, run)
         if len(part) > 1:
             order = ORDER_4K if slot.logs_dirty else run.order

@@ -51,7 +51,10 @@ class Mmu:
             self.ownership.assign(self.vm, gfns, pfn)
         if write:
             self.mark_dirty(slot, gfns)
+        before = self.table.mapped
         self.table.map_range(gfns, pfn, flags, order)
+        if self.table.mapped - before != len(gfns):
+            self.flush_tlbs(gfns)  # something else was mapped there
 
     def make_writable(self, slot: Memslot, gfn: Gfn, private: bool) -> bool:
         """Handle a store to a page that is mapped read-only, if that is all that is wrong (fast_page_fault)."""
