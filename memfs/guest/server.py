@@ -23,6 +23,7 @@ from typing import Final
 
 import trio
 
+from memfs.guest.death import is_dying
 from memfs.guest.messages import (
     VERSION,
     Ack,
@@ -48,6 +49,7 @@ from memfs.units import PAGE_SIZE
 
 log = logging.getLogger(__name__)
 
+_LOOK_INTERVAL: Final = 0.05  # seconds between two looks at the process of an owner that is being waited for
 _FAREWELL: Final = 0.1  # seconds: how long we try to tell a peer that is being cut off why
 
 
@@ -90,11 +92,13 @@ class _Session:
         self._registry: Final = registry
         self._tree: Final = tree
         self._device: Final = device
+        self._waited_for = trio.Event()  # replaced when nothing is unanswered any more
         self._owner: Final[Owner] = registry.new_owner(self._notify, self._cut_off)
 
     async def run(self) -> None:
         try:
             async with trio.open_nursery() as nursery, contextlib.aclosing(self._peer.requests()) as requests:
+                nursery.start_soon(self._end_with_process)
                 async for request in requests:
                     if isinstance(request.message, GetPfn | Register):
                         nursery.start_soon(self._answer, request)
@@ -108,6 +112,18 @@ class _Session:
         finally:
             self._peer.close()
             self._registry.end(self._owner)
+
+    async def _end_with_process(self) -> None:
+        """While the owner is being waited for, see whether it can still answer."""
+        while True:
+            await self._waited_for.wait()
+            await trio.sleep(_LOOK_INTERVAL)
+            if self._peer.protocol.unanswered == 0:
+                self._waited_for = trio.Event()
+            elif is_dying(self._pid):
+                self._registry.end(self._owner)
+                self._peer.close()
+                return
 
     async def _answer(self, request: Incoming) -> None:
         reply: Message
@@ -167,6 +183,7 @@ class _Session:
         return self._tree.regular(inode.ino)
 
     async def _notify(self, message: Notification) -> Ack:
+        self._waited_for.set()
         try:
             incoming = await self._peer.call(message)
         except PeerGone as error:

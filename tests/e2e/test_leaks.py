@@ -49,7 +49,7 @@ def test_nothing_is_left_of_files_that_are_gone(memfs: Memfs) -> None:
     churn(memfs.path, ROUNDS)
     gc.collect()
     after = resident(memfs.process.pid), len(list(descriptors.iterdir()))
-    assert after[1] == before[1]
+    assert after[1] <= before[1]
     assert after[0] - before[0] < ALLOWED
     now = os.statvfs(memfs.path)
     assert (now.f_bfree, now.f_ffree) == (usage.f_bfree, usage.f_ffree)

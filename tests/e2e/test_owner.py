@@ -222,7 +222,7 @@ trio.run(main)
     process = await trio.lowlevel.open_process([sys.executable, "-c", script], stdout=subprocess.PIPE)
     try:
         assert process.stdout is not None
-        assert await process.stdout.receive_some() == b"registered\n"
+        assert (await process.stdout.receive_some()).startswith(b"registered")
         async with trio.open_nursery() as nursery:
             # It never acknowledges, so this waits until it is dead.
             nursery.start_soon(lambda: shell("fallocate", "-l", "4K", guest_file, cwd=memfs.path))
@@ -234,6 +234,42 @@ trio.run(main)
         await process.stdout.aclose()
     async with connected(memfs.socket) as owner:
         assert isinstance(await owner.register(guest_file), Registered)
+
+
+async def test_owner_killed_inside_its_own_punch_is_gone_at_once(memfs: Memfs, guest_file: Path) -> None:
+    """A thread of it waits for an answer that only it could bring about, so that its sockets stay open."""
+    script = f"""
+import os, sys, threading, trio
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+from memfs.libc import fallocate
+from tests.e2e.owner import connected
+async def main():
+    async with connected({str(memfs.socket)!r}) as owner:
+        await owner.registered(Path({str(guest_file)!r}))
+        fd = await trio.to_thread.run_sync(os.open, {str(guest_file)!r}, os.O_RDWR)
+        await trio.to_thread.run_sync(fallocate, fd, 0, 0, 8192)
+        owner.acknowledge = trio.Event()  # never
+        owner.arrived = trio.Event()
+        threading.Thread(target=fallocate, args=(fd, 3, 0, 4096)).start()
+        await owner.arrived.wait()
+        print("asked", flush=True)
+        await trio.sleep_forever()
+trio.run(main)
+"""
+    process = await trio.lowlevel.open_process([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        assert (await process.stdout.receive_some()).startswith(b"asked")
+        process.send_signal(signal.SIGKILL)
+        async with connected(memfs.socket) as owner:
+            with trio.fail_after(3):  # less than the timeout that would end it otherwise
+                while not isinstance(await owner.register(guest_file), Registered):  # noqa: ASYNC110
+                    await trio.sleep(0.01)
+    finally:
+        process.kill()
+        await process.wait()
+        await process.stdout.aclose()
 
 
 async def test_unlinked_file_lives_until_its_owner_lets_go(memfs: Memfs) -> None:
