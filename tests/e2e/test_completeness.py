@@ -41,6 +41,7 @@ CASES: dict[str, Case] = {}
 DIFFERENT: dict[str | tuple[str, str], str] = {
     "bmap": "the kernel's FUSE has FIBMAP and answers 0; tmpfs has not",
     "chown_to_nobody": "the kernel sends what it sends for a write, so setuid is dropped; tmpfs refuses with EPERM",
+    "pipe_times": "the kernel tells no FUSE server that something went through a pipe",
     "epoll": "the kernel's FUSE can poll, so that epoll takes a regular file; tmpfs refuses it with EPERM",
     ("sigbus_when_full", "passthrough=off"): "the page cache takes what is written to a mapping and has no limit",
     ("page_tail_is_zero", "passthrough=off"): "FUSE zeroes what a mapping wrote past the end, tmpfs keeps it",
@@ -187,6 +188,17 @@ def poll(directory: Path) -> Any:
 def epoll(directory: Path) -> Any:
     with (directory / "f").open("w") as file, contextlib.closing(select.epoll()) as poller:
         return attempt(lambda: poller.register(file, select.EPOLLIN))
+
+
+@case
+def pipe_times(directory: Path) -> Any:
+    os.mkfifo(directory / "p")
+    os.utime(directory / "p", (1, 1))
+    fd = os.open(directory / "p", os.O_RDWR)
+    os.write(fd, b"through")
+    os.read(fd, 10)
+    os.close(fd)
+    return os.stat(directory / "p").st_mtime == 1
 
 
 @case
