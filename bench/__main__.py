@@ -52,8 +52,8 @@ def _conditions() -> list[str]:
     return [
         f"Linux {platform.release()}, {model}, Python {platform.python_version()}, CPUs {cpus}",
         f"Placements: {where}",
-        "The client of filesystem rows is C (bench/client.c), compiled with cc when the run began; no Python is in a loop",
-        "that is measured. Rows in process measure kvmsim itself.",
+        "The client of filesystem rows is C (bench/client.c), so that no Python is in a loop that is measured.",
+        "Rows in process measure kvmsim itself.",
         "Medians of interleaved repetitions; a ratio above 1 is better than the reference of the same run.",
     ]
 
