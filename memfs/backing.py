@@ -1,17 +1,18 @@
 """Where bytes live: a store of anonymous files with one size limit, behind a small interface.
 
-A backing gives out descriptors of empty files and says how much room there is. What is done to a file (fallocate,
-truncate, read, write) is done with ordinary system calls on its descriptor, by file.py or, with passthrough, by the
-kernel itself; the backing is asked only for room.
+A backing makes empty files, opens them and says how much room there is. What is done to a file (fallocate, truncate,
+read, write) is done with ordinary system calls on its descriptor, by file.py or, with passthrough, by the kernel
+itself; the backing is asked only for room. A file that nobody uses needs no descriptor, so there can be more files than
+descriptors: `locate` says how os.stat, os.utime and os.chmod find it.
 
-- `TmpfsBacking`: a tmpfs mounted nowhere. The kernel keeps the limit, whoever allocates, so ENOSPC is real and a
-  runaway writer cannot take the machine down. Needs CAP_SYS_ADMIN. Guest-sealed files must never be swapped (RFC patch
-  01), which a tmpfs can only promise for all its files, so they lie in a second one with `noswap`. Both share one
-  limit: what the guests' takes, the ordinary one is made smaller by, in steps, so that most allocations cost no system
-  call.
+- `TmpfsBacking`: a tmpfs mounted nowhere, with numbered files in its root. The kernel keeps the limit, whoever
+  allocates, so ENOSPC is real and a runaway writer cannot take the machine down. Needs CAP_SYS_ADMIN. Guest-sealed
+  files must never be swapped (RFC patch 01), which a tmpfs can only promise for all its files, so they lie in a second
+  one with `noswap`. Both share one limit: what the guests' takes, the ordinary one is made smaller by, in steps, so
+  that most allocations cost no system call.
 - `MemfdBacking`: memfds, which anybody may make but which have no limit of the kernel's (a fallocate of 2**62 bytes on
   one ends in the OOM killer). So whoever allocates must `reserve` first; that is exact only because then no handle
-  passes through, and every allocation goes by file.py.
+  passes through, and every allocation goes by file.py. A memfd lives by its descriptor, so each file takes one.
 
 Rejected: a directory on an existing tmpfs such as /dev/shm (others see the files and share the limit); one memfd as
 an arena for all files (a punch would not be a punch any more, and passthrough needs a file per file).
@@ -21,11 +22,13 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import ClassVar, Final, Protocol
+from typing import ClassVar, Final, NewType, Protocol
 
 from memfs.libc import mount_detached, remount_detached
 from memfs.options import MountOptions, OptionError
 from memfs.units import bytes_to_pages, pages_to_bytes
+
+Content = NewType("Content", int)  #: a backing's number for one of its files
 
 
 class Backing(Protocol):
@@ -38,8 +41,20 @@ class Backing(Protocol):
     def guest_pinned(self) -> bool:
         """Whether pages of guest-sealed files are never swapped."""
 
-    def create(self, name: str, *, guest: bool) -> int:
-        """A descriptor of a new, empty, anonymous file, open for reading and writing. `name` is for people."""
+    def create(self, number: int, *, guest: bool) -> Content:
+        """Make an empty file. Of each number (> 0) there may be one that is for a guest and one that is not."""
+
+    def open(self, content: Content) -> int:
+        """A descriptor of a file, for reading and writing. Raises OSError(EMFILE)."""
+
+    def shut(self, fd: int) -> None:
+        """Undo one `open`."""
+
+    def locate(self, content: Content) -> tuple[int | str, int | None]:
+        """What os.stat, os.utime and os.chmod take for a file: a path or a descriptor, and `dir_fd`."""
+
+    def free(self, content: Content) -> None:
+        """Remove a file. Its memory lives until its last descriptor is closed."""
 
     def reserve(self, pages: int) -> None:
         """Take room for pages of a tracked file that will be allocated. Raises OSError(ENOSPC), taking nothing."""
@@ -59,7 +74,7 @@ class Backing(Protocol):
         """Change the limit to `size` bytes. Raises OSError(EINVAL) below what is in use, changing nothing."""
 
     def close(self) -> None:
-        """Let go of everything. Files given out live until their descriptors are closed."""
+        """Let go of everything. Files live until their descriptors are closed."""
 
 
 class TmpfsBacking:
@@ -89,9 +104,25 @@ class TmpfsBacking:
     def guest_pinned(self) -> bool:
         return self._guest_pinned
 
-    def create(self, name: str, *, guest: bool) -> int:
-        root = self._guest_root if guest else self._root
-        return os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=root)
+    def create(self, number: int, *, guest: bool) -> Content:
+        content = Content(-number if guest else number)
+        path, root = self.locate(content)
+        os.mknod(path, 0o600, dir_fd=root)
+        return content
+
+    def open(self, content: Content) -> int:
+        path, root = self.locate(content)
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC, dir_fd=root)
+
+    def shut(self, fd: int) -> None:
+        os.close(fd)
+
+    def locate(self, content: Content) -> tuple[str, int]:
+        return str(content), self._guest_root if content < 0 else self._root
+
+    def free(self, content: Content) -> None:
+        path, root = self.locate(content)
+        os.unlink(path, dir_fd=root)
 
     def reserve(self, pages: int) -> None:
         used = self._guest_used + pages
@@ -163,8 +194,20 @@ class MemfdBacking:
     def guest_pinned(self) -> bool:
         return False
 
-    def create(self, name: str, *, guest: bool) -> int:
-        return os.memfd_create(f"memfs:{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    def create(self, number: int, *, guest: bool) -> Content:
+        return Content(os.memfd_create(f"memfs:{number}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+
+    def open(self, content: Content) -> int:
+        return content
+
+    def shut(self, fd: int) -> None:
+        """A memfd lives by its one descriptor."""
+
+    def locate(self, content: Content) -> tuple[int, None]:
+        return content, None
+
+    def free(self, content: Content) -> None:
+        os.close(content)
 
     def reserve(self, pages: int) -> None:
         if self._used + pages > self._total:

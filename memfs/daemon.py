@@ -105,7 +105,7 @@ class _Memfs:
         self._registry: Final = Registry(self._tree, options.notify_timeout)
 
     def _new_file(self, ino: Ino, seals: int) -> File:
-        return File(self._backing, str(ino), seals)
+        return File(self._backing, ino, seals)
 
     async def run(self, fuse_fd: int, listener: trio.socket.SocketType, ready: Callable[[], None]) -> None:
         """Serve the mounted /dev/fuse descriptor and the socket, until either the mount or we are to end."""
@@ -199,7 +199,7 @@ class _Memfs:
 
 
 def _raise_descriptor_limit() -> None:
-    """Every file of the mount takes a descriptor here: as many as we may have, and as root as the kernel can."""
+    """Every file in use takes a descriptor here: as many as we may have, and as root as the kernel can."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = int(Path("/proc/sys/fs/nr_open").read_text())
     try:

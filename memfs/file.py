@@ -7,7 +7,10 @@ them, because with kernel passthrough they change without us. A **tracked** file
 map is the truth. Tracked are guest-sealed files (only their owner touches the backing, and only pages that the map
 shows) and all files on an accounted backing (every allocation goes through this module).
 
-`lock` is the inode lock: it serialises truncate, allocate, punch, seal and an owner's page look-ups, and is held
+A descriptor of the backing file is open while the file is **held**: by an open handle, a registration, or a change that
+is being made. Of a file that merely exists everything can be said without one.
+
+`locked` is the inode lock: it serialises truncate, allocate, punch, seal and an owner's page look-ups, and is kept
 while owners are notified, so that two changes of one file never interleave. It is held across awaits; everything
 between two awaits is atomic because the daemon has one thread. Whoever waits for it can be cancelled (a syscall
 interrupted by a signal gets EINTR), whoever has it runs to the end.
@@ -34,7 +37,7 @@ import errno
 import fcntl
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from typing import Final, Protocol
 
 import trio
@@ -58,6 +61,7 @@ from memfs.units import (
 _LONG: Final = (
     8 << 20
 )  # bytes; the kernel takes 2 ms for that. Anything longer goes to a thread, so others are answered
+_CLOSED: Final = -1
 _MAP_END: Final = PageIndex(MAX_PAGES)
 _WHOLE_MAP: Final = PageRange(PageIndex(0), _MAP_END)
 
@@ -78,16 +82,18 @@ class GuestOps(Protocol):
 class File:
     """A regular file. Sizes and offsets are bytes; ranges are pages. All methods raise OSError as the kernel would.
 
-    `name` is for people (it shows in /proc/PID/fd of the daemon); `born_with` are seals (F_SEAL_* bits).
+    `number` is the file's for ever, and no other's on that backing; `born_with` are seals (F_SEAL_* bits).
     """
 
     __slots__ = (
         "_backing",
+        "_content",
+        "_holds",
+        "_lock",
         "backing_number",
         "fd",
-        "lock",
         "mappable_opens",
-        "name",
+        "number",
         "owner",
         "page_map",
         "seals",
@@ -95,18 +101,20 @@ class File:
         "writable_opens",
     )
 
-    def __init__(self, backing: Backing, name: str, born_with: int = 0) -> None:
+    def __init__(self, backing: Backing, number: int, born_with: int = 0) -> None:
         self._backing: Final = backing
-        self.name: Final = name
+        self.number: Final = number
         self.seals = born_with
-        self.fd = backing.create(name, guest=self.guest)
+        self.fd = _CLOSED  #: of the backing file, while the file is held
+        self._holds = 0
+        self._lock: trio.Lock | None = None  # most files never need one
+        self._content = backing.create(number, guest=self.guest)
         try:
             self._seal_backing()
-            self.page_map = PageMap(name) if backing.accounted or self.guest else None
+            self.page_map = PageMap(str(number)) if backing.accounted or self.guest else None
         except OSError:
-            os.close(self.fd)
+            backing.free(self._content)
             raise
-        self.lock: Final = trio.Lock()
         #: how many open handles there are through which the file could be mapped, and how many of those can write;
         #: and the kernel's number for `fd` while they pass through. All three set by handles.py
         self.mappable_opens = 0
@@ -125,24 +133,55 @@ class File:
     @property
     def size(self) -> int:
         """The file's size in bytes."""
-        return os.fstat(self.fd).st_size
+        return self.stat().st_size
 
     @property
     def pages(self) -> int:
         """How many pages are allocated, beyond the file's size included."""
-        return os.fstat(self.fd).st_blocks // SECTORS_PER_PAGE
+        return self.stat().st_blocks // SECTORS_PER_PAGE
 
     def stat(self) -> os.stat_result:
         """Size, blocks and times, as the backing file has them. Nothing else in it is the file's."""
-        return os.fstat(self.fd)
+        path, dir_fd = self._locate()
+        return os.stat(path, dir_fd=dir_fd)
 
     def set_times(self, atime_ns: int, mtime_ns: int) -> None:
         """Set access and modification time, in nanoseconds since the epoch."""
-        os.utime(self.fd, ns=(atime_ns, mtime_ns))
+        path, dir_fd = self._locate()
+        os.utime(path, ns=(atime_ns, mtime_ns), dir_fd=dir_fd)
 
     def touch_ctime(self) -> None:
         """The inode was changed: bring the backing's ctime up to date, which is the file's."""
-        os.fchmod(self.fd, 0o600)
+        path, dir_fd = self._locate()
+        os.chmod(path, 0o600, dir_fd=dir_fd)
+
+    def _locate(self) -> tuple[int | str, int | None]:
+        return (self.fd, None) if self.fd != _CLOSED else self._backing.locate(self._content)
+
+    # -- the descriptor ---------------------------------------------------------------------------------------------
+
+    def hold(self) -> None:
+        """Keep `fd` open until `release`. Can be nested. Raises OSError(EMFILE), changing nothing."""
+        if not self._holds:
+            self.fd = self._backing.open(self._content)
+        self._holds += 1
+
+    def release(self) -> None:
+        """Undo one `hold`."""
+        self._holds -= 1
+        if not self._holds:
+            self._backing.shut(self.fd)
+            self.fd = _CLOSED
+            self._lock = None  # nobody waits for it: whoever does holds the file
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the file for a while."""
+        self.hold()
+        try:
+            yield
+        finally:
+            self.release()
 
     # -- content ----------------------------------------------------------------------------------------------------
 
@@ -195,7 +234,7 @@ class File:
 
         ENOSPC: nothing was allocated. EINVAL: guest-sealed and not page-aligned.
         """
-        async with self._locked():
+        async with self.locked():
             self._check_alignment(offset, length)
             if offset + length > self.size:
                 self._forbid(seals.F_SEAL_GROW, "allocated past its end")
@@ -211,7 +250,7 @@ class File:
 
         EINVAL: guest-sealed and not page-aligned.
         """
-        async with self._locked():
+        async with self.locked():
             self._check_alignment(offset, length)
             self._forbid(seals.NO_WRITES, "punched")
             pages = PageRange.inside(offset, length)
@@ -221,7 +260,7 @@ class File:
 
     async def truncate(self, size: int) -> None:
         """ftruncate(2), in bytes. EINVAL: guest-sealed and not page-aligned. EFBIG: larger than memfs can track."""
-        async with self._locked():
+        async with self.locked():
             self._check_alignment(ByteOffset(size), 0)
             old, first = self.size, page_ceil(ByteOffset(size))
             if size != old:
@@ -239,7 +278,7 @@ class File:
                 await self._freeing_call(lambda: os.ftruncate(self.fd, size), old - size)
 
     def present(self, pages: PageRange) -> list[tuple[PageRange, bool]]:
-        """Which pages of a range are allocated: runs in order, True for allocated. Call with `lock` held.
+        """Which pages of a range are allocated: runs in order, True for allocated. Call within `locked`.
 
         Of an untracked file, pages that were allocated and never written count as absent (as SEEK_HOLE has it).
         """
@@ -256,7 +295,7 @@ class File:
         return answer
 
     async def make_present(self, pages: PageRange) -> None:
-        """Allocate whatever is absent in a range within the file's size, all or nothing. Call with `lock` held."""
+        """Allocate whatever is absent in a range within the file's size, all or nothing. Call within `locked`."""
         with self._giving(pages):
             await _system_call(
                 lambda: fallocate(self.fd, FALLOC_FL_KEEP_SIZE, pages.offset, pages.nbytes), pages.nbytes
@@ -337,7 +376,7 @@ class File:
         EINVAL: unknown bits. EPERM: sealed against sealing. EBUSY: for the guest seal, not empty, or mappable; for a
         seal on writes, somebody holds the file open for writing in a way that we could not stop.
         """
-        async with self._locked():
+        async with self.locked():
             if bits & ~seals.SUPPORTED:
                 raise OSError(errno.EINVAL, f"seal bits {bits & ~seals.SUPPORTED:#x} are not supported")
             if self.seals & seals.F_SEAL_SEAL:
@@ -355,7 +394,8 @@ class File:
     def _seal_backing(self) -> None:
         """Let the kernel enforce what it can: a memfd can carry seals, a file of a tmpfs cannot."""
         if self._backing.accounted and self.seals & seals.OF_MEMFD:
-            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, self.seals & seals.OF_MEMFD)
+            with self.held():
+                fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, self.seals & seals.OF_MEMFD)
 
     def check_chmod(self, old: int, new: int) -> None:
         """Raise OSError(EPERM) if the EXEC seal forbids a change of permission bits."""
@@ -370,15 +410,17 @@ class File:
         if self.owner is not None:
             raise OSError(errno.EBUSY, "registered as shared memory")
         old = self.stat()
-        fd = self._backing.create(self.name, guest=True)
-        try:
-            page_map = self.page_map or PageMap(self.name)
-        except OSError:
-            os.close(fd)
-            raise
-        self._forget_pages(_WHOLE_MAP)  # what KEEP_SIZE had allocated, and the next line frees
-        os.close(self.fd)
-        self.fd, self.page_map = fd, page_map
+        with ExitStack() as undo:
+            content = self._backing.create(self.number, guest=True)
+            undo.callback(self._backing.free, content)
+            fd = self._backing.open(content)
+            undo.callback(self._backing.shut, fd)
+            page_map = self.page_map or PageMap(str(self.number))
+            undo.pop_all()
+        self._forget_pages(_WHOLE_MAP)  # what KEEP_SIZE had allocated, and the next lines free
+        self._backing.shut(self.fd)
+        self._backing.free(self._content)
+        self._content, self.fd, self.page_map = content, fd, page_map
         self.set_times(old.st_atime_ns, old.st_mtime_ns)
 
     def _refuse_if_guest(self, verb: str) -> None:
@@ -397,25 +439,28 @@ class File:
 
     def is_quick(self, length: int) -> bool:
         """Whether a change of `length` bytes would not wait for anything: then its coroutine ends without yielding."""
-        return self.owner is None and length <= _LONG and not self.lock.locked()
+        return self.owner is None and length <= _LONG and not (self._lock is not None and self._lock.locked())
 
     @asynccontextmanager
-    async def _locked(self) -> AsyncIterator[None]:
-        """Wait for the lock, which can be cancelled; then run to the end, which cannot."""
-        try:
-            self.lock.acquire_nowait()
-        except trio.WouldBlock:
-            await self.lock.acquire()
-        try:
-            with trio.CancelScope(shield=True):
-                yield
-        finally:
-            self.lock.release()
+    async def locked(self) -> AsyncIterator[None]:
+        """Have the inode lock. Waiting for it can be cancelled; what is done with it cannot."""
+        with self.held():
+            lock = self._lock = self._lock or trio.Lock()
+            try:
+                lock.acquire_nowait()
+            except trio.WouldBlock:
+                await lock.acquire()
+            try:
+                with trio.CancelScope(shield=True):
+                    yield
+            finally:
+                lock.release()
 
     def close(self) -> None:
         """The file is gone: free its memory. No owner may be left."""
-        assert self.owner is None, f"{self.name} is freed while registered"
-        os.close(self.fd)
+        assert self.owner is None, f"file {self.number} is freed while registered"
+        assert not self._holds, f"file {self.number} is freed while held"
+        self._backing.free(self._content)
         if self.page_map is not None:
             self._forget_pages(_WHOLE_MAP)
             self.page_map.close()
@@ -425,7 +470,7 @@ class File:
         assert not self.guest or self.page_map is not None, "guest-sealed without a page map"
         if self.page_map is not None:
             mapped = self.page_map.count(_WHOLE_MAP)
-            assert mapped == self.pages, f"{self.name}: {mapped} pages in the map, {self.pages} in the backing"
+            assert mapped == self.pages, f"file {self.number}: {mapped} pages in the map, {self.pages} in the backing"
             assert self.page_map.seq % 2 == 0, "page map left in the middle of a change"
 
 

@@ -68,23 +68,25 @@ class OpenFile:
 class OpenDirectory:
     """An open directory: the names it had when reading began, so that change does not disturb the reader."""
 
-    __slots__ = ("_names", "flags", "inode")
+    __slots__ = ("_entries", "flags", "inode")
 
     def __init__(self, inode: Directory, flags: int) -> None:
         self.inode: Final = inode
         self.flags: Final = flags  #: O_* as given to open(2)
-        self._names: list[tuple[int, bytes]] | None = None
+        self._entries: list[Entry] | None = None
 
-    def entries_after(self, cookie: int) -> Iterator[tuple[int, bytes, Entry]]:
-        """What is left of the names after a cookie, with their entries; 0 begins anew (rewinddir(3))."""
-        if cookie == 0 or self._names is None:
-            self._names = self.inode.snapshot()
-        first = bisect.bisect_right(self._names, -cookie, key=lambda each: -each[0]) if cookie > DOTDOT_COOKIE else 0
-        for position in range(first, len(self._names)):
-            number, name = self._names[position]
-            entry = self.inode.entries.get(name)
-            if entry is not None and entry.cookie == number:  # not removed meanwhile, nor replaced
-                yield number, name, entry
+    def entries_after(self, cookie: int) -> Iterator[Entry]:
+        """What is left of the entries after a cookie; 0 begins anew (rewinddir(3))."""
+        if cookie == 0 or self._entries is None:
+            self._entries = self.inode.snapshot()
+        first = bisect.bisect_right(self._entries, -cookie, key=_descending) if cookie > DOTDOT_COOKIE else 0
+        for position in range(first, len(self._entries)):
+            if self.inode.has(self._entries[position]):
+                yield self._entries[position]
+
+
+def _descending(entry: Entry) -> int:
+    return -entry.cookie
 
 
 class Handles:
@@ -101,11 +103,12 @@ class Handles:
         return len(self._open)
 
     def open_file(self, inode: RegularFile, flags: int) -> tuple[Fh, OpenFile]:
-        """A handle for an open(2) with these flags."""
-        handle = OpenFile(inode, flags, self._access(inode, flags))
-        inode.file.mappable_opens += handle.mappable
-        inode.file.writable_opens += handle.mappable and handle.writable
-        return self._add(inode, handle), handle
+        """A handle for an open(2) with these flags. Raises OSError: EMFILE, and EBUSY as `_sealed_access` says."""
+        with self._tree.holding(inode):
+            handle = OpenFile(inode, flags, self._access(inode, flags))
+            inode.file.mappable_opens += handle.mappable
+            inode.file.writable_opens += handle.mappable and handle.writable
+            return self._add(inode, handle), handle
 
     def _access(self, inode: RegularFile, flags: int) -> Access:
         file, direct = inode.file, bool(flags & os.O_DIRECT)

@@ -3,10 +3,14 @@
 Times are in nanoseconds since the epoch. A directory's entries carry a cookie that only grows; a reader begins with the
 newest and goes on below the last cookie it saw, so that an entry is neither shown twice nor lost while others come and
 go.
+
+There may be very many inodes, and what each costs is the daemon's own memory. So those that have no use for a time have
+no slot for it, and numbers that are the same in most of them (`_shared`) are one object.
 """
 
 from __future__ import annotations
 
+import functools
 import stat
 import time
 from dataclasses import dataclass
@@ -28,7 +32,13 @@ _CAPABILITY: Final = b"security.capability"
 
 def _now() -> int:
     """The time by the clock that the kernel stamps files with, so that its stamps and ours are in order."""
-    return time.clock_gettime_ns(_CLOCK_REALTIME_COARSE)
+    return _shared(time.clock_gettime_ns(_CLOCK_REALTIME_COARSE))
+
+
+@functools.lru_cache(1024)
+def _shared(number: int) -> int:
+    """The same number, and the same object if it was asked for lately."""
+    return number
 
 
 class Stat(NamedTuple):
@@ -50,32 +60,21 @@ class Stat(NamedTuple):
 
 
 class Inode:
-    """What every kind of file has. A regular file's times are its backing's: with passthrough the kernel sets them."""
+    """What every kind of file has."""
 
-    __slots__ = (
-        *("ino", "mode", "uid", "gid", "nlink", "nlookup", "holds", "flags"),
-        *("atime_ns", "mtime_ns", "ctime_ns", "btime_ns", "xattrs"),
-    )
+    __slots__ = ("btime_ns", "flags", "gid", "holds", "ino", "mode", "nlink", "nlookup", "uid", "xattrs")
 
     def __init__(self, ino: Ino, mode: int, uid: int, gid: int) -> None:
         self.ino: Final = ino
-        self.mode = mode  #: type and permission bits, as st_mode
-        self.uid = uid
-        self.gid = gid
+        self.mode = _shared(mode)  #: type and permission bits, as st_mode
+        self.uid = _shared(uid)
+        self.gid = _shared(gid)
         self.nlink = 1
         self.nlookup = 0  #: how often the kernel looked it up and has not forgotten it
         self.holds = 0  #: open handles and registrations
         self.flags = 0  #: FS_*_FL of chattr(1)
-        self.atime_ns = self.mtime_ns = self.ctime_ns = self.btime_ns = _now()
+        self.btime_ns = _now()
         self.xattrs: dict[bytes, bytes] | None = None  # most have none
-
-    def changed(self) -> None:
-        """The inode itself was changed: POSIX's ctime."""
-        self.ctime_ns = _now()
-
-    def modified(self) -> None:
-        """The content was changed: POSIX's mtime and ctime."""
-        self.mtime_ns = self.ctime_ns = _now()
 
     @property
     def is_dir(self) -> bool:
@@ -83,22 +82,19 @@ class Inode:
 
     def stat(self) -> Stat:
         """What stat(2) tells."""
-        return self._stat()
+        raise NotImplementedError
+
+    def changed(self) -> None:
+        """The inode itself was changed: POSIX's ctime."""
+        raise NotImplementedError
 
     def set_times(self, atime_ns: int | None, mtime_ns: int | None) -> None:
         """utimensat(2); None leaves a time as it is."""
-        self.atime_ns = self.atime_ns if atime_ns is None else atime_ns
-        self.mtime_ns = self.mtime_ns if mtime_ns is None else mtime_ns
-
-    def accessed(self) -> None:
-        """The content was read: POSIX's atime, as relatime has it (mount(8))."""
-        now = _now()
-        if self.atime_ns <= max(self.mtime_ns, self.ctime_ns) or now - self.atime_ns > _DAY:
-            self.atime_ns = now
+        raise NotImplementedError
 
     def chmod(self, mode: int) -> None:
         """chmod(2): permission bits, and the access ACL with them."""
-        self.mode = stat.S_IFMT(self.mode) | stat.S_IMODE(mode)
+        self.mode = _shared(stat.S_IFMT(self.mode) | stat.S_IMODE(mode))
         if self.xattrs is not None and acl.ACCESS in self.xattrs:
             self.xattrs[acl.ACCESS] = acl.after_chmod(self.xattrs[acl.ACCESS], mode)
 
@@ -116,13 +112,9 @@ class Inode:
         if self.xattrs is not None:
             self.xattrs.pop(_CAPABILITY, None)
 
-    def _stat(self, *, size: int = 0, rdev: int = 0) -> Stat:
-        times = self.atime_ns, self.mtime_ns, self.ctime_ns, self.btime_ns
-        return Stat(self.ino, self.mode, self.nlink, self.uid, self.gid, rdev, size, 0, *times, stable=True)
-
 
 class RegularFile(Inode):
-    """A regular file; all but its attributes is in `file`."""
+    """A regular file; all but its attributes is in `file`, and its times are its backing's: a passthrough sets them."""
 
     __slots__ = ("file",)
 
@@ -149,7 +141,41 @@ class RegularFile(Inode):
         )
 
 
-class Symlink(Inode):
+class TimedInode(Inode):
+    """An inode whose times are kept here."""
+
+    __slots__ = ("atime_ns", "ctime_ns", "mtime_ns")
+
+    def __init__(self, ino: Ino, mode: int, uid: int, gid: int) -> None:
+        super().__init__(ino, mode, uid, gid)
+        self.atime_ns = self.mtime_ns = self.ctime_ns = self.btime_ns
+
+    def stat(self) -> Stat:
+        return self._stat()
+
+    def changed(self) -> None:
+        self.ctime_ns = _now()
+
+    def modified(self) -> None:
+        """The content was changed: POSIX's mtime and ctime."""
+        self.mtime_ns = self.ctime_ns = _now()
+
+    def accessed(self) -> None:
+        """The content was read: POSIX's atime, as relatime has it (mount(8))."""
+        now = _now()
+        if self.atime_ns <= max(self.mtime_ns, self.ctime_ns) or now - self.atime_ns > _DAY:
+            self.atime_ns = now
+
+    def set_times(self, atime_ns: int | None, mtime_ns: int | None) -> None:
+        self.atime_ns = self.atime_ns if atime_ns is None else atime_ns
+        self.mtime_ns = self.mtime_ns if mtime_ns is None else mtime_ns
+
+    def _stat(self, *, size: int = 0, rdev: int = 0) -> Stat:
+        times = self.atime_ns, self.mtime_ns, self.ctime_ns, self.btime_ns
+        return Stat(self.ino, self.mode, self.nlink, self.uid, self.gid, rdev, size, 0, *times, stable=True)
+
+
+class Symlink(TimedInode):
     """A symbolic link. A long target takes a page of memory, as on tmpfs, and then `page` is a file that has it."""
 
     __slots__ = ("page", "target")
@@ -164,7 +190,7 @@ class Symlink(Inode):
         return self._stat(size=len(self.target))._replace(blocks=blocks)
 
 
-class Special(Inode):
+class Special(TimedInode):
     """A FIFO, a socket or a device: the kernel does everything but remember it."""
 
     __slots__ = ("rdev",)
@@ -181,11 +207,12 @@ class Special(Inode):
 class Entry:
     """A name in a directory."""
 
+    name: bytes
     inode: Inode
     cookie: int
 
 
-class Directory(Inode):
+class Directory(TimedInode):
     """A directory: names in the order they were made."""
 
     __slots__ = ("_next_cookie", "entries", "parent")
@@ -203,7 +230,7 @@ class Directory(Inode):
     def add(self, name: bytes, inode: Inode) -> None:
         """Enter a name that is not there."""
         assert name not in self.entries
-        self.entries[name] = Entry(inode, self._next_cookie)
+        self.entries[name] = Entry(name, inode, self._next_cookie)
         self._next_cookie += 1
         self.modified()
         if inode.is_dir:
@@ -217,6 +244,10 @@ class Directory(Inode):
             self.nlink -= 1
         return inode
 
-    def snapshot(self) -> list[tuple[int, bytes]]:
-        """Every name with its cookie, the newest first, as tmpfs lists them."""
-        return [(entry.cookie, name) for name, entry in reversed(self.entries.items())]
+    def snapshot(self) -> list[Entry]:
+        """All entries, the newest first, as tmpfs lists them."""
+        return list(reversed(self.entries.values()))
+
+    def has(self, entry: Entry) -> bool:
+        """Whether an entry is still there, neither removed nor replaced."""
+        return self.entries.get(entry.name) is entry

@@ -23,7 +23,7 @@ from pyfuse3 import EntryAttributes, FileHandleT, FileNameT, FlagT, InodeT, Mode
 from memfs.attributes import Attributes
 from memfs.backing import Backing
 from memfs.handles import Handles
-from memfs.inode import DOT_COOKIE, DOTDOT_COOKIE, FOREVER, Inode, RegularFile, Symlink
+from memfs.inode import DOT_COOKIE, DOTDOT_COOKIE, FOREVER, Inode, RegularFile, Symlink, TimedInode
 from memfs.tree import NAME_MAX, Tree
 from memfs.units import PAGE_SIZE, ByteOffset
 
@@ -168,8 +168,9 @@ class Operations(pyfuse3.Operations):
             # The kernel does not count these as look-ups.
             if start_id < cookie and not pyfuse3.readdir_reply(token, FileNameT(name), _attributes_of(inode), cookie):
                 return
-        for cookie, name, entry in handle.entries_after(start_id):
-            if not pyfuse3.readdir_reply(token, FileNameT(name), _attributes_of(entry.inode), cookie):
+        for entry in handle.entries_after(start_id):
+            attributes = _attributes_of(entry.inode)
+            if not pyfuse3.readdir_reply(token, FileNameT(entry.name), attributes, entry.cookie):
                 return
             entry.inode.nlookup += 1
 
@@ -207,7 +208,7 @@ class Operations(pyfuse3.Operations):
         seals = self._attributes.default_seals(parent) if stat.S_ISREG(mode) else 0
         return self._tree.create(parent, name, mode, ctx.uid, ctx.gid, umask=ctx.umask, rdev=rdev, seals=seals)
 
-    def _accessed(self, inode: Inode) -> None:
+    def _accessed(self, inode: TimedInode) -> None:
         if not self._noatime:
             inode.accessed()
 

@@ -16,6 +16,7 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from memfs import acl
@@ -178,7 +179,8 @@ class Tree:
             return None
         page = self._new_file(ino, 0)
         try:
-            page.write(ByteOffset(0), target)
+            with page.held():
+                page.write(ByteOffset(0), target)
         except OSError:
             page.close()
             raise
@@ -281,14 +283,31 @@ class Tree:
     # -- references -------------------------------------------------------------------------------------------------
 
     def hold(self, inode: Inode) -> None:
-        """Keep an inode alive until `release`."""
+        """Keep an inode alive until `release`, and a regular file open. Raises OSError(EMFILE), changing nothing."""
+        try:
+            if isinstance(inode, RegularFile):
+                inode.file.hold()
+        except OSError:
+            self._free_if_unused(inode)  # it may have been made to be held
+            raise
         inode.holds += 1
 
     def release(self, inode: Inode) -> None:
         """Undo one `hold`."""
         assert inode.holds > 0
         inode.holds -= 1
+        if isinstance(inode, RegularFile):
+            inode.file.release()
         self._free_if_unused(inode)
+
+    @contextmanager
+    def holding(self, inode: Inode) -> Iterator[None]:
+        """Keep an inode alive for a while."""
+        self.hold(inode)
+        try:
+            yield
+        finally:
+            self.release(inode)
 
     def forget(self, ino: int, nlookup: int) -> None:
         """The kernel forgets so many of its look-ups (FUSE_FORGET). Never raises: there is nobody to tell."""

@@ -113,7 +113,11 @@ class Names:
             umask=umask,
             seals=self._attributes.default_seals(request.nodeid),
         )
-        return self._created(request, inode, flags)
+        try:
+            return self._created(request, inode, flags)
+        except OSError:  # EMFILE: all or nothing
+            self._tree.unlink(request.nodeid, name)
+            raise
 
     def _tmpfile(self, request: Request) -> bytes:
         flags, mode, umask, _ = unpack(CREATE_IN, request.body)
@@ -137,12 +141,9 @@ class Names:
         return reply(request.unique, self._opened(inode, flags))
 
     async def _truncate_and_open(self, unique: int, inode: RegularFile, flags: int) -> bytes:
-        self._tree.hold(inode)  # it may be unlinked meanwhile
-        try:
+        with self._tree.holding(inode):  # it may be unlinked meanwhile
             await inode.file.truncate(0)
             return reply(unique, self._opened(inode, flags))
-        finally:
-            self._tree.release(inode)
 
     def _opened(self, inode: RegularFile, flags: int) -> bytes:
         fh, handle = self._handles.open_file(inode, flags)

@@ -57,8 +57,9 @@ class OwnerGone(Exception):
 class Registration:
     """One file and its one owner; the file's `GuestOps`."""
 
-    def __init__(self, owner: Owner, inode: RegularFile, file_id: FileId, frames: FileFrames) -> None:
+    def __init__(self, owner: Owner, tree: Tree, inode: RegularFile, file_id: FileId, frames: FileFrames) -> None:
         self.owner: Final = owner
+        self._tree: Final = tree
         self.inode: Final = inode
         self.id: Final = file_id
         self.frames: Final = frames
@@ -99,19 +100,22 @@ class Registration:
         Covers as many pages from the start on as fit into a reply. Raises OSError: EINVAL past the end of the file,
         ENOSPC, EBADF if the registration ended meanwhile.
         """
-        async with self.file.lock:
-            if not self.alive:
-                raise OSError(errno.EBADF, "unregistered")
-            if pages.end > page_ceil(ByteOffset(self.file.size)):
-                raise OSError(errno.EINVAL, "past the end of the file")
-            if alloc:
-                with trio.CancelScope(shield=True):
+        with self._tree.holding(self.inode):  # the registration may end meanwhile
+            async with self.file.locked():
+                if not self.alive:
+                    raise OSError(errno.EBADF, "unregistered")
+                if pages.end > page_ceil(ByteOffset(self.file.size)):
+                    raise OSError(errno.EINVAL, "past the end of the file")
+                if alloc:
                     await self.file.make_present(pages)
-            runs = self._runs(pages, alloc)
-            for run in runs:
-                if run.pfn is not None:
-                    self.locks.lock(run.pages)
-            return PfnReply(self.id, PageRange(pages.start, runs[-1].pages.end), tuple(runs))
+                return self._lock(pages, alloc)
+
+    def _lock(self, pages: PageRange, alloc: bool) -> PfnReply:
+        runs = self._runs(pages, alloc)
+        for run in runs:
+            if run.pfn is not None:
+                self.locks.lock(run.pages)
+        return PfnReply(self.id, PageRange(pages.start, runs[-1].pages.end), tuple(runs))
 
     def _runs(self, pages: PageRange, alloc: bool) -> list[PfnRun]:
         runs: list[PfnRun] = []
@@ -225,11 +229,11 @@ class Registry:
             current.count += 1
             return current
         self._last_file += 1
-        registration = Registration(owner, inode, FileId(self._last_file), FileFrames(self._frames))
+        registration = Registration(owner, self._tree, inode, FileId(self._last_file), FileFrames(self._frames))
+        self._tree.hold(inode)
         owner.registrations[registration.id] = registration
         inode.file.owner = registration
         inode.file.was_owned = True
-        self._tree.hold(inode)
         return registration
 
     def unregister(self, owner: Owner, file_id: FileId) -> None:

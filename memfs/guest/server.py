@@ -160,7 +160,7 @@ class _Session:
 
     async def _register(self, fd: int) -> tuple[Message, tuple[int, ...]]:
         inode = self._identify(fd)
-        async with inode.file.lock:  # the file is not in the middle of becoming something else
+        async with inode.file.locked():  # the file is not in the middle of becoming something else
             registration = self._registry.register(self._owner, inode)
             file = inode.file
             fds = (file.fd,) if not file.guest or file.page_map is None else (file.fd, file.page_map.fd)

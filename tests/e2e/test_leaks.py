@@ -11,6 +11,8 @@ import pytest
 from .conftest import Memfs
 
 ROUNDS = int(os.environ.get("MEMFS_LEAK_ROUNDS", "6000"))  # a million in the long run
+MANY = 5000
+FOR_100K_FILES = 100 << 20  # bytes that the daemon may take for so many, what it takes for itself included
 ALLOWED = 4 << 20  # bytes that the daemon's memory may grow by: an allocator's slack, not a file's worth each
 
 
@@ -55,3 +57,15 @@ def test_nothing_is_left_of_files_that_are_gone(memfs: Memfs) -> None:
     assert (now.f_bfree, now.f_ffree) == (usage.f_bfree, usage.f_ffree)
     # The tmpfs that files lie on has none of them left either: only its root.
     assert now.f_files - now.f_ffree == 1
+
+
+def test_files_take_little_of_the_daemon_whatever_their_size(memfs: Memfs) -> None:
+    pid, descriptors = memfs.process.pid, Path(f"/proc/{memfs.process.pid}/fd")
+    (memfs.path / "warm").touch()
+    before, opened = resident(pid), len(list(descriptors.iterdir()))
+    for number in range(MANY):
+        with open(memfs.path / f"file-{number}", "wb") as file:
+            file.truncate(number << 30)  # the last is 5 TB
+    each = (resident(pid) - before) / MANY
+    assert before + each * 100_000 < FOR_100K_FILES
+    assert len(list(descriptors.iterdir())) < opened + MANY // 100  # the kernel releases what was closed a bit later

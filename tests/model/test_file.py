@@ -41,7 +41,8 @@ class FileMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.backing = type(self).backing_type(LIMIT)
-        self.file = File(self.backing, "test")
+        self.file = File(self.backing, 1)
+        self.file.hold()
         self.directory = tempfile.mkdtemp()
         mount("tmpfs", self.directory, "tmpfs", 0, f"size={LIMIT}")
         self.real = os.open(f"{self.directory}/file", os.O_CREAT | os.O_RDWR)
@@ -50,6 +51,7 @@ class FileMachine(RuleBasedStateMachine):
         os.close(self.real)
         umount(self.directory)
         os.rmdir(self.directory)
+        self.file.release()
         self.file.close()
         assert self.backing.free_pages == self.backing.total_pages
         self.backing.close()

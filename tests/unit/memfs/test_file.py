@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import threading
 from collections.abc import Iterator
 
@@ -65,14 +66,15 @@ def at(page: int) -> ByteOffset:
 @pytest.fixture
 def guest(backing: Backing) -> Iterator[File]:
     """A guest-sealed file of 16 pages, all allocated."""
-    file = File(backing, "guest", F_SEAL_GUEST)
+    file = File(backing, 1, F_SEAL_GUEST)
     trio.run(file.truncate, at(16))
 
     async def allocate() -> None:
         await file.allocate(at(0), at(16), keep_size=False)
 
     trio.run(allocate)
-    yield file
+    with file.held():
+        yield file
     file.check()
     file.owner = None
     file.close()
@@ -178,14 +180,15 @@ async def test_content_of_guest_memory_is_out_of_reach(guest: File) -> None:
 
 async def test_present_says_what_is_allocated(guest: File) -> None:
     await guest.punch(at(3), at(2))
-    async with guest.lock:
+    async with guest.locked():
         assert guest.present(pages(2, 7)) == [(pages(2, 3), True), (pages(3, 5), False), (pages(5, 7), True)]
         await guest.make_present(pages(3, 4))
         assert guest.present(pages(3, 5)) == [(pages(3, 4), True), (pages(4, 5), False)]
 
 
 async def test_guest_seal_takes_an_empty_file_that_nobody_can_have_mapped(backing: Backing) -> None:
-    file = File(backing, "file")
+    file = File(backing, 1)
+    file.hold()
     file.write(at(0), b"content")
     old = file.fd, file.stat().st_ino
     for prepare in (lambda: None, lambda: setattr(file, "mappable_opens", 1), lambda: setattr(file, "owner", object())):
@@ -207,11 +210,53 @@ async def test_guest_seal_takes_an_empty_file_that_nobody_can_have_mapped(backin
         await file.add_seals(0)
     with pytest.raises(PermissionError):
         await file.add_seals(F_SEAL_GUEST)
+    file.release()
     file.close()
 
 
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_a_file_that_nobody_uses_takes_no_descriptor() -> None:
+    try:
+        backing = TmpfsBacking(LIMIT)
+    except OSError as error:
+        pytest.skip(f"no detached tmpfs: {error.strerror}")
+    file, before = File(backing, 1), descriptors()
+    with file.held(), file.held():
+        file.write(at(0), b"content")
+        assert descriptors() == before + 1
+    file.set_times(5, 7)
+    assert (file.stat().st_mtime_ns, file.size, descriptors()) == (7, 7, before)
+    with file.held():
+        assert file.read(at(0), 10) == b"content"
+    file.close()
+    backing.close()
+
+
+def test_without_a_descriptor_left_nothing_is_held() -> None:
+    try:
+        backing = TmpfsBacking(LIMIT)
+    except OSError as error:
+        pytest.skip(f"no detached tmpfs: {error.strerror}")
+    file = File(backing, 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        with pytest.raises(OSError) as caught:
+            file.hold()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert caught.value.errno == errno.EMFILE
+    with file.held():
+        file.write(at(0), b"x")
+    file.close()  # which a hold that was left would forbid
+    backing.close()
+
+
 async def test_unknown_seals_are_refused(backing: Backing) -> None:
-    file = File(backing, "file")
+    file = File(backing, 1)
     with pytest.raises(OSError) as caught:
         await file.add_seals(F_SEAL_GUEST | 1 << 20)
     assert (caught.value.errno, file.seals) == (errno.EINVAL, 0)
@@ -221,7 +266,7 @@ async def test_unknown_seals_are_refused(backing: Backing) -> None:
 async def test_truncating_to_the_same_size_frees_what_lies_beyond(backing: Backing) -> None:
     """As on tmpfs, where KEEP_SIZE allocates past the end and any truncate that does not grow frees that again."""
     for seals in (0, F_SEAL_GUEST):
-        file = File(backing, "file", seals)
+        file = File(backing, 1, seals)
         await file.truncate(at(1))
         await file.allocate(at(0), at(8), keep_size=True)
         await file.truncate(at(1))
@@ -236,7 +281,7 @@ async def test_untracked_file_shrinks_from_beyond_any_page_map() -> None:
         backing = TmpfsBacking(LIMIT)
     except OSError as error:
         pytest.skip(f"no detached tmpfs: {error.strerror}")
-    file = File(backing, "file")
+    file = File(backing, 1)
     for size in (1 << 62, 1 << 60, 1 << 60, 0):
         await file.truncate(size)
         assert file.size == size
@@ -247,7 +292,8 @@ async def test_untracked_file_shrinks_from_beyond_any_page_map() -> None:
 async def test_write_during_a_long_punch_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a punch that ran in a thread nobody could say whether it freed what was written meanwhile."""
     backing = MemfdBacking(64 << 20)
-    file = File(backing, "file")
+    file = File(backing, 1)
+    file.hold()
     await file.truncate(16 << 20)
 
     def free_and_let_others_go_on(fd: int, mode: int, offset: int, length: int) -> None:
@@ -260,6 +306,7 @@ async def test_write_during_a_long_punch_is_counted(monkeypatch: pytest.MonkeyPa
     file.check()
     file.write(at(5), b"x")
     file.check()
+    file.release()
     file.close()
     assert backing.free_pages == backing.total_pages
     backing.close()

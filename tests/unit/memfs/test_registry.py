@@ -67,7 +67,7 @@ class Guest:
 @pytest.fixture
 def tree() -> Iterator[Tree]:
     backing = MemfdBacking(MEMORY * PAGE_SIZE)
-    tree = Tree(lambda ino, seals: File(backing, str(ino), seals), 100, 0o755, 0, 0)
+    tree = Tree(lambda ino, seals: File(backing, ino, seals), 100, 0o755, 0, 0)
     yield tree
     tree.check()
     for inode in list(tree.files()):
@@ -230,7 +230,7 @@ async def test_look_ups(tree: Tree, registry: Registry) -> None:
 async def test_look_up_that_waited_while_the_registration_ended(tree: Tree, registry: Registry) -> None:
     inode = await filled(tree)
     registration = (guest := Guest(registry)).register(inode)
-    async with inode.file.lock, trio.open_nursery() as nursery:
+    async with trio.open_nursery() as nursery, inode.file.locked():
 
         async def look_up() -> None:
             with pytest.raises(OSError) as caught:
@@ -240,9 +240,6 @@ async def test_look_up_that_waited_while_the_registration_ended(tree: Tree, regi
         nursery.start_soon(look_up)
         await wait_all_tasks_blocked()
         registry.unregister(guest.owner, registration.id)
-        inode.file.lock.release()
-        await wait_all_tasks_blocked()
-        await inode.file.lock.acquire()
     assert len(registration.locks) == 0
 
 
