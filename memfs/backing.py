@@ -22,6 +22,8 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import ClassVar, Final, NewType, Protocol
 
 from memfs.libc import mount_detached, remount_detached
@@ -62,6 +64,9 @@ class Backing(Protocol):
     def unreserve(self, pages: int) -> None:
         """Give room back for pages that were freed, or reserved and not allocated."""
 
+    def promised(self, pages: int) -> AbstractContextManager[bool]:
+        """While pages of an untracked file are being allocated in pieces: whether there is room for all of them."""
+
     @property
     def total_pages(self) -> int:
         """The limit, in pages."""
@@ -93,6 +98,7 @@ class TmpfsBacking:
         self._total = bytes_to_pages(size)
         self._guest_used = 0  # pages that guest-sealed files have
         self._guest_share = 0  # pages that the ordinary tmpfs is smaller by
+        self._promised = 0  # pages that are being allocated
         self._root: Final = _mount_tmpfs(size, options or {}, noatime)
         self._guest_root, self._guest_pinned = self._root, True
         try:
@@ -138,6 +144,14 @@ class TmpfsBacking:
         self._guest_used -= pages
         if self._guest_share - self._guest_used > 2 * self._STEP:
             self._set_guest_share(self._guest_used + self._STEP)
+
+    @contextmanager
+    def promised(self, pages: int) -> Iterator[bool]:
+        self._promised += pages  # some of it is there already, so this errs on the safe side
+        try:
+            yield self._promised <= self.free_pages
+        finally:
+            self._promised -= pages
 
     def _set_guest_share(self, pages: int) -> None:
         """Raises OSError(ENOSPC), changing nothing, if ordinary files have the room."""
@@ -217,6 +231,10 @@ class MemfdBacking:
     def unreserve(self, pages: int) -> None:
         assert pages <= self._used, f"{pages} pages given back, {self._used} in use"
         self._used -= pages
+
+    @contextmanager
+    def promised(self, pages: int) -> Iterator[bool]:
+        yield True  # they have been reserved
 
     @property
     def total_pages(self) -> int:

@@ -12,8 +12,12 @@ is being made. Of a file that merely exists everything can be said without one.
 
 `locked` is the inode lock: it serialises truncate, allocate, punch, seal and an owner's page look-ups, and is kept
 while owners are notified, so that two changes of one file never interleave. It is held across awaits; everything
-between two awaits is atomic because the daemon has one thread. Whoever waits for it can be cancelled (a syscall
-interrupted by a signal gets EINTR), whoever has it runs to the end.
+between two awaits is atomic because the daemon has one thread.
+
+What takes long is done in pieces, in a thread, so that others are answered meanwhile. An operation can be cancelled (a
+system call interrupted by a signal gets EINTR) while it waits for the lock and between two pieces. The pieces that were
+done stay done, accounted for and told to the owner, as on ext4: who tries again gets further each time, and to undo
+them could destroy what others have written to them since. Half a truncation would be a loss, so that runs to its end.
 
 Taking memory away has one order, in `_taking_away`:
 
@@ -35,6 +39,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
@@ -52,6 +57,7 @@ from memfs.units import (
     ByteOffset,
     PageIndex,
     PageRange,
+    bytes_to_pages,
     is_page_aligned,
     page_ceil,
     page_floor,
@@ -61,6 +67,11 @@ from memfs.units import (
 _LONG: Final = (
     8 << 20
 )  # bytes; the kernel takes 2 ms for that. Anything longer goes to a thread, so others are answered
+_PIECE: Final = bytes_to_pages(256 << 20)  # of a long range that is freed: 20 to 30 ms of the kernel's, in a thread
+_MOST_PIECES: Final = (
+    64  # of a file whose holes are not known: most of a huge one is holes, and each piece costs a thread
+)
+_PUNCH: Final = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 _CLOSED: Final = -1
 _MAP_END: Final = PageIndex(MAX_PAGES)
 _WHOLE_MAP: Final = PageRange(PageIndex(0), _MAP_END)
@@ -198,8 +209,13 @@ class File:
         room = self._room_for(offset, allowed)
         if allowed and not room:
             raise OSError(errno.ENOSPC, "no room")
-        with self._giving(PageRange.covering(offset, room) if room else None):
-            return os.pwrite(self.fd, data[:room], offset)
+        if not room:
+            return os.pwrite(self.fd, b"", offset)
+        pages = PageRange.covering(offset, room)
+        with self._giving(pages) as given:
+            written = os.pwrite(self.fd, data[:room], offset)
+            given(pages)
+            return written
 
     def _before_sealed_end(self, offset: ByteOffset, length: int) -> int:
         """How much of a write the GROW seal allows: as the kernel, whole pages before the end. EPERM if nothing."""
@@ -232,31 +248,34 @@ class File:
     async def allocate(self, offset: ByteOffset, length: int, *, keep_size: bool) -> None:
         """fallocate(2) with mode 0 or FALLOC_FL_KEEP_SIZE: every page that [offset, offset + length) touches.
 
-        ENOSPC: nothing was allocated. EINVAL: guest-sealed and not page-aligned.
+        ENOSPC: nothing was allocated. EINVAL: guest-sealed and not page-aligned. Cancelled, it has allocated a part,
+        from the start on.
         """
         async with self.locked():
             self._check_alignment(offset, length)
             if offset + length > self.size:
                 self._forbid(seals.F_SEAL_GROW, "allocated past its end")
-            pages = PageRange.covering(offset, length)
-            mode = FALLOC_FL_KEEP_SIZE if keep_size else 0
-            with self._giving(pages):
-                await _system_call(lambda: fallocate(self.fd, mode, offset, length), length)
-            if self.owner is not None:
-                await self.owner.fallocate(pages)
+            done: list[PageRange] = []
+            try:
+                await self._allocate(offset, length, FALLOC_FL_KEEP_SIZE if keep_size else 0, done.append)
+            finally:
+                if self.owner is not None and done:
+                    with trio.CancelScope(shield=True):
+                        await self.owner.fallocate(PageRange(done[0].start, done[-1].end))
 
     async def punch(self, offset: ByteOffset, length: int) -> None:
         """fallocate(2) with FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE: free whole pages, zero partial ones.
 
-        EINVAL: guest-sealed and not page-aligned.
+        EINVAL: guest-sealed and not page-aligned. Cancelled, it may have freed a part.
         """
         async with self.locked():
             self._check_alignment(offset, length)
             self._forbid(seals.NO_WRITES, "punched")
             pages = PageRange.inside(offset, length)
-            mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
             async with self._taking_away(told=pages, freed=pages):
-                await self._freeing_call(lambda: fallocate(self.fd, mode, offset, length), length)
+                if pages is not None:
+                    await self._free_piecewise(pages)
+                fallocate(self.fd, _PUNCH, offset, length)
 
     async def truncate(self, size: int) -> None:
         """ftruncate(2), in bytes. EINVAL: guest-sealed and not page-aligned. EFBIG: larger than memfs can track."""
@@ -274,8 +293,11 @@ class File:
             # Pages beyond the old size (FALLOC_FL_KEEP_SIZE allocates such) go as well, even if the size stays, but no
             # owner can have those.
             freed = PageRange(first, _MAP_END) if first < _MAP_END else None
-            async with self._taking_away(told=told, freed=freed):
-                await self._freeing_call(lambda: os.ftruncate(self.fd, size), old - size)
+            with trio.CancelScope(shield=True):
+                async with self._taking_away(told=told, freed=freed):
+                    if told is not None:
+                        await self._free_piecewise(told)
+                    os.ftruncate(self.fd, size)
 
     def present(self, pages: PageRange) -> list[tuple[PageRange, bool]]:
         """Which pages of a range are allocated: runs in order, True for allocated. Call within `locked`.
@@ -296,28 +318,42 @@ class File:
 
     async def make_present(self, pages: PageRange) -> None:
         """Allocate whatever is absent in a range within the file's size, all or nothing. Call within `locked`."""
-        with self._giving(pages):
-            await _system_call(
-                lambda: fallocate(self.fd, FALLOC_FL_KEEP_SIZE, pages.offset, pages.nbytes), pages.nbytes
-            )
+        await self._allocate(pages.offset, pages.nbytes, FALLOC_FL_KEEP_SIZE, lambda _: None)
+
+    async def _allocate(self, offset: ByteOffset, length: int, mode: int, done: Callable[[PageRange], None]) -> None:
+        """Allocate what [offset, offset + length) touches, in pieces; `done` is called after each."""
+        pages, end = PageRange.covering(offset, length), offset + length
+        with self._giving(pages) as given, self._backing.promised(len(pages)) as has_room:
+            # Where room may run out it is one piece, because the kernel takes back what a single call has allocated.
+            for piece in pages.chunks(_PIECE) if has_room or self.page_map is not None else [pages]:
+                if piece.start > pages.start:
+                    await trio.lowlevel.checkpoint_if_cancelled()
+                start, stop = max(offset, piece.offset), min(end, page_offset(piece.end))
+                await _system_call(functools.partial(fallocate, self.fd, mode, start, stop - start), stop - start)
+                given(piece)
+                done(piece)
 
     @contextmanager
-    def _giving(self, pages: PageRange | None) -> Iterator[None]:
-        """The order of giving memory, around the system call that allocates a range. None: it allocates nothing."""
-        if self.page_map is None or pages is None:
-            yield
+    def _giving(self, pages: PageRange) -> Iterator[Callable[[PageRange], None]]:
+        """Room for what is absent in a range. What is yielded accounts for a part that was allocated."""
+        page_map = self.page_map
+        if page_map is None:
+            yield lambda _: None
             return
         self._check_tracked_size(pages.end)
-        reserved = len(pages) - self.page_map.count(pages)
-        self._backing.reserve(reserved)
+        left = len(pages) - page_map.count(pages)
+        self._backing.reserve(left)
+
+        def given(part: PageRange) -> None:
+            nonlocal left
+            # A write may have come first to some of the pages while the call ran in a thread.
+            left -= len(part) - page_map.count(part)
+            page_map.set(part, ALLOCATED)
+
         try:
-            yield
-        except OSError:
-            self._backing.unreserve(reserved)
-            raise
-        # A write may have come first to some of the pages while the call ran in a thread.
-        self._backing.unreserve(reserved - (len(pages) - self.page_map.count(pages)))
-        self.page_map.set(pages, ALLOCATED)
+            yield given
+        finally:
+            self._backing.unreserve(left)
 
     @asynccontextmanager
     async def _taking_away(self, *, told: PageRange | None, freed: PageRange | None) -> AsyncIterator[None]:
@@ -327,22 +363,41 @@ class File:
         """
         owner = self.owner if told is not None else None
         if owner is not None and told is not None:
-            await owner.invalidate_begin(told)
+            with trio.CancelScope(shield=True):
+                await owner.invalidate_begin(told)
         try:
             yield
             if freed is not None:
                 self._forget_pages(freed)
         finally:
             if owner is not None and told is not None:
-                await owner.invalidate_end(told)
+                with trio.CancelScope(shield=True):
+                    await owner.invalidate_end(told)
 
-    async def _freeing_call(self, call: Callable[[], object], nbytes: int) -> None:
-        """A system call that frees memory.
+    async def _free_piecewise(self, pages: PageRange) -> None:
+        """Free a long range, so that the one call for all of it finds little left to do; of a short one nothing.
 
-        Where writes are tracked, never in a thread: of a write that came meanwhile nobody could say whether the pages
-        it allocated were freed again.
+        Where writes are tracked, not in a thread: of a write that came during a piece nobody could say whether the
+        pages it allocated were freed again.
         """
-        await _system_call(call, nbytes if self.page_map is None or self.guest else 0)
+        if pages.nbytes <= _LONG or not self.pages:
+            return
+        for piece in self._pieces(pages):
+            punch = functools.partial(fallocate, self.fd, _PUNCH, piece.offset, piece.nbytes)
+            if self.page_map is None or self.guest:
+                await _system_call(punch, piece.nbytes)
+            else:
+                punch()
+            self._forget_pages(piece)
+            await trio.lowlevel.checkpoint()
+
+    def _pieces(self, pages: PageRange) -> Iterator[PageRange]:
+        """What to free of a range, in parts that each take a moment."""
+        if self.page_map is None:
+            yield from pages.chunks(max(_PIECE, -(-len(pages) // _MOST_PIECES)))
+            return
+        for run in self.page_map.runs(pages):
+            yield from run.chunks(_PIECE if self.guest else bytes_to_pages(_LONG))
 
     def _forget_pages(self, pages: PageRange) -> None:
         tracked = pages.intersect(_WHOLE_MAP)
@@ -443,7 +498,7 @@ class File:
 
     @asynccontextmanager
     async def locked(self) -> AsyncIterator[None]:
-        """Have the inode lock. Waiting for it can be cancelled; what is done with it cannot."""
+        """Have the inode lock."""
         with self.held():
             lock = self._lock = self._lock or trio.Lock()
             try:
@@ -451,8 +506,7 @@ class File:
             except trio.WouldBlock:
                 await lock.acquire()
             try:
-                with trio.CancelScope(shield=True):
-                    yield
+                yield
             finally:
                 lock.release()
 

@@ -11,8 +11,9 @@ A huge page is named by its order, as in the kernel: order 0 is 4 KiB, 9 is 2 Mi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final, Generic, NewType, Self, TypeVar
+from typing import Final, Generic, NewType, Self, TypeVar, cast
 
 PAGE_SHIFT: Final = 12
 PAGE_SIZE: Final = 1 << PAGE_SHIFT
@@ -66,6 +67,11 @@ class _Range(Generic[_Index]):
         """What is in both ranges; None if nothing is."""
         start, end = max(self.start, other.start), min(self.end, other.end)
         return type(self)(start, end) if start < end else None
+
+    def chunks(self, size: int) -> Iterator[Self]:
+        """The range in parts of `size`, of which the last may be shorter."""
+        for start in range(self.start, self.end, size):
+            yield type(self)(cast("_Index", start), cast("_Index", min(start + size, self.end)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,17 @@ from typing import Any, Final
 
 import trio
 
-from memfs.fuse.wire import BUFFER_SIZE, INTERRUPT_IN, OUT_HEADER, Malformed, Opcode, Request, error_reply, unpack
+from memfs.fuse.wire import (
+    BUFFER_SIZE,
+    INTERRUPT_IN,
+    OUT_HEADER,
+    Malformed,
+    Opcode,
+    Request,
+    error_reply,
+    invalidate_attributes,
+    unpack,
+)
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +145,7 @@ class Channel:
         if isinstance(answer, Coroutine):
             # Known from now on, and not only when the task begins: its INTERRUPT may be the next that we read.
             scope = self._running[request.unique] = trio.CancelScope()
-            nursery.start_soon(self._wait_for, request.unique, request.opcode, answer, scope)
+            nursery.start_soon(self._wait_for, request, answer, scope)
             return False
         if answer is not None:
             self._answer(answer)
@@ -147,17 +157,18 @@ class Channel:
         if amendment is not None:
             self._amend_next[request.unique] = amendment
 
-    async def _wait_for(
-        self, unique: int, opcode: int, work: Coroutine[Any, Any, bytes], scope: trio.CancelScope
-    ) -> None:
+    async def _wait_for(self, request: Request, work: Coroutine[Any, Any, bytes], scope: trio.CancelScope) -> None:
         with scope:
             try:
                 answer = await work
             except Exception as error:
-                answer = self._failure(unique, opcode, error)
+                answer = self._failure(request.unique, request.opcode, error)
             finally:
-                del self._running[unique]
-        self._answer(error_reply(unique, errno.EINTR) if scope.cancelled_caught else answer)
+                del self._running[request.unique]
+        if scope.cancelled_caught:
+            self._answer(invalidate_attributes(request.nodeid))  # a part of it may have been done
+            answer = error_reply(request.unique, errno.EINTR)
+        self._answer(answer)
 
     def _interrupt(self, request: Request) -> bool:
         """Whether the interrupted request is one of ours; then it is being cancelled."""

@@ -46,6 +46,8 @@ class Opcode(enum.IntEnum):
 
 IN_HEADER: Final = struct.Struct("=IIQQIIIHH")  # len, opcode, unique, nodeid, uid, gid, pid, extlen, padding
 OUT_HEADER: Final = struct.Struct("=IiQ")  # len, -errno, unique
+_INVAL_INODE: Final = struct.Struct("=Qqq")  # ino, offset, length
+_FUSE_NOTIFY_INVAL_INODE: Final = 2
 FALLOCATE_IN: Final = struct.Struct("=QQQII")  # fh, offset, length, mode, padding
 LSEEK_IN: Final = struct.Struct("=QQII")  # fh, offset, whence, padding
 LSEEK_OUT: Final = struct.Struct("=Q")  # offset
@@ -142,6 +144,12 @@ def unpack(layout: struct.Struct, body: memoryview) -> tuple[int, ...]:
 def reply(unique: int, payload: bytes = b"") -> bytes:
     """A successful answer."""
     return OUT_HEADER.pack(OUT_HEADER.size + len(payload), 0, unique) + payload
+
+
+def invalidate_attributes(nodeid: int) -> bytes:
+    """Not an answer but FUSE_NOTIFY_INVAL_INODE: the kernel must ask for an inode's attributes again."""
+    payload = _INVAL_INODE.pack(nodeid, -1, 0)  # a negative offset: nothing of the page cache
+    return OUT_HEADER.pack(OUT_HEADER.size + len(payload), _FUSE_NOTIFY_INVAL_INODE, 0) + payload
 
 
 def pack_entry(stat: Stat) -> bytes:

@@ -14,13 +14,24 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from memfs.fuse.channel import Amendment, Channel
-from memfs.fuse.wire import IN_HEADER, OUT_HEADER, Malformed, Opcode, Request, error_reply, reply, unpack
+from memfs.fuse.wire import (
+    IN_HEADER,
+    OUT_HEADER,
+    Malformed,
+    Opcode,
+    Request,
+    error_reply,
+    invalidate_attributes,
+    reply,
+    unpack,
+)
 
 GETATTR, AT_ONCE, LATER, SILENT, FAILS, BREAKS, OBSERVED = 3, 200, 201, 202, 203, 204, 205
+NODE = 1
 
 
 def request(opcode: int, unique: int, body: bytes = b"") -> bytes:
-    return IN_HEADER.pack(IN_HEADER.size + len(body), opcode, unique, 1, 0, 0, 0, 0, 0) + body
+    return IN_HEADER.pack(IN_HEADER.size + len(body), opcode, unique, NODE, 0, 0, 0, 0, 0) + body
 
 
 def interrupt(of: int) -> bytes:
@@ -162,7 +173,7 @@ async def test_interrupted_handler_is_cancelled(sides: Sides) -> None:
     sides.kernel.send(request(LATER, 4))
     assert await sides.answers() == []
     sides.kernel.send(interrupt(2))
-    assert await sides.answers() == [error_reply(2, errno.EINTR)]
+    assert await sides.answers() == [invalidate_attributes(NODE), error_reply(2, errno.EINTR)]
     assert await sides.forwarded() == []
     sides.may_go_on.set()
     assert await sides.answers() == [reply(4, b"later")]
@@ -175,7 +186,7 @@ async def test_interrupt_right_behind_its_request_is_seen(nursery: trio.Nursery)
     sides.kernel.send(request(LATER, 2))
     sides.kernel.send(interrupt(2))
     nursery.start_soon(sides.run)
-    assert await sides.answers() == [error_reply(2, errno.EINTR)]
+    assert await sides.answers() == [invalidate_attributes(NODE), error_reply(2, errno.EINTR)]
     assert await sides.forwarded() == []
 
 

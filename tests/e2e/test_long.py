@@ -1,0 +1,112 @@
+"""Operations on much memory: others are answered meanwhile, a signal ends them, and then nothing is left of them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import trio
+
+from memfs.guest.messages import Fallocate, InvalidateBegin, InvalidateEnd
+from memfs.units import PageIndex, PageRange
+
+from .conftest import Memfs
+from .owner import connected, shell
+
+SIZE = "1g"
+FULL = 1 << 18  # pages
+TRIES = 5  # the memory may be there before we can send a signal
+
+
+@pytest.fixture(params=["", ",backing=memfd"], ids=["tmpfs", "memfd"])
+def large(request: pytest.FixtureRequest, mount_memfs: Callable[..., Memfs]) -> Memfs:
+    return mount_memfs(f"size=1100m{request.param}")
+
+
+def used(path: Path) -> int:
+    status = os.statvfs(path)
+    return status.f_blocks - status.f_bfree
+
+
+def settled(path: Path) -> int:
+    """Pages in use once that does not change any more: who is killed does not wait for the answer."""
+    before, now = -1, used(path)
+    while before != now:
+        time.sleep(0.3)  # longer than a piece takes
+        before, now = now, used(path)
+    return now
+
+
+@pytest.mark.parametrize("guest", [False, True], ids=["ordinary", "guest"])
+def test_a_signal_ends_it_and_what_there_is_is_accounted_for(large: Memfs, guest: bool) -> None:
+    if guest:
+        os.setxattr(large.path, "user.memfs.default_seals", b"guest")
+    for attempt in range(TRIES):
+        path = large.path / f"file-{attempt}"
+        path.touch()
+        process = subprocess.Popen(["fallocate", "--length", SIZE, path.name], cwd=large.path)
+        time.sleep(0.02 * (attempt + 1))
+        process.send_signal(signal.SIGINT)
+        if process.wait() == -signal.SIGINT and settled(large.path) < FULL:
+            assert path.stat().st_blocks // 8 == used(large.path)
+            assert path.stat().st_size // 4096 == used(large.path)  # as far as it got: who goes on can see where
+            subprocess.run(["fallocate", "--length", SIZE, path.name], cwd=large.path, check=True)
+            assert used(large.path) == FULL
+            return
+        os.unlink(path)
+    pytest.fail("the signal always came too late")
+
+
+def test_without_room_nothing_is_allocated(large: Memfs) -> None:
+    """As much as would be done in pieces, of which the last do not fit."""
+    (large.path / "other").write_bytes(b"x" * (200 << 20))
+    before = used(large.path)
+    for seals in (b"", b"guest"):
+        os.setxattr(large.path, "user.memfs.default_seals", seals)
+        result = large.run("fallocate", "--length", SIZE, "file")
+        assert "No space left" in result.stderr
+        assert (used(large.path), (large.path / "file").stat().st_size) == (before, 0)
+        os.unlink(large.path / "file")
+
+
+def test_others_are_answered_meanwhile(large: Memfs) -> None:
+    (large.path / "small").write_bytes(b"x")
+    answered = 0
+    process = subprocess.Popen(["fallocate", "--length", SIZE, "file"], cwd=large.path)
+    while process.poll() is None:
+        assert os.stat(large.path / "small").st_size == 1  # asks the daemon: a file with content may change
+        answered += 1
+    assert process.returncode == 0
+    assert answered > 5
+    answered = 0
+    process = subprocess.Popen(["fallocate", "--punch-hole", "--length", SIZE, "file"], cwd=large.path)
+    while process.poll() is None:
+        os.stat(large.path / "small")
+        answered += 1
+    assert process.returncode == 0
+    assert answered > 5
+    assert (large.path / "file").stat().st_blocks == 0
+    os.truncate(large.path / "file", 0)
+
+
+async def test_a_tebibyte_of_holes_costs_nothing(memfs: Memfs) -> None:
+    """One notification for all of it, and no memory of the daemon's."""
+    pages = PageRange(PageIndex(0), PageIndex(1 << 28))
+    for command in ("memfs.default_seals", None):
+        if command:
+            await trio.to_thread.run_sync(os.setxattr, memfs.path, f"user.{command}", b"guest")
+        name = "guest" if command else "file"
+        await shell("truncate", "--size", "1T", name, cwd=memfs.path)
+        await shell("fallocate", "--offset", "512G", "--length", "4096", name, cwd=memfs.path)
+        async with connected(memfs.socket) as owner:
+            await owner.register(memfs.path / name)
+            result = await shell("fallocate", "--punch-hole", "--length", "1T", name, cwd=memfs.path)
+            assert result.returncode == 0, result.stderr
+            assert [type(message) for message in owner.heard] == [InvalidateBegin, InvalidateEnd]
+            assert all(not isinstance(m, Fallocate) and getattr(m, "pages", None) == pages for m in owner.heard)
+    assert await trio.to_thread.run_sync(used, memfs.path) == 0
