@@ -71,8 +71,8 @@ _DATA: Final = (TMPFS, PASSTHROUGH, HUGE, CACHED, PLAIN)
 _ALLOCATION: Final = (TMPFS, PASSTHROUGH, CACHED, HUGE)  # an ordinary pyfuse3 filesystem has no fallocate
 _NAMES: Final = (TMPFS, PASSTHROUGH, PLAIN)
 WORKS: Final = (
-    _each("4 KiB random pread", "pread", 8000, _DATA, {PASSTHROUGH: 0.9, HUGE: 0.9}, anywhere=False),
-    _each("4 KiB random pwrite", "pwrite", 8000, _DATA, {PASSTHROUGH: 0.9, HUGE: 0.9}, anywhere=False),
+    _each("4 KiB random pread", "pread", 24000, _DATA, {PASSTHROUGH: 0.9, HUGE: 0.9}, anywhere=False),
+    _each("4 KiB random pwrite", "pwrite", 24000, _DATA, {PASSTHROUGH: 0.9, HUGE: 0.9}, anywhere=False),
     _stream("1 MiB sequential read", "read", {PASSTHROUGH: 0.9, HUGE: 0.9}),
     _stream("1 MiB sequential write", "write", {PASSTHROUGH: 0.9, HUGE: 1.2}),
     _each("mmap first touch of a page", "touch", 16384, _DATA, {PASSTHROUGH: 0.9, HUGE: 0.9}, anywhere=False),

@@ -1,7 +1,8 @@
 """How the benchmarks measure, so that their numbers can be believed on a noisy machine.
 
-Everything is a ratio. A thing and its reference are measured alternately (A B A B ...) in one run, after one round that
-does not count, and their medians are compared. Where a daemon answers, the row says whether it shared a CPU with its
+Everything is a ratio. A thing and its reference are measured alternately in one run, after one round that does not
+count, and their medians are compared. Each round begins with another one, because what ran before decides whether the
+memory that comes next lies in one piece. Where a daemon answers, the row says whether it shared a CPU with its
 client (`placement`): a wake-up across CPUs costs several times one on the same CPU.
 """
 
@@ -78,9 +79,11 @@ class Run:
 def measure(subjects: Mapping[str, Callable[[], float]], repetitions: int) -> dict[str, Sample]:
     """Call each subject in turn, `repetitions` times after a first time that does not count."""
     values: dict[str, list[float]] = {name: [] for name in subjects}
+    names = list(subjects)
     for repetition in range(repetitions + 1):
-        for name, subject in subjects.items():
-            value = subject()
+        first = repetition % len(names)
+        for name in names[first:] + names[:first]:
+            value = subjects[name]()
             if repetition:
                 values[name].append(value)
     return {name: Sample(samples) for name, samples in values.items()}
