@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from memfs import acl, seals
+from memfs import acl, protection, seals
 from memfs.inode import Directory, Inode, RegularFile
 from memfs.options import OptionError, RemountOptions
 from memfs.tree import Tree
@@ -52,6 +52,8 @@ class Attributes:
         """setxattr(2) by a user. EOPNOTSUPP: a name in user.memfs that cannot be set here. EINVAL: a bad value."""
         inode = self._tree.inode(ino)
         _check_name(name)
+        if name in (SEALS, acl.ACCESS):
+            protection.check_change(inode)
         if name == SEALS and isinstance(inode, RegularFile):
             await inode.file.add_seals(seals.parse(_text(value)))
             inode.changed()

@@ -103,7 +103,11 @@ class Handles:
         return len(self._open)
 
     def open_file(self, inode: RegularFile, flags: int) -> tuple[Fh, OpenFile]:
-        """A handle for an open(2) with these flags. Raises OSError: EMFILE, and EBUSY as `_sealed_access` says."""
+        """A handle for an open(2) with these flags.
+
+        Raises OSError: EMFILE, and EBUSY as `_sealed_access` says. What is immutable, the caller has checked: a file
+        that is being made may be opened in any way.
+        """
         with self._tree.holding(inode):
             handle = OpenFile(inode, flags, self._access(inode, flags))
             inode.file.mappable_opens += handle.mappable

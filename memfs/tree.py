@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from memfs import acl
+from memfs import acl, protection
 from memfs.file import File
 from memfs.inode import Directory, Ino, Inode, RegularFile, Special, Symlink
 from memfs.units import ByteOffset
@@ -130,6 +130,7 @@ class Tree:
         """link(2)."""
         inode, directory = self.inode(ino), self._writable(parent)
         self._check_new(directory, name)
+        protection.check_change(inode)
         if inode.nlink and self._free_inode_bytes < _INODE_BYTES:  # as on tmpfs, a second name takes an inode's room
             raise OSError(errno.ENOSPC, f"all {self.nr_inodes} inodes are in use")
         self._extra_links += bool(inode.nlink)
@@ -195,6 +196,7 @@ class Tree:
         directory = self.directory(ino)
         if directory.nlink == 0:
             raise OSError(errno.ENOENT, "the directory has been removed")
+        protection.check_add(directory)
         return directory
 
     def _check_new(self, directory: Directory, name: bytes) -> None:
@@ -207,19 +209,21 @@ class Tree:
 
     def unlink(self, parent: int, name: bytes) -> None:
         """unlink(2)."""
-        inode = self.lookup(parent, name)
+        inode, directory = self.lookup(parent, name), self.directory(parent)
+        protection.check_remove(directory, inode)
         if inode.is_dir:
             raise OSError(errno.EISDIR, "a directory")
-        self.directory(parent).remove(name)
+        directory.remove(name)
         self._unlinked(inode)
 
     def rmdir(self, parent: int, name: bytes) -> None:
         """rmdir(2)."""
-        inode = self.lookup(parent, name)
+        inode, directory = self.lookup(parent, name), self.directory(parent)
+        protection.check_remove(directory, inode)
         if not isinstance(inode, Directory):
             raise OSError(errno.ENOTDIR, "not a directory")
         self._check_empty(inode)
-        self.directory(parent).remove(name)
+        directory.remove(name)
         self._unlinked(inode)
 
     def rename(
@@ -231,6 +235,7 @@ class Tree:
             raise OSError(errno.EINVAL, f"rename flags {flags:#x}")
         source, target = self.directory(parent), self._writable(new_parent)
         inode = self.lookup(parent, name)
+        protection.check_remove(source, inode)
         if len(new_name) > NAME_MAX:
             raise OSError(errno.ENAMETOOLONG, "name too long")
         if exchange:
@@ -242,6 +247,7 @@ class Tree:
                 raise OSError(errno.EEXIST, "the name exists")
             if existing.inode is inode:
                 return
+            protection.check_remove(target, existing.inode)
             self._check_replaceable(inode, existing.inode)
         left_behind = self._make(source, stat.S_IFCHR, uid, gid) if whiteout else None
         if existing is not None:
@@ -251,7 +257,7 @@ class Tree:
             source.add(name, left_behind)
 
     def _exchange(self, source: Directory, name: bytes, target: Directory, new_name: bytes) -> None:
-        self.lookup(target.ino, new_name)  # ENOENT, before anything changes
+        protection.check_remove(target, self.lookup(target.ino, new_name))  # or ENOENT, before anything changes
         first, second = source.remove(name), target.remove(new_name)
         self._move(first, target, new_name)
         self._move(second, source, name)
@@ -334,6 +340,7 @@ class Tree:
     def setxattr(self, ino: int, name: bytes, value: bytes) -> None:
         """setxattr(2)."""
         inode = self.inode(ino)
+        protection.check_change(inode)
         if len(name) > NAME_MAX:
             raise OSError(errno.ERANGE, "attribute name too long")
         if len(value) > _XATTR_SIZE_MAX:
@@ -356,6 +363,7 @@ class Tree:
     def removexattr(self, ino: int, name: bytes) -> None:
         """removexattr(2)."""
         inode = self.inode(ino)
+        protection.check_change(inode)
         self.getxattr(ino, name)
         assert inode.xattrs is not None
         before = _user_bytes(inode.xattrs)

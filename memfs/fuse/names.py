@@ -19,6 +19,7 @@ import stat
 from collections.abc import Coroutine
 from typing import Any, Final
 
+from memfs import protection
 from memfs.attributes import Attributes
 from memfs.fuse.caller import in_group_or_capable
 from memfs.fuse.channel import Handler
@@ -134,6 +135,7 @@ class Names:
     def _open(self, request: Request) -> bytes | Coroutine[Any, Any, bytes]:
         flags, open_flags = unpack(OPEN_IN, request.body)
         inode = self._tree.regular(request.nodeid)
+        protection.check_open(inode, flags)
         if open_flags & FUSE_OPEN_KILL_SUIDGID:
             inode.kill_suidgid(in_group=in_group_or_capable(request, inode.gid))
         if flags & os.O_TRUNC:

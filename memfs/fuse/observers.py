@@ -1,7 +1,8 @@
 """What the kernel says and must be told in requests that pyfuse3 answers: passthrough, and killing of setuid bits.
 
-pyfuse3 answers INIT, SETATTR and WRITE, but knows neither kernel passthrough nor HANDLE_KILLPRIV_V2. So the channel
-shows us these requests on their way there, and we amend the reply to INIT on its way back.
+pyfuse3 answers INIT, SETATTR and WRITE, but knows neither kernel passthrough nor HANDLE_KILLPRIV_V2, and does not say
+whether a time is set to now. So the channel shows us these requests on their way there; we may refuse them, and amend
+the reply to INIT on its way back.
 
 HANDLE_KILLPRIV_V2 is needed for speed as much as for safety: once GETXATTR has been answered, a kernel without it asks
 for security.capability before every single write.
@@ -12,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
+from memfs import protection
 from memfs.fuse.caller import in_group_or_capable
 from memfs.fuse.channel import Amendment, Observer
 from memfs.fuse.passthrough import Passthrough
@@ -37,6 +39,8 @@ from memfs.tree import Tree
 from memfs.units import PAGE_SIZE, bytes_to_pages
 
 _HEADROOM: Final = 4096  # bytes: what a WRITE or READ has beside its data
+_FATTR_NOT_TIMES: Final = 0xF  # mode, uid, gid, size
+_FATTR_TO_NOW: Final = 1 << 4 | 1 << 5 | 1 << 7 | 1 << 8  # atime, mtime, each to now
 _FATTR_FH_AND_LOCKOWNER: Final = 1 << 6 | 1 << 9
 
 
@@ -75,6 +79,11 @@ class Observers:
 
     def _setattr(self, request: Request) -> None:
         (valid,) = unpack(SETATTR_VALID, request.body)
+        inode = self._tree.inode(request.nodeid)
+        if valid & _FATTR_TO_NOW == _FATTR_TO_NOW and not valid & _FATTR_NOT_TIMES:
+            protection.check_touch(inode)
+        elif valid & (_FATTR_NOT_TIMES | _FATTR_TO_NOW):
+            protection.check_change(inode)
         if valid & FATTR_KILL_SUIDGID or not valid & ~_FATTR_FH_AND_LOCKOWNER:
             self._kill_suidgid(request)
 

@@ -7,7 +7,7 @@ import struct
 from collections.abc import Coroutine
 from typing import Any, Final
 
-from memfs import seals
+from memfs import protection, seals
 from memfs.file import File
 from memfs.fuse import wire
 from memfs.fuse.channel import Handler
@@ -30,7 +30,8 @@ from memfs.units import ByteOffset
 
 _U32: Final = struct.Struct("=I")
 _FSXATTR: Final = struct.Struct("=I24x")  # struct fsxattr: xflags; extent sizes, projects
-_XFLAGS: Final = {0x40: 0x80, 0x80: 0x40}  # FS_NODUMP_FL, FS_NOATIME_FL as FS_XFLAG_*
+#: FS_IMMUTABLE_FL, FS_APPEND_FL, FS_NODUMP_FL and FS_NOATIME_FL, and the same as FS_XFLAG_*
+_XFLAGS: Final = {protection.FS_IMMUTABLE_FL: 0x8, protection.FS_APPEND_FL: 0x10, 0x40: 0x80, 0x80: 0x40}
 _PUNCH: Final = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 
 
@@ -54,7 +55,9 @@ class Requests:
         fh, offset, length, mode, _ = unpack(FALLOCATE_IN, request.body)
         if mode not in (0, FALLOC_FL_KEEP_SIZE, _PUNCH):
             raise OSError(errno.EOPNOTSUPP, f"fallocate mode {mode:#x}")
-        file = self._handles.file(fh).inode.file
+        inode = self._handles.file(fh).inode
+        protection.check_fallocate(inode, mode)
+        file = inode.file
         answer = self._change_pages(file, ByteOffset(offset), length, mode, request.unique)
         return _run_now(answer) if file.is_quick(length) else answer
 

@@ -45,8 +45,6 @@ DIFFERENT: dict[str | tuple[str, str], str] = {
     "epoll": "the kernel's FUSE can poll, so that epoll takes a regular file; tmpfs refuses it with EPERM",
     ("sigbus_when_full", "passthrough=off"): "the page cache takes what is written to a mapping and has no limit",
     ("page_tail_is_zero", "passthrough=off"): "FUSE zeroes what a mapping wrote past the end, tmpfs keeps it",
-    # Not yet:
-    "set_flags": "chattr +a and +i are not taken yet",
 }
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -399,6 +397,29 @@ def set_flags(directory: Path) -> Any:
     return shell(
         "touch f; chattr +a f; lsattr f | cut -c1-22; echo x > f; echo x >> f; rm f; chattr -a f; rm f; ls", directory
     )
+
+
+_FORBIDDEN = """
+    exec 2>&1
+    echo content > f; mkdir d; echo x > d/old; exec 3<> f
+    chattr {flag} f d; lsattr -d f d | cut -c1-22
+    echo more >> f; echo new > f; cat f; truncate -s 3 f; truncate -s 20 f; chmod 600 f; chown 1 f; chmod 700 d
+    touch f; touch -d 2001-01-01 f; touch -a f; ln f g; mv f h; rm -f f; mv -f d/old f; setfattr -n user.a -v b f
+    fallocate -l 8192 f; fallocate -p -l 4096 f; fallocate -n -l 8192 f; setfacl -m u:bin:r f
+    echo more >&3; cat f
+    touch d/new; mkdir d/dir; ln f d/link; rm -f d/old; mv d/old d/older; mv f d; rmdir d; mv d e; touch d; ls -A . d
+    chattr {off} f d; rm -r f d; ls -A
+"""
+
+
+@case
+def immutable(directory: Path) -> Any:
+    return shell(_FORBIDDEN.format(flag="+i", off="-i"), directory)
+
+
+@case
+def append_only(directory: Path) -> Any:
+    return shell(_FORBIDDEN.format(flag="+a", off="-a"), directory)
 
 
 @case
