@@ -28,6 +28,8 @@ from memfs.guest.messages import (
     HelloReply,
     InvalidateBegin,
     InvalidateEnd,
+    Launch,
+    Measured,
     Message,
     PfnReply,
     PutPfn,
@@ -58,6 +60,7 @@ class StoreFile:
         self.size = registered.size  #: bytes, when it was last registered
         self.registrations = 0  #: how many slots use it
         self.page_map: PageMapView | None = None
+        self.measurement: bytes | None = None  #: of its first content, once the guest has been launched
         self._mapping: mmap.mmap | None = None
         #: the backing file: the same bytes as `memory`, for system calls
         self.fd: Final = fds[0]
@@ -174,6 +177,13 @@ class Store:
             del self.files[file.id]
             file.close()
         await self._call(Unregister(file.id))
+
+    async def launch(self, file: StoreFile) -> bytes:
+        """The guest begins to run: a guest-sealed file's first content is what it is. Returns its measurement."""
+        reply = await self._call(Launch(file.id))
+        assert isinstance(reply.message, Measured)
+        file.measurement = reply.message.measurement
+        return file.measurement
 
     async def get_pfn(self, file: StoreFile, pages: PageRange, *, alloc: bool) -> PfnReply:
         """Lock pages and learn their frames (get_lock_pfn). May cover only a part, from the start on.

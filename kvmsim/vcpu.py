@@ -32,6 +32,7 @@ class VCPU:
     async def run(self) -> Exit:
         """KVM_RUN: run until an exit. Raises OSError(EFAULT, ENOSPC), StoreGone if memfs is gone."""
         self.vm.check_alive()
+        await self.vm.launch()
         exit_ = await self._engine.run(self)
         self.exits[exit_.name] += 1
         return exit_

@@ -44,7 +44,7 @@ from kvmsim.uapi import (
 )
 from kvmsim.vcpu import VCPU, Engine
 from kvmsim.vm_type import VmType
-from memfs.guest.messages import Fallocate, InvalidateBegin, InvalidateEnd
+from memfs.guest.messages import Fallocate, FileId, InvalidateBegin, InvalidateEnd
 from memfs.units import Gfn, GfnRange, Gpa, PageRange, gfn_to_gpa, gpa_to_gfn
 
 #: Told of each notification, slot by slot, after it has been acted upon; `private`: it is about private memory
@@ -72,6 +72,7 @@ class VM:
         self.listeners: list[Listener] = []
         self.faults: Counter[str] = Counter()  #: by kind: private, shared
         self.manual_dirty_log_protect = False  #: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2
+        self._to_launch: dict[FileId, StoreFile] = {}  # private files, until a vCPU runs
         self._store: Final = store
         self._slots_lock: Final = trio.Lock()
         self._nursery: Final = nursery
@@ -114,6 +115,8 @@ class VM:
             private = None
             if region.private_fd >= 0:
                 registered.append(private := await self._store.register(region.private_fd))
+                if private.page_map is not None:
+                    self._to_launch[private.id] = private
             check_files(self.mmu.slots, region, shared, private, old)
         except OSError:
             await self._release(registered)
@@ -238,6 +241,17 @@ class VM:
         """Handle a fault of a vCPU. Raises OSError as `handle_fault` says, StoreGone if memfs is."""
         self.faults["private" if access.private else "shared"] += 1
         return await handle_fault(self.mmu, access)
+
+    async def launch(self) -> None:
+        """The guest begins to run: what its private files were populated with is measured, and final.
+
+        Done when a vCPU runs (KVM_TDX_FINALIZE_VM, KVM_SEV_SNP_LAUNCH_FINISH); for slots that come later, then.
+        `StoreFile.measurement` has the measurements.
+        """
+        while self._to_launch:
+            file_id, file = self._to_launch.popitem()
+            if file_id in self._store.files:
+                await self._store.launch(file)
 
     def check_alive(self) -> None:
         """Raise StoreGone if the connection to memfs, and with it all memory, is gone."""

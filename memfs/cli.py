@@ -13,13 +13,15 @@ import fcntl
 import json
 import logging
 import os
+import stat
 import struct
 import sys
 from collections.abc import Callable, Sequence
 from typing import Final, NoReturn
 
 from memfs import seals
-from memfs.options import MountOptions, OptionError, RemountOptions, parse_size
+from memfs.options import MountOptions, OptionError, RemountOptions, parse_bytes
+from memfs.units import ByteOffset
 
 _U32: Final = struct.Struct("=I")
 _LOG_FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -93,9 +95,37 @@ def _parser() -> argparse.ArgumentParser:
     create = commands.add_parser("create", help="create a file, sealed from the start", description=_create.__doc__)
     create.add_argument("file", metavar="FILE")
     create.add_argument("--seals", metavar="SEAL[,SEAL]", default="", help="seals to create it with, e.g. guest")
-    create.add_argument("--size", metavar="SIZE", help="its size in bytes, or with k, m, g, t (a hole: no memory used)")
+    create.add_argument(
+        "--size",
+        metavar="SIZE",
+        type=_size,
+        default=0,
+        help="its size in bytes, or with k, m, g, t (a hole: no memory used)",
+    )
+    create.add_argument("--allocate", action="store_true", help="give it its memory at once; without, it is a hole")
     create.set_defaults(run=_create)
+
+    allocate = commands.add_parser("allocate", help="give a file its memory", description=_allocate.__doc__)
+    allocate.add_argument("file", metavar="FILE")
+    allocate.add_argument("--offset", metavar="SIZE", type=_size, default=0, help="from there on (default 0)")
+    allocate.add_argument("--length", metavar="SIZE", type=_size, help="so much (default: to the file's end)")
+    allocate.set_defaults(run=_allocate)
+
+    populate = commands.add_parser("populate", help="fill guest memory with an image", description=_populate.__doc__)
+    populate.add_argument("file", metavar="FILE")
+    populate.add_argument("source", metavar="SOURCE", nargs="?", default="-", help="a file; default: standard input")
+    populate.add_argument(
+        "--offset", metavar="SIZE", type=_size, default=0, help="where in FILE; a multiple of 4k (default 0)"
+    )
+    populate.set_defaults(run=_populate)
     return parser
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from error
 
 
 def _mount(options: argparse.Namespace) -> None:
@@ -204,15 +234,39 @@ def _show_seals(options: argparse.Namespace) -> None:
 def _create(options: argparse.Namespace) -> None:
     """Create a file on a memfs. It must not exist."""
     bits = seals.parse(options.seals)
-    size = parse_size(options.size) if options.size else 0
     # With O_DIRECT the handle cannot be mapped, so that it does not stand in the way of the guest seal.
     fd = os.open(options.file, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC, 0o600)
     try:
         if bits:
             fcntl.ioctl(fd, seals.MEMFS_IOC_ADD_SEALS, _U32.pack(bits))
-        os.ftruncate(fd, size)
+        os.ftruncate(fd, options.size)
+        if options.allocate and options.size:
+            from memfs import load
+
+            load.allocate(options.file, ByteOffset(0), options.size)
     except OSError:
         os.unlink(options.file)
         raise
     finally:
         os.close(fd)
+
+
+def _allocate(options: argparse.Namespace) -> None:
+    """Give a file on a memfs its memory, as fallocate(1) does, with a progress bar on a terminal."""
+    from memfs import load
+
+    load.allocate(options.file, ByteOffset(options.offset), options.length)
+
+
+def _populate(options: argparse.Namespace) -> None:
+    """Fill a guest-sealed file with its first content, before its guest runs. Prints the measurement: SHA-384 over page
+    index (u64, little-endian) and content of each page in order, of all that was populated so far.
+    """
+    from memfs import load
+
+    with open(
+        0 if options.source == "-" else options.source, "rb", buffering=0, closefd=options.source != "-"
+    ) as source:
+        status = os.fstat(source.fileno())
+        total = status.st_size if stat.S_ISREG(status.st_mode) else None
+        print(load.populate(options.file, source, ByteOffset(options.offset), total).hex())

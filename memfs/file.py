@@ -43,7 +43,7 @@ import functools
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
 
@@ -63,6 +63,9 @@ from memfs.units import (
     page_floor,
     page_offset,
 )
+
+if TYPE_CHECKING:
+    from memfs.guest.image import InitialImage
 
 _LONG: Final = (
     8 << 20
@@ -103,6 +106,7 @@ class File:
         "_lock",
         "backing_number",
         "fd",
+        "image",
         "mappable_opens",
         "number",
         "owner",
@@ -131,6 +135,7 @@ class File:
         self.mappable_opens = 0
         self.writable_opens = 0
         self.backing_number: int | None = None
+        self.image: InitialImage | None = None  #: what it was filled with before its guest ran; set by image.py
         #: who is told when pages come and go; set by guest/registry.py. And whether there was such since the kernel's
         #: page cache was last emptied; reset by fuse/names.py
         self.owner: GuestOps | None = None
@@ -277,8 +282,11 @@ class File:
                     await self._free_piecewise(pages)
                 fallocate(self.fd, _PUNCH, offset, length)
 
-    async def truncate(self, size: int) -> None:
-        """ftruncate(2), in bytes. EINVAL: guest-sealed and not page-aligned. EFBIG: larger than memfs can track."""
+    async def truncate(self, size: int, *, by_path: bool = False) -> None:
+        """ftruncate(2), in bytes; or truncate(2), which leaves the times alone if the size stays.
+
+        EINVAL: guest-sealed and not page-aligned. EFBIG: larger than memfs can track.
+        """
         async with self.locked():
             self._check_alignment(ByteOffset(size), 0)
             old, first = self.size, page_ceil(ByteOffset(size))
@@ -286,7 +294,7 @@ class File:
                 self._forbid(seals.F_SEAL_GROW if size > old else seals.F_SEAL_SHRINK, "resized so")
             if size > old:
                 self._check_tracked_size(first)
-                os.ftruncate(self.fd, size)
+                self._truncate_backing(size, by_path)
                 return
             end = page_ceil(ByteOffset(old))
             told = PageRange(first, end) if first < end else None
@@ -297,7 +305,10 @@ class File:
                 async with self._taking_away(told=told, freed=freed):
                     if told is not None:
                         await self._free_piecewise(told)
-                    os.ftruncate(self.fd, size)
+                    self._truncate_backing(size, by_path)
+
+    def _truncate_backing(self, size: int, by_path: bool) -> None:
+        os.truncate(f"/proc/self/fd/{self.fd}" if by_path else self.fd, size)
 
     def present(self, pages: PageRange) -> list[tuple[PageRange, bool]]:
         """Which pages of a range are allocated: runs in order, True for allocated. Call within `locked`.

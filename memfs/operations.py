@@ -81,7 +81,7 @@ class Operations(pyfuse3.Operations):
         if fields.update_mode and isinstance(node, RegularFile):
             node.file.check_chmod(node.mode, attr.st_mode)
         if fields.update_size:
-            await self._tree.regular(inode).file.truncate(attr.st_size)
+            await self._tree.regular(inode).file.truncate(attr.st_size, by_path=fh is None)
         if fields.update_mode:
             node.chmod(attr.st_mode)
         if fields.update_uid:
@@ -92,7 +92,8 @@ class Operations(pyfuse3.Operations):
             node.set_times(
                 attr.st_atime_ns if fields.update_atime else None, attr.st_mtime_ns if fields.update_mtime else None
             )
-        node.changed()
+        if not fields.update_size:  # what a new size does to the times has been done
+            node.changed()
         return _attributes_of(node)
 
     @_translated

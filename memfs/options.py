@@ -35,16 +35,24 @@ def parse_size(text: str) -> int:
     >>> parse_size("64m")
     67108864
 
-    Raises ValueError.
+    Raises ValueError, also for 0.
     """
+    nbytes = parse_bytes(text)
+    if not nbytes:
+        raise ValueError("not a size that memory can have")
+    return (nbytes + PAGE_SIZE - 1) // PAGE_SIZE * PAGE_SIZE
+
+
+def parse_bytes(text: str) -> int:
+    """A number of bytes, written like a size. Raises ValueError."""
     match = re.fullmatch(r"(\d+)([kmgt%]?)", text.lower())
     if not match:
         raise ValueError("not a size; give bytes, or a number with k, m, g, t or %")
     number, suffix = int(match[1]), match[2]
     nbytes = total_ram() * number // 100 if suffix == "%" else number * _SUFFIXES[suffix]
-    if not 0 < nbytes < 1 << 62:
+    if nbytes >= 1 << 62:
         raise ValueError("not a size that memory can have")
-    return (nbytes + PAGE_SIZE - 1) // PAGE_SIZE * PAGE_SIZE
+    return nbytes
 
 
 def _parse_count(text: str) -> int:

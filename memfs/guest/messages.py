@@ -275,6 +275,62 @@ class PutPfn(Message):
 
 
 @dataclass(frozen=True, slots=True)
+class Populate(Message):
+    """Owner, or whoever loads an image: fill pages of a guest-sealed file with content, and measure it (image.py).
+
+    Two descriptors travel with this: of the file, open for writing as for Register (it need not be registered), and
+    of a memfd that is sealed against shrinking, where the content is, from byte `source` on. At most MAX_PAGES at a
+    time. Failed with EBUSY: the guest has begun to run. EINVAL: not guest-sealed, past its end, or no such memfd.
+    ENOSPC. Otherwise as Register.
+    """
+
+    TYPE = 16
+    _BODY = struct.Struct("<QQQ")
+    DESCRIPTORS = frozenset({2})
+    MAX_PAGES: ClassVar[int] = 1 << 14
+    pages: PageRange
+    source: ByteOffset
+
+    def _fields(self) -> tuple[Any, ...]:
+        return self.pages.start, self.pages.end, self.source
+
+    @classmethod
+    def _from_fields(cls, *fields: Any) -> Self:
+        start, end, source = fields
+        pages = _pages(start, end)
+        if len(pages) > cls.MAX_PAGES or source > MAX_OFFSET:
+            raise Malformed(f"{len(pages)} pages from byte {source} on; at most {cls.MAX_PAGES}")
+        return cls(pages, ByteOffset(source))
+
+
+@dataclass(frozen=True, slots=True)
+class Launch(Message):
+    """Owner: the guest begins to run, so the file's initial content is what it is. Idempotent. EBADF: not registered.
+
+    KVM_TDX_FINALIZE_VM and KVM_SEV_SNP_LAUNCH_FINISH. The first GetPfn of a guest-sealed file does the same.
+    """
+
+    TYPE = 17
+    _BODY = struct.Struct("<Q")
+    file: FileId
+
+    def _fields(self) -> tuple[Any, ...]:
+        return (self.file,)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured(Message):
+    """Store: the answer to Populate and Launch: the measurement of all that was populated so far."""
+
+    TYPE = 18
+    _BODY = struct.Struct("<48s")
+    measurement: bytes  #: SHA-384
+
+    def _fields(self) -> tuple[Any, ...]:
+        return (self.measurement,)
+
+
+@dataclass(frozen=True, slots=True)
 class Done(Message):
     """Store: Unregister or PutPfn is done."""
 
@@ -342,7 +398,7 @@ class Fenced(Failed):
     TYPE = 15
 
 
-Request = Hello | Register | Unregister | GetPfn | PutPfn
+Request = Hello | Register | Unregister | GetPfn | PutPfn | Populate | Launch
 Notification = InvalidateBegin | InvalidateEnd | Fallocate
 
 #: by the number on the wire
@@ -350,6 +406,6 @@ MESSAGES: Final[dict[int, type[Message]]] = {
     cls.TYPE: cls
     for cls in (
         *(Hello, HelloReply, Register, Registered, Unregister, GetPfn, PfnReply, PutPfn, Done, Failed),
-        *(InvalidateBegin, InvalidateEnd, Fallocate, Ack, Fenced),
+        *(InvalidateBegin, InvalidateEnd, Fallocate, Ack, Fenced, Populate, Launch, Measured),
     )
 }

@@ -7,8 +7,8 @@ RFC patch 01 lets KVM and the backing store exchange two tables of callbacks whe
 two processes a callback is a message, and a callback that returns is a message with a reply. So there are two
 kinds of request, one in each direction, on one AF_UNIX SOCK_SEQPACKET connection (one datagram, one message):
 
-    owner -> store    Hello, Register, Unregister, GetPfn, PutPfn          answered by HelloReply, Registered, Done,
-                                                                           PfnReply or Failed
+    owner -> store    Hello, Register, Unregister, GetPfn, PutPfn,         answered by HelloReply, Registered, Done,
+                      Populate, Launch                                     PfnReply, Measured or Failed
     store -> owner    InvalidateBegin, InvalidateEnd, Fallocate            each answered by Ack
     store -> owner    Fenced                                               not answered: the last word before the end
 
@@ -34,7 +34,8 @@ Wire format, little-endian, no pickle, every length bounded:
     body     as messages.py says
 
 File descriptors travel beside a message (SCM_RIGHTS): one with Register (the file), one or two with Registered
-(the backing file, and for a guest-sealed file its page map). Any other message with a descriptor is refused.
+(the backing file, and for a guest-sealed file its page map), two with Populate (the file, and where its content comes
+from). Any other message with a descriptor is refused.
 
 Rejected: a byte stream (framing to get wrong, descriptors that attach to arbitrary bytes), JSON or pickle (parsing
 cost on the fault path; a hostile peer), one connection for many owners (death would not mean one thing).
@@ -62,9 +63,12 @@ from memfs.guest.messages import (
     HelloReply,
     InvalidateBegin,
     InvalidateEnd,
+    Launch,
     Malformed,
+    Measured,
     Message,
     PfnReply,
+    Populate,
     PutPfn,
     Register,
     Registered,
@@ -121,6 +125,8 @@ _REPLIES: Final[dict[type[Message], frozenset[type[Message]]]] = {
     Unregister: frozenset({Done, Failed}),
     GetPfn: frozenset({PfnReply, Failed}),
     PutPfn: frozenset({Done, Failed}),
+    Populate: frozenset({Measured, Failed}),
+    Launch: frozenset({Measured, Failed}),
     InvalidateBegin: frozenset({Ack}),
     InvalidateEnd: frozenset({Ack}),
     Fallocate: frozenset({Ack}),
@@ -135,9 +141,9 @@ def _loop(state: State, messages: Iterable[type[Message]]) -> dict[type[Message]
 _TRANSITIONS: Final[dict[tuple[Role, State], dict[type[Message], State]]] = {
     (Role.OWNER, State.START): {Hello: State.GREETED},
     (Role.STORE, State.GREETED): {HelloReply: State.OPEN, Failed: State.CLOSED},
-    (Role.OWNER, State.OPEN): _loop(State.OPEN, (Register, Unregister, GetPfn, PutPfn, Ack)),
+    (Role.OWNER, State.OPEN): _loop(State.OPEN, (Register, Unregister, GetPfn, PutPfn, Populate, Launch, Ack)),
     (Role.STORE, State.OPEN): {
-        **_loop(State.OPEN, (Registered, Done, PfnReply, Failed)),
+        **_loop(State.OPEN, (Registered, Done, PfnReply, Measured, Failed)),
         **_loop(State.OPEN, (InvalidateBegin, InvalidateEnd, Fallocate)),
         Fenced: State.CLOSED,
     },

@@ -31,6 +31,7 @@ import trio
 
 from memfs.file import File
 from memfs.guest.frames import FileFrames, FrameAllocator, by_order
+from memfs.guest.image import launch
 from memfs.guest.locks import PageLocks
 from memfs.guest.messages import (
     Ack,
@@ -106,6 +107,8 @@ class Registration:
                     raise OSError(errno.EBADF, "unregistered")
                 if pages.end > page_ceil(ByteOffset(self.file.size)):
                     raise OSError(errno.EINVAL, "past the end of the file")
+                if self.file.guest:
+                    launch(self.file)
                 if alloc:
                     await self.file.make_present(pages)
                 return self._lock(pages, alloc)

@@ -6,8 +6,8 @@ it, nor do anything else that asks the filesystem behind it: that is ourselves, 
 mount id is looked up in mountinfo, ours or, for a peer in another mount namespace, the peer's, and the device number
 found there says whether the file is one of this mount's (whatever bind mount it was opened through).
 
-Requests that may have to wait for a file (Register, GetPfn) run as tasks, so that a PutPfn or an Ack behind them on the
-same connection, for which somebody may be waiting, is not held up. The rest is answered in order.
+Requests that may have to wait for a file (Register, GetPfn, Populate, Launch) run as tasks, so that a PutPfn or an Ack
+behind them on the same connection, for which somebody may be waiting, is not held up. The rest is answered in order.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Final
 import trio
 
 from memfs.guest.death import is_dying
+from memfs.guest.image import launch, populate
 from memfs.guest.messages import (
     VERSION,
     Ack,
@@ -33,7 +34,10 @@ from memfs.guest.messages import (
     GetPfn,
     Hello,
     HelloReply,
+    Launch,
+    Measured,
     Message,
+    Populate,
     PutPfn,
     Register,
     Registered,
@@ -41,7 +45,7 @@ from memfs.guest.messages import (
 )
 from memfs.guest.peer import Incoming, Peer, PeerGone, close_all
 from memfs.guest.protocol import RemoteProtocolError, Role
-from memfs.guest.registry import Notification, Owner, OwnerGone, Registry
+from memfs.guest.registry import Notification, Owner, OwnerGone, Registration, Registry
 from memfs.inode import RegularFile
 from memfs.mountinfo import device_of_mount_id
 from memfs.tree import Tree
@@ -100,7 +104,7 @@ class _Session:
             async with trio.open_nursery() as nursery, contextlib.aclosing(self._peer.requests()) as requests:
                 nursery.start_soon(self._end_with_process)
                 async for request in requests:
-                    if isinstance(request.message, GetPfn | Register):
+                    if isinstance(request.message, GetPfn | Register | Populate | Launch):
                         nursery.start_soon(self._answer, request)
                     else:
                         await self._answer(request)
@@ -154,6 +158,10 @@ class _Session:
                 return await owner.registration(file).get_pfn(pages, alloc=alloc), ()
             case PutPfn(file, pages):
                 owner.registration(file).put_pfn(pages)
+            case Populate():
+                return await self._populate(message, *request.fds), ()
+            case Launch(file):
+                return await self._launch(owner.registration(file)), ()
             case _:
                 raise AssertionError(f"the protocol let {message} through")
         return Done(), ()
@@ -165,6 +173,16 @@ class _Session:
             file = inode.file
             fds = (file.fd,) if not file.guest or file.page_map is None else (file.fd, file.page_map.fd)
             return Registered(registration.id, inode.ino, file.size, file.seals), fds
+
+    async def _populate(self, message: Populate, fd: int, source: int) -> Message:
+        inode = self._identify(fd)
+        with self._tree.holding(inode):
+            return Measured(await populate(inode.file, message.pages, source, message.source))
+
+    async def _launch(self, registration: Registration) -> Message:
+        with self._tree.holding(registration.inode):
+            async with registration.file.locked():
+                return Measured(launch(registration.file))
 
     def _identify(self, fd: int) -> RegularFile:
         """Which of our files a descriptor is of. Raises OSError as Register's documentation says."""

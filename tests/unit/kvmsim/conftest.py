@@ -24,6 +24,8 @@ from memfs.guest.messages import (
     GetPfn,
     Hello,
     HelloReply,
+    Launch,
+    Measured,
     Message,
     PfnReply,
     PfnRun,
@@ -119,6 +121,8 @@ class ScriptedStore:
             case Unregister(number):
                 self.by_id(number).registered -= 1
                 return Done(), ()
+            case Launch():
+                return Measured(bytes(48)), ()
             case GetPfn(number, pages, alloc):
                 return self._get(self.by_id(number), pages, alloc), ()
             case PutPfn(number, pages):

@@ -22,9 +22,12 @@ from memfs.guest.messages import (
     HelloReply,
     InvalidateBegin,
     InvalidateEnd,
+    Launch,
+    Measured,
     Message,
     PfnReply,
     PfnRun,
+    Populate,
     PutPfn,
     Register,
     Registered,
@@ -79,6 +82,15 @@ MESSAGE: dict[type[Message], st.SearchStrategy[Any]] = {
     GetPfn: st.builds(GetPfn, u64, ranges, st.booleans()),
     PfnReply: pfn_replies(),
     PutPfn: st.builds(PutPfn, u64, ranges, st.booleans()),
+    Populate: st.builds(
+        Populate,
+        st.tuples(st.integers(0, 1 << 40), st.integers(1, Populate.MAX_PAGES)).map(
+            lambda each: pages(each[0], sum(each))
+        ),
+        st.integers(0, (1 << 63) - 1),
+    ),
+    Launch: st.builds(Launch, u64),
+    Measured: st.builds(Measured, st.binary(min_size=48, max_size=48)),
     Done: st.builds(Done),
     Failed: st.builds(Failed, st.integers(1, 133), text),
     InvalidateBegin: st.builds(InvalidateBegin, u64, ranges),
