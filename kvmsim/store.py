@@ -62,6 +62,8 @@ class StoreFile:
         self.page_map: PageMapView | None = None
         self.measurement: bytes | None = None  #: of its first content, once the guest has been launched
         self._mapping: mmap.mmap | None = None
+        if not fds:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         #: the backing file: the same bytes as `memory`, for system calls
         self.fd: Final = fds[0]
         try:
@@ -163,7 +165,11 @@ class Store:
         assert isinstance(reply.message, Registered)
         file = self.files.get(reply.message.file)
         if file is None:
-            file = self.files[reply.message.file] = StoreFile(reply.message, reply.fds)
+            try:
+                file = self.files[reply.message.file] = StoreFile(reply.message, reply.fds)
+            except (OSError, ValueError):
+                await self._call(Unregister(reply.message.file))
+                raise
         else:
             close_all(reply.fds)
             file.resized(reply.message.size)

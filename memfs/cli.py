@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         help="as for tmpfs, separated by commas: size= (bytes, k/m/g/t or %% of RAM; default 50%%), nr_blocks=, "
         "nr_inodes=, mode= (octal), uid=, gid=, huge=never|always|within_size|advise, mpol=, noswap; ro, noatime, "
         "suid, dev, noexec, allow_other; passthrough=auto|on|off, backing=tmpfs|memfd, socket=, "
+        "socket_mode= (octal; default 0600), socket_group=, "
         "notify_timeout= (seconds that an owner may take to answer; default 5)",
     )
     mount.add_argument(

@@ -10,14 +10,12 @@ cases the socket is removed and every file's memory is freed.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import os
 import resource
 import signal
-import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -34,10 +32,12 @@ from memfs.fuse.names import Names
 from memfs.fuse.observers import Observers
 from memfs.fuse.passthrough import Passthrough, Wanted
 from memfs.fuse.requests import Requests
+from memfs.guest.clients import Clients
 from memfs.guest.registry import Registry
 from memfs.guest.server import Server
 from memfs.handles import Handles
 from memfs.inode import Ino
+from memfs.listener import listening
 from memfs.mountinfo import device_of_mountpoint
 from memfs.operations import Operations
 from memfs.options import MountOptions, RemountOptions
@@ -45,8 +45,6 @@ from memfs.tree import Tree
 from memfs.units import SECTORS_PER_PAGE, pages_to_bytes
 
 log = logging.getLogger(__name__)
-
-_BACKLOG: Final = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +65,8 @@ async def serve(settings: Settings, ready: Callable[[list[str]], None]) -> None:
     """
     _raise_descriptor_limit()
     backing, no_tmpfs = open_backing(settings.options)
-    with _listener(settings.socket_path) as listener:
+    options = settings.options
+    with listening(settings.socket_path, options.socket_mode, options.socket_group) as listener:
         fuse_fd, no_root = mount_fuse(settings.mountpoint, settings.options)
         notes = [note for note in (no_root, no_tmpfs) if note]
         unable = None
@@ -103,6 +102,7 @@ class _Memfs:
         control = Control(settings.socket_path, self.describe, self.remount)
         self._attributes: Final = Attributes(self._tree, control)
         self._registry: Final = Registry(self._tree, options.notify_timeout)
+        self._clients: Final = Clients(options.socket_mode, options.socket_group)
 
     def _new_file(self, ino: Ino, seals: int) -> File:
         return File(self._backing, ino, seals)
@@ -123,7 +123,7 @@ class _Memfs:
         device = device_of_mountpoint(self._settings.mountpoint)
         if device is None:
             raise MountError(f"{self._settings.mountpoint} was unmounted at once")
-        server = Server(listener, self._registry, self._tree, device)
+        server = Server(listener, self._clients, self._registry, self._tree, device)
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(pyfuse3.main)
@@ -160,6 +160,8 @@ class _Memfs:
             "owners": len(owners),
             "registered files": sum(len(owner.registrations) for owner in owners),
             "owners fenced": self._registry.fenced,
+            "connections": self._clients.connections,
+            "connections refused": self._clients.refused,
         }
 
     def remount(self, options: RemountOptions) -> None:
@@ -206,51 +208,6 @@ def _raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     except ValueError:  # Python's for EPERM: without CAP_SYS_RESOURCE only the soft limit can be raised
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-@contextlib.contextmanager
-def _listener(path: str) -> Iterator[trio.socket.SocketType]:
-    """Listen on a socket that only its owner may connect to, and remove it in the end. Raises MountError."""
-    try:
-        listener = _listen(path)
-    except OSError as error:
-        raise MountError(f"cannot listen on {path}: {error.strerror or error}") from error
-    try:
-        yield listener
-    finally:
-        listener.close()
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
-
-
-def _listen(path: str) -> trio.socket.SocketType:
-    """A listening socket. One that nobody listens on is what a killed daemon left, and is replaced. Raises OSError."""
-    os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
-    _remove_stale(path)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    mask = os.umask(0o177)
-    try:
-        sock.bind(path)
-        sock.listen(_BACKLOG)
-    except OSError:
-        sock.close()
-        raise
-    finally:
-        os.umask(mask)
-    return trio.socket.from_stdlib_socket(sock)
-
-
-def _remove_stale(path: str) -> None:
-    probe = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with probe:
-        try:
-            probe.connect(path)
-        except FileNotFoundError:
-            return
-        except ConnectionRefusedError:
-            os.unlink(path)
-            return
-    raise OSError(errno.EADDRINUSE, "another memfs listens there")
 
 
 def default_socket_path(mountpoint: str) -> str:

@@ -107,6 +107,7 @@ class File:
         "backing_number",
         "fd",
         "image",
+        "given_out",
         "mappable_opens",
         "number",
         "owner",
@@ -140,6 +141,8 @@ class File:
         #: page cache was last emptied; reset by fuse/names.py
         self.owner: GuestOps | None = None
         self.was_owned = False
+        #: whether an owner has ever been given a descriptor of the backing; set by guest/server.py
+        self.given_out = False
 
     @property
     def guest(self) -> bool:
@@ -452,6 +455,8 @@ class File:
             unstoppable = seals.ON_WRITES if self.backing_number is not None else seals.NO_WRITES
             if new & unstoppable and self.writable_opens:
                 raise OSError(errno.EBUSY, "open for writing")
+            if new & seals.NO_WRITES and self.given_out and not self._backing.accounted:
+                raise OSError(errno.EBUSY, "an owner was given a descriptor that nobody can take back")
             if new & seals.F_SEAL_GUEST:
                 self._become_guest()
             self.seals |= bits
@@ -486,7 +491,7 @@ class File:
         self._forget_pages(_WHOLE_MAP)  # what KEEP_SIZE had allocated, and the next lines free
         self._backing.shut(self.fd)
         self._backing.free(self._content)
-        self._content, self.fd, self.page_map = content, fd, page_map
+        self._content, self.fd, self.page_map, self.given_out = content, fd, page_map, False
         self.set_times(old.st_atime_ns, old.st_mtime_ns)
 
     def _refuse_if_guest(self, verb: str) -> None:

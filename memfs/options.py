@@ -74,6 +74,12 @@ def _parse_mode(text: str) -> int:
     return int(text, 8)
 
 
+def _parse_socket_mode(text: str) -> int:
+    if not re.fullmatch(r"0?[0-7]{1,3}", text):
+        raise ValueError("not an octal mode between 0 and 777")
+    return int(text, 8)
+
+
 def _parse_uid(text: str) -> int:
     try:
         return int(text) if text.isdecimal() else pwd.getpwnam(text).pw_uid
@@ -125,6 +131,8 @@ class MountOptions:
     default_permissions: bool = True  #: the kernel checks permissions; memfs is never mounted otherwise
     allow_other: bool = False  #: let users other than the one who mounted it in
     socket: str | None = None  #: where owners connect
+    socket_mode: int = 0o600  #: who may connect: write permission is what counts
+    socket_group: int | None = None  #: gid of the socket; None: the daemon's
     passthrough: str = "auto"
     backing: str = "tmpfs"  #: where files live
     notify_timeout: float = 5.0  #: seconds that an owner may take to act on a notification
@@ -215,6 +223,8 @@ _VALUES: Final[dict[str, tuple[str, Callable[[str], Any]]]] = {
     "huge": ("huge", _one_of("never", "always", "within_size", "advise")),
     "mpol": ("mpol", str),
     "socket": ("socket", _parse_path),
+    "socket_mode": ("socket_mode", _parse_socket_mode),
+    "socket_group": ("socket_group", _parse_gid),
     "passthrough": ("passthrough", _one_of("on", "off", "auto")),
     "backing": ("backing", _one_of("tmpfs", "memfd")),
     "notify_timeout": ("notify_timeout", _parse_seconds),

@@ -146,6 +146,7 @@ class PageMap(PageMapView):
         fd = os.memfd_create(f"memfs-map:{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(fd, _OBJECT_BYTES)
+            os.fchmod(fd, 0o400)  # so that who gets it for reading cannot open it anew for writing and allocate
             super().__init__(fd)
             fcntl.fcntl(
                 fd,

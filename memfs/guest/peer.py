@@ -10,7 +10,7 @@ from __future__ import annotations
 import array
 import os
 import socket
-from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -37,7 +37,10 @@ class PeerGone(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Incoming:
-    """A message and the descriptors that came with it; whoever gets this owns them and must close them."""
+    """A message and the descriptors that came with it; whoever gets this owns them and must close them.
+
+    There are none, whatever was sent, if this process had no room for them (EMFILE).
+    """
 
     id: RequestId
     message: Message
@@ -54,10 +57,19 @@ class _Call:
 
 
 class Peer:
-    """One end of a connection. `requests` must be iterated by one task for anything to arrive at all."""
+    """One end of a connection. `requests` must be iterated by one task for anything to arrive at all.
 
-    def __init__(self, sock: trio.socket.SocketType, role: Role) -> None:
+    `discard` closes descriptors that nobody wants; who does not trust the peer lets a thread do that (clients.py).
+    """
+
+    def __init__(
+        self,
+        sock: trio.socket.SocketType,
+        role: Role,
+        discard: Callable[[tuple[int, ...]], object] | None = None,
+    ) -> None:
         self._socket: Final = sock
+        self._discard: Final = discard or close_all
         self.protocol: Final = Connection(role)
         self._sending: Final = trio.Lock()
         self._calls: dict[RequestId, _Call] = {}
@@ -78,7 +90,7 @@ class Peer:
         except trio.Cancelled:
             call.cancelled = True
             if call.reply is not None:  # it came just now
-                close_all(call.reply.fds)
+                self._discard(call.reply.fds)
             raise
         if call.reply is None:
             raise PeerGone("the connection ended before the answer")
@@ -110,7 +122,7 @@ class Peer:
                 self._wake()
                 call = self._calls.pop(incoming.id)
                 if call.cancelled:
-                    close_all(incoming.fds)
+                    self._discard(incoming.fds)
                 else:
                     call.reply = incoming
                     call.done.set()
@@ -168,17 +180,23 @@ class Peer:
         except (ConnectionError, trio.ClosedResourceError):
             return None
         fds = tuple(_descriptors(ancillary))
+        # The kernel keeps back descriptors that the sender put there in excess, and those that we have no room for
+        # (EMFILE). The latter is nobody's fault: the message counts, and whoever needs the descriptors misses them.
+        no_room = bool(flags & socket.MSG_CTRUNC) and len(fds) <= MAX_DESCRIPTORS
         try:
-            if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            if flags & socket.MSG_TRUNC or len(fds) > MAX_DESCRIPTORS:
                 raise RemoteProtocolError("a message or its descriptors are larger than allowed")
             if not data:
                 if fds:
                     raise RemoteProtocolError("an empty message")
                 return None
-            received = self.protocol.receive(data, len(fds))
+            received = self.protocol.receive(data, None if no_room else len(fds))
         except RemoteProtocolError:
-            close_all(fds)
+            self._discard(fds)
             raise
+        if no_room:
+            self._discard(fds)
+            fds = ()
         return Incoming(received.id, received.message, fds), received.answers is not None
 
 

@@ -210,8 +210,8 @@ class Connection:
         self._advance(self.role, number, message)
         return number, _HEADER.pack(VERSION, message.TYPE, _HEADER.size + len(body), number) + body
 
-    def receive(self, data: bytes | memoryview, descriptors: int = 0) -> Received:
-        """Unpack one datagram that came with `descriptors` file descriptors and move on.
+    def receive(self, data: bytes | memoryview, descriptors: int | None = 0) -> Received:
+        """Unpack one datagram that came with `descriptors` file descriptors (None: nobody knows) and move on.
 
         Raises RemoteProtocolError, changing nothing.
         """
@@ -226,11 +226,11 @@ class Connection:
         """No more messages: the transport is gone."""
         self.state = State.CLOSED
 
-    def _check(self, sender: Role, number: RequestId, message: Message, descriptors: int) -> None:
+    def _check(self, sender: Role, number: RequestId, message: Message, descriptors: int | None) -> None:
         kind = type(message)
         if kind not in _TRANSITIONS.get((sender, self.state), {}):
             raise Malformed(f"{kind.__name__} from the {sender.value} while {self.state.value}")
-        if descriptors not in kind.DESCRIPTORS:
+        if descriptors is not None and descriptors not in kind.DESCRIPTORS:
             raise Malformed(f"{kind.__name__} with {descriptors} file descriptors")
         if kind in _IS_REPLY:
             request = self._unanswered[sender.peer].get(number)

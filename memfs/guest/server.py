@@ -6,6 +6,10 @@ it, nor do anything else that asks the filesystem behind it: that is ourselves, 
 mount id is looked up in mountinfo, ours or, for a peer in another mount namespace, the peer's, and the device number
 found there says whether the file is one of this mount's (whatever bind mount it was opened through).
 
+A descriptor that a stranger sent may lead to a filesystem that answers nothing, and one of our own files has the kernel
+ask us before close(2) returns, so descriptors are closed where that holds up nobody (clients.py). What an owner gets is
+opened anew for it: a description shared with us would let it set O_APPEND on ours.
+
 Requests that may have to wait for a file (Register, GetPfn, Populate, Launch) run as tasks, so that a PutPfn or an Ack
 behind them on the same connection, for which somebody may be waiting, is not held up. The rest is answered in order.
 """
@@ -18,11 +22,14 @@ import logging
 import os
 import socket
 import stat
-import struct
+from itertools import islice
 from typing import Final
 
 import trio
 
+from memfs import seals
+from memfs.file import File
+from memfs.guest.clients import Client, Clients, Credentials, Refused
 from memfs.guest.death import is_dying
 from memfs.guest.image import launch, populate
 from memfs.guest.messages import (
@@ -63,36 +70,74 @@ class Server:
     `device` is the mount's device number as "major:minor".
     """
 
-    def __init__(self, listener: trio.socket.SocketType, registry: Registry, tree: Tree, device: str) -> None:
+    def __init__(
+        self, listener: trio.socket.SocketType, clients: Clients, registry: Registry, tree: Tree, device: str
+    ) -> None:
         self._listener: Final = listener
+        self._clients: Final = clients
         self._registry: Final = registry
         self._tree: Final = tree
         self._device: Final = device
+        self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)  # so that there is always one to accept with
 
     async def run(self) -> None:
         """Serve until cancelled."""
-        async with trio.open_nursery() as nursery:
-            while True:
-                try:
-                    sock, _ = await self._listener.accept()
-                except OSError as error:
-                    if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                        raise
-                    log.error("cannot accept a connection: %s", error.strerror)  # noqa: TRY400
-                    await trio.sleep(0.1)  # until some descriptor is closed; accepting at once would spin
-                    continue
-                nursery.start_soon(self._serve, sock)
+        try:
+            async with trio.open_nursery() as nursery:
+                while True:
+                    try:
+                        sock, _ = await self._listener.accept()
+                    except OSError as error:
+                        if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                            raise
+                        await self._turn_away(error)
+                    else:
+                        self._let_in(sock, nursery)
+        finally:
+            if self._spare >= 0:
+                os.close(self._spare)
 
-    async def _serve(self, sock: trio.socket.SocketType) -> None:
-        await _Session(sock, self._registry, self._tree, self._device).run()
+    def _let_in(self, sock: trio.socket.SocketType, nursery: trio.Nursery) -> None:
+        try:
+            credentials = Credentials.of(sock)
+            client = self._clients.admit(credentials, lambda: _hang_up(sock, credentials))
+        except Refused as refused:
+            log.warning("%s", refused)
+            sock.close()
+            return
+        session = _Session(sock, client, self._registry, self._tree, self._device)
+        nursery.start_soon(session.run)
+
+    async def _turn_away(self, error: OSError) -> None:
+        """No descriptor is left for who wants to connect: end the connection rather than let it wait."""
+        log.error("a connection is turned away: %s", error.strerror)
+        if self._spare >= 0:
+            os.close(self._spare)
+            self._spare = -1
+        with contextlib.suppress(OSError), trio.move_on_after(0.1):
+            (await self._listener.accept())[0].close()
+        try:
+            self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            await trio.sleep(0.1)  # somebody else took it; accepting at once would spin
+
+
+def _hang_up(sock: trio.socket.SocketType, credentials: Credentials) -> None:
+    """End a connection whose session then notices. It may have ended already."""
+    log.warning("%s is hung up: it did not say Hello, and others came", credentials)
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
 
 
 class _Session:
     """One connection, that is, one owner."""
 
-    def __init__(self, sock: trio.socket.SocketType, registry: Registry, tree: Tree, device: str) -> None:
-        self._peer: Final = Peer(sock, Role.STORE)
-        self._pid: Final = _peer_pid(sock)
+    def __init__(
+        self, sock: trio.socket.SocketType, client: Client, registry: Registry, tree: Tree, device: str
+    ) -> None:
+        self._client: Final = client
+        self._peer: Final = Peer(sock, Role.STORE, client.discard)
+        self._pid: Final = client.credentials.pid
         self._registry: Final = registry
         self._tree: Final = tree
         self._device: Final = device
@@ -116,6 +161,7 @@ class _Session:
         finally:
             self._peer.close()
             self._registry.end(self._owner)
+            self._client.left()
 
     async def _end_with_process(self) -> None:
         """While the owner is being waited for, see whether it can still answer."""
@@ -136,11 +182,14 @@ class _Session:
             try:
                 reply, fds = await self._act(request)
             finally:
-                close_all(request.fds)
+                await self._client.close(request.fds)
         except OSError as error:
             reply = Failed(error.errno or errno.EIO, str(error.strerror))
-        with contextlib.suppress(PeerGone):
-            await self._peer.reply(request.id, reply, fds)
+        try:
+            with contextlib.suppress(PeerGone):
+                await self._peer.reply(request.id, reply, fds)
+        finally:
+            close_all(fds)
 
     async def _act(self, request: Incoming) -> tuple[Message, tuple[int, ...]]:
         message, owner = request.message, self._owner
@@ -149,9 +198,10 @@ class _Session:
                 if not message.min_version <= VERSION <= message.max_version:
                     raise OSError(errno.EPROTONOSUPPORT, f"memfs speaks protocol version {VERSION}")
                 owner.name = message.name
+                self._client.greeted()
                 return HelloReply(VERSION, PAGE_SIZE), ()
             case Register():
-                return await self._register(request.fds[0])
+                return await self._register(request)
             case Unregister(file):
                 self._registry.unregister(owner, file)
             case GetPfn(file, pages, alloc):
@@ -159,35 +209,46 @@ class _Session:
             case PutPfn(file, pages):
                 owner.registration(file).put_pfn(pages)
             case Populate():
-                return await self._populate(message, *request.fds), ()
+                return await self._populate(message, request.fds), ()
             case Launch(file):
                 return await self._launch(owner.registration(file)), ()
             case _:
                 raise AssertionError(f"the protocol let {message} through")
         return Done(), ()
 
-    async def _register(self, fd: int) -> tuple[Message, tuple[int, ...]]:
-        inode = self._identify(fd)
-        async with inode.file.locked():  # the file is not in the middle of becoming something else
-            registration = self._registry.register(self._owner, inode)
-            file = inode.file
-            fds = (file.fd,) if not file.guest or file.page_map is None else (file.fd, file.page_map.fd)
-            return Registered(registration.id, inode.ino, file.size, file.seals), fds
-
-    async def _populate(self, message: Populate, fd: int, source: int) -> Message:
-        inode = self._identify(fd)
+    async def _register(self, request: Incoming) -> tuple[Message, tuple[int, ...]]:
+        if not request.fds:
+            raise OSError(errno.EMFILE, "memfs has no descriptor left for the file's")
+        inode = await self._identify(request.fds[0])
         with self._tree.holding(inode):
-            return Measured(await populate(inode.file, message.pages, source, message.source))
+            async with inode.file.locked():  # the file is not in the middle of becoming something else
+                fds = _for_owner(inode.file)
+                try:
+                    registration = self._registry.register(self._owner, inode)
+                except OSError:
+                    close_all(fds)
+                    raise
+                inode.file.given_out = True
+                return Registered(registration.id, inode.ino, inode.file.size, inode.file.seals), fds
+
+    async def _populate(self, message: Populate, fds: tuple[int, ...]) -> Message:
+        if len(fds) < 2:
+            raise OSError(errno.EMFILE, "memfs has no descriptors left for the file's and the content's")
+        inode = await self._identify(fds[0])
+        with self._tree.holding(inode):
+            return Measured(await populate(inode.file, message.pages, fds[1], message.source))
 
     async def _launch(self, registration: Registration) -> Message:
         with self._tree.holding(registration.inode):
             async with registration.file.locked():
                 return Measured(launch(registration.file))
 
-    def _identify(self, fd: int) -> RegularFile:
+    async def _identify(self, fd: int) -> RegularFile:
         """Which of our files a descriptor is of. Raises OSError as Register's documentation says."""
         info = _fdinfo(fd)
-        device = device_of_mount_id(info["mnt_id"], "self") or device_of_mount_id(info["mnt_id"], str(self._pid))
+        device = device_of_mount_id(info["mnt_id"], "self")
+        if device is None:  # a peer may have mounted so much that to read it all takes long
+            device = await self._client.run_in_thread(device_of_mount_id, info["mnt_id"], str(self._pid))
         if device != self._device:
             raise OSError(errno.EINVAL, "not a file of this mount")
         flags = int(info["flags"], 8)
@@ -215,12 +276,27 @@ class _Session:
         self._peer.close()
 
 
+def _for_owner(file: File) -> tuple[int, ...]:
+    """Descriptors of an owner's own: the backing file and, of a guest-sealed file, its page map. Raises OSError.
+
+    The backing of a file sealed against writes is open for reading only.
+    """
+    closed_to_writes = file.seals & seals.NO_WRITES and not file.guest
+    fds = [_open_anew(file.fd, os.O_RDONLY if closed_to_writes else os.O_RDWR)]
+    if file.guest and file.page_map is not None:
+        try:
+            fds.append(_open_anew(file.page_map.fd, os.O_RDONLY))
+        except OSError:
+            close_all(fds)
+            raise
+    return tuple(fds)
+
+
+def _open_anew(fd: int, flags: int) -> int:
+    return os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC)
+
+
 def _fdinfo(fd: int) -> dict[str, str]:
-    """/proc/self/fdinfo of a descriptor (proc_pid_fdinfo(5))."""
+    """/proc/self/fdinfo of a descriptor (proc_pid_fdinfo(5)): what it has for all kinds of them, nothing else."""
     with open(f"/proc/self/fdinfo/{fd}") as lines:
-        return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
-
-
-def _peer_pid(sock: trio.socket.SocketType) -> int:
-    pid, _, _ = struct.unpack("=iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    return int(pid)
+        return {name: value.strip() for name, _, value in (line.partition(":") for line in islice(lines, 4))}

@@ -26,6 +26,10 @@ UNDERSTOOD: dict[str, tuple[str, Any]] = {
     "huge=within_size": ("huge", "within_size"),
     "mpol=bind:0": ("mpol", "bind:0"),
     "socket=x": ("socket", os.path.abspath("x")),
+    "socket_mode=0660": ("socket_mode", 0o660),
+    "socket_mode=600": ("socket_mode", 0o600),
+    "socket_group=root": ("socket_group", 0),
+    "socket_group=13000": ("socket_group", 13000),
     "passthrough=off": ("passthrough", "off"),
     "backing=memfd": ("backing", "memfd"),
     "notify_timeout=0.5": ("notify_timeout", 0.5),
@@ -47,6 +51,7 @@ UNDERSTOOD: dict[str, tuple[str, Any]] = {
 REFUSED = ["nonsense", "nonsense=1", "Size=1m", "size", "size=", "size=0", "size=-1", "size=1x", "size=1.5m", "size=m"]
 REFUSED += ["size=99999999t", "size= 1m", "mode=8", "mode=77777", "mode=", "uid=-1", "uid=nobody-of-that-name"]
 REFUSED += ["gid=no group", "huge=maybe", "passthrough=1", "backing=disk", "notify_timeout=0", "notify_timeout=-1"]
+REFUSED += ["socket_mode=8", "socket_mode=1777", "socket_mode=", "socket_mode=rw", "socket_group=no group"]
 REFUSED += ["notify_timeout=inf", "notify_timeout=nan", "nr_inodes=0", "nr_blocks=1t", "ro=1", "allow_other=yes", "=1"]
 
 

@@ -1,0 +1,173 @@
+"""Who may connect to the socket, and how much of the daemon each user may hold.
+
+The kernel checks the socket's mode when somebody connects. It is checked again here, against the credentials that the
+kernel recorded at that moment (SO_PEERCRED, SO_PEERGROUPS): what counts is the mount options, whatever somebody did to
+the socket's file since.
+
+A connection costs memory and a descriptor, so there are limits: for all, for each user (other than root and the user
+that the daemon runs as, who could stop it anyway), and for connections that have not said Hello. Of the latter the
+oldest is hung up when there are too many, so that those who connect and say nothing do not keep out those who do.
+
+Descriptors from strangers are never closed in the event loop. close(2) may have to ask the filesystem behind the
+descriptor (FUSE_FLUSH), and that may be one that never answers, or ourselves. A thread closes them. Until it has, they
+count as the user's connections do, so that who sends descriptors that cannot be closed runs out of connections and not
+the daemon of threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Final, ParamSpec, TypeVar
+
+import trio
+
+MAX_CONNECTIONS: Final = 4096
+MAX_PER_USER: Final = 1024  #: connections, and descriptors that are being closed
+MAX_SILENT: Final = 128  #: connections that have not said Hello
+_THREADS: Final = 4  # for one user
+_SO_PEERGROUPS: Final = 59
+_UCRED: Final = struct.Struct("=iII")  # pid, uid, gid
+_MAX_GROUPS_BYTES: Final = 1024  # the most that Python's getsockopt takes
+
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+class Refused(Exception):
+    """Why somebody may not connect: a sentence."""
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """Who connected, as the kernel recorded it then."""
+
+    pid: int
+    uid: int
+    groups: frozenset[int]
+
+    @classmethod
+    def of(cls, sock: trio.socket.SocketType) -> Credentials:
+        """Of the process at the other end (unix(7))."""
+        pid, uid, gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+        groups = {gid}
+        with contextlib.suppress(OSError):  # ERANGE: in more groups than that; its first one counts
+            packed = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _MAX_GROUPS_BYTES)
+            groups.update(group for (group,) in struct.iter_unpack("=I", packed))
+        return cls(pid, uid, frozenset(groups))
+
+    def __str__(self) -> str:
+        return f"process {self.pid} of user {self.uid}"
+
+
+@dataclass(slots=True, eq=False)
+class _User:
+    """What a user holds."""
+
+    connections: int = 0
+    closing: int = 0  # descriptors
+    threads: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(_THREADS))
+
+    @property
+    def held(self) -> int:
+        return self.connections + self.closing
+
+
+class Client:
+    """A connection that was let in. `hang_up` ends it."""
+
+    def __init__(self, clients: Clients, credentials: Credentials, user: _User, hang_up: Callable[[], None]) -> None:
+        self.credentials: Final = credentials
+        self.hang_up: Final = hang_up
+        self._clients: Final = clients
+        self._user: Final = user
+
+    def greeted(self) -> None:
+        """It has said Hello."""
+        self._clients.silent.pop(self, None)
+
+    def left(self) -> None:
+        """It has ended."""
+        self.greeted()
+        self._user.connections -= 1
+        self._clients.forget(self.credentials.uid)
+
+    def discard(self, fds: Iterable[int]) -> list[trio.Event]:
+        """Have descriptors that it sent closed; the events say when. An event may never come."""
+        done = []
+        for fd in fds:
+            self._user.closing += 1
+            done.append(trio.Event())
+            trio.lowlevel.spawn_system_task(self._close, fd, done[-1])
+        return done
+
+    async def close(self, fds: Iterable[int]) -> None:
+        """Close descriptors that it sent. If cancelled, they will be closed all the same."""
+        for done in self.discard(fds):
+            await done.wait()
+
+    async def run_in_thread(self, function: Callable[_P, _T], *args: _P.args, **_: _P.kwargs) -> _T:
+        """Run what may take as long as this user likes where only this user waits for it."""
+        return await trio.to_thread.run_sync(function, *args, abandon_on_cancel=True, limiter=self._user.threads)
+
+    async def _close(self, fd: int, done: trio.Event) -> None:
+        with contextlib.suppress(OSError):
+            await self.run_in_thread(os.close, fd)
+        self._user.closing -= 1
+        self._clients.forget(self.credentials.uid)
+        done.set()
+
+
+class Clients:
+    """Everybody who is connected. `mode` and `group` are the socket's; `group` None: the daemon's own."""
+
+    def __init__(self, mode: int, group: int | None) -> None:
+        self._mode: Final = mode
+        self._group: Final = os.getegid() if group is None else group
+        self._trusted: Final = frozenset({0, os.geteuid()})
+        self._users: Final[dict[int, _User]] = {}
+        self.silent: Final[dict[Client, None]] = {}  #: have not said Hello, the oldest first
+        self.refused = 0  #: how many were not let in, or hung up before they said Hello
+
+    @property
+    def connections(self) -> int:
+        return sum(user.connections for user in self._users.values())
+
+    def admit(self, credentials: Credentials, hang_up: Callable[[], None]) -> Client:
+        """Let somebody in, or raise Refused."""
+        user = self._users.get(credentials.uid) or _User()
+        why = self._why_not(credentials, user)
+        if why is not None:
+            self.refused += 1
+            raise Refused(f"{credentials} is refused: {why}")
+        self._users[credentials.uid] = user
+        user.connections += 1
+        client = Client(self, credentials, user, hang_up)
+        self.silent[client] = None
+        if len(self.silent) > MAX_SILENT:
+            oldest = next(iter(self.silent))
+            oldest.greeted()
+            self.refused += 1
+            oldest.hang_up()
+        return client
+
+    def _why_not(self, credentials: Credentials, user: _User) -> str | None:
+        if self.connections >= MAX_CONNECTIONS:
+            return f"there are {MAX_CONNECTIONS} connections"
+        if credentials.uid in self._trusted:
+            return None
+        needed = 0o020 if self._group in credentials.groups else 0o002
+        if not self._mode & needed:
+            return f"socket_mode={self._mode:04o} does not let it in"
+        return f"it has {user.held} connections" if user.held >= MAX_PER_USER else None
+
+    def forget(self, uid: int) -> None:
+        """Something of a user's has ended; perhaps it was the last."""
+        user = self._users.get(uid)
+        if user is not None and not user.held:
+            del self._users[uid]

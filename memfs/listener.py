@@ -1,0 +1,79 @@
+"""The socket that owners connect to: made so that nobody gets to it whom the mount options do not let in.
+
+It is bound with mode 0600 and only then given its group and mode, so there is no moment at which it is wider than asked
+for. A socket that nobody listens on is what a killed daemon left, and is replaced. The directory it lies in must not be
+one where somebody else could put another socket in its place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import stat
+from collections.abc import Iterator
+from typing import Final
+
+import trio
+
+from memfs.fuse.mount import MountError
+
+_BACKLOG: Final = 128
+
+
+@contextlib.contextmanager
+def listening(path: str, mode: int, group: int | None) -> Iterator[trio.socket.SocketType]:
+    """Listen on a socket of this mode and group (None: ours), and remove it in the end. Raises MountError."""
+    try:
+        listener = _listen(path, mode, group)
+    except OSError as error:
+        raise MountError(f"cannot listen on {path}: {error.strerror or error}") from error
+    try:
+        yield listener
+    finally:
+        listener.close()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+def _listen(path: str, mode: int, group: int | None) -> trio.socket.SocketType:
+    directory = os.path.dirname(path)
+    os.makedirs(directory, mode=0o755, exist_ok=True)
+    _check_directory(directory)
+    _remove_stale(path)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    mask = os.umask(0o177)
+    try:
+        sock.bind(path)
+        os.chown(path, -1, os.getegid() if group is None else group)
+        os.chmod(path, mode)
+        sock.listen(_BACKLOG)
+    except OSError:
+        sock.close()
+        raise
+    finally:
+        os.umask(mask)
+    return trio.socket.from_stdlib_socket(sock)
+
+
+def _check_directory(directory: str) -> None:
+    """Raise OSError if somebody else could replace what lies there."""
+    status = os.stat(directory)
+    if status.st_uid not in (0, os.geteuid()):
+        raise OSError(errno.EPERM, f"{directory} belongs to another user")
+    if status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
+        raise OSError(errno.EPERM, f"everybody may replace files in {directory}")
+
+
+def _remove_stale(path: str) -> None:
+    probe = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with probe:
+        try:
+            probe.connect(path)
+        except FileNotFoundError:
+            return
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+    raise OSError(errno.EADDRINUSE, "another memfs listens there")
