@@ -234,6 +234,7 @@ async def test_owner_has_a_description_of_its_own(memfs: Memfs, guest_file: Path
         for path in (memfs.path / "shared", guest_file):
             _, fds = await owner.registered(path)
             fcntl.fcntl(fds[0], fcntl.F_SETFL, os.O_APPEND)
+            await owner.register(path)  # by now it has closed what it has just sent
             assert not any(flags & os.O_APPEND for flags in flags_in(memfs))
             close_all(fds)
 
