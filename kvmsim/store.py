@@ -45,6 +45,8 @@ from memfs.units import PAGE_SIZE, PageIndex, PageRange
 Notification = InvalidateBegin | InvalidateEnd | Fallocate
 
 SOCKET_ATTRIBUTE: Final = "user.memfs.socket"
+_CONNECT_TIMEOUT: Final = 5.0  # seconds
+_CONNECT_PAUSE: Final = 0.01  # seconds
 
 
 class StoreGone(Exception):
@@ -231,12 +233,7 @@ async def connect(path: str, name: str, notify: Callable[[Notification], None]) 
 
     Raises OSError if nobody listens there, or the protocol versions do not match.
     """
-    sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    try:
-        await sock.connect(path)
-    except OSError:
-        sock.close()
-        raise
+    sock = await _open_socket(path)
     store = Store(Peer(sock, Role.OWNER), notify)
     failure: Exception | None = None  # leaves as it is, not in the nursery's ExceptionGroup
     try:
@@ -252,6 +249,25 @@ async def connect(path: str, name: str, notify: Callable[[Notification], None]) 
         store.close()
     if failure is not None:
         raise failure
+
+
+async def _open_socket(path: str) -> trio.socket.SocketType:
+    """Connect; while more are trying than the kernel queues (connect(2): EAGAIN), try again for a while."""
+    deadline = trio.current_time() + _CONNECT_TIMEOUT
+    sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        while True:
+            try:
+                await sock.connect(path)
+            except BlockingIOError:
+                if trio.current_time() >= deadline:
+                    raise
+                await trio.sleep(_CONNECT_PAUSE)
+            else:
+                return sock
+    except BaseException:
+        sock.close()
+        raise
 
 
 def socket_of(path: str) -> str:

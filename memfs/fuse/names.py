@@ -9,6 +9,9 @@ What the kernel may cache follows from who can change what. Names and attributes
 kernel, which has seen every request, may believe them for good, absent names included. Not so the block count of a file
 with content: an owner, or a program that writes to a mapping, changes it and nobody tells. Such a file's attributes are
 asked for each time.
+
+Where there is no cache there is nothing to flush, and close(2) need not ask (FOPEN_NOFLUSH): a daemon killed while it
+had a descriptor of its own mount would otherwise wait, in exit(2), for an answer of its own.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from memfs.fuse.wire import (
     CREATE_IN,
     FOPEN_DIRECT_IO,
     FOPEN_KEEP_CACHE,
+    FOPEN_NOFLUSH,
     FOPEN_PASSTHROUGH,
     FORGET_IN,
     FORGET_ONE,
@@ -151,9 +155,9 @@ class Names:
         fh, handle = self._handles.open_file(inode, flags)
         if handle.access is Access.PASSTHROUGH:
             assert inode.file.backing_number is not None
-            return OPEN_OUT.pack(fh, FOPEN_PASSTHROUGH, inode.file.backing_number)
+            return OPEN_OUT.pack(fh, FOPEN_PASSTHROUGH | FOPEN_NOFLUSH, inode.file.backing_number)
         if handle.access is Access.DIRECT:
-            return OPEN_OUT.pack(fh, FOPEN_DIRECT_IO, 0)
+            return OPEN_OUT.pack(fh, FOPEN_DIRECT_IO | FOPEN_NOFLUSH, 0)
         # What the page cache holds is true unless an owner may have written behind its back.
         keep = not inode.file.was_owned
         inode.file.was_owned = inode.file.owner is not None

@@ -175,6 +175,8 @@ class Peer:
         return True
 
     async def _receive(self) -> tuple[Incoming, bool] | None:
+        if self._closed:  # while the last request was being answered
+            return None
         try:
             data, ancillary, flags, _ = await self._socket.recvmsg(MAX_MESSAGE, _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
         except (ConnectionError, trio.ClosedResourceError):

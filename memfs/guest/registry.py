@@ -154,7 +154,8 @@ class Owner:
     """A virtual machine's connection, as the registry sees it.
 
     `notify` sends a notification and returns its acknowledgement, or raises OwnerGone. `cut_off` ends the connection
-    after telling the peer why; the connection's end then calls `Registry.end`.
+    after telling the peer why; the connection's end then calls `Registry.end`. `is_dead` says whether the process that
+    connected is gone; a child that it forked may still hold the connection open.
     """
 
     def __init__(
@@ -163,10 +164,12 @@ class Owner:
         registry: Registry,
         notify: Callable[[Notification], Awaitable[Ack]],
         cut_off: Callable[[str], Awaitable[None]],
+        is_dead: Callable[[], bool],
     ) -> None:
         self.number: Final = number
         self.name = ""  #: what it calls itself, for logs
         self.notify: Final = notify
+        self.is_dead: Final = is_dead
         self._cut_off: Final = cut_off
         self._registry: Final = registry
         self.registrations: dict[FileId, Registration] = {}
@@ -211,11 +214,14 @@ class Registry:
         self._last_file = 0
 
     def new_owner(
-        self, notify: Callable[[Notification], Awaitable[Ack]], cut_off: Callable[[str], Awaitable[None]]
+        self,
+        notify: Callable[[Notification], Awaitable[Ack]],
+        cut_off: Callable[[str], Awaitable[None]],
+        is_dead: Callable[[], bool] = lambda: False,
     ) -> Owner:
         """A connection has been made."""
         self._last_owner += 1
-        owner = self.owners[self._last_owner] = Owner(self._last_owner, self, notify, cut_off)
+        owner = self.owners[self._last_owner] = Owner(self._last_owner, self, notify, cut_off, is_dead)
         return owner
 
     def register(self, owner: Owner, inode: RegularFile) -> Registration:
@@ -252,6 +258,12 @@ class Registry:
             return
         for registration in list(owner.registrations.values()):
             self._end_registration(registration)
+
+    async def make_way(self, inode: RegularFile, owner: Owner) -> None:
+        """End the file's owner if it is another one and its process is gone."""
+        current = inode.file.owner
+        if isinstance(current, Registration) and current.owner is not owner and current.owner.is_dead():
+            await self.fence(current.owner, "its process is gone")
 
     async def fence(self, owner: Owner, reason: str) -> None:
         """Cut off an owner that does not answer."""

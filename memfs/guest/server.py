@@ -85,6 +85,7 @@ class Server:
         try:
             async with trio.open_nursery() as nursery:
                 while True:
+                    await trio.lowlevel.wait_readable(self._listener)  # without a descriptor left even asking is EMFILE
                     try:
                         sock, _ = await self._listener.accept()
                     except OSError as error:
@@ -142,7 +143,7 @@ class _Session:
         self._tree: Final = tree
         self._device: Final = device
         self._waited_for = trio.Event()  # replaced when nothing is unanswered any more
-        self._owner: Final[Owner] = registry.new_owner(self._notify, self._cut_off)
+        self._owner: Final[Owner] = registry.new_owner(self._notify, self._cut_off, self._is_dead)
 
     async def run(self) -> None:
         try:
@@ -170,10 +171,13 @@ class _Session:
             await trio.sleep(_LOOK_INTERVAL)
             if self._peer.protocol.unanswered == 0:
                 self._waited_for = trio.Event()
-            elif is_dying(self._pid):
+            elif self._is_dead():
                 self._registry.end(self._owner)
                 self._peer.close()
                 return
+
+    def _is_dead(self) -> bool:
+        return is_dying(self._pid)
 
     async def _answer(self, request: Incoming) -> None:
         reply: Message
@@ -222,6 +226,7 @@ class _Session:
         inode = await self._identify(request.fds[0])
         with self._tree.holding(inode):
             async with inode.file.locked():  # the file is not in the middle of becoming something else
+                await self._registry.make_way(inode, self._owner)
                 fds = _for_owner(inode.file)
                 try:
                     registration = self._registry.register(self._owner, inode)

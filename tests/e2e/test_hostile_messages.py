@@ -1,0 +1,330 @@
+"""What a client of the socket may send or do to break the protocol: it is cut off, and nobody else notices."""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import errno
+import os
+import resource
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+import trio
+import trio.lowlevel
+
+from memfs.guest.clients import MAX_SILENT
+from memfs.guest.death import is_dying
+from memfs.guest.messages import (
+    Ack,
+    Done,
+    Failed,
+    FileId,
+    GetPfn,
+    Hello,
+    InvalidateBegin,
+    Message,
+    PutPfn,
+    Register,
+    Registered,
+    Unregister,
+)
+from memfs.guest.protocol import MAX_DESCRIPTORS, MAX_MESSAGE
+from memfs.libc import umount
+from memfs.units import PageIndex, PageRange
+
+from .conftest import Memfs
+from .owner import Owner, connected, shell
+from .test_leaks import resident
+
+CUT_OFF = "broke the protocol and is cut off"
+ONE_PAGE = PageRange(PageIndex(0), PageIndex(1))
+
+
+def packed(message: Message, number: int) -> bytes:
+    """A message as it travels, whatever the protocol says of it."""
+    body = message.pack()
+    return struct.pack("<HHIQ", 1, message.TYPE, 16 + len(body), number) + body
+
+
+class Client:
+    """A socket on which anything may be said."""
+
+    def __init__(self, memfs: Memfs, *, hello: bool = True) -> None:
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.socket.connect(str(memfs.socket))
+        self.socket.settimeout(20)
+        if hello:
+            self.send(packed(Hello(name="hostile"), 1))
+            assert self.socket.recv(MAX_MESSAGE)
+
+    def send(self, data: bytes, fds: list[int] | None = None) -> None:
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        self.socket.sendmsg([data], rights)
+
+    def hung_up(self) -> bool:
+        """Whether the connection ends; answers that came before are read."""
+        with contextlib.suppress(ConnectionError):
+            while self.socket.recv(MAX_MESSAGE):
+                pass
+        return True
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+def descriptors(memfs: Memfs) -> int:
+    return len(os.listdir(f"/proc/{memfs.process.pid}/fd"))
+
+
+def settled(count: Callable[[], int], most: int) -> bool:
+    """Whether a number comes down to what it may be, soon."""
+    deadline = time.monotonic() + 10
+    while count() > most:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def log_lines(memfs: Memfs) -> list[str]:
+    return memfs.log.read_text().splitlines()
+
+
+@contextlib.asynccontextmanager
+async def bystander(memfs: Memfs) -> AsyncIterator[Owner]:
+    """Another owner, which is told of a punch and acknowledges it after whatever happened in the block."""
+    path = memfs.path / "bystander"
+    await shell("fallocate", "-l", "64K", path, cwd=memfs.path)
+    async with connected(memfs.socket) as owner:
+        registered, fds = await owner.registered(path)
+        yield owner
+        heard = len(owner.heard)
+        with trio.fail_after(10):
+            assert (await shell("fallocate", "-p", "-l", "4K", path, cwd=memfs.path)).returncode == 0
+        assert owner.heard[heard] == InvalidateBegin(registered.file, ONE_PAGE)
+        for fd in fds:
+            os.close(fd)
+
+
+HELLO, REGISTER = packed(Hello(), 2), packed(Register(), 2)
+#: name: messages after a Hello, each with how many descriptors
+BROKEN: dict[str, list[tuple[bytes, int]]] = {
+    "malformed": [(b"\xff" * 100, 0)],
+    "unknown type": [(struct.pack("<HHIQ", 1, 77, 16, 2), 0)],
+    "another version": [(struct.pack("<HHIQ", 2, Register.TYPE, 16, 2), 1)],
+    "truncated header": [(REGISTER[:9], 1)],
+    "truncated body": [(packed(GetPfn(FileId(1), ONE_PAGE, False), 2)[:-1], 0)],
+    "longer than it says": [(REGISTER + b"x", 1)],
+    "empty with a descriptor": [(b"", 1)],
+    "oversized": [(REGISTER + bytes(MAX_MESSAGE), 1)],
+    "empty range": [(struct.pack("<HHIQQQQB", 1, GetPfn.TYPE, 41, 2, 1, 5, 5, 0), 0)],
+    "backward range": [(struct.pack("<HHIQQQQB", 1, GetPfn.TYPE, 41, 2, 1, 6, 5, 0), 0)],
+    "huge range": [(struct.pack("<HHIQQQQB", 1, GetPfn.TYPE, 41, 2, 1, 0, (1 << 64) - 1, 0), 0)],
+    "neither true nor false": [(struct.pack("<HHIQQQQB", 1, PutPfn.TYPE, 41, 2, 1, 5, 6, 2), 0)],
+    "Hello again": [(HELLO, 0)],
+    "replayed": [(packed(Unregister(FileId(1)), 2), 0)] * 2,
+    "reordered": [(packed(Unregister(FileId(1)), 3), 0), (packed(Unregister(FileId(1)), 2), 0)],
+    "acknowledges nothing": [(packed(Ack(), 2), 0)],
+    "speaks as the store": [(packed(InvalidateBegin(FileId(1), ONE_PAGE), 2), 0)],
+    "answers as the store": [(packed(Done(), 1), 0)],
+    "descriptor beside Unregister": [(packed(Unregister(FileId(1)), 2), 1)],
+    "no descriptor": [(REGISTER, 0)],
+    "one descriptor too many": [(REGISTER, 2)],
+    "more than fit": [(REGISTER, MAX_DESCRIPTORS + 1)],
+    "as many as can be sent": [(REGISTER, 253)],
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+async def test_offender_is_cut_off_with_one_line(memfs: Memfs, name: str) -> None:
+    memfs.expected.append(CUT_OFF)
+    async with bystander(memfs):
+        before = descriptors(memfs)
+        client = await trio.to_thread.run_sync(Client, memfs)
+        for data, fds in BROKEN[name]:
+            with contextlib.suppress(BrokenPipeError):
+                client.send(data, [0] * fds)
+        assert await trio.to_thread.run_sync(client.hung_up)
+        client.close()
+        assert await trio.to_thread.run_sync(settled, lambda: descriptors(memfs), before)
+        assert await trio.to_thread.run_sync(lambda: settled(lambda: 1 - len(log_lines(memfs)), 0))
+    assert [CUT_OFF in line for line in log_lines(memfs)] == [True]
+
+
+@pytest.mark.parametrize("message", [Register(), GetPfn(FileId(1), ONE_PAGE, True), Ack(), Unregister(FileId(1))])
+async def test_anything_before_hello_is_an_offence(memfs: Memfs, message: Message) -> None:
+    memfs.expected.append(CUT_OFF)
+    async with bystander(memfs):
+        client = Client(memfs, hello=False)
+        client.send(packed(message, 1), [0] * isinstance(message, Register))
+        assert await trio.to_thread.run_sync(client.hung_up)
+        client.close()
+    assert len(log_lines(memfs)) == 1
+
+
+async def test_flood_is_held_back_and_costs_no_memory(memfs: Memfs) -> None:
+    """A client that asks and asks, and never reads an answer, ends up waiting itself."""
+    async with bystander(memfs):
+        before = resident(memfs.process.pid), descriptors(memfs)
+        flooders = [await trio.to_thread.run_sync(Client, memfs) for _ in range(4)]
+        for client in flooders:
+            client.socket.setblocking(False)
+        sent = 0
+        deadline = time.monotonic() + 3
+        while time.monotonic() < deadline:
+            for client in flooders:
+                with contextlib.suppress(BlockingIOError):
+                    client.send(packed(Unregister(FileId(1)), sent + 2))
+            sent += 1
+            await trio.lowlevel.checkpoint()
+        with trio.fail_after(10):  # and others are answered while it goes on
+            async with connected(memfs.socket) as owner:
+                assert isinstance(await owner.ask(Unregister(FileId(1))), Failed)
+        assert resident(memfs.process.pid) - before[0] < 8 << 20
+        for client in flooders:
+            client.close()
+        assert await trio.to_thread.run_sync(settled, lambda: descriptors(memfs), before[1])
+
+
+async def test_thousands_that_connect_and_say_nothing(memfs: Memfs) -> None:
+    memfs.expected += ["is hung up"]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8192), hard))
+    try:
+        async with bystander(memfs):
+            before = resident(memfs.process.pid), descriptors(memfs)
+            silent = [await trio.to_thread.run_sync(lambda: Client(memfs, hello=False)) for _ in range(3000)]
+            assert await trio.to_thread.run_sync(settled, lambda: descriptors(memfs), before[1] + MAX_SILENT)
+            assert resident(memfs.process.pid) - before[0] < 16 << 20
+            async with connected(memfs.socket) as owner:  # whoever says Hello is heard
+                assert isinstance(await owner.register(memfs.path / "bystander"), Failed)
+            ended = 0
+            for client in silent:
+                client.socket.setblocking(False)
+                with contextlib.suppress(BlockingIOError):
+                    ended += client.socket.recv(1) == b""
+            assert ended >= 3000 - MAX_SILENT
+            for client in silent:
+                client.close()
+            assert await trio.to_thread.run_sync(settled, lambda: descriptors(memfs), before[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+# -- descriptors that cannot be closed ---------------------------------------------------------------------------------
+
+
+async def test_descriptor_whose_filesystem_never_answers(memfs: Memfs, tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("mounts a filesystem, so it needs root")
+    await trio.Path(tmp_path / "stuck").mkdir()
+    async with bystander(memfs):
+        before = descriptors(memfs)
+        command = [sys.executable, "-m", "tests.e2e.stuck_filesystem", str(tmp_path / "stuck"), str(memfs.socket)]
+        root = Path(__file__).parents[2]
+        hostile = await trio.lowlevel.open_process(command, stdout=subprocess.PIPE, cwd=root, start_new_session=True)
+        assert hostile.stdout is not None
+        try:
+            with trio.fail_after(10):
+                # A thread of the daemon is in close(2) now, for as long as it pleases that filesystem.
+                assert await hostile.stdout.receive_some() == b"asked\n"
+                async with connected(memfs.socket) as owner:
+                    assert isinstance(await owner.ask(Unregister(FileId(1))), Failed)
+                await shell("cat", memfs.path / "bystander", cwd=memfs.path)
+        finally:
+            os.killpg(hostile.pid, signal.SIGKILL)
+            await hostile.wait()
+            await hostile.stdout.aclose()
+            umount(str(tmp_path / "stuck"), 2)  # MNT_DETACH
+    assert await trio.to_thread.run_sync(settled, lambda: descriptors(memfs), before)
+
+
+# -- too many descriptors ----------------------------------------------------------------------------------------------
+
+
+async def test_descriptor_limit_of_the_daemon(memfs: Memfs) -> None:
+    """Nothing hangs, every refusal says EMFILE, and all is well again when there are descriptors."""
+    memfs.expected += ["turned away: Too many open files", "cannot"]
+    pid = memfs.process.pid
+    limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    async with bystander(memfs), connected(memfs.socket) as owner:
+        await shell("touch", "file", "other", cwd=memfs.path)
+        fd = await trio.to_thread.run_sync(os.open, memfs.path / "other", os.O_RDWR)
+        highest = max(map(int, os.listdir(f"/proc/{pid}/fd")))
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (highest + 1, limits[1]))
+        try:
+            with trio.fail_after(20):
+                # Those below the highest that are free go first.
+                held = []
+                while True:
+                    try:
+                        held.append(await trio.to_thread.run_sync(Client, memfs))
+                    except (ConnectionError, AssertionError):  # turned away
+                        break
+                    assert len(held) < 100
+                opened = await shell("cat", "file", cwd=memfs.path)
+                assert b"Too many open files" in opened.stderr
+                refused = await owner.ask(Register(), [fd])
+                assert isinstance(refused, Failed)
+                assert refused.errno == errno.EMFILE
+                statistics = await shell("stat", "file", cwd=memfs.path)
+                assert statistics.returncode == 0
+        finally:
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+        for client in held:
+            client.close()
+        assert isinstance(await owner.ask(Register(), [fd]), Registered)
+        assert (await shell("cat", "file", cwd=memfs.path)).returncode == 0
+        async with connected(memfs.socket) as other:
+            assert isinstance(await other.ask(Unregister(FileId(1))), Failed)
+        await trio.to_thread.run_sync(os.close, fd)
+    assert len([line for line in log_lines(memfs) if "turned away" in line]) < 5
+
+
+# -- a client that forks -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", ["punch", "register"])
+async def test_child_that_holds_a_dead_owners_connection(memfs: Memfs, first: str) -> None:
+    """A fork inherits socket and files; its parent was the owner, and dies."""
+    memfs.expected.append("is fenced: its process is gone")
+    path = memfs.path / "file"
+    await shell("fallocate", "-l", "64K", path, cwd=memfs.path)
+    script = f"""
+import os, sys, time
+sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+from pathlib import Path
+from types import SimpleNamespace
+from tests.e2e.test_hostile_messages import Client, REGISTER
+client = Client(SimpleNamespace(socket={str(memfs.socket)!r}))
+client.send(REGISTER, [os.open({str(path)!r}, os.O_RDWR)])
+assert client.socket.recv(1000)
+if child := os.fork():
+    print(child, flush=True)
+    os._exit(0)
+time.sleep(60)
+"""
+    process = await trio.to_thread.run_sync(
+        lambda: subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    )
+    assert process.stdout is not None
+    child = int(await trio.to_thread.run_sync(process.stdout.readline))
+    try:
+        await trio.to_thread.run_sync(process.wait)
+        with trio.fail_after(3):  # less than the timeout for an owner that does not answer
+            if first == "punch":
+                assert (await shell("fallocate", "-p", "-l", "4K", path, cwd=memfs.path)).returncode == 0
+            async with connected(memfs.socket) as owner:
+                assert isinstance(await owner.register(path), Registered)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        process.stdout.close()
+        assert await trio.to_thread.run_sync(settled, lambda: not is_dying(child), 0)
