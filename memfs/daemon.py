@@ -161,7 +161,7 @@ class _Memfs:
             "registered files": sum(len(owner.registrations) for owner in owners),
             "owners fenced": self._registry.fenced,
             "connections": self._clients.connections,
-            "connections refused": self._clients.refused,
+            "turned away": self._clients.refused,
         }
 
     def remount(self, options: RemountOptions) -> None:
