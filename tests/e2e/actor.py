@@ -46,6 +46,16 @@ def _checked(result: int) -> int:
     return result
 
 
+def _survive(access: Callable[[], object]) -> None:
+    """Try in a child what memory may be short for: of that a mapping's user dies (SIGBUS). Raises OSError(EFAULT)."""
+    child = os.fork()
+    if child == 0:
+        access()
+        os._exit(0)
+    if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+        raise OSError(errno.EFAULT, "SIGBUS")
+
+
 class Actor:
     """The operations. Slots are descriptors by number, as in a shell: 0 to 3."""
 
@@ -144,6 +154,7 @@ class Actor:
             return b""
         start = offset // mmap.PAGESIZE * mmap.PAGESIZE
         with mmap.mmap(fd, offset - start + length, mmap.MAP_SHARED, mmap.PROT_READ, offset=start) as area:
+            _survive(lambda: area[offset - start :])  # a hole is given a page, if there is one
             return area[offset - start :]
 
     def _mapped(self, slot: int, offset: int, data: bytes, flags: int) -> int:
@@ -153,7 +164,8 @@ class Actor:
             return 0
         start = offset // mmap.PAGESIZE * mmap.PAGESIZE
         with mmap.mmap(fd, offset - start + len(data), flags, offset=start) as area:
-            area[offset - start :] = data
+            _survive(lambda: area.__setitem__(slice(offset - start, None), data))
+            area[offset - start :] = data  # again here: of a private mapping the child had a copy
         return len(data)
 
     def flock(self, slot: int, operation: int) -> None:

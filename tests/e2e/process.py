@@ -26,8 +26,17 @@ class Process:
     """An actor.py, started as somebody."""
 
     def __init__(self, uid: int, *groups: int) -> None:
-        command = [sys.executable, "-I", str(Path(__file__).with_name("actor.py")), *map(str, (uid, *groups))]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd="/")
+        self._command = [sys.executable, "-I", str(Path(__file__).with_name("actor.py")), *map(str, (uid, *groups))]
+        self._start()
+
+    def _start(self) -> None:
+        self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd="/")
+
+    def revive(self) -> None:
+        """Start it again if it has died: what killed it is looked for by doing it again."""
+        if self._process.poll() is not None:
+            self.end()
+            self._start()
 
     def __call__(self, name: str, *arguments: object) -> tuple[str, Any]:
         """Have an operation done. ("returned", what) or ("failed", errno's name)."""
@@ -43,7 +52,8 @@ class Process:
 
     def end(self) -> None:
         """It ends when nobody asks any more."""
-        self._process.communicate()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.communicate()
 
 
 @contextlib.contextmanager
