@@ -28,7 +28,7 @@ from kvmsim.vcpu import VCPU
 from kvmsim.vm import VM, create_vm
 from kvmsim.vmm import UnhandledExit, Vmm, open_memory
 from memfs.options import parse_size
-from memfs.units import PAGE_SIZE, Gfn, GfnRange, Gpa, gpa_to_gfn, is_page_aligned
+from memfs.units import PAGE_SIZE, Gfn, GfnRange, Gpa, bytes_to_pages, gpa_to_gfn, is_page_aligned
 
 DEFAULT_TRACE: Final = "sort"
 
@@ -73,6 +73,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--no-map-on-fallocate", action="store_true", help="map private memory on faults only")
     run.add_argument(
+        "--fault-around",
+        metavar="SIZE",
+        default="64k",
+        help="ask for so much when absent shared memory is touched, 4k to 2m (default 64k)",
+    )
+    run.add_argument(
         "--granule",
         choices=["4k", "64k", "2m"],
         default="4k",
@@ -115,7 +121,9 @@ async def _simulate(
 ) -> None:
     console = Console(highlight=False, soft_wrap=True)
     eager = not options.no_map_on_fallocate
-    async with create_vm(socket_path, name=f"kvmsim-{os.getpid()}", map_on_fallocate=eager) as vm:
+    around = bytes_to_pages(parse_size(options.fault_around))
+    name = f"kvmsim-{os.getpid()}"
+    async with create_vm(socket_path, name=name, map_on_fallocate=eager, fault_around=around) as vm:
         await vmm.add_memory(vm)
         if options.verbose:
             vm.listeners.append(_printer(console))

@@ -7,14 +7,17 @@ descriptors that the VMM opened, and all else comes over the socket.
 from __future__ import annotations
 
 import errno
+import logging
 import mmap
 import os
 import socket
-from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
+import numpy.typing as npt
 import trio
 
 from memfs.guest.messages import (
@@ -37,10 +40,12 @@ from memfs.guest.messages import (
     Registered,
     Unregister,
 )
-from memfs.guest.page_map import PageMapView
+from memfs.guest.page_map import ALLOCATED, PageMapView
 from memfs.guest.peer import Incoming, Peer, PeerGone, close_all
 from memfs.guest.protocol import RemoteProtocolError, Role
-from memfs.units import PAGE_SIZE, PageIndex, PageRange
+from memfs.units import ORDER_1G, PAGE_SIZE, PageIndex, PageRange, Pfn
+
+log = logging.getLogger(__name__)
 
 Notification = InvalidateBegin | InvalidateEnd | Fallocate
 
@@ -64,6 +69,8 @@ class StoreFile:
         self.page_map: PageMapView | None = None
         self.measurement: bytes | None = None  #: of its first content, once the guest has been launched
         self._mapping: mmap.mmap | None = None
+        #: how much larger a frame's number is than its page's, by gibibyte of the file; true until it is unregistered
+        self._extents: dict[int, int] = {}
         if not fds:
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         #: the backing file: the same bytes as `memory`, for system calls
@@ -95,6 +102,30 @@ class StoreFile:
         """Whether a page of a guest-sealed file is allocated, that is, private."""
         return self.page_map is not None and self.page_map.is_allocated(index)
 
+    def learn(self, reply: PfnReply) -> None:
+        """The store said where pages are: then all of the same gibibyte are known (memfs/guest/frames.py)."""
+        for run in reply.runs:
+            if run.pfn is not None:
+                self._extents[run.pages.start >> ORDER_1G] = run.pfn - run.pages.start
+
+    def pfn_of(self, index: PageIndex) -> Pfn | None:
+        """The frame of a private page, without asking the store. None: not private, or not known yet."""
+        shift = self._extents.get(index >> ORDER_1G)
+        return Pfn(index + shift) if shift is not None and self.is_private(index) else None
+
+    def pfns_of(self, pages: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """`pfn_of` for many pages, of one moment: int64 of the same shape; -1 for what is not private or not known."""
+        known = np.full(pages.shape, -1, np.int64)
+        if self.page_map is None or not pages.size:
+            return known
+        states = self.page_map.states(pages)
+        gibibytes = pages >> ORDER_1G
+        for gibibyte in range(int(gibibytes.min()), int(gibibytes.max()) + 1):
+            if gibibyte in self._extents:
+                here = (states == ALLOCATED) & (gibibytes == gibibyte)
+                known[here] = pages[here] + self._extents[gibibyte]
+        return known
+
     def close(self) -> None:
         """Let go of the memory."""
         os.close(self.fd)
@@ -116,8 +147,9 @@ class Counters:
 class Store:
     """A connection. Use `connect`."""
 
-    def __init__(self, peer: Peer, notify: Callable[[Notification], None]) -> None:
+    def __init__(self, peer: Peer, notify: Callable[[Notification], None], nursery: trio.Nursery) -> None:
         self._peer: Final = peer
+        self._nursery: Final = nursery
         self._notify: Final = notify
         self.files: dict[FileId, StoreFile] = {}
         self.counters = Counters()
@@ -200,13 +232,21 @@ class Store:
         """
         reply = await self._call(GetPfn(file.id, pages, alloc))
         assert isinstance(reply.message, PfnReply)
+        file.learn(reply.message)
         return reply.message
 
-    async def put_pfn(self, file: StoreFile, reply: PfnReply, *, dirty: bool) -> None:
-        """Unlock what a get_pfn locked (put_unlock_pfn)."""
-        for run in reply.runs:
-            if run.pfn is not None:
-                await self._call(PutPfn(file.id, run.pages, dirty))
+    def put_pfn(self, file: StoreFile, reply: PfnReply, *, dirty: bool) -> None:
+        """Unlock what a get_pfn locked (put_unlock_pfn). Does not wait for the answer: there is nothing to learn."""
+        for pages in _present(reply):
+            self._nursery.start_soon(self._put, PutPfn(file.id, pages, dirty))
+
+    async def _put(self, message: PutPfn) -> None:
+        try:
+            await self._call(message)
+        except StoreGone:
+            return
+        except OSError as error:
+            log.error("memfs says of pages that it locked for us: %s", error)  # noqa: TRY400
 
     def close(self) -> None:
         """End the connection; memfs then forgets all that was registered."""
@@ -234,10 +274,11 @@ async def connect(path: str, name: str, notify: Callable[[Notification], None]) 
     Raises OSError if nobody listens there, or the protocol versions do not match.
     """
     sock = await _open_socket(path)
-    store = Store(Peer(sock, Role.OWNER), notify)
     failure: Exception | None = None  # leaves as it is, not in the nursery's ExceptionGroup
-    try:
+    with ExitStack() as last:  # what is closed while somebody still reads from it is a bad descriptor to him
         async with trio.open_nursery() as nursery:
+            store = Store(Peer(sock, Role.OWNER), notify, nursery)
+            last.callback(store.close)
             nursery.start_soon(store.serve)
             try:
                 await store.greet(name)
@@ -245,10 +286,22 @@ async def connect(path: str, name: str, notify: Callable[[Notification], None]) 
             except Exception as error:
                 failure = error
             nursery.cancel_scope.cancel()
-    finally:
-        store.close()
     if failure is not None:
         raise failure
+
+
+def _present(reply: PfnReply) -> Iterator[PageRange]:
+    """The pages that a reply says are there, which are locked; neighbours together."""
+    start = end = reply.pages.start
+    for run in reply.runs:
+        if run.pfn is not None and run.pages.start == end:
+            end = run.pages.end
+            continue
+        if start < end:
+            yield PageRange(start, end)
+        start, end = (run.pages.end, run.pages.end) if run.pfn is None else (run.pages.start, run.pages.end)
+    if start < end:
+        yield PageRange(start, end)
 
 
 async def _open_socket(path: str) -> trio.socket.SocketType:

@@ -29,6 +29,7 @@ from kvmsim.dirty import Bitmap, DirtyLog, runs
 from kvmsim.exits import Exit
 from kvmsim.memslots import AddressSpace, Memslot
 from kvmsim.mmu.fault import Access, handle_fault, map_gfns
+from kvmsim.mmu.fault_around import DEFAULT_PAGES, FaultAround
 from kvmsim.mmu.mmu import Mmu
 from kvmsim.mmu.ownership import OwnershipTable, OwnershipViolation
 from kvmsim.mmu.page_table import PageTable
@@ -62,12 +63,15 @@ class VM:
         map_on_fallocate: bool = True,
         vm_type: VmType = VmType.SNP,
         levels: int = 5,
+        fault_around: int = DEFAULT_PAGES,
         ownership: OwnershipTable | None = None,
     ) -> None:
         ownership = ownership or OwnershipTable()
         self.map_on_fallocate: Final = map_on_fallocate
         self.type: Final = vm_type
-        self.mmu: Final = Mmu(store, PageTable(levels), ownership, ownership.new_vm())
+        self.mmu: Final = Mmu(
+            store, PageTable(levels), ownership, ownership.new_vm(), fault_around=FaultAround(fault_around)
+        )
         self.vcpus: dict[int, VCPU] = {}
         self.listeners: list[Listener] = []
         self.faults: Counter[str] = Counter()  #: by kind: private, shared
@@ -328,11 +332,13 @@ async def create_vm(
     map_on_fallocate: bool = True,
     vm_type: VmType = VmType.SNP,
     levels: int = 5,
+    fault_around: int = DEFAULT_PAGES,
     ownership: OwnershipTable | None = None,
 ) -> AsyncIterator[VM]:
     """Create a VM on the memfs that listens on a socket; it ends with the block.
 
     `levels` of its page table: 4, for 2**48 bytes of guest physical memory, or 5, for all that KVM can have.
+    `fault_around`: pages that a fault on absent shared memory asks for, a power of two (mmu/fault_around.py).
     `ownership`: of private frames; VMs of one process on one memfs share it. Raises OSError if nobody listens there.
     """
     vm: VM | None = None
@@ -350,6 +356,7 @@ async def create_vm(
                 map_on_fallocate=map_on_fallocate,
                 vm_type=vm_type,
                 levels=levels,
+                fault_around=fault_around,
                 ownership=ownership,
             )
             nursery.start_soon(_watch, vm)

@@ -4,6 +4,12 @@ Private or shared is decided by one thing: whether the page is allocated in the 
 other, the VMM is asked to convert (KVM_EXIT_MEMORY_ERROR); otherwise the frame is taken from the file of that side and
 mapped, unless an invalidation says that what was learned may be untrue by now (invalidate.py).
 
+A private page that is allocated needs no question to the store: the page map says that it is there, and where it is
+follows from any page of the same gibibyte. Nor does it need the page's lock. The store begins an invalidation before it
+frees a page and frees it only when we have acted on that, and we act on it where faults are handled, too, one after the
+other. So either the beginning comes first, and then the page is being invalidated and the fault waits, or the fault
+does, and then the beginning finds the page mapped and unmaps it.
+
 How large the mapping may be is decided last, under the MMU lock, of what is true then: the store's order for the page,
 gfn and frame aligned alike, the slot's bounds, one side throughout, no invalidation of any page of it in progress.
 """
@@ -21,7 +27,7 @@ from kvmsim.hva import Mapping, find_mapping, local_pfn, open_mapped_file
 from kvmsim.memslots import AddressSpace, Memslot, Window
 from kvmsim.mmu.mmu import Mmu
 from kvmsim.mmu.ownership import OwnershipViolation
-from kvmsim.store import StoreFile
+from kvmsim.store import StoreFile, StoreGone
 from kvmsim.uapi import KVM_EXIT_MEM_MAP_PRIVATE, KVM_EXIT_MEM_MAP_SHARED
 from memfs.guest.messages import PfnReply, PfnRun
 from memfs.units import (
@@ -50,10 +56,12 @@ async def handle_fault(mmu: Mmu, access: Access) -> Exit | None:
     """Make an access possible (None: run the guest again), or say what the VMM must do.
 
     Raises OSError: EFAULT for a private access to a slot without private memory, or a hva at which nothing is mapped;
-    EPERM for a private frame that belongs to somebody else; what the store said (ENOSPC).
+    EPERM for a private frame that belongs to somebody else; what the store said (ENOSPC). StoreGone.
     """
     gfns = GfnRange(access.gfn, Gfn(access.gfn + 1))
     while True:
+        if mmu.store.gone is not None:  # nobody would tell us when what is mapped now goes away
+            raise StoreGone(mmu.store.gone)
         slot = mmu.slots.find(access.gfn)
         if slot is None or (access.write and slot.readonly):
             return MmioExit(gfn_to_gpa(access.gfn), PAGE_SIZE, access.write)
@@ -69,14 +77,43 @@ async def handle_fault(mmu: Mmu, access: Access) -> Exit | None:
         try:
             if slot.is_classic:
                 done = await _map_classic(mmu, slot, access, seq)
+            elif access.private:
+                done = await _map_private(mmu, slot, access, seq)
             else:
-                done = await map_gfns(mmu, slot, gfns, private=access.private, seq=seq, write=access.write) is not None
+                done = await _map_shared(mmu, slot, access, seq)
         except OwnershipViolation as violation:
             raise OSError(errno.EPERM, str(violation)) from violation
         if done:
             return None
         mmu.retries += 1
         await mmu.invalidations.wait_idle(gfns)
+
+
+async def _map_private(mmu: Mmu, slot: Memslot, access: Access, seq: int) -> bool:
+    """Map the page of a private access; False: it has gone, or something came in between."""
+    file, page = slot.private, slot.page(access.gfn)
+    gfns = GfnRange(access.gfn, Gfn(access.gfn + 1))
+    assert file is not None
+    pfn = file.pfn_of(page)
+    if pfn is None:
+        return await map_gfns(mmu, slot, gfns, private=True, seq=seq, write=access.write) is not None
+    # Of the frames' order the page map tells as well, so any may be claimed here.
+    run = PfnRun(PageRange(page, PageIndex(page + 1)), pfn, ORDER_1G)
+    reply = PfnReply(file.id, run.pages, (run,))
+    return _install(mmu, slot, file, reply, gfns, private=True, write=access.write, seq=seq)
+
+
+async def _map_shared(mmu: Mmu, slot: Memslot, access: Access, seq: int) -> bool:
+    """Map the page of a shared access, and those around it; False: something came in between."""
+    window = mmu.fault_around.window(slot, access.gfn, mmu.invalidations)
+    try:
+        return await map_gfns(mmu, slot, window, private=False, seq=seq, write=access.write) is not None
+    except OSError:
+        if len(window) == 1:
+            raise
+    # The file has become shorter, or there is no room for all.
+    single = GfnRange(access.gfn, Gfn(access.gfn + 1))
+    return await map_gfns(mmu, slot, single, private=False, seq=seq, write=access.write) is not None
 
 
 async def map_gfns(
@@ -93,7 +130,7 @@ async def map_gfns(
     try:  # Under the MMU lock: nothing from here to the end of the installation awaits.
         installed = _install(mmu, slot, file, reply, gfns, private=private, write=write, seq=seq)
     finally:
-        await mmu.store.put_pfn(file, reply, dirty=write)
+        mmu.store.put_pfn(file, reply, dirty=write)
     return GfnRange(gfns.start, Gfn(gfns.start + len(reply.pages))) if installed else None
 
 
@@ -168,7 +205,7 @@ async def _map_classic(mmu: Mmu, slot: Memslot, access: Access, seq: int) -> boo
     try:
         return _install(mmu, slot, file, reply, gfns, private=False, write=access.write, seq=seq)
     finally:
-        await mmu.store.put_pfn(file, reply, dirty=access.write)
+        mmu.store.put_pfn(file, reply, dirty=access.write)
 
 
 async def _file_behind(mmu: Mmu, slot: Memslot, page: PageIndex, mapping: Mapping) -> StoreFile | None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from kvmsim.memslots import Memslot, Memslots
+from kvmsim.mmu.fault_around import FaultAround
 from kvmsim.mmu.frames import FrameMap
 from kvmsim.mmu.invalidate import InvalidationState
 from kvmsim.mmu.ownership import OwnershipTable
@@ -33,6 +34,7 @@ class Mmu:
     slots: Memslots = field(default_factory=Memslots)
     frames: FrameMap = field(default_factory=FrameMap)
     invalidations: InvalidationState = field(default_factory=InvalidationState)
+    fault_around: FaultAround = field(default_factory=FaultAround)
     tlbs: list[Tlb[Any]] = field(default_factory=list)  #: of all vCPUs
     retries: int = 0  #: faults that had to start again
     tlb_flushes: int = 0

@@ -45,6 +45,7 @@ _HEADER: Final = np.dtype([("magic", "<u8"), ("version", "<u4"), ("page_shift", 
 _HEADER_BYTES: Final = PAGE_SIZE
 _OBJECT_BYTES: Final = _HEADER_BYTES + MAX_PAGES
 _SPARSE_FROM: Final = 1 << 16  # pages; for shorter ranges asking for the extents costs more than reading them
+_TRIES: Final = 10_000  # to read a map that is being changed, which takes the store microseconds
 _F_SEAL_FUTURE_WRITE: Final = 0x0010  # linux/fcntl.h; not in Python's fcntl module
 
 _Bytes = npt.NDArray[np.uint8]
@@ -92,6 +93,20 @@ class PageMapView:
     def is_allocated(self, index: PageIndex) -> bool:
         """Whether one page is allocated."""
         return bool(self.pages[index] == ALLOCATED)
+
+    def states(self, indexes: npt.NDArray[np.int64]) -> _Bytes:
+        """ABSENT or ALLOCATED for many pages, as they are at one moment: uint8 of the same shape.
+
+        The store may be changing the map meanwhile; then they are read again. If it does not come to an end with that
+        (it may have died), all are ABSENT.
+        """
+        for _ in range(_TRIES):
+            before = self.seq
+            states = self.pages[indexes]
+            if before % 2 == 0 and self.seq == before:
+                return states
+            os.sched_yield()
+        return np.full(indexes.shape, ABSENT, np.uint8)
 
     def count(self, pages: PageRange) -> int:
         """How many pages of a range are allocated."""

@@ -126,7 +126,8 @@ class ScriptedStore:
             case GetPfn(number, pages, alloc):
                 return self._get(self.by_id(number), pages, alloc), ()
             case PutPfn(number, pages):
-                self.by_id(number).locked.remove(pages)
+                for index in range(pages.start, pages.end):
+                    self.by_id(number).locked.remove(PageRange(PageIndex(index), PageIndex(index + 1)))
                 return Done(), ()
         raise AssertionError(message)
 
@@ -176,7 +177,7 @@ def new_vm(tmp_path: object) -> Callable[..., object]:
     """A context manager: a VM and the scripted store that it is connected to."""
 
     @asynccontextmanager
-    async def make(**options: bool) -> AsyncIterator[tuple[VM, ScriptedStore]]:
+    async def make(*, fault_around: int = 1, **options: bool) -> AsyncIterator[tuple[VM, ScriptedStore]]:
         path = f"{tmp_path}/store.sock"
         listener = trio.socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         await listener.bind(path)
@@ -191,7 +192,7 @@ def new_vm(tmp_path: object) -> Callable[..., object]:
                     await store.serve()
 
                 nursery.start_soon(accept)
-                async with create_vm(path, **options) as vm:
+                async with create_vm(path, fault_around=fault_around, **options) as vm:
                     yield vm, store
                     vm.check()
                 nursery.cancel_scope.cancel()

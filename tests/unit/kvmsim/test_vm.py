@@ -22,7 +22,7 @@ from kvmsim.uapi import (
     KVM_MEM_READONLY,
 )
 from kvmsim.vm import VM
-from memfs.guest.messages import Fallocate, InvalidateBegin, InvalidateEnd, PutPfn, Register
+from memfs.guest.messages import Fallocate, GetPfn, InvalidateBegin, InvalidateEnd, PutPfn, Register
 from memfs.units import PAGE_SIZE, Gfn, PageIndex, PageRange
 
 from .conftest import PAGES, ScriptedStore, one, region
@@ -52,6 +52,7 @@ async def test_shared_fault_maps_the_page_of_the_shared_file(new_vm: NewVm) -> N
         assert pte & PTE_W
         file, offset = vm.mmu.frames.locate(pte_pfn(pte))
         assert (file.id, offset) == (store.by_fd(shared).id, 5 * PAGE_SIZE)
+        await wait_all_tasks_blocked()  # nobody waits for the unlocking
         assert store.by_fd(shared).locked == []
         assert [message.dirty for message in store.requests if isinstance(message, PutPfn)] == [True]
 
@@ -349,3 +350,37 @@ async def test_vcpu_ids(new_vm: NewVm) -> None:
             assert caught.value.errno == expected
         assert list(vm.vcpus) == [0]
         del store
+
+
+async def test_fault_on_an_allocated_private_page_asks_nobody(new_vm: NewVm) -> None:
+    async with new_vm() as (vm, store):
+        shared, private = store.file(), store.file(guest=True)
+        await vm.set_user_memory_region(region(shared, private))
+        store.allocate(private, PageRange(PageIndex(0), PageIndex(8)))
+        assert await vm.fault(Access(Gfn(0), False, True)) is None  # learns where the gibibyte is
+        await wait_all_tasks_blocked()
+        before = len(store.requests)
+        for gfn in range(1, 8):
+            assert await vm.fault(Access(Gfn(gfn), True, True)) is None
+            assert pte_pfn(vm.mmu.table.lookup(Gfn(gfn))) == (store.by_fd(private).id << 18) + gfn
+        assert isinstance(await vm.fault(Access(Gfn(8), False, True)), MemoryErrorExit)
+        await wait_all_tasks_blocked()
+        assert len(store.requests) == before
+
+
+async def test_fault_around_asks_for_a_window_of_one_side(new_vm: NewVm) -> None:
+    async with new_vm(fault_around=8) as (vm, store):
+        shared, private = store.file(), store.file(guest=True)
+        await vm.set_user_memory_region(region(shared, private))
+        store.allocate(private, one(3))
+        assert await vm.fault(Access(Gfn(5), True, False)) is None
+        await wait_all_tasks_blocked()
+        asked = [message for message in store.requests if isinstance(message, GetPfn)]
+        assert [message.pages for message in asked] == [PageRange(PageIndex(4), PageIndex(8))]
+        assert vm.mmu.table.mapped == 4
+        # From where it ended on, twice as much.
+        assert await vm.fault(Access(Gfn(8), True, False)) is None
+        await wait_all_tasks_blocked()
+        asked = [message for message in store.requests if isinstance(message, GetPfn)]
+        assert asked[-1].pages == PageRange(PageIndex(8), PageIndex(24))
+        assert store.by_fd(shared).locked == []
