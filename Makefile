@@ -7,7 +7,7 @@ PYTHON ?= python3
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench soak lint clean system
+.PHONY: help demo test bench soak fuzz lint clean system
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -24,6 +24,10 @@ bench: $(STAMP) ## Measure memfs beside tmpfs and an ordinary pyfuse3 filesystem
 soak: $(STAMP) ## Compare memfs with a tmpfs at random for long (MINUTES=n, and SEED=n to repeat)
 	MEMFS_SOAK_MINUTES=$(or $(MINUTES),10) MEMFS_SOAK_SEED=$(or $(SEED),0) \
 		$(BIN)/pytest -s --timeout=0 tests/e2e/test_differential.py
+
+fuzz: $(STAMP) ## Feed what others control with anything at all for long (MINUTES=n, and SEED=n to repeat)
+	@$(BIN)/pip install --quiet --disable-pip-version-check 'atheris>=3' || echo "no atheris for this Python: with hypothesis"
+	$(BIN)/python -m tests.fuzz --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED))
 
 lint: $(STAMP) ## ruff and mypy --strict
 	$(BIN)/ruff check .

@@ -15,6 +15,7 @@ becomes two. What remains is what matters to memory: which pages, in which order
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ RECORD: Final = np.dtype([("gpa", "<u8"), ("size", "u1"), ("write", "?")])
 MAX_ACCESS: Final = 255  # bytes
 _LINE: Final = re.compile(r"(?:I | L| S| M) ([0-9a-fA-F]{1,16}),(\d{1,4})$")
 _FORMAT: Final = "kvmsim-trace-1"
+_MAX_UNPACKED: Final = 2 << 30  # bytes; that is some 400 million accesses
 
 
 class TraceError(ValueError):
@@ -65,7 +67,8 @@ class Trace:
     def load(cls, path: Path) -> Trace:
         """Read a .npz that `save` wrote. Raises TraceError; OSError if it cannot be read at all."""
         try:
-            with np.load(path, allow_pickle=False) as parts:
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as parts:
+                _check_sizes(parts.zip)
                 if str(parts["format"]) != _FORMAT:
                     raise TraceError(f"{path}: a trace of another format")
                 return cls(_assemble(parts["steps"], parts["sizes"], parts["writes"]), str(parts["command"]))
@@ -75,9 +78,17 @@ class Trace:
             raise TraceError(f"{path}: not a trace ({error})") from error
 
 
+def _check_sizes(archive: zipfile.ZipFile) -> None:
+    """A few kilobytes of zeros can be unpacked to more than there is memory for."""
+    if sum(member.file_size for member in archive.infolist()) > _MAX_UNPACKED:
+        raise TraceError(f"it would take more than {_MAX_UNPACKED >> 20} MiB")
+
+
 def _assemble(
     steps: npt.NDArray[np.int32], sizes: npt.NDArray[np.uint8], writes: npt.NDArray[np.uint8]
 ) -> npt.NDArray[np.void]:
+    if [part.dtype.str for part in (steps, sizes, writes)] != ["<i4", "|u1", "|u1"]:
+        raise TraceError("its parts are not what they should be")
     if steps.ndim != 1 or sizes.shape != steps.shape or writes.shape != ((len(steps) + 7) // 8,):
         raise TraceError("its parts do not fit together")
     gpas = np.cumsum(steps, dtype=np.int64)

@@ -107,12 +107,12 @@ class Names:
         return reply(request.unique)
 
     def _create(self, request: Request) -> bytes:
-        flags, mode, umask, _ = unpack(CREATE_IN, request.body)
+        flags, mode, umask = _unpack_create(request.body)
         name = _name(request.body[CREATE_IN.size :])
         inode = self._tree.create(
             request.nodeid,
             name,
-            mode | stat.S_IFREG,
+            mode,
             request.uid,
             request.gid,
             umask=umask,
@@ -125,7 +125,7 @@ class Names:
             raise
 
     def _tmpfile(self, request: Request) -> bytes:
-        flags, mode, umask, _ = unpack(CREATE_IN, request.body)
+        flags, mode, umask = _unpack_create(request.body)
         seals = self._attributes.default_seals(request.nodeid)
         inode = self._tree.create_unlinked(request.nodeid, mode, request.uid, request.gid, umask=umask, seals=seals)
         return self._created(request, inode, flags)
@@ -172,6 +172,12 @@ class Names:
         fh, *_ = unpack(RELEASE_IN, request.body)
         self._handles.release(fh)
         return reply(request.unique)
+
+
+def _unpack_create(body: memoryview) -> tuple[int, int, int]:
+    """Flags, mode and umask. What open(2) makes is a regular file, whatever type is said, and a umask has nine bits."""
+    flags, mode, umask, _ = unpack(CREATE_IN, body)
+    return flags, stat.S_IMODE(mode) | stat.S_IFREG, umask & 0o777
 
 
 def _name(data: memoryview) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import struct
 from collections.abc import Coroutine
 from typing import Any, Final
@@ -26,7 +27,7 @@ from memfs.fuse.wire import (
 from memfs.handles import Handles, OpenFile
 from memfs.libc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 from memfs.tree import Tree
-from memfs.units import ByteOffset
+from memfs.units import MAX_OFFSET, ByteOffset
 
 _U32: Final = struct.Struct("=I")
 _FSXATTR: Final = struct.Struct("=I24x")  # struct fsxattr: xflags; extent sizes, projects
@@ -55,6 +56,10 @@ class Requests:
         fh, offset, length, mode, _ = unpack(FALLOCATE_IN, request.body)
         if mode not in (0, FALLOC_FL_KEEP_SIZE, _PUNCH):
             raise OSError(errno.EOPNOTSUPP, f"fallocate mode {mode:#x}")
+        if not length or offset > MAX_OFFSET:
+            raise OSError(errno.EINVAL, f"{length} bytes from {offset} on")
+        if offset + length > MAX_OFFSET:
+            raise OSError(errno.EFBIG, f"{length} bytes from {offset} on")
         inode = self._handles.file(fh).inode
         protection.check_fallocate(inode, mode)
         file = inode.file
@@ -70,6 +75,8 @@ class Requests:
 
     def _lseek(self, request: Request) -> bytes:
         fh, offset, whence, _ = unpack(LSEEK_IN, request.body)
+        if whence not in (os.SEEK_DATA, os.SEEK_HOLE):  # the others are the kernel's
+            raise OSError(errno.EINVAL, f"whence {whence}")
         signed = offset - (1 << 64) if offset >> 63 else offset
         found = self._handles.file(fh).inode.file.seek(ByteOffset(signed), whence)
         return reply(request.unique, LSEEK_OUT.pack(found))

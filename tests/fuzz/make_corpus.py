@@ -1,0 +1,164 @@
+"""Makes the seeds in corpus/: one file for each thing that the input of a target can say, all of them valid.
+
+Run as `python -m tests.fuzz.make_corpus`; what fuzzing found lies beside them, named after what it was.
+"""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from kvmsim.trace_file import RECORD, Trace
+from memfs import seals
+from memfs.fuse import wire
+from memfs.fuse.wire import Opcode
+from memfs.guest.messages import (
+    Ack,
+    Done,
+    Failed,
+    Fallocate,
+    Fenced,
+    FileId,
+    GetPfn,
+    Hello,
+    HelloReply,
+    InvalidateBegin,
+    InvalidateEnd,
+    Message,
+    PfnReply,
+    PfnRun,
+    PutPfn,
+    Register,
+    Registered,
+    Unregister,
+)
+from memfs.units import PageIndex, PageRange, Pfn
+
+from .targets import _Mount
+
+CORPUS: Final = Path(__file__).with_name("corpus")
+PAGES: Final = PageRange(PageIndex(0), PageIndex(512))
+TO_STORE, TO_OWNER = 1, 0
+
+
+def piece(data: bytes, width: int) -> bytes:
+    return len(data).to_bytes(width, "little") + data
+
+
+def said(message: Message, to: int, number: int, descriptors: int = 0) -> bytes:
+    body = message.pack()
+    datagram = struct.pack("<HHIQ", 1, message.TYPE, 16 + len(body), number) + body
+    return piece(bytes([descriptors << 1 | to]) + datagram, 2)
+
+
+def protocol() -> dict[str, bytes]:
+    file = FileId(1)
+    to_store = [(Register(), 1), (Unregister(file), 0), (GetPfn(file, PAGES, True), 0), (PutPfn(file, PAGES, True), 0)]
+    begin, end = InvalidateBegin(file, PAGES), InvalidateEnd(file, PAGES)
+    told = (begin, Fallocate(file, PAGES), end)
+    runs = PfnReply(file, PAGES, (PfnRun(PAGES, Pfn(512), 9),))
+    return {
+        "greeting": b"\0" + said(Hello(name="vm"), TO_STORE, 1) + said(HelloReply(1, 4096), TO_OWNER, 1),
+        "requests": b"\1" + b"".join(said(m, TO_STORE, n, fds) for n, (m, fds) in enumerate(to_store, 2)),
+        "notifications": b"\1" + b"".join(said(m, TO_OWNER, n) for n, m in enumerate(told, 1)),
+        "replies": b"\1"
+        + said(Registered(file, 2, 3, 4), TO_OWNER, 2, 2)
+        + said(runs, TO_OWNER, 3)
+        + said(Done(), TO_OWNER, 4)
+        + said(Failed(22, "no"), TO_OWNER, 5)
+        + said(Ack(), TO_STORE, 1),
+        "fenced": b"\1" + said(Fenced(110, "too late"), TO_OWNER, 1),
+    }
+
+
+def requests() -> dict[str, bytes]:
+    mount = _Mount()
+    opcodes = mount.opcodes
+    mount.close()
+
+    def asked(opcode: Opcode, nodeid: int, body: bytes) -> bytes:
+        return piece(bytes([opcodes.index(opcode), nodeid]) + body, 1)
+
+    def fallocate(fh: int, offset: int, length: int, mode: int) -> bytes:
+        return asked(Opcode.FALLOCATE, fh + 1, wire.FALLOCATE_IN.pack(fh, offset, length, mode, 0))
+
+    def seek(fh: int, whence: int) -> bytes:
+        return asked(Opcode.LSEEK, fh + 1, wire.LSEEK_IN.pack(fh, 0, whence, 0))
+
+    def ioctl(command: int, data: bytes, out: int) -> bytes:
+        return asked(Opcode.IOCTL, 2, wire.IOCTL_IN.pack(1, 0, command, 0, len(data), out) + data)
+
+    create = wire.CREATE_IN.pack(2, 0o644, 0o22, 0)
+    allocate = [(fh, place, length, mode) for fh in (1, 2) for place, length, mode in ((0, 65536, 0), (4096, 4096, 3))]
+    said = {
+        "names": [asked(Opcode.LOOKUP, 1, b"file\0"), asked(Opcode.UNLINK, 1, b"file\0")],
+        "forget": [
+            asked(Opcode.FORGET, 2, struct.pack("=Q", 1)),
+            asked(Opcode.BATCH_FORGET, 0, struct.pack("=IIQQ", 1, 0, 3, 1)),
+        ],
+        "attributes": [asked(Opcode.GETATTR, 2, bytes(16)), asked(Opcode.STATX, 2, bytes(24))],
+        "create": [
+            asked(Opcode.CREATE, 4, create + b"new\0"),
+            asked(Opcode.RELEASE, 5, wire.RELEASE_IN.pack(3, 0, 0, 0)),
+        ],
+        "temporary": [asked(Opcode.TMPFILE, 4, create + b"#1\0")],
+        "open": [
+            asked(Opcode.OPEN, 2, wire.OPEN_IN.pack(0o1002, 1)),
+            asked(Opcode.OPENDIR, 1, wire.OPEN_IN.pack(0, 0)),
+        ],
+        "allocate": [fallocate(*each) for each in allocate],
+        "too much": [fallocate(1, 0, 1 << 62, 0), fallocate(2, 0, 1 << 40, 1), fallocate(1, (1 << 63) - 1, 1 << 63, 3)],
+        "seek": [seek(1, 3), seek(2, 4)],
+        "seals": [ioctl(seals.MEMFS_IOC_GET_SEALS, b"", 4), ioctl(seals.MEMFS_IOC_ADD_SEALS, b"\4\0\0\0", 0)],
+        "flags": [
+            ioctl(wire.FS_IOC_SETFLAGS, b"\x40\0\0\0", 0),
+            ioctl(wire.FS_IOC_GETFLAGS, b"", 4),
+            ioctl(wire.FS_IOC_FSGETXATTR, b"", 28),
+        ],
+        "observed": [
+            asked(Opcode.SETATTR, 2, struct.pack("=I", 1 << 11)),
+            asked(Opcode.WRITE, 2, wire.WRITE_IN.pack(1, 0, 4, 4, 0, 0, 0) + b"data"),
+            asked(Opcode.INIT, 0, wire.INIT_IN.pack(7, 40, 0, 0xFFFFFFFF, 0xFFFFFFFF)),
+        ],
+        "whole": [piece(b"\xff" + wire.IN_HEADER.pack(40, Opcode.GETATTR, 2, 1, 0, 0, 0, 0, 0), 1)],
+    }
+    return {name: b"".join(parts) for name, parts in said.items()}
+
+
+def options() -> dict[str, bytes]:
+    return {
+        "usual": b"size=1g,mode=700,uid=root,allow_other,notify_timeout=0.5",
+        "percent": b"size=50%,nr_inodes=2k",
+        "tmpfs": b"huge=within_size,mpol=bind:0,noswap",
+        "socket": b"socket=/a,socket_mode=0660,socket_group=0",
+        "seals": b"guest,shrink,grow",
+    }
+
+
+def lackey() -> dict[str, bytes]:
+    return {"usual": b"==1== \nI  04001a30,3\n L 1ffeffe7e0,8\n S 1ffeffe7fe,8\n M 0421c7c8,4\n"}
+
+
+def trace() -> dict[str, bytes]:
+    records = np.zeros(3, RECORD)
+    records["gpa"], records["size"] = (0, 4096, 8), 8
+    path = CORPUS / "trace" / "usual"
+    Trace(records, "true").save(path.with_suffix(".npz"))
+    content = path.with_suffix(".npz").read_bytes()
+    path.with_suffix(".npz").unlink()
+    return {"usual": content}
+
+
+def main() -> None:
+    for make in (protocol, requests, options, lackey, trace):
+        directory = CORPUS / make.__name__
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, content in make().items():
+            (directory / name.replace(" ", "-")).write_bytes(content)
+
+
+if __name__ == "__main__":
+    main()

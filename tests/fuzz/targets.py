@@ -1,0 +1,181 @@
+"""What is fuzzed: functions of bytes that return, whatever the bytes are, or have found a defect and raise.
+
+Each stands for an input that somebody else controls: what an owner sends, what the kernel sends, what is typed after
+-o, and trace files. Errors that are the answer to bad input are caught here by name; any other is a defect. So is a
+broken invariant: what is refused changes nothing, and what is accepted would be packed to the same bytes again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import stat
+import struct
+import tempfile
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import trio
+
+from kvmsim.trace_file import Trace, TraceError, read_lackey
+from memfs import seals
+from memfs.attributes import Attributes, Control
+from memfs.backing import MemfdBacking
+from memfs.file import File
+from memfs.fuse.names import Names
+from memfs.fuse.observers import Observers
+from memfs.fuse.passthrough import Passthrough, Wanted
+from memfs.fuse.requests import Requests
+from memfs.fuse.wire import IN_HEADER, Malformed, Request
+from memfs.guest.messages import Hello, HelloReply
+from memfs.guest.protocol import Connection, RemoteProtocolError, Role, State
+from memfs.handles import Handles
+from memfs.options import MountOptions, OptionError, RemountOptions
+from memfs.tree import ROOT_INO, Tree
+from memfs.units import PAGE_SIZE, ByteOffset
+
+Target = Callable[[bytes], None]
+_HEADER: Final = struct.Struct("<HHIQ")
+
+
+def _pieces(data: bytes, width: int) -> Iterator[bytes]:
+    """Cut input into pieces, each behind its length in `width` bytes."""
+    stream = io.BytesIO(data)
+    while head := stream.read(width):
+        yield stream.read(int.from_bytes(head, "little"))
+
+
+def protocol(data: bytes) -> None:
+    """Datagrams to a store and to an owner, which have greeted each other if the first byte is odd.
+
+    Each piece: how many descriptors came with it, and which of the two gets it, then the datagram.
+    """
+    ends = {role: Connection(role) for role in Role}
+    if data[:1] and data[0] & 1:
+        number, hello = ends[Role.OWNER].send(Hello(name="fuzz"))
+        ends[Role.STORE].receive(hello)
+        ends[Role.OWNER].receive(ends[Role.STORE].send(HelloReply(1, PAGE_SIZE), answers=number)[1])
+    for piece in _pieces(data[1:], 2):
+        if not piece:
+            continue
+        end = ends[Role.STORE if piece[0] & 1 else Role.OWNER]
+        datagram, before = piece[1:], _state(end)
+        try:
+            received = end.receive(datagram, piece[0] >> 1 & 3)
+        except RemoteProtocolError:
+            assert _state(end) == before, "refused, and changed something"
+            continue
+        body = received.message.pack()
+        version, kind, length, number = _HEADER.unpack_from(datagram)
+        assert (version, kind, length, number) == (1, received.message.TYPE, len(datagram), received.id)
+        assert _HEADER.pack(version, kind, length, number) + body == datagram, "would be packed otherwise"
+        assert before[0] is not State.CLOSED
+
+
+def _state(end: Connection) -> tuple[Any, ...]:
+    return end.state, end.unanswered, repr(vars(end))
+
+
+class _Mount:
+    """All of a mount that answers requests by itself: files 2 (with a page) and 3 (guest-sealed), directory 4."""
+
+    def __init__(self) -> None:
+        self.backing = MemfdBacking(1 << 20)
+        self.tree = Tree(lambda ino, born_with: File(self.backing, ino, born_with), 16, 0o1777, 0, 0)
+        self.handles = Handles(self.tree)
+        for name, mode, born_with in (
+            (b"file", stat.S_IFREG, 0),
+            (b"private", stat.S_IFREG, seals.F_SEAL_GUEST),
+            (b"directory", stat.S_IFDIR, 0),
+        ):
+            self.tree.create(ROOT_INO, name, mode | 0o755, 0, 0, seals=born_with).nlookup += 1
+        for ino in (2, 3):  # fh 1 and 2
+            self.handles.open_file(self.tree.regular(ino), os.O_RDWR)
+        self.tree.regular(2).file.write(ByteOffset(0), b"content")
+        attributes = Attributes(self.tree, Control("/socket", dict, lambda options: None))
+        self.handlers = {
+            **Names(self.tree, self.handles, attributes).handlers,
+            **Requests(self.tree, self.handles).handlers,
+        }
+        self.observers = Observers(self.tree, Passthrough(-1, Wanted.OFF, None), lambda: None).observers
+        self.opcodes = sorted({*self.handlers, *self.observers})
+
+    async def ask(self, data: bytes) -> None:
+        """As Channel does; what it would make an error reply of passes silently, if its kind is meant for that."""
+        with contextlib.suppress(OSError, Malformed):
+            request = Request.parse(memoryview(data))
+            if handler := self.handlers.get(request.opcode):
+                answer = handler(request)
+                if isinstance(answer, Coroutine):
+                    answer = await answer
+                assert answer is None or len(answer) == int.from_bytes(answer[:4], "little")
+            elif observer := self.observers.get(request.opcode):
+                observer(request)
+
+    def close(self) -> None:
+        self.tree.check()
+        self.handles.check()
+        for inode in self.tree.files():
+            inode.file.check()
+        self.handles.close()
+        self.tree.close()
+        assert self.backing.free_pages == self.backing.total_pages, "pages are lost"
+
+
+def requests(data: bytes) -> None:
+    """Requests from the kernel. Each piece: which opcode, which inode, then the body; or, for opcode 255, all of it."""
+    mount = _Mount()
+
+    async def ask_all() -> None:
+        for piece in _pieces(data, 1):
+            if len(piece) < 2:
+                continue
+            opcode, nodeid, body = piece[0], piece[1], piece[2:]
+            if opcode == 255:
+                await mount.ask(piece[1:])
+                continue
+            opcode = mount.opcodes[opcode % len(mount.opcodes)]
+            header = IN_HEADER.pack(IN_HEADER.size + len(body), opcode, 2, nodeid, 0, 0, 0, 0, 0)
+            await mount.ask(header + body)
+
+    try:
+        trio.run(ask_all)
+    finally:
+        mount.close()
+
+
+def options(data: bytes) -> None:
+    """What follows -o, and seals by name."""
+    text = data.decode(errors="surrogateescape")
+    for parse in (MountOptions.parse, RemountOptions.parse):
+        with contextlib.suppress(OptionError):
+            parse(text)
+    with contextlib.suppress(OSError):
+        bits = seals.parse(text)
+        assert seals.parse(seals.format_seals(bits)) == bits
+
+
+def lackey(data: bytes) -> None:
+    """Output of valgrind's lackey. What can be read can be saved and read again."""
+    with contextlib.suppress(TraceError):
+        trace = read_lackey(io.StringIO(data.decode(errors="replace")))
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory, "trace.npz")
+            trace.save(path)
+            assert (Trace.load(path).records == trace.records).all()
+
+
+def trace(data: bytes) -> None:
+    """A trace file."""
+    with tempfile.NamedTemporaryFile(suffix=".npz") as file:
+        file.write(data)
+        file.flush()
+        with contextlib.suppress(TraceError, OSError):
+            loaded = Trace.load(Path(file.name))
+            assert loaded.memory_size >= 0
+            assert (loaded.records["size"] > 0).all()
+
+
+TARGETS: Final[dict[str, Target]] = {target.__name__: target for target in (protocol, requests, options, lackey, trace)}
