@@ -70,17 +70,21 @@ class Memslot:
         """What it keeps registered, apart from files behind mappings."""
         return tuple(file for file in (self.shared, self.private) if file is not None)
 
+    @property
+    def shift(self) -> int:
+        """How much larger the index of the page that serves a gfn is than the gfn."""
+        return self.pages.start - self.gfns.start
+
     def page(self, gfn: Gfn) -> PageIndex:
         """The page of either file, or of the address space, that serves a gfn."""
-        return PageIndex(gfn - self.gfns.start + self.pages.start)
+        return PageIndex(gfn + self.shift)
 
     def gfns_of(self, pages: PageRange) -> GfnRange | None:
         """The gfns that those pages serve, clipped to the slot; None if they serve none here."""
         mine = pages.intersect(self.pages)
         if mine is None:
             return None
-        shift = self.gfns.start - self.pages.start
-        return GfnRange(Gfn(mine.start + shift), Gfn(mine.end + shift))
+        return GfnRange(Gfn(mine.start - self.shift), Gfn(mine.end - self.shift))
 
     def pages_of(self, gfns: GfnRange) -> PageRange:
         """The pages that serve gfns of the slot."""

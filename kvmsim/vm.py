@@ -23,11 +23,14 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Final
 
+import numpy as np
+import numpy.typing as npt
 import trio
 
 from kvmsim.dirty import Bitmap, DirtyLog, runs
 from kvmsim.exits import Exit
 from kvmsim.memslots import AddressSpace, Memslot
+from kvmsim.mmu.batch import fault_in_private, fault_in_shared
 from kvmsim.mmu.fault import Access, handle_fault, map_gfns
 from kvmsim.mmu.fault_around import DEFAULT_PAGES, FaultAround
 from kvmsim.mmu.mmu import Mmu
@@ -245,6 +248,22 @@ class VM:
         """Handle a fault of a vCPU. Raises OSError as `handle_fault` says, StoreGone if memfs is."""
         self.faults["private" if access.private else "shared"] += 1
         return await handle_fault(self.mmu, access)
+
+    def fault_in(self, gfns: npt.NDArray[np.int64], *, write: bool = False) -> npt.NDArray[np.bool_]:
+        """Map many private pages that are allocated, without asking memfs: `fault_in_private` says which and what."""
+        self.check_alive()
+        before = self.mmu.table.mapped
+        served = fault_in_private(self.mmu, gfns, write=write)
+        self.faults["private"] += self.mmu.table.mapped - before
+        return served
+
+    async def fault_in_shared(self, gfns: npt.NDArray[np.int64], *, write: bool = False) -> npt.NDArray[np.bool_]:
+        """Map many shared pages, asking memfs for ranges, several at a time: `fault_in_shared` says which and what."""
+        self.check_alive()
+        before = self.mmu.table.mapped
+        served = await fault_in_shared(self.mmu, gfns, write=write)
+        self.faults["shared"] += self.mmu.table.mapped - before
+        return served
 
     async def launch(self) -> None:
         """The guest begins to run: what its private files were populated with is measured, and final.

@@ -87,9 +87,13 @@ class InvalidationState:
         self.seq += 1
         self._wake()
 
+    def active(self, gfns: GfnRange) -> list[GfnRange]:
+        """What is being invalidated and overlaps a range."""
+        return [active for ranges in self._active.values() for active in ranges if active.overlaps(gfns)]
+
     def is_active(self, gfns: GfnRange) -> bool:
         """Whether an invalidation of something in a range is in progress."""
-        return any(active.overlaps(gfns) for ranges in self._active.values() for active in ranges)
+        return bool(self._active) and bool(self.active(gfns))
 
     def _wake(self) -> None:
         self._ended.set()

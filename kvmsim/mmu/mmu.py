@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from kvmsim.memslots import Memslot, Memslots
 from kvmsim.mmu.fault_around import FaultAround
@@ -57,6 +58,15 @@ class Mmu:
         self.table.map_range(gfns, pfn, flags, order)
         if self.table.mapped - before != len(gfns):
             self.flush_tlbs(gfns)  # something else was mapped there
+
+    def install_private_pages(self, slot: Memslot, gfns: npt.NDArray[np.int64], pfns: npt.NDArray[np.int64]) -> None:
+        """Map single absent gfns of a slot, in order and each once, to private frames; int64, shape (n,).
+
+        Not where dirty pages are logged. Raises OwnershipViolation, changing nothing.
+        """
+        assert not slot.logs_dirty
+        self.ownership.assign_pages(self.vm, gfns, pfns)
+        self.table.map_pages(gfns, pfns, PTE_R | PTE_X | PTE_PRIVATE | (0 if slot.readonly else PTE_W))
 
     def make_writable(self, slot: Memslot, gfn: Gfn, private: bool) -> bool:
         """Handle a store to a page that is mapped read-only, if that is all that is wrong (fast_page_fault)."""

@@ -10,7 +10,7 @@ array. There is one table for each memfs; VMs on the same one that are simulated
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -61,15 +61,41 @@ class OwnershipTable:
             wanted = self._wanted(vm, gfns, done, len(owners))
             foreign = np.flatnonzero((owners != 0) & (owners != wanted))
             if len(foreign):
-                self.violations += 1
-                owner = int(owners[foreign[0]])
-                raise OwnershipViolation(
-                    f"frame {pfn + done + int(foreign[0]):#x} belongs to "
-                    f"gfn {owner & ((1 << _VM_SHIFT) - 1):#x} of VM {owner >> _VM_SHIFT}"
-                )
+                self._refuse(pfn + done + int(foreign[0]), int(owners[foreign[0]]))
         for owners, done in pieces:
             self.owned += len(owners) - int(np.count_nonzero(owners))
             owners[:] = self._wanted(vm, gfns, done, len(owners))
+
+    def assign_pages(self, vm: int, gfns: npt.NDArray[np.int64], pfns: npt.NDArray[np.int64]) -> None:
+        """`assign` for single frames: int64 of shape (n,), each frame once.
+
+        Raises OwnershipViolation, changing nothing.
+        """
+        wanted = gfns + (vm << _VM_SHIFT)
+        extents = pfns >> ORDER_1G
+        pieces = []
+        for number in np.unique(extents).tolist():
+            here = np.flatnonzero(extents == number)
+            owners, within = self._extent(number), pfns[here] & (_EXTENT - 1)
+            current = owners[within]
+            foreign = np.flatnonzero((current != 0) & (current != wanted[here]))
+            if len(foreign):
+                self._refuse(int(pfns[here[foreign[0]]]), int(current[foreign[0]]))
+            pieces.append((owners, within, wanted[here], len(here) - int(np.count_nonzero(current))))
+        for owners, within, values, new in pieces:
+            owners[within] = values
+            self.owned += new
+
+    def _refuse(self, pfn: int, owner: int) -> NoReturn:
+        self.violations += 1
+        raise OwnershipViolation(
+            f"frame {pfn:#x} belongs to gfn {owner & ((1 << _VM_SHIFT) - 1):#x} of VM {owner >> _VM_SHIFT}"
+        )
+
+    def _extent(self, number: int) -> npt.NDArray[np.int64]:
+        if number not in self._extents:
+            self._extents[number] = np.zeros(_EXTENT, np.int64)
+        return self._extents[number]
 
     def release(self, ptes: Ptes, pages: int) -> None:
         """The frames of private leaves, each of `pages` frames, are nobody's any more."""
@@ -103,9 +129,7 @@ class OwnershipTable:
         pieces, done = [], 0
         while done < count:
             number, within = divmod(pfn + done, _EXTENT)
-            if number not in self._extents:
-                self._extents[number] = np.zeros(_EXTENT, np.int64)
-            owners = self._extents[number][within : within + count - done]
+            owners = self._extent(number)[within : within + count - done]
             pieces.append((owners, done))
             done += len(owners)
         return pieces

@@ -220,6 +220,29 @@ class PageTable:
             raise ValueError("flags that make no leaf: it must be readable, and its frame is said otherwise")
         self._map(self._root, self.levels, 0, gfns, pfn, flags, level_of_order(order))
 
+    def map_pages(self, gfns: Ptes, pfns: Ptes, flags: int) -> None:
+        """Map single gfns, which must be absent, in order and each once, to frames: int64 of shape (n,).
+
+        Raises ValueError, changing nothing that is mapped, if one of them is mapped.
+        """
+        blocks = gfns >> ENTRIES_SHIFT
+        first = np.flatnonzero(np.diff(blocks, prepend=-1))
+        counts = np.diff(first, append=len(gfns))
+        tables = np.array([self._leaf_table(block << ENTRIES_SHIFT) for block in blocks[first].tolist()], np.int64)
+        index = (np.repeat(tables, counts) << ENTRIES_SHIFT) + (gfns & (ENTRIES - 1))
+        if self._tables.flat[index].any():
+            raise ValueError("one of these gfns is mapped")
+        self._tables.flat[index] = (pfns << PAGE_SHIFT) | flags
+        self._used[tables] += counts.astype(np.int32)
+        self.mapped += len(gfns)
+
+    def _leaf_table(self, gfn: int) -> int:
+        """The table of 4 KiB leaves that a gfn lies in; made if there is none."""
+        table = self._root
+        for level in range(self.levels, PG_LEVEL_4K, -1):
+            table = self._descend(table, level, gfn >> level_shift(level) & (ENTRIES - 1))
+        return table
+
     def _map(self, table: int, level: int, base: int, gfns: GfnRange, pfn: int, flags: int, largest: int) -> None:
         first, last = _entries_of(gfns, base, level)
         if level == PG_LEVEL_4K:

@@ -5,6 +5,7 @@ What it does and when is decided by the test, so that a fault can be held betwee
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 from collections.abc import AsyncIterator, Callable
@@ -176,9 +177,11 @@ def region(shared: int, private: int = -1, **changes: int) -> UserspaceMemoryReg
 def new_vm(tmp_path: object) -> Callable[..., object]:
     """A context manager: a VM and the scripted store that it is connected to."""
 
+    numbers = itertools.count()
+
     @asynccontextmanager
     async def make(*, fault_around: int = 1, **options: bool) -> AsyncIterator[tuple[VM, ScriptedStore]]:
-        path = f"{tmp_path}/store.sock"
+        path = f"{tmp_path}/store-{next(numbers)}.sock"
         listener = trio.socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         await listener.bind(path)
         listener.listen(1)

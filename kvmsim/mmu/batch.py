@@ -1,0 +1,191 @@
+"""Many faults at once: what `fault.py` does for one page, in arrays.
+
+An engine that knows what it will touch, or a VMM that prefaults, has thousands of gfns to map, of which nothing needs a
+decision: their pages are on the side that is meant, in a slot, and no invalidation concerns them. Private ones that are
+allocated are mapped here under the MMU lock and without a word to the store (the argument is fault.py's); shared ones
+are asked for in ranges, several at a time. Whatever is different is left for a fault of its own.
+
+As there, a page is mapped with the largest leaf that all pages of are private. So first the aligned 2 MiB blocks around
+the gfns are looked at; neighbouring ones that are whole are mapped as one range, which finds its 1 GiB leaves itself.
+What is left goes into the page table one entry each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import trio
+
+from kvmsim.memslots import Memslot
+from kvmsim.mmu.fault import map_gfns
+from kvmsim.mmu.mmu import Mmu
+from kvmsim.mmu.pte import PTE_PRIVATE, PTE_R, PTE_W, Ptes
+from kvmsim.store import StoreGone
+from memfs.guest.frames import cut_at
+from memfs.guest.messages import PfnRun
+from memfs.guest.page_map import ABSENT, ALLOCATED
+from memfs.units import ORDER_1G, ORDER_2M, ByteOffset, Gfn, GfnRange, PageIndex, PageRange, Pfn, page_ceil
+
+Gfns = npt.NDArray[np.int64]
+
+_BLOCK = 1 << ORDER_2M
+_ASK_AT_ONCE = 4  # ranges of shared pages, so that the store works on the next while we install one
+_MOST_ASKED = 1 << ORDER_2M  # pages: half a millisecond of the store's
+_SPARSE = 8  # from so many times as many gfns as are asked for on, sorting is cheaper than marking
+
+
+def fault_in_private(mmu: Mmu, gfns: Gfns, *, write: bool = False) -> npt.NDArray[np.bool_]:
+    """Map the private pages of `gfns`, int64 of shape (n,), in any order and as often as they like.
+
+    Returns which of them are mapped private afterwards (with `write`, writable), bool of shape (n,). What is not: pages
+    that are absent, gfns that are mapped shared, lie in no slot or are being invalidated, and those whose frames are
+    not known yet. Raises OwnershipViolation.
+    """
+    ptes = mmu.table.translate(gfns)
+    absent = _sorted(gfns[ptes == 0])
+    if not absent.size:
+        return _served(ptes, write)
+    while absent.size:
+        slot = mmu.slots.find(Gfn(int(absent[0])))
+        end = int(absent[0]) + 1 if slot is None else slot.gfns.end
+        here, absent = np.split(absent, [np.searchsorted(absent, end)])
+        if slot is not None and slot.private is not None:
+            _map(mmu, slot, here, write)
+    return _served(mmu.table.translate(gfns), write)
+
+
+async def fault_in_shared(mmu: Mmu, gfns: Gfns, *, write: bool = False) -> npt.NDArray[np.bool_]:
+    """Map the shared pages of `gfns`, int64 of shape (n,), and the windows around them, allocating what is absent.
+
+    Returns which of them are mapped shared afterwards, as `fault_in_private` does. Not mapped: gfns whose pages are
+    private, that lie in no slot or a classic one, that are being invalidated, or whose dirty pages are logged. Raises
+    OSError as the store does (ENOSPC), and StoreGone; then some may have been mapped.
+    """
+    absent = _sorted(gfns[mmu.table.translate(gfns) == 0])
+    free = trio.CapacityLimiter(_ASK_AT_ONCE)
+
+    async def ask(slot: Memslot, part: GfnRange) -> None:
+        async with free:
+            if not mmu.invalidations.is_active(part) and mmu.slots.is_current(slot):
+                await map_gfns(mmu, slot, part, private=False, seq=mmu.invalidations.sample(), write=write)
+
+    failure: OSError | StoreGone | None = None
+    try:
+        async with trio.open_nursery() as nursery:
+            for slot, part in _shared_parts(mmu, absent):
+                nursery.start_soon(ask, slot, part)
+    except* (OSError, StoreGone) as group:
+        failure = next(iter(_leaves(group)))
+    if failure is not None:
+        raise failure
+    ptes = mmu.table.translate(gfns)
+    wanted = PTE_R | (PTE_W if write else 0)
+    served: npt.NDArray[np.bool_] = (ptes & (wanted | PTE_PRIVATE)) == wanted
+    return served
+
+
+def _shared_parts(mmu: Mmu, absent: Gfns) -> Iterator[tuple[Memslot, GfnRange]]:
+    """What to ask for: the windows around gfns, neighbours together, without private pages and not too long."""
+    while absent.size:
+        slot = mmu.slots.find(Gfn(int(absent[0])))
+        end = int(absent[0]) + 1 if slot is None else slot.gfns.end
+        here, absent = np.split(absent, [np.searchsorted(absent, end)])
+        if slot is None or slot.shared is None or slot.logs_dirty:
+            continue
+        size = mmu.fault_around.pages
+        windows = here[np.flatnonzero(np.diff(here // size, prepend=-1))] // size
+        for run in np.split(windows, np.flatnonzero(np.diff(windows) != 1) + 1):
+            asked = GfnRange(Gfn(int(run[0]) * size), Gfn((int(run[-1]) + 1) * size)).intersect(slot.gfns)
+            pages = slot.pages_of(asked) if asked is not None else None
+            pages = pages.intersect(PageRange(PageIndex(0), page_ceil(ByteOffset(slot.shared.size)))) if pages else None
+            if pages is None:
+                continue
+            page_map = slot.private.page_map if slot.private is not None else None
+            for shared in [pages] if page_map is None else page_map.runs(pages, ABSENT):
+                for part in shared.chunks(_MOST_ASKED):
+                    gfns = slot.gfns_of(part)
+                    assert gfns is not None
+                    yield slot, gfns
+
+
+def _leaves(group: BaseExceptionGroup[OSError | StoreGone]) -> Iterator[OSError | StoreGone]:
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            yield from _leaves(error)
+        else:
+            yield error
+
+
+def _served(ptes: Ptes, write: bool) -> npt.NDArray[np.bool_]:
+    wanted = PTE_PRIVATE | (PTE_W if write else 0)
+    served: npt.NDArray[np.bool_] = (ptes & wanted) == wanted
+    return served
+
+
+def _sorted(gfns: Gfns) -> Gfns:
+    """Each gfn once, in order."""
+    if not gfns.size:
+        return gfns
+    first = int(gfns.min())
+    span = int(gfns.max()) - first + 1
+    if span > _SPARSE * gfns.size:
+        return np.unique(gfns)
+    there = np.zeros(span, np.bool_)
+    there[gfns - first] = True
+    return np.flatnonzero(there) + first
+
+
+def _map(mmu: Mmu, slot: Memslot, gfns: Gfns, write: bool) -> None:
+    """Map gfns of one slot, which are in order and absent."""
+    file = slot.private
+    assert file is not None
+    active = mmu.invalidations.active(slot.gfns)
+    pfns = file.pfns_of(gfns + slot.shift)
+    can = pfns >= 0
+    for going in active:
+        can &= (gfns < going.start) | (gfns >= going.end)
+    gfns, pfns = gfns[can], pfns[can]
+    if not gfns.size:
+        return
+    blocks = gfns >> ORDER_2M
+    first = np.flatnonzero(np.diff(blocks, prepend=-1))
+    whole = _whole(slot, blocks[first], active)
+    for gfn_range in _ranges(whole):
+        for pages in cut_at(slot.pages_of(gfn_range), ORDER_1G):
+            pfn = file.pfn_of(pages.start)
+            part = slot.gfns_of(pages)
+            assert pfn is not None
+            assert part is not None
+            mmu.frames.learn(file, PfnRun(pages, pfn))
+            mmu.install(slot, part, pfn, private=True, write=write, order=ORDER_1G)
+    alone = np.repeat(~np.isin(blocks[first], whole), np.diff(first, append=gfns.size))
+    gfns, pfns = gfns[alone], pfns[alone]
+    if gfns.size:
+        for at in np.flatnonzero(np.diff(pfns >> ORDER_1G, prepend=-1)).tolist():
+            page = PageIndex(int(gfns[at]) + slot.shift)
+            mmu.frames.learn(file, PfnRun(PageRange(page, PageIndex(page + 1)), Pfn(int(pfns[at]))))
+        mmu.install_private_pages(slot, gfns, pfns)
+
+
+def _whole(slot: Memslot, blocks: Gfns, active: list[GfnRange]) -> Gfns:
+    """Which aligned 2 MiB blocks, by gfn / 512, one leaf may map: wholly private, in the slot, and left in peace."""
+    if slot.shift % _BLOCK or slot.private is None or slot.private.page_map is None:
+        return blocks[:0]
+    first, last = -(-slot.gfns.start // _BLOCK), slot.gfns.end // _BLOCK
+    blocks = blocks[(blocks >= first) & (blocks < last)]
+    for going in active:
+        blocks = blocks[((blocks + 1) * _BLOCK <= going.start) | (blocks * _BLOCK >= going.end)]
+    if not blocks.size:
+        return blocks
+    pages = (blocks[:, None] << ORDER_2M) + np.arange(_BLOCK) + slot.shift
+    whole: npt.NDArray[np.bool_] = (slot.private.page_map.states(pages) == ALLOCATED).all(axis=1)
+    return blocks[whole]
+
+
+def _ranges(blocks: Gfns) -> Iterator[GfnRange]:
+    """Neighbouring blocks as ranges of gfns."""
+    for run in np.split(blocks, np.flatnonzero(np.diff(blocks) != 1) + 1):
+        if run.size:
+            yield GfnRange(Gfn(int(run[0]) << ORDER_2M), Gfn((int(run[-1]) + 1) << ORDER_2M))
