@@ -100,10 +100,10 @@ class Attributes:
             return seals.format_seals(inode.file.seals).encode()
         return self._tree.getxattr(ino, name)
 
-    def list(self, ino: int) -> list[bytes]:
-        """listxattr(2)."""
+    def list(self, ino: int, *, uid: int) -> list[bytes]:
+        """listxattr(2). Only root is shown the trusted ones (simple_xattr_list() asks for CAP_SYS_ADMIN)."""
         inode = self._tree.inode(ino)
-        names = self._tree.listxattr(ino)
+        names = [name for name in self._tree.listxattr(ino) if uid == 0 or not name.startswith(b"trusted.")]
         return [SEALS, *names] if isinstance(inode, RegularFile) and inode.file.seals else names
 
     def remove(self, ino: int, name: bytes) -> None:

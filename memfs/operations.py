@@ -197,7 +197,7 @@ class Operations(pyfuse3.Operations):
 
     @_translated
     async def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[XAttrNameT]:
-        return [XAttrNameT(name) for name in self._attributes.list(inode)]
+        return [XAttrNameT(name) for name in self._attributes.list(inode, uid=ctx.uid)]
 
     @_translated
     async def removexattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> None:

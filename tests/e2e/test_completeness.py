@@ -423,6 +423,16 @@ def append_only(directory: Path) -> Any:
 
 
 @case
+def who_sees_which_attributes(directory: Path) -> Any:
+    path = directory / "f"
+    path.touch(0o666)
+    for name in ("user.a", "trusted.a", "security.a"):
+        os.setxattr(path, name, b"1")
+    with users(directory) as processes:
+        return {name: process("listxattr", "f", True) for name, process in processes.items()}
+
+
+@case
 def temporary_files(directory: Path) -> Any:
     answers = []
     for flags in (os.O_TMPFILE | os.O_RDWR, os.O_TMPFILE | os.O_RDWR | os.O_EXCL, os.O_TMPFILE | os.O_RDONLY):

@@ -147,7 +147,7 @@ class Differential(RuleBasedStateMachine):
             side.clear()
         self._compare_room()
 
-    def do(self, user: str, name: str, *arguments: object) -> bool:
+    def do(self, user: str, name: str, *arguments: object, same_atime: bool = True) -> bool:
         """Do it on both sides and see that nobody could tell which was which. Whether it was done, not refused."""
         time.sleep(_TICK)  # so that a time that is set anew is another time
         what = f"{user}: {name}{arguments}"
@@ -157,7 +157,7 @@ class Differential(RuleBasedStateMachine):
         ours_after, theirs_after = (side.observer("snapshot") for side in self.sides)
         _forget_pipes(ours_after[1])
         _forget_pipes(theirs_after[1])
-        if not self.passes_through:
+        if not (self.passes_through and same_atime):
             _forget_reading(ours_after[1])
             _forget_reading(theirs_after[1])
         self._compare(f"tree after {what}", ours_after, theirs_after)
@@ -277,7 +277,8 @@ class Differential(RuleBasedStateMachine):
     def copy_file_range(self, handle: int, other: int, length: int, start: int, to: int) -> None:
         user, slot = self.handles[handle % len(self.handles)]
         slots = [number for name, number in self.handles if name == user]
-        self.do(user, "copy_file_range", slot, slots[other % len(slots)], length, start, to)
+        # Within one file it depends on which end the kernel looks at first whether relatime finds it read since.
+        self.do(user, "copy_file_range", slot, slots[other % len(slots)], length, start, to, same_atime=False)
 
     @precondition(lambda self: self.handles)
     @rule(handle=_handle, offset=st.integers(0, 6 * PAGE), data=_data)
