@@ -87,6 +87,13 @@ static void touch(int fd, long bytes, int twice)
 	munmap(area, bytes);
 }
 
+/* What was in one file is in the other then: RFC patch 13, and what kvmsim's VMM does. */
+static void convert(int from, int to, long at, long size)
+{
+	check(fallocate(to, 0, at, size), "fallocate");
+	check(fallocate(from, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, at, size), "punch");
+}
+
 static void make_files(long count)
 {
 	char name[32];
@@ -196,6 +203,16 @@ int main(int argc, char **argv)
 		if (seen != count)
 			errx(1, "%ld entries seen", seen);
 		remove_files(count);
+	} else if (!strncmp(what, "convert:", 8)) { /* convert:PAGES, so many at a time, there and back */
+		int shared = check(open("shared", O_RDWR), "shared"), private = check(open("private", O_RDWR), "private");
+		long size = atol(what + 8) * PAGE;
+		start();
+		for (long i = 0; i < count; i++) {
+			long at = size < MIB ? i % 64 * size : 0;
+			convert(shared, private, at, size);
+			convert(private, shared, at, size);
+		}
+		stop();
 	} else if (!strcmp(what, "populate")) { /* files that stay, for the memory row */
 		start();
 		make_files(count);

@@ -310,6 +310,8 @@ class VM:
         """Map what was allocated. A mere optimisation: whatever comes in between, a fault will do it later."""
         rest: GfnRange | None = gfns
         try:
+            if fault_in_private(self.mmu, np.arange(gfns.start, gfns.end)).all():
+                return  # without a word to the store
             while rest is not None:
                 seq = self.mmu.invalidations.sample()
                 done = await map_gfns(self.mmu, slot, rest, private=True, seq=seq)

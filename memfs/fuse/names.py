@@ -2,8 +2,9 @@
 
 pyfuse3 could answer these, and did, until it was measured: each of its answers costs two more turns of the event loop,
 one for libfuse to see the request behind the socketpair and one for the channel to see the reply, and that was half of
-what a create, stat and unlink took. So these are answered where they arrive. What is asked for less often stays in
-operations.py; no request is answered in both.
+what a create, stat and unlink took. So these are answered where they arrive; and extended attributes, because the
+kernel asks for security.capability before it changes content. What is asked for less often stays in operations.py; no
+request is answered in both.
 
 What the kernel may cache follows from who can change what. Names and attributes change only through this mount, so the
 kernel, which has seen every request, may believe them for good, absent names included. Not so the block count of a file
@@ -36,6 +37,8 @@ from memfs.fuse.wire import (
     FORGET_IN,
     FORGET_ONE,
     FUSE_OPEN_KILL_SUIDGID,
+    GETXATTR_IN,
+    GETXATTR_OUT,
     NO_ENTRY,
     OPEN_IN,
     OPEN_OUT,
@@ -67,6 +70,7 @@ class Names:
             Opcode.BATCH_FORGET: self._batch_forget,
             Opcode.GETATTR: self._getattr,
             Opcode.STATX: self._statx,
+            Opcode.GETXATTR: self._getxattr,
             Opcode.UNLINK: self._unlink,
             Opcode.CREATE: self._create,
             Opcode.TMPFILE: self._tmpfile,
@@ -101,6 +105,15 @@ class Names:
 
     def _statx(self, request: Request) -> bytes:
         return reply(request.unique, pack_statx(self._tree.inode(request.nodeid).stat()))
+
+    def _getxattr(self, request: Request) -> bytes:
+        size, _ = unpack(GETXATTR_IN, request.body)
+        value = self._attributes.get(request.nodeid, _name(request.body[GETXATTR_IN.size :]))
+        if not size:
+            return reply(request.unique, GETXATTR_OUT.pack(len(value), 0))
+        if len(value) > size:
+            raise OSError(errno.ERANGE, "the attribute is larger")
+        return reply(request.unique, value)
 
     def _unlink(self, request: Request) -> bytes:
         self._tree.unlink(request.nodeid, _name(request.body))

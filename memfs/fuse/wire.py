@@ -28,6 +28,7 @@ class Opcode(enum.IntEnum):
     WRITE = 16
     RELEASE = 18
     FSYNC = 20
+    GETXATTR = 22
     FLUSH = 25
     INIT = 26
     OPENDIR = 27
@@ -53,6 +54,8 @@ LSEEK_IN: Final = struct.Struct("=QQII")  # fh, offset, whence, padding
 LSEEK_OUT: Final = struct.Struct("=Q")  # offset
 IOCTL_IN: Final = struct.Struct("=QIIQII")  # fh, flags, cmd, arg, in_size, out_size
 IOCTL_OUT: Final = struct.Struct("=iIII")  # result, flags, in_iovs, out_iovs
+GETXATTR_IN: Final = struct.Struct("=II")  # size (0: only how long it is), padding
+GETXATTR_OUT: Final = GETXATTR_IN
 RELEASE_IN: Final = struct.Struct("=QIIQ")  # fh, flags, release_flags, lock_owner
 INTERRUPT_IN: Final = struct.Struct("=Q")  # unique of the interrupted request
 INIT_IN: Final = struct.Struct("=IIIII44x")  # major, minor, max_readahead, flags, flags2; rest reserved

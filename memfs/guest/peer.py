@@ -16,6 +16,7 @@ from typing import Final
 
 import trio
 
+from memfs.guest.datagrams import Datagrams, held
 from memfs.guest.messages import Message
 from memfs.guest.protocol import (
     MAX_DESCRIPTORS,
@@ -68,7 +69,7 @@ class Peer:
         role: Role,
         discard: Callable[[tuple[int, ...]], object] | None = None,
     ) -> None:
-        self._socket: Final = sock
+        self._socket: Final = Datagrams(sock)
         self._discard: Final = discard or close_all
         self.protocol: Final = Connection(role)
         self._sending: Final = trio.Lock()
@@ -95,6 +96,15 @@ class Peer:
         if call.reply is None:
             raise PeerGone("the connection ended before the answer")
         return call.reply
+
+    async def post(self, message: Message) -> None:
+        """Send a request and do not wait for its reply. Raises PeerGone; LocalProtocolError if it may not be sent now.
+
+        Waits while as many as may be are unanswered.
+        """
+        call = _Call(cancelled=True)
+        while not await self._send(message, call=call):
+            await self._answered.wait()
 
     async def reply(self, request: RequestId, message: Message, fds: Sequence[int] = ()) -> None:
         """Answer a request of the peer's. Raises PeerGone."""
@@ -154,7 +164,7 @@ class Peer:
         call: _Call | None = None,
     ) -> bool:
         """Whether it has been sent: a call is not while too many are unanswered."""
-        async with self._sending:
+        async with held(self._sending):
             await trio.lowlevel.checkpoint_if_cancelled()  # afterwards the protocol believes that it has been sent
             if self._closed:
                 raise PeerGone("the connection has ended")

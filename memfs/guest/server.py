@@ -41,6 +41,7 @@ from memfs.guest.messages import (
     GetPfn,
     Hello,
     HelloReply,
+    InvalidateEnd,
     Launch,
     Measured,
     Message,
@@ -269,6 +270,9 @@ class _Session:
     async def _notify(self, message: Notification) -> Ack:
         self._waited_for.set()
         try:
+            if isinstance(message, InvalidateEnd):  # the pages are gone, whatever the owner thinks of it
+                await self._peer.post(message)
+                return Ack()
             incoming = await self._peer.call(message)
         except PeerGone as error:
             raise OwnerGone from error

@@ -19,6 +19,7 @@ from collections.abc import Awaitable, Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
@@ -83,6 +84,7 @@ class ModelStore:
         self.files[SHARED].is_private = lambda index: False
         self.files[PRIVATE].is_private = self.page_map.is_allocated
         self.files[PRIVATE].pfn_of = self.pfn_of
+        self.files[PRIVATE].pfns_of = lambda pages: np.array([self.pfn_of(page) or -1 for page in pages.tolist()])
         self.locked: Counter[tuple[FileId, int]] = Counter()
         self.present: set[int] = set()  # pages of the shared file
         self.unlocked = trio.Event()

@@ -73,6 +73,7 @@ async def two_ends() -> AsyncIterator[tuple[End, End]]:
         nursery.start_soon(owner.peer.call, Hello())
         hello = await store.request()
         await store.peer.reply(hello.id, HelloReply(1, 4096))
+        await wait_all_tasks_blocked()  # it has arrived
         store.requests.clear()
         yield owner, store
         owner.peer.close()

@@ -1,0 +1,75 @@
+"""A connection's socket, without the turns of the event loop that trio takes to be fair.
+
+Each of trio's socket calls yields to all other tasks even if it could be done at once, and so does taking a lock that
+is free. A conversion is a handful of small messages between two processes that wait for each other, and most of its
+time was such turns. So here a call that can be done is done, and yields only every now and then. That is as fair as it
+has to be: who sends without end is stopped by the protocol's limits, or has to wait for its answers.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+import trio
+
+_RECEIVED_AT_ONCE: Final = 32
+
+
+class Datagrams:
+    """`sendmsg` and `recvmsg` of a connected socket, which stays the trio socket's to name and to shut down.
+
+    They raise OSError, and trio.ClosedResourceError once it has been closed.
+    """
+
+    def __init__(self, sock: trio.socket.SocketType) -> None:
+        self._socket: Final = sock
+        # The same descriptor, by another name; trio's is non-blocking.
+        self._view: Final = socket.socket(sock.family, sock.type, sock.proto, fileno=sock.fileno())
+        self._received = 0
+
+    async def sendmsg(self, buffers: Iterable[bytes], ancillary: Iterable[tuple[int, int, Any]]) -> int:
+        """sendmsg(2); waits only while the peer does not read."""
+        while True:
+            self._check_open()
+            try:
+                return self._view.sendmsg(buffers, ancillary)
+            except BlockingIOError:
+                await trio.lowlevel.wait_writable(self._view)
+
+    async def recvmsg(self, size: int, ancillary: int, flags: int) -> tuple[bytes, list[Any], int, Any]:
+        """recvmsg(2); waits only while there is nothing."""
+        self._received += 1
+        if self._received % _RECEIVED_AT_ONCE == 0:
+            await trio.lowlevel.checkpoint()
+        while True:
+            await trio.lowlevel.checkpoint_if_cancelled()
+            self._check_open()
+            try:
+                return self._view.recvmsg(size, ancillary, flags)
+            except BlockingIOError:
+                await trio.lowlevel.wait_readable(self._view)
+
+    def close(self) -> None:
+        """Close it; who waits in a call gets ClosedResourceError."""
+        self._view.detach()
+        self._socket.close()
+
+    def _check_open(self) -> None:
+        if self._view.fileno() < 0:
+            raise trio.ClosedResourceError("the socket has been closed")
+
+
+@asynccontextmanager
+async def held(lock: trio.Lock) -> AsyncIterator[None]:
+    """Have a lock; without yielding if it is free."""
+    try:
+        lock.acquire_nowait()
+    except trio.WouldBlock:
+        await lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
