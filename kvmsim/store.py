@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import trio
 
+from memfs.guest.frames import cut_at
 from memfs.guest.messages import (
     Ack,
     Failed,
@@ -35,6 +36,7 @@ from memfs.guest.messages import (
     Measured,
     Message,
     PfnReply,
+    PfnRun,
     PutPfn,
     Register,
     Registered,
@@ -112,6 +114,21 @@ class StoreFile:
         """The frame of a private page, without asking the store. None: not private, or not known yet."""
         shift = self._extents.get(index >> ORDER_1G)
         return Pfn(index + shift) if shift is not None and self.is_private(index) else None
+
+    def known(self, pages: PageRange) -> PfnReply | None:
+        """What the store would say of a range, if all of it is private and its frames are known.
+
+        How large a mapping may be the page map tells as well, so any order may be claimed here.
+        """
+        if self.page_map is None or self.page_map.count(pages) != len(pages):
+            return None
+        runs = []
+        for part in cut_at(pages, ORDER_1G):
+            shift = self._extents.get(part.start >> ORDER_1G)
+            if shift is None:
+                return None
+            runs.append(PfnRun(part, Pfn(part.start + shift), ORDER_1G))
+        return PfnReply(self.id, pages, tuple(runs))
 
     def pfns_of(self, pages: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """`pfn_of` for many pages, of one moment: int64 of the same shape; -1 for what is not private or not known."""

@@ -31,7 +31,7 @@ from kvmsim.dirty import Bitmap, DirtyLog, runs
 from kvmsim.exits import Exit
 from kvmsim.memslots import AddressSpace, Memslot
 from kvmsim.mmu.batch import fault_in_private, fault_in_shared
-from kvmsim.mmu.fault import Access, handle_fault, map_gfns
+from kvmsim.mmu.fault import Access, handle_fault, map_gfns, map_known
 from kvmsim.mmu.fault_around import DEFAULT_PAGES, FaultAround
 from kvmsim.mmu.mmu import Mmu
 from kvmsim.mmu.ownership import OwnershipTable, OwnershipViolation
@@ -310,8 +310,8 @@ class VM:
         """Map what was allocated. A mere optimisation: whatever comes in between, a fault will do it later."""
         rest: GfnRange | None = gfns
         try:
-            if fault_in_private(self.mmu, np.arange(gfns.start, gfns.end)).all():
-                return  # without a word to the store
+            if self.mmu.slots.is_current(slot) and map_known(self.mmu, slot, gfns):
+                return
             while rest is not None:
                 seq = self.mmu.invalidations.sample()
                 done = await map_gfns(self.mmu, slot, rest, private=True, seq=seq)

@@ -91,16 +91,18 @@ async def handle_fault(mmu: Mmu, access: Access) -> Exit | None:
 
 async def _map_private(mmu: Mmu, slot: Memslot, access: Access, seq: int) -> bool:
     """Map the page of a private access; False: it has gone, or something came in between."""
-    file, page = slot.private, slot.page(access.gfn)
     gfns = GfnRange(access.gfn, Gfn(access.gfn + 1))
-    assert file is not None
-    pfn = file.pfn_of(page)
-    if pfn is None:
-        return await map_gfns(mmu, slot, gfns, private=True, seq=seq, write=access.write) is not None
-    # Of the frames' order the page map tells as well, so any may be claimed here.
-    run = PfnRun(PageRange(page, PageIndex(page + 1)), pfn, ORDER_1G)
-    reply = PfnReply(file.id, run.pages, (run,))
-    return _install(mmu, slot, file, reply, gfns, private=True, write=access.write, seq=seq)
+    if map_known(mmu, slot, gfns, write=access.write):
+        return True
+    return await map_gfns(mmu, slot, gfns, private=True, seq=seq, write=access.write) is not None
+
+
+def map_known(mmu: Mmu, slot: Memslot, gfns: GfnRange, *, write: bool = False) -> bool:
+    """Map gfns of a slot whose pages are all private, if it is known where they are. Raises OwnershipViolation."""
+    assert slot.private is not None
+    reply = slot.private.known(slot.pages_of(gfns))
+    seq = mmu.invalidations.sample()
+    return reply is not None and _install(mmu, slot, slot.private, reply, gfns, private=True, write=write, seq=seq)
 
 
 async def _map_shared(mmu: Mmu, slot: Memslot, access: Access, seq: int) -> bool:

@@ -19,7 +19,6 @@ from collections.abc import Awaitable, Callable
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
@@ -83,8 +82,7 @@ class ModelStore:
         }
         self.files[SHARED].is_private = lambda index: False
         self.files[PRIVATE].is_private = self.page_map.is_allocated
-        self.files[PRIVATE].pfn_of = self.pfn_of
-        self.files[PRIVATE].pfns_of = lambda pages: np.array([self.pfn_of(page) or -1 for page in pages.tolist()])
+        self.files[PRIVATE].known = self.known
         self.locked: Counter[tuple[FileId, int]] = Counter()
         self.present: set[int] = set()  # pages of the shared file
         self.unlocked = trio.Event()
@@ -114,9 +112,11 @@ class ModelStore:
         await self.stop("hears")
         return reply
 
-    def pfn_of(self, index: PageIndex) -> Pfn | None:
+    def known(self, asked: PageRange) -> PfnReply | None:
         """As a StoreFile that has been told of the gibibyte, or has not."""
-        return Pfn((PRIVATE << 18) + index) if self.told and self.page_map.is_allocated(index) else None
+        if not self.told or self.page_map.count(asked) != len(asked):
+            return None
+        return PfnReply(PRIVATE, asked, (PfnRun(asked, Pfn((PRIVATE << 18) + asked.start), 18),))
 
     def look_up(self, file: Any, asked: PageRange) -> PfnReply:
         runs = []
