@@ -23,6 +23,7 @@ from typing import Any, Final
 import pyfuse3
 import trio
 
+from memfs import privileges
 from memfs.attributes import Attributes, Control
 from memfs.backing import Backing, open_backing
 from memfs.file import File
@@ -75,6 +76,7 @@ async def serve(settings: Settings, ready: Callable[[list[str]], None]) -> None:
         passthrough = Passthrough(fuse_fd, Wanted(settings.options.passthrough), unable)
         memfs = _Memfs(settings, backing, passthrough)
         try:
+            privileges.drop(setuid_helper=no_root is not None)
             await memfs.run(fuse_fd, listener, lambda: ready(notes))
         finally:
             with trio.CancelScope(shield=True):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import socket
 import stat
@@ -18,6 +19,8 @@ from typing import Final
 import trio
 
 from memfs.fuse.mount import MountError
+
+log = logging.getLogger(__name__)
 
 _BACKLOG: Final = 128
 
@@ -33,8 +36,12 @@ def listening(path: str, mode: int, group: int | None) -> Iterator[trio.socket.S
         yield listener
     finally:
         listener.close()
-        with contextlib.suppress(FileNotFoundError):
+        try:
             os.unlink(path)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            log.warning("%s stays: %s", path, error.strerror)
 
 
 def _listen(path: str, mode: int, group: int | None) -> trio.socket.SocketType:

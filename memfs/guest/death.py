@@ -20,7 +20,18 @@ _SIGKILL_BIT: Final = 1 << 8  # in the masks of /proc/PID/status
 
 
 def is_dying(pid: int) -> bool:
-    """Whether a process is gone, or every thread of it that is left has SIGKILL coming."""
+    """Whether a process is gone, or every thread of it that is left has SIGKILL coming.
+
+    One that /proc does not show us (hidepid=) is taken for alive.
+    """
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    if not os.path.exists(f"/proc/{pid}"):
+        return False
     return all("Z" in state or "X" in state or pending & _SIGKILL_BIT for state, pending in _threads(pid))
 
 

@@ -1,0 +1,90 @@
+"""The daemon gives up what it does not need, once it has mounted and opened what takes root.
+
+With root two capabilities are left, in every set and for good (the bounding set is cut as well, and no_new_privs keeps
+setuid programs from giving anything back):
+
+    CAP_SYS_ADMIN         backing files for passthrough, the size of the detached tmpfs (fspick), umount(2)
+    CAP_DAC_READ_SEARCH   umount(2) of a mountpoint in a directory that is closed to root, such as a user's home
+
+Without root there are none to begin with. no_new_privs is not set then: fusermount3, which will have to unmount, is
+setuid.
+
+Nothing dumps the daemon's memory: the core limit is 0, and it is not dumpable (prctl(2)), which also keeps other
+processes of its own user from reading it, /proc/PID/fd included. Private pages are not in that memory anyway, since the
+daemon never maps or reads them; so there is nothing to be excluded page by page with MADV_DONTDUMP.
+
+Capabilities are a thread's own: this must be called while there is one thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import resource
+import struct
+from typing import Final
+
+log = logging.getLogger(__name__)
+
+CAP_DAC_READ_SEARCH: Final = 2
+CAP_SYS_ADMIN: Final = 21
+KEPT: Final = frozenset({CAP_DAC_READ_SEARCH, CAP_SYS_ADMIN})
+
+# linux/prctl.h
+_PR_SET_DUMPABLE: Final = 4
+_PR_CAPBSET_DROP: Final = 24
+_PR_SET_NO_NEW_PRIVS: Final = 38
+_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
+# linux/capability.h: version 3, two words of 32 capabilities; each effective, permitted, inheritable
+_HEADER: Final = struct.pack("=Ii", 0x20080522, 0)
+_SETS: Final = struct.Struct("=6I")
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
+
+
+def drop(*, setuid_helper: bool) -> None:
+    """Keep KEPT, as far as we have it, and nothing else. `setuid_helper`: we shall have to run one.
+
+    Raises OSError if the kernel refuses what nobody may be refused.
+    """
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _drop_capabilities()
+    if not setuid_helper:
+        _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+    _prctl(_PR_SET_DUMPABLE, 0)
+    try:
+        with open("/proc/self/fdinfo/0"):
+            pass
+    except PermissionError:  # before Linux 5.14, without root: then not even we may look
+        _prctl(_PR_SET_DUMPABLE, 1)
+        log.warning("this kernel lets no process look at itself that others may not: our memory can be dumped")
+
+
+def _drop_capabilities() -> None:
+    last = int(_read("/proc/sys/kernel/cap_last_cap"))
+    for capability in set(range(last + 1)) - KEPT:
+        with contextlib.suppress(PermissionError):  # without CAP_SETPCAP, and then the set is of no use either
+            _prctl(_PR_CAPBSET_DROP, capability)
+    _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
+    data = ctypes.create_string_buffer(_SETS.size)
+    _check(_libc.capget(_HEADER, data))
+    permitted = _SETS.unpack(data.raw)[1::3]
+    kept = [permitted[word] & sum(1 << cap % 32 for cap in KEPT if cap // 32 == word) for word in (0, 1)]
+    _check(_libc.capset(_HEADER, _SETS.pack(kept[0], kept[0], 0, kept[1], kept[1], 0)))
+
+
+def _prctl(option: int, argument: int) -> None:
+    _check(_libc.prctl(option, argument, 0, 0, 0))
+
+
+def _check(result: int) -> None:
+    if result < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def _read(path: str) -> str:
+    with open(path) as file:
+        return file.read()
