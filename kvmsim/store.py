@@ -12,7 +12,7 @@ import mmap
 import os
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, aclosing, asynccontextmanager
+from contextlib import ExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -201,7 +201,8 @@ class Store:
             case _:
                 raise AssertionError(f"the protocol let {request.message} through")
         self._notify(message)
-        await self._peer.reply(request.id, Ack())
+        with suppress(PeerGone):  # why it has gone comes next, if it said so
+            await self._peer.reply(request.id, Ack())
 
     async def greet(self, name: str) -> None:
         """Agree on the protocol version. Raises OSError(EPROTONOSUPPORT) if that cannot be."""

@@ -78,6 +78,7 @@ class VM:
         self.vcpus: dict[int, VCPU] = {}
         self.listeners: list[Listener] = []
         self.faults: Counter[str] = Counter()  #: by kind: private, shared
+        self.dead = False  #: it has lost its memory, and does not run again
         self.manual_dirty_log_protect = False  #: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2
         self._to_launch: dict[FileId, StoreFile] = {}  # private files, until a vCPU runs
         self._store: Final = store
@@ -289,6 +290,8 @@ class VM:
     # -- notifications ----------------------------------------------------------------------------------------------
 
     def _notified(self, message: Notification) -> None:
+        if self.dead:  # it was on its way
+            return
         touched = self.mmu.slots.touching(message.file, message.pages)
         key = (message.file, message.pages)
         if isinstance(message, InvalidateBegin):
@@ -322,7 +325,8 @@ class VM:
             return
 
     def lost_store(self) -> None:
-        """memfs is gone: nothing may be mapped any more."""
+        """memfs is gone: the VM is dead, and nothing may be mapped any more."""
+        self.dead = True
         self.mmu.unmap(self.mmu.table.everything)
         self.mmu.invalidations.abandon()
 

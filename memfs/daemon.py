@@ -111,7 +111,7 @@ class _Memfs:
 
     async def run(self, fuse_fd: int, listener: trio.socket.SocketType, ready: Callable[[], None]) -> None:
         """Serve the mounted /dev/fuse descriptor and the socket, until either the mount or we are to end."""
-        initialized = trio.Event()
+        initialized, unmounted = trio.Event(), trio.Event()
         handlers = {
             **Names(self._tree, self._handles, self._attributes).handlers,
             **Requests(self._tree, self._handles).handlers,
@@ -129,8 +129,9 @@ class _Memfs:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(pyfuse3.main)
-                nursery.start_soon(channel.run, nursery.cancel_scope.cancel)
-                nursery.start_soon(self._end_on_signal, nursery.cancel_scope)
+                nursery.start_soon(channel.run, unmounted.set)
+                nursery.start_soon(self._unmount_on_signal, unmounted, server)
+                nursery.start_soon(self._end, unmounted, server, nursery.cancel_scope)
                 await initialized.wait()
                 if self._passthrough.wanted is Wanted.ON and not self._passthrough.in_force:
                     nursery.cancel_scope.cancel()
@@ -176,13 +177,19 @@ class _Memfs:
         if options.nr_inodes is not None:
             self._tree.nr_inodes = options.nr_inodes
 
-    async def _end_on_signal(self, scope: trio.CancelScope) -> None:
+    async def _unmount_on_signal(self, unmounted: trio.Event, server: Server) -> None:
         with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
             async for number in signals:
                 log.info("%s: unmounting", signal.Signals(number).name)
+                await server.end()  # so that nothing waits for an owner any more
                 # In a thread, because the kernel may have to ask us something before it can let go.
                 await trio.to_thread.run_sync(unmount_fuse, self._settings.mountpoint)
-                scope.cancel()
+                unmounted.set()  # or hidden, while somebody still uses it: that one gets errors from now on
+
+    async def _end(self, unmounted: trio.Event, server: Server, scope: trio.CancelScope) -> None:
+        await unmounted.wait()
+        await server.end()
+        scope.cancel()
 
     def check(self) -> None:
         """Raise AssertionError on the first broken invariant."""

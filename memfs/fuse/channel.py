@@ -33,6 +33,7 @@ import trio
 
 from memfs.fuse.wire import (
     BUFFER_SIZE,
+    IN_HEADER,
     INTERRUPT_IN,
     OUT_HEADER,
     Malformed,
@@ -127,6 +128,8 @@ class Channel:
             request = Request.parse(data)
         except Malformed as error:
             log.error("from the kernel: %s", error)  # noqa: TRY400
+            if len(data) >= IN_HEADER.size:
+                self._answer(error_reply(IN_HEADER.unpack_from(data)[2], errno.EIO))
             return False
         handler = self._handlers.get(request.opcode)
         try:

@@ -6,6 +6,7 @@ passes the descriptor back over a socket whose number it finds in the environmen
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import socket
@@ -23,6 +24,7 @@ from memfs.libc import (
     mount,
     umount,
 )
+from memfs.mountinfo import device_of_mountpoint, type_of_device
 from memfs.options import MountOptions
 
 _HELPER: Final = "fusermount3"
@@ -39,6 +41,7 @@ def mount_fuse(mountpoint: str, options: MountOptions) -> tuple[int, str | None]
 
     The mount answers once somebody serves the descriptor. Raises MountError, with nothing mounted.
     """
+    _clear_stale(mountpoint)
     if not os.path.isdir(mountpoint):
         raise MountError(f"{mountpoint}: not a directory to mount on")
     if not os.path.exists("/dev/fuse"):
@@ -49,6 +52,28 @@ def mount_fuse(mountpoint: str, options: MountOptions) -> tuple[int, str | None]
         return _mount_by_helper(mountpoint, options), f"mounted by {_HELPER}, without CAP_SYS_ADMIN: no passthrough"
     except OSError as error:
         raise MountError(f"cannot mount on {mountpoint}: {error.strerror}") from error
+
+
+def _clear_stale(mountpoint: str) -> None:
+    """Unmount what a killed memfs left on a directory. Raises MountError for what is not a memfs's."""
+    while (device := device_of_mountpoint(mountpoint)) is not None:
+        kind = type_of_device(device) or ""
+        if not kind.startswith("fuse") or _is_alive(mountpoint):
+            return
+        if kind != _FSTYPE:
+            raise MountError(f"{mountpoint}: what is mounted there is dead and not a memfs; unmount it first")
+        unmount_fuse(mountpoint)
+        if device_of_mountpoint(mountpoint) == device:
+            raise MountError(f"{mountpoint}: a memfs that has died is mounted there, and may not be unmounted by you")
+
+
+def _is_alive(mountpoint: str) -> bool:
+    """Whether somebody serves a FUSE filesystem."""
+    try:
+        os.statvfs(mountpoint)  # stat(2) may be answered by the kernel's cache
+    except OSError as error:
+        return error.errno != errno.ENOTCONN
+    return True
 
 
 def _mount_directly(mountpoint: str, options: MountOptions) -> int:

@@ -26,6 +26,7 @@ from memfs.guest.protocol import (
     RemoteProtocolError,
     RequestId,
     Role,
+    State,
 )
 
 # One descriptor more than is allowed, so that too many are noticed rather than cut off.
@@ -166,7 +167,7 @@ class Peer:
         """Whether it has been sent: a call is not while too many are unanswered."""
         async with held(self._sending):
             await trio.lowlevel.checkpoint_if_cancelled()  # afterwards the protocol believes that it has been sent
-            if self._closed:
+            if self._closed or self.protocol.state is State.CLOSED:  # the last word has been said
                 raise PeerGone("the connection has ended")
             if call is not None and self.protocol.unanswered >= MAX_IN_FLIGHT:
                 return False
@@ -179,19 +180,29 @@ class Peer:
             except trio.Cancelled:  # the peer does not read, and we cannot take the message back
                 self.close()
                 raise
+            except ConnectionError as error:
+                # What it said before it went (Fenced, above all) is still there to be read; `requests` then ends.
+                raise PeerGone("the peer is gone") from error
             except (OSError, trio.ClosedResourceError) as error:
                 self.close()
-                raise PeerGone("the peer is gone") from error
+                raise PeerGone("the peer cannot be reached") from error
         return True
 
     async def _receive(self) -> tuple[Incoming, bool] | None:
         if self._closed:  # while the last request was being answered
             return None
         try:
-            data, ancillary, flags, _ = await self._socket.recvmsg(MAX_MESSAGE, _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
+            try:
+                datagram = await self._socket.recvmsg(MAX_MESSAGE, _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
+            except ConnectionResetError:  # said once, if it went without having read all; what it had said comes next
+                datagram = await self._socket.recvmsg(MAX_MESSAGE, _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
         except (ConnectionError, trio.ClosedResourceError):
             return None
+        data, ancillary, flags, _ = datagram
         fds = tuple(_descriptors(ancillary))
+        if self.protocol.state is State.CLOSED:  # what crossed the last word on its way is nobody's offence
+            self._discard(fds)
+            return None
         # The kernel keeps back descriptors that the sender put there in excess, and those that we have no room for
         # (EMFILE). The latter is nobody's fault: the message counts, and whoever needs the descriptors misses them.
         no_room = bool(flags & socket.MSG_CTRUNC) and len(fds) <= MAX_DESCRIPTORS

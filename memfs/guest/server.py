@@ -52,7 +52,7 @@ from memfs.guest.messages import (
     Unregister,
 )
 from memfs.guest.peer import Incoming, Peer, PeerGone, close_all
-from memfs.guest.protocol import RemoteProtocolError, Role
+from memfs.guest.protocol import LocalProtocolError, RemoteProtocolError, Role
 from memfs.guest.registry import Notification, Owner, OwnerGone, Registration, Registry
 from memfs.inode import RegularFile
 from memfs.mountinfo import device_of_mount_id
@@ -79,12 +79,16 @@ class Server:
         self._registry: Final = registry
         self._tree: Final = tree
         self._device: Final = device
+        self._sessions: Final[set[_Session]] = set()
+        self._scope: trio.CancelScope | None = None
+        self._ended: Final = trio.Event()
         self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)  # so that there is always one to accept with
 
     async def run(self) -> None:
-        """Serve until cancelled."""
+        """Serve until cancelled, or told to end."""
         try:
             async with trio.open_nursery() as nursery:
+                self._scope = nursery.cancel_scope
                 while True:
                     await trio.lowlevel.wait_readable(self._listener)  # without a descriptor left even asking is EMFILE
                     try:
@@ -98,6 +102,16 @@ class Server:
         finally:
             if self._spare >= 0:
                 os.close(self._spare)
+            self._ended.set()
+
+    async def end(self) -> None:
+        """Let nobody in any more, tell all owners that it is over, and forget them. Nothing waits for them then."""
+        if self._scope is not None:
+            async with trio.open_nursery() as nursery:
+                for session in self._sessions:
+                    nursery.start_soon(session.say_farewell, errno.ESHUTDOWN, "memfs has ended")
+            self._scope.cancel()
+            await self._ended.wait()
 
     def _let_in(self, sock: trio.socket.SocketType, nursery: trio.Nursery) -> None:
         try:
@@ -108,7 +122,14 @@ class Server:
             sock.close()
             return
         session = _Session(sock, client, self._registry, self._tree, self._device)
-        nursery.start_soon(session.run)
+        nursery.start_soon(self._run, session)
+
+    async def _run(self, session: _Session) -> None:
+        self._sessions.add(session)
+        try:
+            await session.run()
+        finally:
+            self._sessions.remove(session)
 
     async def _turn_away(self, error: OSError) -> None:
         """No descriptor is left for who wants to connect: end the connection rather than let it wait."""
@@ -280,9 +301,14 @@ class _Session:
         return incoming.message
 
     async def _cut_off(self, reason: str) -> None:
-        with trio.CancelScope(shield=True, deadline=trio.current_time() + _FAREWELL), contextlib.suppress(PeerGone):
-            await self._peer.tell(Fenced(errno.ETIMEDOUT, reason))
+        await self.say_farewell(errno.ETIMEDOUT, reason)
         self._peer.close()
+
+    async def say_farewell(self, number: int, reason: str) -> None:
+        """Say, if that can be said soon, why it is over."""
+        scope = trio.CancelScope(shield=True, deadline=trio.current_time() + _FAREWELL)
+        with scope, contextlib.suppress(PeerGone, LocalProtocolError):  # the latter if it has not said Hello
+            await self._peer.tell(Fenced(number, reason))
 
 
 def _for_owner(file: File) -> tuple[int, ...]:
