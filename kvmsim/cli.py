@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import logging
 import os
 import sys
 import time
@@ -27,6 +28,7 @@ from kvmsim.trace_file import Trace, TraceError, read_lackey
 from kvmsim.vcpu import VCPU
 from kvmsim.vm import VM, create_vm
 from kvmsim.vmm import UnhandledExit, Vmm, open_memory
+from memfs import logs
 from memfs.options import parse_size
 from memfs.units import PAGE_SIZE, Gfn, GfnRange, Gpa, bytes_to_pages, gpa_to_gfn, is_page_aligned
 
@@ -88,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--duration", metavar="SECONDS", type=float, default=0, help="repeat the trace for so long")
     run.add_argument("--picture", action="store_true", help="draw guest memory before and after")
     run.add_argument("-v", "--verbose", action="store_true", help="print each notification as it comes")
+    run.add_argument("--log-file", metavar="FILE", help="append a log of notifications, with request numbers, to FILE")
     run.set_defaults(run=_run)
 
     convert = commands.add_parser("convert", help="make a trace of lackey's output", description=_convert.__doc__)
@@ -106,6 +109,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> None:
     """Run a trace as a guest over two files of a memfs, convert memory as it asks, and say what happened."""
+    if options.log_file:
+        logs.set_up(options.log_file, logging.INFO)
     size = _size(options.mem, "--mem")
     trace = _load(options.trace)
     if trace.memory_size > size:

@@ -45,6 +45,7 @@ from memfs.guest.messages import (
 from memfs.guest.page_map import ALLOCATED, PageMapView
 from memfs.guest.peer import Incoming, Peer, PeerGone, close_all
 from memfs.guest.protocol import RemoteProtocolError, Role
+from memfs.logs import fields, working_on
 from memfs.units import ORDER_1G, PAGE_SIZE, PageIndex, PageRange, Pfn
 
 log = logging.getLogger(__name__)
@@ -200,9 +201,17 @@ class Store:
                 self.counters.fallocate += 1
             case _:
                 raise AssertionError(f"the protocol let {request.message} through")
-        self._notify(message)
-        with suppress(PeerGone):  # why it has gone comes next, if it said so
-            await self._peer.reply(request.id, Ack())
+        with working_on(message.cause):
+            self._log("notified", message)
+            self._notify(message)
+            with suppress(PeerGone):  # why it has gone comes next, if it said so
+                await self._peer.reply(request.id, Ack())
+            self._log("acknowledged", message)
+
+    def _log(self, what: str, message: Notification) -> None:
+        if log.isEnabledFor(logging.INFO):
+            kind = type(message).__name__
+            log.info(what, extra=fields(notification=kind, file=message.file, pages=message.pages))
 
     async def greet(self, name: str) -> None:
         """Agree on the protocol version. Raises OSError(EPROTONOSUPPORT) if that cannot be."""

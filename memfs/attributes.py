@@ -12,11 +12,10 @@ getfattr -d and cp -a see only those that were set: the seals of a sealed file, 
 from __future__ import annotations
 
 import errno
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from memfs import acl, protection, seals
 from memfs.inode import Directory, Inode, RegularFile
@@ -29,6 +28,7 @@ SOCKET: Final = b"user.memfs.socket"
 STAT: Final = b"user.memfs.stat"
 REMOUNT: Final = b"user.memfs.remount"
 _PREFIX: Final = b"user.memfs."
+_XATTR_SIZE_MAX: Final = 65536  # linux/limits.h
 _NAMESPACES: Final = (b"user.", b"trusted.", b"security.")  # those of tmpfs; who may use which the kernel checks
 
 
@@ -37,7 +37,7 @@ class Control:
     """What attributes of the mount itself are answered with."""
 
     socket_path: str
-    describe: Callable[[], dict[str, Any]]
+    describe: Callable[[int], str]  #: as JSON, of at most so many bytes
     remount: Callable[[RemountOptions], None]
 
 
@@ -95,7 +95,7 @@ class Attributes:
         if name == SOCKET:
             return self._control.socket_path.encode()
         if name == STAT:
-            return json.dumps(self._control.describe()).encode()
+            return self._control.describe(_XATTR_SIZE_MAX).encode()
         if name == SEALS and isinstance(inode, RegularFile):
             return seals.format_seals(inode.file.seals).encode()
         return self._tree.getxattr(ino, name)

@@ -19,12 +19,11 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Final, NoReturn
 
-from memfs import seals
+from memfs import logs, seals
 from memfs.options import MountOptions, OptionError, RemountOptions, parse_bytes
 from memfs.units import ByteOffset
 
 _U32: Final = struct.Struct("=I")
-_LOG_FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 class CommandError(Exception):
@@ -181,7 +180,8 @@ def _serve(options: argparse.Namespace, ready: Callable[[list[str]], None]) -> N
     from memfs.fuse.mount import MountError
 
     level = logging.INFO if options.verbose else logging.WARNING
-    logging.basicConfig(filename=options.log_file, level=level, format=_LOG_FORMAT)
+    logs.set_up(options.log_file, level)
+    logging.getLogger("memfs.guest.server").addFilter(logs.RateLimit())  # what clients bring about
     socket_path = options.socket or options.parsed.socket or default_socket_path(options.mountpoint)
     try:
         trio.run(serve, Settings(options.mountpoint, socket_path, options.parsed, options.check), ready)
@@ -217,9 +217,17 @@ def _stat(options: argparse.Namespace) -> None:
         print(text)
         return
     state = json.loads(text)
+    registry = state.pop("registry")
     width = max(map(len, state))
     for name, value in state.items():
         print(f"{name:{width}}  {value}")
+    for owner in registry:
+        files, pending = owner.pop("files"), owner.pop("pending")
+        print("", _line(owner), *(f"  {_line(each)}" for each in (*files, *pending)), sep="\n")
+
+
+def _line(values: dict[str, object]) -> str:
+    return "  ".join(f"{name} {value}" for name, value in values.items() if value != "")
 
 
 def _seal(options: argparse.Namespace) -> None:

@@ -11,12 +11,14 @@ cases the socket is removed and every file's memory is freed.
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import resource
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -39,13 +41,20 @@ from memfs.guest.server import Server
 from memfs.handles import Handles
 from memfs.inode import Ino
 from memfs.listener import listening
+from memfs.logs import fields
 from memfs.mountinfo import device_of_mountpoint
 from memfs.operations import Operations
 from memfs.options import MountOptions, RemountOptions
+from memfs.seals import format_seals
 from memfs.tree import Tree
 from memfs.units import SECTORS_PER_PAGE, pages_to_bytes
 
 log = logging.getLogger(__name__)
+#: what SIGUSR1 asks for is logged at whatever level
+state_log = logging.getLogger("memfs.state")
+state_log.setLevel(logging.INFO)
+
+_MOST_FILES: Final = 1000  # in the log; the rest is only counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +110,7 @@ class _Memfs:
         self._passthrough: Final = passthrough
         self._tree: Final = Tree(self._new_file, options.nr_inodes, options.mode, options.uid, options.gid)
         self._handles: Final = Handles(self._tree, passthrough)
-        control = Control(settings.socket_path, self.describe, self.remount)
+        control = Control(settings.socket_path, self.describe_in, self.remount)
         self._attributes: Final = Attributes(self._tree, control)
         self._registry: Final = Registry(self._tree, options.notify_timeout)
         self._clients: Final = Clients(options.socket_mode, options.socket_group)
@@ -131,6 +140,7 @@ class _Memfs:
                 nursery.start_soon(pyfuse3.main)
                 nursery.start_soon(channel.run, unmounted.set)
                 nursery.start_soon(self._unmount_on_signal, unmounted, server)
+                nursery.start_soon(self._log_state_on_signal)
                 nursery.start_soon(self._end, unmounted, server, nursery.cancel_scope)
                 await initialized.wait()
                 if self._passthrough.wanted is Wanted.ON and not self._passthrough.in_force:
@@ -165,7 +175,48 @@ class _Memfs:
             "owners fenced": self._registry.fenced,
             "connections": self._clients.connections,
             "turned away": self._clients.refused,
+            "notifications acknowledged": sum(owner.notified for owner in owners),
+            "notifications pending": sum(len(owner.pending) for owner in owners),
         }
+
+    def describe_in(self, most_bytes: int) -> str:
+        """The state as JSON, with as many owners, files and notifications as fit into so many bytes."""
+        most = most_bytes
+        while True:
+            text = json.dumps({**self.describe(), "registry": self._registry.describe(most)})
+            if len(text) <= most_bytes or not most:
+                return text
+            most //= 2
+
+    async def _log_state_on_signal(self) -> None:
+        with trio.open_signal_receiver(signal.SIGUSR1) as signals:
+            async for _ in signals:
+                self._log_state()
+
+    def _log_state(self) -> None:
+        state_log.info(
+            "state", extra=fields(**{name.replace(" ", "_"): value for name, value in self.describe().items()})
+        )
+        for owner in self._registry.describe():
+            files, pending = owner.pop("files"), owner.pop("pending")
+            state_log.info("owner", extra=fields(**owner))
+            for each in files:
+                state_log.info("registered file", extra=fields(owner=owner["owner"], **each))
+            for each in pending:
+                state_log.info("pending notification", extra=fields(owner=owner["owner"], **each))
+        for inode in islice(self._tree.files(), _MOST_FILES):
+            stat = inode.stat()
+            state_log.info(
+                "file",
+                extra=fields(
+                    ino=inode.ino,
+                    size=stat.size,
+                    pages=stat.blocks // SECTORS_PER_PAGE,
+                    links=stat.nlink,
+                    holds=inode.holds,
+                    seals=format_seals(inode.file.seals) or "none",
+                ),
+            )
 
     def remount(self, options: RemountOptions) -> None:
         """Change size and number of inodes. Raises OSError(EINVAL), changing nothing, below what is in use."""

@@ -24,6 +24,8 @@ from memfs.attributes import Attributes
 from memfs.backing import Backing
 from memfs.handles import Handles
 from memfs.inode import DOT_COOKIE, DOTDOT_COOKIE, FOREVER, Inode, RegularFile, Symlink, TimedInode
+from memfs.logs import fields as log_fields
+from memfs.logs import working_on
 from memfs.tree import NAME_MAX, Tree
 from memfs.units import PAGE_SIZE, ByteOffset
 
@@ -39,7 +41,8 @@ def _translated(method: Callable[_P, Awaitable[_T]]) -> Callable[_P, Coroutine[A
     @functools.wraps(method)
     async def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _T:
         try:
-            return await method(*args, **kwargs)
+            with working_on():
+                return await method(*args, **kwargs)
         except OSError as error:
             raise pyfuse3.FUSEError(error.errno or errno.EIO) from error
         except Exception as error:
@@ -81,6 +84,8 @@ class Operations(pyfuse3.Operations):
         if fields.update_mode and isinstance(node, RegularFile):
             node.file.check_chmod(node.mode, attr.st_mode)
         if fields.update_size:
+            if isinstance(node, RegularFile) and node.file.owner is not None:
+                log.info("truncate", extra=log_fields(ino=inode, size=attr.st_size, pid=ctx.pid, uid=ctx.uid))
             await self._tree.regular(inode).file.truncate(attr.st_size, by_path=fh is None)
         if fields.update_mode:
             node.chmod(attr.st_mode)

@@ -43,6 +43,7 @@ from memfs.fuse.wire import (
     invalidate_attributes,
     unpack,
 )
+from memfs.logs import fields, working_on
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +139,8 @@ class Channel:
             if handler is None:
                 self._observe(request)
             else:
-                answer = handler(request)
+                with working_on(request.unique):
+                    answer = handler(request)
         except Exception as error:
             self._answer(self._failure(request.unique, request.opcode, error))
             return True
@@ -148,7 +150,8 @@ class Channel:
         if isinstance(answer, Coroutine):
             # Known from now on, and not only when the task begins: its INTERRUPT may be the next that we read.
             scope = self._running[request.unique] = trio.CancelScope()
-            nursery.start_soon(self._wait_for, request, answer, scope)
+            with working_on(request.unique):
+                nursery.start_soon(self._wait_for, request, answer, scope)
             return False
         if answer is not None:
             self._answer(answer)
@@ -171,6 +174,8 @@ class Channel:
         if scope.cancelled_caught:
             self._answer(invalidate_attributes(request.nodeid))  # a part of it may have been done
             answer = error_reply(request.unique, errno.EINTR)
+        if log.isEnabledFor(logging.INFO):
+            log.info("answered", extra=fields(opcode=request.opcode, error=-OUT_HEADER.unpack_from(answer)[1]))
         self._answer(answer)
 
     def _interrupt(self, request: Request) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import struct
 from collections.abc import Coroutine
@@ -26,8 +27,11 @@ from memfs.fuse.wire import (
 )
 from memfs.handles import Handles, OpenFile
 from memfs.libc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
+from memfs.logs import fields
 from memfs.tree import Tree
 from memfs.units import MAX_OFFSET, ByteOffset
+
+log = logging.getLogger(__name__)
 
 _U32: Final = struct.Struct("=I")
 _FSXATTR: Final = struct.Struct("=I24x")  # struct fsxattr: xflags; extent sizes, projects
@@ -63,6 +67,9 @@ class Requests:
         inode = self._handles.file(fh).inode
         protection.check_fallocate(inode, mode)
         file = inode.file
+        if file.owner is not None and log.isEnabledFor(logging.INFO):
+            said = fields(ino=inode.ino, mode=mode, offset=offset, length=length, pid=request.pid, uid=request.uid)
+            log.info("fallocate", extra=said)
         answer = self._change_pages(file, ByteOffset(offset), length, mode, request.unique)
         return _run_now(answer) if file.is_quick(length) else answer
 

@@ -10,7 +10,7 @@ Little-endian, no pickle, every length bounded. Pages are page indexes, ranges h
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final, NewType, Self
 
 from memfs.units import MAX_OFFSET, ByteOffset, PageIndex, PageRange, Pfn, page_floor
@@ -161,19 +161,23 @@ class Unregister(Message):
 
 @dataclass(frozen=True, slots=True)
 class _OnPages(Message):
-    """A message about a range of pages of a registered file."""
+    """A message about a range of pages of a registered file.
 
-    _BODY = struct.Struct("<QQQ")
+    `cause` is for logs: the number of the request that brought it about, 0 if there is none to name.
+    """
+
+    _BODY = struct.Struct("<QQQQ")
     file: FileId
     pages: PageRange
+    cause: int = field(default=0, compare=False)
 
     def _fields(self) -> tuple[Any, ...]:
-        return self.file, self.pages.start, self.pages.end
+        return self.file, self.pages.start, self.pages.end, self.cause
 
     @classmethod
     def _from_fields(cls, *fields: Any) -> Self:
-        file, start, end = fields
-        return cls(file, _pages(start, end))
+        file, start, end, cause = fields
+        return cls(file, _pages(start, end), cause)
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,9 @@ import functools
 import logging
 import os
 from collections.abc import Awaitable, Callable
-from typing import Final
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Final
 
 import trio
 
@@ -43,6 +45,7 @@ from memfs.guest.messages import (
     PfnRun,
 )
 from memfs.inode import RegularFile
+from memfs.logs import current_request, fields
 from memfs.tree import Tree
 from memfs.units import ByteOffset, PageRange, page_ceil
 
@@ -53,6 +56,35 @@ Notification = InvalidateBegin | InvalidateEnd | Fallocate
 
 class OwnerGone(Exception):
     """The owner's connection has ended while something was waiting for it."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pending:
+    """A notification that the owner has not acknowledged yet. `since`: trio's clock, seconds."""
+
+    message: Notification
+    since: float
+
+    @property
+    def kind(self) -> str:
+        """What it is called."""
+        return type(self.message).__name__
+
+    @property
+    def age(self) -> float:
+        """For how long it has been waiting, in seconds."""
+        return trio.current_time() - self.since
+
+    def describe(self) -> dict[str, Any]:
+        """For people."""
+        message = self.message
+        return {
+            "notification": self.kind,
+            "file": message.file,
+            "pages": str(message.pages),
+            "request": message.cause,
+            "age": round(self.age, 3),
+        }
 
 
 class Registration:
@@ -78,20 +110,34 @@ class Registration:
         await self.owner.within_timeout(self, lambda: self._begin(pages))
 
     async def invalidate_end(self, pages: PageRange) -> None:
-        await self.owner.within_timeout(self, lambda: self._notify(InvalidateEnd(self.id, pages)))
+        await self.owner.within_timeout(self, lambda: self._notify(InvalidateEnd(self.id, pages, current_request())))
 
     async def fallocate(self, pages: PageRange) -> None:
-        await self.owner.within_timeout(self, lambda: self._notify(Fallocate(self.id, pages)))
+        await self.owner.within_timeout(self, lambda: self._notify(Fallocate(self.id, pages, current_request())))
 
     async def _begin(self, pages: PageRange) -> None:
-        await self._notify(InvalidateBegin(self.id, pages))
+        await self._notify(InvalidateBegin(self.id, pages, current_request()))
         await self.locks.wait_unlocked(pages)
 
     async def _notify(self, message: Notification) -> None:
-        ack = await self.owner.notify(message)
+        pending = Pending(message, trio.current_time())
+        self._log("notify", pending)
+        self.owner.pending.append(pending)
+        try:
+            ack = await self.owner.notify(message)
+        finally:
+            self.owner.pending.remove(pending)
+        self.owner.notified += 1
+        self._log("acknowledged", pending, seconds=pending.age)
         if ack.errno:
             reason = os.strerror(ack.errno)
-            log.warning("%s could not act on %s of %s: %s", self.owner, type(message).__name__, message.pages, reason)
+            log.warning("%s could not act on %s of %s: %s", self.owner, pending.kind, message.pages, reason)
+
+    def _log(self, what: str, pending: Pending, **more: object) -> None:
+        if log.isEnabledFor(logging.INFO):
+            owner, pages = self.owner.number, pending.message.pages
+            said = fields(owner=owner, notification=pending.kind, ino=self.inode.ino, pages=pages, **more)
+            log.info(what, extra=said)
 
     # -- guest_mem_ops: the owner asks about pages ------------------------------------------------------------------
 
@@ -143,6 +189,17 @@ class Registration:
         """Unlock pages. Raises OSError(EINVAL), changing nothing, if any of them is not locked."""
         self.locks.unlock(pages)
 
+    def describe(self) -> dict[str, Any]:
+        """For people."""
+        return {
+            "file": self.id,
+            "ino": self.inode.ino,
+            "size": self.file.size,
+            "pages": self.file.pages,
+            "guest": self.file.guest,
+            "locked": len(self.locks),
+        }
+
     def end(self) -> None:
         """The registration is over."""
         self.alive = False
@@ -173,6 +230,8 @@ class Owner:
         self._cut_off: Final = cut_off
         self._registry: Final = registry
         self.registrations: dict[FileId, Registration] = {}
+        self.pending: list[Pending] = []  #: the oldest first
+        self.notified = 0  #: how many notifications it has acknowledged
 
     def __str__(self) -> str:
         return f"owner {self.number} ({self.name})" if self.name else f"owner {self.number}"
@@ -277,6 +336,19 @@ class Registry:
         registration.file.owner = None
         registration.end()
         self._tree.release(registration.inode)
+
+    def describe(self, most: int | None = None) -> list[dict[str, Any]]:
+        """Owners, their files and what they have not acknowledged, for people: at most so many of each."""
+        return [
+            {
+                "owner": owner.number,
+                "name": owner.name,
+                "acknowledged": owner.notified,
+                "files": [registration.describe() for registration in islice(owner.registrations.values(), most)],
+                "pending": [pending.describe() for pending in owner.pending[:most]],
+            }
+            for owner in islice(self.owners.values(), most)
+        ]
 
     def check(self) -> None:
         """Raise AssertionError on the first broken invariant."""

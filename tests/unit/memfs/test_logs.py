@@ -1,0 +1,66 @@
+"""Log lines: one an event, whatever is in them, and not more than are wanted of one kind."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import pytest
+
+from memfs import logs
+from memfs.logs import Formatter, RateLimit, current_request, fields, working_on
+
+
+def record(message: str, line: int = 1, **values: object) -> logging.LogRecord:
+    made = logging.LogRecord("memfs.test", logging.WARNING, "file.py", line, message, (), None)
+    made.__dict__.update(fields(**values))
+    return made
+
+
+def test_fields_follow_the_message() -> None:
+    line = Formatter().format(record("notify", owner=3, pages="[0, 4)", seconds=0.25))
+    assert line.partition(" level=")[2] == (
+        'warning logger=memfs.test msg=notify owner=3 pages="[0, 4)" seconds=0.250000'
+    )
+
+
+@pytest.mark.parametrize("name", ["a\nlevel=error", "a\rb", 'a" level="error', "a=b", "", "a\x1b[2J", "a\u2028b"])
+def test_what_a_client_calls_itself_stays_one_value(name: str) -> None:
+    line = Formatter().format(record(f"owner 1 ({name}) is here", name=name))
+    assert len(line.splitlines()) == 1
+    assert line.isprintable()
+    assert line.count(" level=") - line.count('\\" level=') <= 1
+
+
+def test_traceback_is_one_value() -> None:
+    failed = record("failed")
+    try:
+        raise ValueError("no")
+    except ValueError:
+        failed.exc_info = sys.exc_info()
+    line = Formatter().format(failed)
+    assert len(line.splitlines()) == 1
+    assert "ValueError: no" in line
+
+
+def test_request_is_said_while_it_is_worked_on() -> None:
+    assert "request=" not in Formatter().format(record("idle"))
+    with working_on(412):
+        assert " request=412" in Formatter().format(record("notify"))
+        with working_on():
+            assert current_request() >= 1 << 63
+        assert current_request() == 412
+    assert current_request() == 0
+
+
+def test_lines_from_one_place_are_limited_and_those_left_out_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(logs.time, "monotonic", lambda: now)
+    limit = RateLimit()
+    assert [limit.filter(record("flood")) for _ in range(25)] == [True] * 10 + [False] * 15
+    assert limit.filter(record("another", line=2))
+    now += 6
+    after = record("flood")
+    assert limit.filter(after)
+    assert "suppressed=15" in Formatter().format(after)
+    assert "suppressed" not in Formatter().format(record("flood"))
