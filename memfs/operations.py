@@ -197,6 +197,11 @@ class Operations(pyfuse3.Operations):
         await self._attributes.set(inode, name, value, uid=ctx.uid)
 
     @_translated
+    async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
+        """The kernel is answered by fuse/names.py; this is what pyfuse3 asks before setxattr(2) with XATTR_CREATE."""
+        return self._attributes.get(inode, name)
+
+    @_translated
     async def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[XAttrNameT]:
         return [XAttrNameT(name) for name in self._attributes.list(inode, uid=ctx.uid)]
 
