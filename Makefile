@@ -7,7 +7,7 @@ PYTHON ?= python3
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench soak fuzz lint clean system
+.PHONY: help demo test bench bench-plot soak fuzz lint clean system
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -20,6 +20,10 @@ test: lint ## Lint, then all tests
 
 bench: $(STAMP) ## Measure memfs beside tmpfs and an ordinary pyfuse3 filesystem (10 min; bench/out/bench.json)
 	@$(BIN)/python -m bench
+
+bench-plot: $(STAMP) ## Draw how cost grows with size, from what `make bench` measured (bench/out/size.png, .svg)
+	@$(BIN)/python -c 'import matplotlib' 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check --editable '.[plot]'
+	@$(BIN)/python -m bench.plot
 
 soak: $(STAMP) ## Compare memfs with a tmpfs at random for long (MINUTES=n, and SEED=n to repeat)
 	MEMFS_SOAK_MINUTES=$(or $(MINUTES),10) MEMFS_SOAK_SEED=$(or $(SEED),0) \

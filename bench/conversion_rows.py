@@ -47,7 +47,8 @@ def rows(run: Run) -> Iterator[Row]:
 
 
 @contextlib.contextmanager
-def _owner(root: Path, vms: int, slots: int, pages: int) -> Iterator[subprocess.Popen[str]]:
+def owner(root: Path, vms: int, slots: int, pages: int) -> Iterator[subprocess.Popen[str]]:
+    """A process with VMs on a memfs (owner.py). Raises BenchError."""
     process = subprocess.Popen(
         [sys.executable, "-m", "bench.owner", str(root), str(vms), str(slots), str(pages)],
         stdin=subprocess.PIPE,
@@ -76,12 +77,12 @@ def _pin(process: subprocess.Popen[str], cpu: int) -> None:
 
 
 def _conversions(run: Run) -> Iterator[Row]:
-    with memfs(run, _SIZE) as ours, tmpfs(run, _SIZE) as theirs, _owner(ours.path, 1, 1, _GIB) as owner:
+    with memfs(run, _SIZE) as ours, tmpfs(run, _SIZE) as theirs, owner(ours.path, 1, 1, _GIB) as process:
         for name in ("shared", "private"):
             (theirs.path / name).touch()
         for placement, (client_cpu, daemon_cpu) in placements().items():
             ours.pin(daemon_cpu)
-            _pin(owner, client_cpu)
+            _pin(process, client_cpu)
             yield from _conversions_at(run, placement, ours.path, theirs.path, client_cpu, daemon_cpu)
 
 
@@ -280,8 +281,8 @@ def _many_vms(run: Run) -> Iterator[Row]:
             for number in (1, vms):
                 root = mounted.path / f"{placement.replace(' ', '-')}-{number}"
                 root.mkdir()
-                with _owner(root, number, 4, 16) as owner:
-                    _pin(owner, cpu)
+                with owner(root, number, 4, 16) as process:
+                    _pin(process, cpu)
                     for _ in range(3):
                         rate, waited = _convert_everywhere(root, number, vms * 4)
                         samples[number].append(rate)
