@@ -145,10 +145,9 @@ class StoreFile:
         return known
 
     def close(self) -> None:
-        """Let go of the memory."""
+        """Let go of the memory. It stays mapped for as long as somebody has a view of it (an array of an engine)."""
         os.close(self.fd)
-        if self._mapping is not None:
-            self._mapping.close()
+        self._mapping = None
         if self.page_map is not None:
             self.page_map.close()
 

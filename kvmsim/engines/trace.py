@@ -8,6 +8,9 @@ is emptied with the notification; any other difference is a byte lost, or one le
 Translations are kept in the vCPU's TLB, from which the MMU flushes what it takes away. Between blocks of accesses the
 event loop gets a turn, so that notifications are acted upon: a guest does not stop for them.
 
+A block in which every access hits the TLB is run as a whole (plan.py). Where one misses, or a byte is wrong, accesses
+are made one at a time until that is behind; what comes of it is the same either way, and a test compares it.
+
 Nobody else may write to shared memory while a trace runs: that would be found, and called lost.
 """
 
@@ -19,8 +22,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
 import trio
 
+from kvmsim.engines.plan import Plan, stored_value
 from kvmsim.exits import HALT, Exit
 from kvmsim.memslots import Memslot
 from kvmsim.mmu.fault import Access
@@ -33,6 +38,7 @@ from kvmsim.vm import VM
 from memfs.guest.extents import data_pages
 from memfs.guest.messages import InvalidateBegin
 from memfs.units import (
+    PAGE_SHIFT,
     PAGE_SIZE,
     Gfn,
     GfnRange,
@@ -42,9 +48,9 @@ from memfs.units import (
     offset_in_page,
 )
 
-_BLOCK: Final = 2048  # accesses between two turns of the event loop: about 2 ms
-_MIXER: Final = 0x9E3779B97F4A7C15  # odd, so that no two stores within 2**64 write the same 8 bytes
-_MASK: Final = (1 << 64) - 1
+BLOCK: Final = 4096  #: accesses between two turns of the event loop: 4 ms one at a time, and 0.1 ms as a whole
+_WORTH_IT: Final = 192  # accesses; to prepare so many as a whole takes as long as to make them one at a time
+_PLANS: Final = 512 << 20  # bytes that may be spent on keeping plans for the next pass
 
 
 class IntegrityError(Exception):
@@ -65,17 +71,24 @@ class _Translation:
 class TraceEngine:
     """Repeats a trace on a VM. `private` are the gfns that the guest means as private; all others it means as shared.
 
-    `repeat_for`: start again from the beginning until so many seconds have passed.
+    `repeat_for`: start again from the beginning until so many seconds have passed. `block`: accesses between two turns
+    of the event loop.
     """
 
-    def __init__(self, vm: VM, trace: Trace, private: Sequence[GfnRange], *, repeat_for: float = 0) -> None:
-        records = trace.records
-        self._gpas: Final[list[int]] = records["gpa"].tolist()
-        self._sizes: Final[list[int]] = records["size"].tolist()
-        self._writes: Final[list[bool]] = records["write"].tolist()
+    def __init__(
+        self, vm: VM, trace: Trace, private: Sequence[GfnRange], *, repeat_for: float = 0, block: int = BLOCK
+    ) -> None:
+        self._gpas: Final = trace.records["gpa"].astype(np.int64)
+        self._sizes: Final = trace.records["size"].astype(np.int64)
+        self._writes: Final = np.ascontiguousarray(trace.records["write"])
         self._private: Final = [
             any(Gfn(gfn) in gfns for gfns in private) for gfn in range(trace.memory_size // PAGE_SIZE)
         ]
+        self._block: Final = block
+        self._plans: dict[int, Plan] = {}  # of whole blocks, by their first access
+        self._plan_bytes = 0
+        self._worth_it: Final = min(_WORTH_IT, max(1, block // 4))
+        self._steps = 1  # how many to make one at a time before looking again; twice as many each time
         self._vm: Final = vm
         self._position = 0
         self._stored = 0
@@ -84,6 +97,7 @@ class TraceEngine:
             side: mmap.mmap(-1, max(trace.memory_size, PAGE_SIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             for side in (False, True)
         }
+        self._shadow_bytes: Final = {side: np.frombuffer(shadow, np.uint8) for side, shadow in self._shadows.items()}
         self._pages: Final = max(trace.memory_size // PAGE_SIZE, 1)
         self.accesses = 0  #: how many were made
         self.passes = 0  #: how often the trace was finished
@@ -100,7 +114,7 @@ class TraceEngine:
         """Go on until an exit. Raises IntegrityError on the first byte that is wrong."""
         vm = self._vm
         while True:
-            end = min(self._position + _BLOCK, len(self._gpas))
+            end = min(self._position // self._block * self._block + self._block, len(self._gpas))
             while self._position < end:
                 missing = self._run_to(end, vcpu.tlb)
                 if missing is not None:
@@ -117,36 +131,92 @@ class TraceEngine:
 
     def _run_to(self, end: int, tlb: Tlb[_Translation]) -> Access | None:
         """Make accesses until position `end`, or until one faults: then that. Does not await."""
-        gpas, sizes, writes, cached, private = self._gpas, self._sizes, self._writes, tlb.entries, self._private
+        while self._position < end:
+            ahead = self._hits_ahead(end, tlb)
+            if ahead >= min(self._worth_it, end - self._position) and self._run_whole(self._position + ahead, tlb):
+                self._steps = 1
+                continue
+            # What misses, and what is behind it, since misses come in clusters.
+            missing = self._run_singly(min(self._position + self._steps, end), tlb)
+            if missing is not None:
+                return missing
+            self._steps = min(2 * self._steps, self._block)
+        return None
+
+    def _hits_ahead(self, end: int, tlb: Tlb[_Translation]) -> int:
+        """How many accesses from here on, of a block that ends at `end`, hit the TLB."""
+        start = self._position
+        plan = self._plan(end)
+        if plan.is_placed(tlb.version):
+            return end - start
+        first = plan.pages[0][0]
+        misses = np.zeros(plan.pages[-1][0] - first + 1, np.uint8)  # 1: stores do, 3: loads do as well
+        for gfn, write in plan.pages:
+            if self._hit(tlb, gfn, write) is None:
+                misses[gfn - first] = 3 if self._hit(tlb, gfn, False) is None else 1
+        found = misses[(self._gpas[start:end] >> PAGE_SHIFT) - first] & np.where(self._writes[start:end], 1, 2) != 0
+        return int(found.argmax()) if found.any() else end - start
+
+    def _run_whole(self, end: int, tlb: Tlb[_Translation]) -> bool:
+        """Make accesses until position `end` as a whole, all of which hit; False: a byte is wrong."""
+        start = self._position
+        is_block = start % self._block == 0 and (end - start == self._block or end == len(self._gpas))
+        plan = self._plan(end) if is_block else self._make_plan(start, end)
+        if not plan.is_placed(tlb.version):
+            plan.place(tlb.version, [tlb.entries[gfn] for gfn, _ in plan.pages], self._shadow_bytes)
+        if not plan.run(self._stored):
+            return False
+        self._position = end
+        self._stored += plan.stores
+        self.accesses += plan.accesses
+        tlb.hits += plan.accesses
+        return True
+
+    def _plan(self, end: int) -> Plan:
+        """Of the block that ends at `end`."""
+        start = (end - 1) // self._block * self._block
+        plan = self._plans.get(start)
+        if plan is None:
+            plan = self._make_plan(start, end)
+            if self._plan_bytes + plan.nbytes <= _PLANS:
+                self._plans[start] = plan
+                self._plan_bytes += plan.nbytes
+        return plan
+
+    def _make_plan(self, start: int, end: int) -> Plan:
+        return Plan.make(self._gpas[start:end], self._sizes[start:end], self._writes[start:end])
+
+    def _hit(self, tlb: Tlb[_Translation], gfn: Gfn, write: bool) -> _Translation | None:
+        hit = tlb.entries.get(gfn)
+        return hit if hit is not None and hit.private == self._private[gfn] and (hit.dirty or not write) else None
+
+    def _run_singly(self, end: int, tlb: Tlb[_Translation]) -> Access | None:
+        """The same as `_run_to`, one access at a time. Raises IntegrityError."""
         start, misses = self._position, tlb.misses
+        columns = (column[start:end].tolist() for column in (self._gpas, self._sizes, self._writes))
+        position = start
         try:
-            for position in range(start, end):
-                gpa, size, write = gpas[position], sizes[position], writes[position]
+            for gpa, size, write in zip(*columns, strict=True):
                 gfn = gpa_to_gfn(Gpa(gpa))
-                hit = cached.get(gfn)
-                if hit is None or hit.private != private[gfn] or (write and not hit.dirty):
-                    hit = self._walk(tlb, gfn, write=write, private=private[gfn])
+                hit = self._hit(tlb, gfn, write)
+                if hit is None:
+                    hit = self._walk(tlb, gfn, write=write, private=self._private[gfn])
                     if hit is None:
-                        end = position
-                        return Access(gfn, write, private[gfn])
+                        return Access(gfn, write, self._private[gfn])
                 at = hit.offset + offset_in_page(gpa)
                 if write:
                     self._stored += 1
-                    value = self._value(size)
+                    value = stored_value(self._stored, size)
                     hit.memory[at : at + size] = value
                     hit.shadow[gpa : gpa + size] = value
                 elif hit.memory[at : at + size] != hit.shadow[gpa : gpa + size]:
-                    end = position
                     self._fail(hit, Gpa(gpa), at, size)
+                position += 1
         finally:
-            self._position = end
-            self.accesses += end - start
-            tlb.hits += end - start - (tlb.misses - misses)
+            self._position = position
+            self.accesses += position - start
+            tlb.hits += position - start - (tlb.misses - misses)
         return None
-
-    def _value(self, size: int) -> bytes:
-        eight = (self._stored * _MIXER & _MASK).to_bytes(8, "little")
-        return eight[:size] if size <= 8 else (eight * (size // 8 + 1))[:size]
 
     def _walk(self, tlb: Tlb[_Translation], gfn: Gfn, *, write: bool, private: bool) -> _Translation | None:
         """Translate through the page table, setting accessed and dirty bits; None: a fault."""

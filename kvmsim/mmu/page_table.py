@@ -448,11 +448,15 @@ class PageTable:
 
     def set_flags(self, gfn: Gfn, flags: int) -> None:
         """Add flags to the leaf of a mapped gfn, as the hardware does with PTE_A and PTE_D."""
-        for leaves in self.leaves(GfnRange(gfn, Gfn(gfn + 1))):
-            if leaves.ptes[0]:
-                leaves.ptes[0] |= flags
+        table = self._root
+        for level in range(self.levels, 0, -1):
+            index = entry_index(gfn, level)
+            entry = int(self._entries[table, index])
+            assert entry, f"gfn {gfn:#x} is not mapped"
+            if level == PG_LEVEL_4K or entry & PTE_HUGE:
+                self._entries[table, index] = entry | flags
                 return
-        raise AssertionError(f"gfn {gfn:#x} is not mapped")
+            table = pte_pfn(entry)
 
     def protect_range(self, gfns: GfnRange, *, clear: int = 0, add: int = 0) -> int:
         """Clear and add flags of all leaves in a range, splitting huge ones that it covers in part.

@@ -29,6 +29,11 @@ class Tlb(Generic[_T]):
         self.flushes = 0  #: how often something was taken out of it
         self.flushed = 0  #: how many entries
 
+    @property
+    def version(self) -> int:
+        """A number that is another one after each change of the entries."""
+        return self.misses + self.flushes
+
     def fill(self, gfn: Gfn, entry: _T) -> None:
         """A walk was made after a miss."""
         self.misses += 1
