@@ -389,12 +389,12 @@ class File:
                     await owner.invalidate_end(told)
 
     async def _free_piecewise(self, pages: PageRange) -> None:
-        """Free a long range, so that the one call for all of it finds little left to do; of a short one nothing.
+        """Free a range of many pages, so that the one call for all of it finds little left to do; of few pages none.
 
         Where writes are tracked, not in a thread: of a write that came during a piece nobody could say whether the
         pages it allocated were freed again.
         """
-        if pages.nbytes <= _LONG or not self.pages:
+        if min(len(pages), self.pages) <= bytes_to_pages(_LONG):
             return
         for piece in self._pieces(pages):
             punch = functools.partial(fallocate, self.fd, _PUNCH, piece.offset, piece.nbytes)
