@@ -10,7 +10,6 @@ import errno
 import logging
 import mmap
 import os
-import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -43,7 +42,7 @@ from memfs.guest.messages import (
     Unregister,
 )
 from memfs.guest.page_map import ALLOCATED, PageMapView
-from memfs.guest.peer import Incoming, Peer, PeerGone, close_all
+from memfs.guest.peer import Incoming, Peer, PeerGone, close_all, open_connection
 from memfs.guest.protocol import RemoteProtocolError, Role
 from memfs.logs import fields, working_on
 from memfs.units import ORDER_1G, PAGE_SIZE, PageIndex, PageRange, Pfn
@@ -53,8 +52,6 @@ log = logging.getLogger(__name__)
 Notification = InvalidateBegin | InvalidateEnd | Fallocate
 
 SOCKET_ATTRIBUTE: Final = "user.memfs.socket"
-_CONNECT_TIMEOUT: Final = 5.0  # seconds
-_CONNECT_PAUSE: Final = 0.01  # seconds
 
 
 class StoreGone(Exception):
@@ -299,7 +296,7 @@ async def connect(path: str, name: str, notify: Callable[[Notification], None]) 
 
     Raises OSError if nobody listens there, or the protocol versions do not match.
     """
-    sock = await _open_socket(path)
+    sock = await open_connection(path)
     failure: Exception | None = None  # leaves as it is, not in the nursery's ExceptionGroup
     with ExitStack() as last:  # what is closed while somebody still reads from it is a bad descriptor to him
         async with trio.open_nursery() as nursery:
@@ -328,25 +325,6 @@ def _present(reply: PfnReply) -> Iterator[PageRange]:
         start, end = (run.pages.end, run.pages.end) if run.pfn is None else (run.pages.start, run.pages.end)
     if start < end:
         yield PageRange(start, end)
-
-
-async def _open_socket(path: str) -> trio.socket.SocketType:
-    """Connect; while more are trying than the kernel queues (connect(2): EAGAIN), try again for a while."""
-    deadline = trio.current_time() + _CONNECT_TIMEOUT
-    sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    try:
-        while True:
-            try:
-                await sock.connect(path)
-            except BlockingIOError:
-                if trio.current_time() >= deadline:
-                    raise
-                await trio.sleep(_CONNECT_PAUSE)
-            else:
-                return sock
-    except BaseException:
-        sock.close()
-        raise
 
 
 def socket_of(path: str) -> str:

@@ -175,8 +175,8 @@ class _Memfs:
             "owners fenced": self._registry.fenced,
             "connections": self._clients.connections,
             "turned away": self._clients.refused,
-            "notifications acknowledged": sum(owner.notified for owner in owners),
-            "notifications pending": sum(len(owner.pending) for owner in owners),
+            "acknowledged": sum(owner.notified for owner in owners),
+            "pending": sum(len(owner.pending) for owner in owners),
         }
 
     def describe_in(self, most_bytes: int) -> str:

@@ -33,6 +33,10 @@ from memfs.guest.protocol import (
 _ANCILLARY: Final = socket.CMSG_SPACE((MAX_DESCRIPTORS + 1) * array.array("i").itemsize)
 
 
+_CONNECT_TIMEOUT: Final = 5.0  # seconds
+_CONNECT_PAUSE: Final = 0.01  # seconds
+
+
 class PeerGone(Exception):
     """The connection has ended: the peer closed it, died, or broke the protocol."""
 
@@ -221,6 +225,29 @@ class Peer:
             self._discard(fds)
             fds = ()
         return Incoming(received.id, received.message, fds), received.answers is not None
+
+
+async def open_connection(path: str) -> trio.socket.SocketType:
+    """Connect to a socket. Raises OSError: EAGAIN if others have filled its queue for long.
+
+    connect(2) of such a socket is never in progress: it is done, or to be tried again. trio takes EAGAIN for done.
+    """
+    deadline = trio.current_time() + _CONNECT_TIMEOUT
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        sock.setblocking(False)
+        while True:
+            try:
+                sock.connect(path)
+            except BlockingIOError:
+                if trio.current_time() >= deadline:
+                    raise
+                await trio.sleep(_CONNECT_PAUSE)
+            else:
+                return trio.socket.from_stdlib_socket(sock)
+    except BaseException:
+        sock.close()
+        raise
 
 
 def close_all(fds: Iterable[int]) -> None:

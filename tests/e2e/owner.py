@@ -7,7 +7,6 @@ threads and child processes.
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -16,7 +15,7 @@ from pathlib import Path
 import trio
 
 from memfs.guest.messages import Ack, Hello, Message, Register, Registered
-from memfs.guest.peer import Incoming, Peer, close_all
+from memfs.guest.peer import Incoming, Peer, close_all, open_connection
 from memfs.guest.protocol import Role
 
 
@@ -75,9 +74,7 @@ class Owner:
 @asynccontextmanager
 async def connected(path: Path, *, hello: bool = True) -> AsyncIterator[Owner]:
     """An owner, connected to a memfs's socket."""
-    sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    await sock.connect(str(path))
-    owner = Owner(Peer(sock, Role.OWNER))
+    owner = Owner(Peer(await open_connection(str(path)), Role.OWNER))
     async with trio.open_nursery() as nursery:
         nursery.start_soon(owner.serve)
         if hello:

@@ -115,7 +115,7 @@ async def test_state_on_request(memfs: Memfs) -> None:
         owner.acknowledge.set()
         for fd in fds:
             os.close(fd)
-    assert (state["owners"], state["registered files"], state["notifications pending"]) == (1, 1, 1)
+    assert (state["owners"], state["registered files"], state["pending"]) == (1, 1, 1)
     (said,) = state["registry"]
     assert (said["name"], said["acknowledged"]) == ("test", 0)
     (file,) = said["files"]
