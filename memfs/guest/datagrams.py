@@ -57,8 +57,11 @@ class Datagrams:
         self._view.detach()
         self._socket.close()
 
+    def __del__(self) -> None:
+        self._view.detach()  # the descriptor is trio's to close
+
     def _check_open(self) -> None:
-        if self._view.fileno() < 0:
+        if self._socket.fileno() < 0:
             raise trio.ClosedResourceError("the socket has been closed")
 
 

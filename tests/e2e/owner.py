@@ -77,9 +77,9 @@ async def connected(path: Path, *, hello: bool = True) -> AsyncIterator[Owner]:
     owner = Owner(Peer(await open_connection(str(path)), Role.OWNER))
     async with trio.open_nursery() as nursery:
         nursery.start_soon(owner.serve)
-        if hello:
-            await owner.ask(Hello(name="test"))
         try:
+            if hello:
+                await owner.ask(Hello(name="test"))
             yield owner
         finally:
             owner.peer.close()
