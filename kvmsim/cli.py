@@ -25,6 +25,7 @@ from kvmsim.memslots import Memslot
 from kvmsim.picture import draw
 from kvmsim.store import Notification, StoreGone, socket_of
 from kvmsim.trace_file import Trace, TraceError, read_lackey
+from kvmsim.uapi import PreFaultMemory
 from kvmsim.vcpu import VCPU
 from kvmsim.vm import VM, create_vm
 from kvmsim.vmm import UnhandledExit, Vmm, open_memory
@@ -86,6 +87,11 @@ def _parser() -> argparse.ArgumentParser:
         default="4k",
         help="how far around a page that is converted empty neighbours are converted as well (default: 4k)",
     )
+    run.add_argument(
+        "--prefault",
+        action="store_true",
+        help="map all guest memory before the guest runs, each page on its side, allocating what is shared",
+    )
     run.add_argument("--socket", metavar="PATH", help="memfs's socket (default: asked of the file)")
     run.add_argument("--duration", metavar="SECONDS", type=float, default=0, help="repeat the trace for so long")
     run.add_argument("--picture", action="store_true", help="draw guest memory before and after")
@@ -137,6 +143,8 @@ async def _simulate(
         gfns = GfnRange(Gfn(0), gpa_to_gfn(Gpa(vmm.size)))
         if options.picture:
             console.print("guest memory before:", draw(vm, gfns), sep="\n")
+        if options.prefault:
+            await _prefault(console, vcpu, vmm.size)
         started = time.monotonic()
         with Progress(
             TextColumn("{task.description}"),
@@ -157,6 +165,14 @@ async def _simulate(
         vm.check()
         if failure is not None:
             raise failure
+
+
+async def _prefault(console: Console, vcpu: VCPU, size: int) -> None:
+    started, left = time.monotonic(), PreFaultMemory(Gpa(0), size)
+    while left.size:
+        await vcpu.pre_fault_memory(left)
+    pages = size // PAGE_SIZE
+    console.print(f"{'prefault':13}  {pages:,} pages mapped in {time.monotonic() - started:.2f} s")
 
 
 async def _run_guest(vmm: Vmm, vcpu: VCPU) -> Exception | None:

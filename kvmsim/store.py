@@ -286,7 +286,8 @@ class Store:
         except PeerGone as error:
             raise StoreGone(self.gone or str(error)) from error
         if isinstance(reply.message, Failed):
-            raise OSError(reply.message.errno, f"{os.strerror(reply.message.errno)}: {reply.message.text}")
+            words, text = os.strerror(reply.message.errno), reply.message.text
+            raise OSError(reply.message.errno, words if text == words else f"{words}: {text}")
         return reply
 
 

@@ -52,3 +52,12 @@ class UserspaceMemoryRegion:
     userspace_addr: ByteOffset
     fd: int = -1
     private_fd: int = -1
+
+
+@dataclass(slots=True)
+class PreFaultMemory:
+    """What KVM_PRE_FAULT_MEMORY is given (struct kvm_pre_fault_memory), in bytes; it then says what is left."""
+
+    gpa: Gpa
+    size: int
+    flags: int = 0  #: none is defined

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 from collections import Counter
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+import trio
+
 from kvmsim.exits import Exit
+from kvmsim.mmu.prefault import prefault
 from kvmsim.mmu.tlb import Tlb
+from kvmsim.uapi import PreFaultMemory
+from memfs.units import GfnRange, Gpa, gpa_to_gfn, is_page_aligned, pages_to_bytes
 
 if TYPE_CHECKING:
     from kvmsim.vm import VM
@@ -36,3 +42,29 @@ class VCPU:
         exit_ = await self._engine.run(self)
         self.exits[exit_.name] += 1
         return exit_
+
+    async def pre_fault_memory(self, memory: PreFaultMemory) -> None:
+        """KVM_PRE_FAULT_MEMORY: map a range as if the vCPU had read each of its pages (Linux 6.11).
+
+        `memory` is brought up to date as it goes on, so that after an error or a cancellation it says what is left; as
+        in KVM, an error is raised only if there was nothing before it. Raises OSError: EINVAL for flags, a range that
+        is empty, not page-aligned or wraps, or a gpa with the shared bit; ENOENT without a memslot; EFAULT if nothing
+        is mapped at a hva; ENOSPC. StoreGone if memfs is gone.
+        """
+        gpa, size = memory.gpa, memory.size
+        if memory.flags or not (is_page_aligned(gpa) and is_page_aligned(size)):
+            raise OSError(errno.EINVAL, "flags, or a range that is not page-aligned")
+        if gpa < 0 or size <= 0 or gpa + size >= 1 << 64 or gpa & self.vm.type.shared_bit:
+            raise OSError(errno.EINVAL, "a range that is empty or wraps, or that is an alias")
+        self.vm.check_alive()
+        await self.vm.launch()
+        while memory.size:
+            try:
+                pages = await prefault(self.vm.mmu, GfnRange(gpa_to_gfn(memory.gpa), gpa_to_gfn(Gpa(gpa + size))))
+            except OSError:
+                if memory.size == size:
+                    raise
+                return
+            memory.gpa = Gpa(memory.gpa + pages_to_bytes(pages))
+            memory.size -= pages_to_bytes(pages)
+            await trio.lowlevel.checkpoint()

@@ -53,6 +53,25 @@ def test_second_run_finds_its_memory_as_it_was(guest: Memfs) -> None:
     assert number(again.stdout, "to private") == 0
 
 
+def test_prefaulted_memory_does_not_fault(guest: Memfs) -> None:
+    assert guest.run(*RUN).returncode == 0
+    result = guest.run(*RUN, "--prefault")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "1,024 pages mapped" in result.stdout
+    assert number(result.stdout, "private, 0 shared, 0 retried") == 0
+    assert number(result.stdout, "to private") == 0
+    # All of shared memory is paid for now; what is private already is not paid for twice.
+    blocks = guest.run("stat", "-c", "%b", "private", "shared").stdout.split()
+    assert sum(int(count) // 8 for count in blocks) == 1024
+
+
+def test_prefault_without_room_says_so(guest: Memfs) -> None:
+    guest.run("fallocate", "-l", "62M", "filler")
+    result = guest.run(*RUN, "--prefault")
+    assert result.returncode == 1
+    assert result.stderr == "kvmsim: No space left on device\n"
+
+
 def test_private_ranges_decide_who_is_private(guest: Memfs) -> None:
     result = guest.run(*RUN, "--private-ranges", "0-64K,128K-192K", "--no-map-on-fallocate")
     assert result.returncode == 0, result.stdout + result.stderr

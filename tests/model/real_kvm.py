@@ -22,6 +22,8 @@ KVM_GET_SREGS = 0x8138AE83
 KVM_SET_SREGS = 0x4138AE84
 KVM_SET_REGS = 0x4090AE82
 KVM_CREATE_GUEST_MEMFD = 0xC040AED4
+KVM_PRE_FAULT_MEMORY = 0xC040AED5
+KVM_CAP_PRE_FAULT_MEMORY = 236
 
 
 class RealKvm:
@@ -46,6 +48,21 @@ class RealKvm:
     def create_vcpu(self, number: int) -> int:
         """A vCPU's descriptor. Raises OSError."""
         return fcntl.ioctl(self.vm, KVM_CREATE_VCPU, number)
+
+    def pre_fault_memory(self, vcpu: int, gpa: int, size: int, flags: int) -> tuple[int, int, int]:
+        """KVM_PRE_FAULT_MEMORY on a vCPU: 0 or an errno, and what is left: gpa and size."""
+        memory = bytearray(struct.pack("=QQQ40x", gpa, size, flags))
+        number = 0
+        try:
+            fcntl.ioctl(vcpu, KVM_PRE_FAULT_MEMORY, memory)
+        except OSError as error:
+            number = error.errno or 0
+        gpa, size = struct.unpack_from("=QQ", memory)
+        return number, gpa, size
+
+    def has(self, capability: int) -> bool:
+        """KVM_CHECK_EXTENSION."""
+        return fcntl.ioctl(self.vm, KVM_CHECK_EXTENSION, capability) > 0
 
     def create_guest_memfd(self, size: int) -> int:
         """A guest_memfd's descriptor. Raises OSError (ENOTTY where the kernel has none)."""
