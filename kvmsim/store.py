@@ -284,7 +284,7 @@ class Store:
         try:
             reply = await self._peer.call(message, fds or [])
         except PeerGone as error:
-            raise StoreGone(self.gone or str(error)) from error
+            raise StoreGone(self.gone or f"memfs has gone: {error}") from error
         if isinstance(reply.message, Failed):
             words, text = os.strerror(reply.message.errno), reply.message.text
             raise OSError(reply.message.errno, words if text == words else f"{words}: {text}")

@@ -309,6 +309,7 @@ async def run_once(scenario: str, choices: list[int], fast: bool) -> tuple[list[
         vm.mmu.unmap(GfnRange(Gfn(0), Gfn(PAGES)))
         assert vm.mmu.ownership.owned == 0, "a frame has an owner that does not map it"
         assert vm.mmu.ownership.violations == 0
+        store.page_map.close()
         state = "absent" if not mapped else "private" if is_private(mapped) else "shared"
         return scheduler.taken, (*sorted(type(outcome).__name__ for outcome in world.outcomes), state)
 
