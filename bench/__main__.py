@@ -30,7 +30,8 @@ OUT = Path(__file__).parent / "out"
 
 def _modules() -> dict[str, Callable[[Run], Iterator[Row]]]:
     """The modules that have rows, by name."""
-    names = [module.name for module in pkgutil.iter_modules(bench.__path__) if module.name != "__main__"]
+    programs = ("__main__", "plot")  # and plot needs what measuring does not
+    names = [module.name for module in pkgutil.iter_modules(bench.__path__) if module.name not in programs]
     modules = {name: importlib.import_module(f"bench.{name}") for name in names}
     return {name: module.rows for name, module in modules.items() if hasattr(module, "rows")}
 
