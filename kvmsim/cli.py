@@ -162,9 +162,9 @@ async def _simulate(
         if options.picture:
             console.print("guest memory after:", draw(vm, gfns), sep="\n")
         _report(console, vm, vmm, vcpu, engine, time.monotonic() - started, failure)
-        vm.check()
-        if failure is not None:
+        if failure is not None:  # perhaps in the middle of a conversion, of which nobody will tell us the rest
             raise failure
+        vm.check()
 
 
 async def _prefault(console: Console, vcpu: VCPU, size: int) -> None:

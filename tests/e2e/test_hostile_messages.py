@@ -78,6 +78,9 @@ class Client:
     def close(self) -> None:
         self.socket.close()
 
+    def __del__(self) -> None:
+        self.close()  # not every test waits for the end of what it has begun
+
 
 def descriptors(memfs: Memfs) -> int:
     return len(os.listdir(f"/proc/{memfs.process.pid}/fd"))
