@@ -18,6 +18,9 @@ import enum
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
+
 from kvmsim.dirty import DirtyLog
 from kvmsim.intervals import IntervalIndex
 from kvmsim.store import StoreFile
@@ -151,6 +154,21 @@ class Memslots:
         """The slot that a gfn lies in."""
         index = bisect.bisect_right(self._starts, gfn) - 1
         return self._in_order[index] if index >= 0 and gfn in self._in_order[index].gfns else None
+
+    def pieces(self, gfns: npt.NDArray[np.int64]) -> Iterator[tuple[Memslot | None, slice]]:
+        """Which parts of an array of gfns, in ascending order, lie in which slot, or between slots (None)."""
+        position = 0
+        while position < len(gfns):
+            index = bisect.bisect_right(self._starts, gfns[position]) - 1
+            slot = self._in_order[index] if index >= 0 and gfns[position] < self._in_order[index].gfns.end else None
+            if slot is not None:
+                end = int(np.searchsorted(gfns, slot.gfns.end))
+            elif index + 1 < len(self._starts):
+                end = int(np.searchsorted(gfns, self._starts[index + 1]))
+            else:
+                end = len(gfns)
+            yield slot, slice(position, end)
+            position = end
 
     def overlapping(self, gfns: GfnRange, but: Memslot | None = None) -> Memslot | None:
         """Some slot, other than `but`, that shares a gfn with a range."""

@@ -7,6 +7,7 @@ descriptors that the VMM opened, and all else comes over the socket.
 from __future__ import annotations
 
 import errno
+import itertools
 import logging
 import mmap
 import os
@@ -19,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import trio
 
+from kvmsim.arrays import firsts
 from memfs.guest.frames import cut_at
 from memfs.guest.messages import (
     Ack,
@@ -129,16 +131,21 @@ class StoreFile:
         return PfnReply(self.id, pages, tuple(runs))
 
     def pfns_of(self, pages: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """`pfn_of` for many pages, of one moment: int64 of the same shape; -1 for what is not private or not known."""
-        known = np.full(pages.shape, -1, np.int64)
-        if self.page_map is None or not pages.size:
-            return known
-        states = self.page_map.states(pages)
+        """`pfn_of` for many pages, of one moment: shape (n,), int64, both; -1 for what is not private or not known.
+
+        Pages of one gibibyte should stand together: each stretch of them is one step.
+        """
+        if self.page_map is None or not len(pages):
+            return np.full(len(pages), -1, np.int64)
+        known = pages.copy()
         gibibytes = pages >> ORDER_1G
-        for gibibyte in range(int(gibibytes.min()), int(gibibytes.max()) + 1):
-            if gibibyte in self._extents:
-                here = (states == ALLOCATED) & (gibibytes == gibibyte)
-                known[here] = pages[here] + self._extents[gibibyte]
+        for start, end in itertools.pairwise([*firsts(gibibytes).tolist(), len(pages)]):
+            shift = self._extents.get(int(gibibytes[start]))
+            if shift is None:
+                known[start:end] = -1
+            else:
+                known[start:end] += shift
+        known[self.page_map.states(pages) != ALLOCATED] = -1
         return known
 
     def close(self) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import trio
 
+from kvmsim.arrays import at_numbers, distinct, firsts
 from kvmsim.memslots import Memslot
 from kvmsim.mmu.fault import map_gfns
 from kvmsim.mmu.mmu import Mmu
@@ -25,7 +26,7 @@ from kvmsim.mmu.pte import PTE_PRIVATE, PTE_R, PTE_W, Ptes
 from kvmsim.store import StoreGone
 from memfs.guest.frames import cut_at
 from memfs.guest.messages import PfnRun
-from memfs.guest.page_map import ABSENT, ALLOCATED
+from memfs.guest.page_map import ABSENT
 from memfs.units import ORDER_1G, ORDER_2M, ByteOffset, Gfn, GfnRange, PageIndex, PageRange, Pfn, page_ceil
 
 Gfns = npt.NDArray[np.int64]
@@ -33,7 +34,7 @@ Gfns = npt.NDArray[np.int64]
 _BLOCK = 1 << ORDER_2M
 _ASK_AT_ONCE = 4  # ranges of shared pages, so that the store works on the next while we install one
 _MOST_ASKED = 1 << ORDER_2M  # pages: half a millisecond of the store's
-_SPARSE = 8  # from so many times as many gfns as are asked for on, sorting is cheaper than marking
+_AT_ONCE = 1 << 15  # pages that are mapped singly: what comes up on the way stays in the cache
 
 
 def fault_in_private(mmu: Mmu, gfns: Gfns, *, write: bool = False) -> npt.NDArray[np.bool_]:
@@ -43,17 +44,15 @@ def fault_in_private(mmu: Mmu, gfns: Gfns, *, write: bool = False) -> npt.NDArra
     that are absent, gfns that are mapped shared, lie in no slot or are being invalidated, and those whose frames are
     not known yet. Raises OwnershipViolation.
     """
-    ptes = mmu.table.translate(gfns)
-    absent = _sorted(gfns[ptes == 0])
-    if not absent.size:
-        return _served(ptes, write)
-    while absent.size:
-        slot = mmu.slots.find(Gfn(int(absent[0])))
-        end = int(absent[0]) + 1 if slot is None else slot.gfns.end
-        here, absent = np.split(absent, [np.searchsorted(absent, end)])
+    ordered = distinct(gfns, mmu.table.max_gfn)
+    ptes = mmu.table.translate_in_order(ordered)
+    served = _served(ptes, write)
+    absent = np.flatnonzero(ptes == 0)
+    for slot, part in mmu.slots.pieces(ordered[absent]):
         if slot is not None and slot.private is not None:
-            _map(mmu, slot, here, write)
-    return _served(mmu.table.translate(gfns), write)
+            here = absent[part]
+            served[here] = _map(mmu, slot, ordered[here], write)
+    return at_numbers(ordered, served, gfns)
 
 
 async def fault_in_shared(mmu: Mmu, gfns: Gfns, *, write: bool = False) -> npt.NDArray[np.bool_]:
@@ -63,7 +62,8 @@ async def fault_in_shared(mmu: Mmu, gfns: Gfns, *, write: bool = False) -> npt.N
     private, that lie in no slot or a classic one, that are being invalidated, or whose dirty pages are logged. Raises
     OSError as the store does (ENOSPC), and StoreGone; then some may have been mapped.
     """
-    absent = _sorted(gfns[mmu.table.translate(gfns) == 0])
+    absent = distinct(gfns, mmu.table.max_gfn)
+    absent = absent[mmu.table.translate_in_order(absent) == 0]
     free = trio.CapacityLimiter(_ASK_AT_ONCE)
 
     async def ask(slot: Memslot, part: GfnRange) -> None:
@@ -95,7 +95,7 @@ def _shared_parts(mmu: Mmu, absent: Gfns) -> Iterator[tuple[Memslot, GfnRange]]:
         if slot is None or slot.shared is None or slot.logs_dirty:
             continue
         size = mmu.fault_around.pages
-        windows = here[np.flatnonzero(np.diff(here // size, prepend=-1))] // size
+        windows = here[firsts(here // size)] // size
         for run in np.split(windows, np.flatnonzero(np.diff(windows) != 1) + 1):
             asked = GfnRange(Gfn(int(run[0]) * size), Gfn((int(run[-1]) + 1) * size)).intersect(slot.gfns)
             pages = slot.pages_of(asked) if asked is not None else None
@@ -124,33 +124,20 @@ def _served(ptes: Ptes, write: bool) -> npt.NDArray[np.bool_]:
     return served
 
 
-def _sorted(gfns: Gfns) -> Gfns:
-    """Each gfn once, in order."""
-    if not gfns.size:
-        return gfns
-    first = int(gfns.min())
-    span = int(gfns.max()) - first + 1
-    if span > _SPARSE * gfns.size:
-        return np.unique(gfns)
-    there = np.zeros(span, np.bool_)
-    there[gfns - first] = True
-    return np.flatnonzero(there) + first
-
-
-def _map(mmu: Mmu, slot: Memslot, gfns: Gfns, write: bool) -> None:
-    """Map gfns of one slot, which are in order and absent."""
+def _map(mmu: Mmu, slot: Memslot, gfns: Gfns, write: bool) -> npt.NDArray[np.bool_]:
+    """Map gfns of one slot, which are in order and absent. Returns which are served by that."""
     file = slot.private
     assert file is not None
     active = mmu.invalidations.active(slot.gfns)
     pfns = file.pfns_of(gfns + slot.shift)
     can = pfns >= 0
     for going in active:
-        can &= (gfns < going.start) | (gfns >= going.end)
-    gfns, pfns = gfns[can], pfns[can]
-    if not gfns.size:
-        return
+        can[np.searchsorted(gfns, going.start) : np.searchsorted(gfns, going.end)] = False
+    served = can if not (write and slot.readonly) else np.zeros(len(gfns), np.bool_)
+    if not can.all():
+        gfns, pfns = gfns[can], pfns[can]
     blocks = gfns >> ORDER_2M
-    first = np.flatnonzero(np.diff(blocks, prepend=-1))
+    first = firsts(blocks)
     whole = _whole(slot, blocks[first], active)
     for gfn_range in _ranges(whole):
         for pages in cut_at(slot.pages_of(gfn_range), ORDER_1G):
@@ -160,13 +147,15 @@ def _map(mmu: Mmu, slot: Memslot, gfns: Gfns, write: bool) -> None:
             assert part is not None
             mmu.frames.learn(file, PfnRun(pages, pfn))
             mmu.install(slot, part, pfn, private=True, write=write, order=ORDER_1G)
-    alone = np.repeat(~np.isin(blocks[first], whole), np.diff(first, append=gfns.size))
-    gfns, pfns = gfns[alone], pfns[alone]
-    if gfns.size:
-        for at in np.flatnonzero(np.diff(pfns >> ORDER_1G, prepend=-1)).tolist():
-            page = PageIndex(int(gfns[at]) + slot.shift)
-            mmu.frames.learn(file, PfnRun(PageRange(page, PageIndex(page + 1)), Pfn(int(pfns[at]))))
-        mmu.install_private_pages(slot, gfns, pfns)
+    if len(whole):
+        alone = np.repeat(~np.isin(blocks[first], whole), np.diff(first, append=gfns.size))
+        gfns, pfns = gfns[alone], pfns[alone]
+    for at in firsts(pfns >> ORDER_1G).tolist():
+        page = PageIndex(int(gfns[at]) + slot.shift)
+        mmu.frames.learn(file, PfnRun(PageRange(page, PageIndex(page + 1)), Pfn(int(pfns[at]))))
+    for start in range(0, len(gfns), _AT_ONCE):
+        mmu.install_private_pages(slot, gfns[start : start + _AT_ONCE], pfns[start : start + _AT_ONCE])
+    return served
 
 
 def _whole(slot: Memslot, blocks: Gfns, active: list[GfnRange]) -> Gfns:
@@ -179,9 +168,7 @@ def _whole(slot: Memslot, blocks: Gfns, active: list[GfnRange]) -> Gfns:
         blocks = blocks[((blocks + 1) * _BLOCK <= going.start) | (blocks * _BLOCK >= going.end)]
     if not blocks.size:
         return blocks
-    pages = (blocks[:, None] << ORDER_2M) + np.arange(_BLOCK) + slot.shift
-    whole: npt.NDArray[np.bool_] = (slot.private.page_map.states(pages) == ALLOCATED).all(axis=1)
-    return blocks[whole]
+    return blocks[slot.private.page_map.whole_blocks(blocks + (slot.shift >> ORDER_2M))]
 
 
 def _ranges(blocks: Gfns) -> Iterator[GfnRange]:

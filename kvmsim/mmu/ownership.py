@@ -10,11 +10,13 @@ array. There is one table for each memfs; VMs on the same one that are simulated
 
 from __future__ import annotations
 
+import itertools
 from typing import Final, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
+from kvmsim.arrays import firsts
 from kvmsim.mmu.pte import PFN_MASK, Ptes
 from memfs.units import ORDER_1G, PAGE_SHIFT, GfnRange, Pfn
 
@@ -74,14 +76,14 @@ class OwnershipTable:
         wanted = gfns + (vm << _VM_SHIFT)
         extents = pfns >> ORDER_1G
         pieces = []
-        for number in np.unique(extents).tolist():
-            here = np.flatnonzero(extents == number)
-            owners, within = self._extent(number), pfns[here] & (_EXTENT - 1)
+        for start, end in itertools.pairwise([*firsts(extents).tolist(), len(pfns)]):
+            here = slice(start, end)
+            owners, within = self._extent(int(extents[start])), pfns[here] & (_EXTENT - 1)
             current = owners[within]
-            foreign = np.flatnonzero((current != 0) & (current != wanted[here]))
-            if len(foreign):
-                self._refuse(int(pfns[here[foreign[0]]]), int(current[foreign[0]]))
-            pieces.append((owners, within, wanted[here], len(here) - int(np.count_nonzero(current))))
+            held = int(np.count_nonzero(current))
+            if held and len(foreign := np.flatnonzero((current != 0) & (current != wanted[here]))):
+                self._refuse(int(pfns[start + foreign[0]]), int(current[foreign[0]]))
+            pieces.append((owners, within, wanted[here], end - start - held))
         for owners, within, values, new in pieces:
             owners[within] = values
             self.owned += new
@@ -107,9 +109,8 @@ class OwnershipTable:
     def release_frames(self, pfns: npt.NDArray[np.int64]) -> None:
         """Frames are nobody's any more."""
         extents = pfns >> ORDER_1G
-        for number in np.unique(extents).tolist():
-            owners = self._extents[number]
-            within = pfns[extents == number] & (_EXTENT - 1)
+        for start, end in itertools.pairwise([*firsts(extents).tolist(), len(pfns)]):
+            owners, within = self._extents[int(extents[start])], pfns[start:end] & (_EXTENT - 1)
             self.owned -= int(np.count_nonzero(owners[within]))
             owners[within] = 0
 

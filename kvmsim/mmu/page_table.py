@@ -21,6 +21,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from kvmsim.arrays import firsts
 from kvmsim.mmu.pte import (
     ENTRIES,
     ENTRIES_SHIFT,
@@ -157,6 +158,33 @@ class PageTable:
         if huge is not None:
             out += huge
 
+    def translate_in_order(self, gfns: Ptes) -> Ptes:
+        """`translate` for gfns in ascending order, shape (n,), int64: walks once for each 512, and is faster so."""
+        blocks = gfns >> ENTRIES_SHIFT
+        first = firsts(blocks)
+        blocks, counts = blocks[first], np.diff(first, append=len(gfns))
+        if len(gfns) and not (blocks[0] >= 0 and gfns[-1] < self.max_gfn):
+            raise ValueError("a gfn that no table can hold")
+        tables = np.full(len(blocks), self._root, np.int64)
+        whole = np.zeros(len(blocks), np.int64)  # the PTE of the block's first gfn, where a huge leaf maps all of it
+        for level in range(self.levels, PG_LEVEL_4K, -1):
+            within = (blocks >> level_shift(level - 1)) & (ENTRIES - 1)
+            entries = self._tables.flat[(tables << ENTRIES_SHIFT) + within]
+            if self.huge.get(level):
+                is_huge = (entries & PTE_HUGE) != 0
+                inside = (blocks[is_huge] << ENTRIES_SHIFT) & (level_pages(level) - 1)
+                whole[is_huge] = entries[is_huge] + (inside << PAGE_SHIFT)
+                entries[is_huge] = make_pte(NULL_TABLE, 0)
+            tables = (entries & PFN_MASK) >> PAGE_SHIFT
+        index = np.repeat(tables << ENTRIES_SHIFT, counts)
+        index += gfns & (ENTRIES - 1)
+        ptes: Ptes = self._tables.flat[index]
+        if whole.any():
+            from_whole = np.repeat(whole, counts)
+            huge = from_whole != 0
+            ptes[huge] = from_whole[huge] + ((gfns[huge] & (ENTRIES - 1)) << PAGE_SHIFT)
+        return ptes
+
     def walk(self, gfn: Gfn) -> Walk:
         """The entries that a walk of one gfn meets, down to its leaf or the first absent entry."""
         if not 0 <= gfn < self.max_gfn:
@@ -226,22 +254,35 @@ class PageTable:
         Raises ValueError, changing nothing that is mapped, if one of them is mapped.
         """
         blocks = gfns >> ENTRIES_SHIFT
-        first = np.flatnonzero(np.diff(blocks, prepend=-1))
+        first = firsts(blocks)
         counts = np.diff(first, append=len(gfns))
-        tables = np.array([self._leaf_table(block << ENTRIES_SHIFT) for block in blocks[first].tolist()], np.int64)
-        index = (np.repeat(tables, counts) << ENTRIES_SHIFT) + (gfns & (ENTRIES - 1))
+        tables = self._leaf_tables(blocks[first])
+        index = np.repeat(tables << ENTRIES_SHIFT, counts)
+        index += gfns & (ENTRIES - 1)
         if self._tables.flat[index].any():
             raise ValueError("one of these gfns is mapped")
-        self._tables.flat[index] = (pfns << PAGE_SHIFT) | flags
+        ptes = pfns << PAGE_SHIFT
+        ptes |= flags
+        self._tables.flat[index] = ptes
         self._used[tables] += counts.astype(np.int32)
         self.mapped += len(gfns)
 
-    def _leaf_table(self, gfn: int) -> int:
-        """The table of 4 KiB leaves that a gfn lies in; made if there is none."""
-        table = self._root
+    def _leaf_tables(self, blocks: Ptes) -> Numbers:
+        """The tables of 4 KiB leaves that blocks of 512 gfns lie in, by gfn / 512; made where there are none."""
+        tables = np.full(len(blocks), self._root, np.int64)
         for level in range(self.levels, PG_LEVEL_4K, -1):
-            table = self._descend(table, level, gfn >> level_shift(level) & (ENTRIES - 1))
-        return table
+            within = (blocks >> level_shift(level - 1)) & (ENTRIES - 1)
+            at = (tables << ENTRIES_SHIFT) + within
+            entries = self._tables.flat[at]
+            if level == PG_LEVEL_2M:  # each block has an entry of its own here
+                absent = np.flatnonzero(entries == 0)
+                entries[absent] = (self._tables.make(len(absent)) << PAGE_SHIFT) | PTE_RWX
+                self._tables.flat[at[absent]] = entries[absent]
+                np.add.at(self._used, tables[absent], 1)
+            for position in np.flatnonzero((entries == 0) | ((entries & PTE_HUGE) != 0)).tolist():
+                entries[position] = make_pte(self._descend(int(tables[position]), level, int(within[position])), 0)
+            tables = (entries & PFN_MASK) >> PAGE_SHIFT
+        return tables
 
     def _map(self, table: int, level: int, base: int, gfns: GfnRange, pfn: int, flags: int, largest: int) -> None:
         first, last = _entries_of(gfns, base, level)

@@ -25,15 +25,15 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from memfs.guest.extents import data_extents
-from memfs.units import PAGE_SHIFT, PAGE_SIZE, PageIndex, PageRange
+from memfs.units import ORDER_2M, PAGE_SHIFT, PAGE_SIZE, PageIndex, PageRange
 
 ABSENT: Final = 0
 ALLOCATED: Final = 1
@@ -48,7 +48,10 @@ _SPARSE_FROM: Final = 1 << 16  # pages; for shorter ranges asking for the extent
 _TRIES: Final = 10_000  # to read a map that is being changed, which takes the store microseconds
 _F_SEAL_FUTURE_WRITE: Final = 0x0010  # linux/fcntl.h; not in Python's fcntl module
 
+_BLOCK: Final = 1 << ORDER_2M
+
 _Bytes = npt.NDArray[np.uint8]
+_T = TypeVar("_T", bound=np.generic)
 
 
 def _extents(fd: int, pages: PageRange) -> Iterator[PageRange]:
@@ -100,13 +103,22 @@ class PageMapView:
         The store may be changing the map meanwhile; then they are read again. If it does not come to an end with that
         (it may have died), all are ABSENT.
         """
+        return self._at_one_moment(lambda: self.pages[indexes], np.full(indexes.shape, ABSENT, np.uint8))
+
+    def whole_blocks(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Which aligned blocks of 2 MiB, by page index / 512, are allocated all over; likewise of one moment."""
+        words = self.pages.view(np.uint64).reshape(-1, _BLOCK // 8)  # eight pages in a word
+        full = np.uint64(int.from_bytes([ALLOCATED] * 8, "little"))
+        return self._at_one_moment(lambda: (words[numbers] == full).all(axis=1), np.zeros(len(numbers), np.bool_))
+
+    def _at_one_moment(self, read: Callable[[], npt.NDArray[_T]], otherwise: npt.NDArray[_T]) -> npt.NDArray[_T]:
         for _ in range(_TRIES):
             before = self.seq
-            states = self.pages[indexes]
+            value = read()
             if before % 2 == 0 and self.seq == before:
-                return states
+                return value
             os.sched_yield()
-        return np.full(indexes.shape, ABSENT, np.uint8)
+        return otherwise
 
     def count(self, pages: PageRange) -> int:
         """How many pages of a range are allocated."""

@@ -77,6 +77,17 @@ class PageTableMachine(RuleBasedStateMachine):
     def map_aligned(self, gfns: GfnRange, private: bool, order: int) -> None:
         self.put(gfns, (1 << 37) + gfns.start, PTE_RWX | (PTE_PRIVATE if private else 0), order)
 
+    @rule(gfns=RANGES, step=st.integers(1, 5), pfn=st.integers(0, 1 << 38))
+    def map_pages(self, gfns: GfnRange, step: int, pfn: int) -> None:
+        wanted = np.array([gfn for gfn in range(gfns.start, gfns.end, step) if gfn not in self.model], np.int64)
+        frames = pfn + np.random.default_rng(step).permutation(len(wanted))
+        self.table.map_pages(wanted, frames, PTE_RWX)
+        self.model.update(dict(zip(wanted.tolist(), ((frames << 12) | PTE_RWX).tolist(), strict=True)))
+        mapped = self.mapped(gfns)
+        if mapped:
+            with pytest.raises(ValueError, match="is mapped"):
+                self.table.map_pages(np.array(mapped[:1]), np.array([1]), PTE_RWX)
+
     @rule(gfns=RANGES, private=SIDES)
     def unmap_range(self, gfns: GfnRange, private: bool | None) -> None:
         gone = self.mapped(gfns, private)
@@ -122,6 +133,8 @@ class PageTableMachine(RuleBasedStateMachine):
         ptes = self.table.translate(asked)
         for gfn, pte in zip(asked.tolist(), ptes.tolist(), strict=True):
             assert pte & ~PTE_HUGE == self.model.get(gfn, 0)
+        some = np.sort(asked[: 1 + len(asked) // 2])
+        assert np.array_equal(self.table.translate_in_order(some), self.table.translate(some))
         for gfn in asked[::97].tolist():
             assert self.table.lookup(Gfn(gfn)) & ~PTE_HUGE == self.model.get(gfn, 0)
 

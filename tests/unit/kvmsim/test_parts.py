@@ -25,7 +25,7 @@ def gfns(start: int, end: int) -> GfnRange:
 
 
 @pytest.mark.parametrize(
-    "name", ["kvmsim.intervals", "kvmsim.mmu.page_table", "kvmsim.mmu.ownership", "kvmsim.vm_type"]
+    "name", ["kvmsim.arrays", "kvmsim.intervals", "kvmsim.mmu.page_table", "kvmsim.mmu.ownership", "kvmsim.vm_type"]
 )
 def test_examples(name: str) -> None:
     outcome = doctest.testmod(importlib.import_module(name))

@@ -1,0 +1,64 @@
+"""Arrays of frame numbers: what faults on many gfns at once, the page table and traces do with them alike."""
+
+from __future__ import annotations
+
+from typing import Any, Final, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+Numbers = npt.NDArray[np.int64]
+_T = TypeVar("_T", bound=np.generic)
+
+_SPARSE: Final = 64  # times as large as their number must a span of numbers be, for sorting them to be the faster way
+
+
+def distinct(numbers: npt.NDArray[np.integer[Any]], end: int) -> Numbers:
+    """Numbers in ascending order, each once, as int64. Raises ValueError if one is not in [0, end).
+
+    >>> distinct(np.array([7, 3, 7], np.uint64), 8)
+    array([3, 7])
+    """
+    if numbers.ndim != 1 or numbers.dtype.kind not in "iu":
+        raise ValueError("not an array of integers of one dimension")
+    if not len(numbers):
+        return np.empty(0, np.int64)
+    low, high = int(numbers.min()), int(numbers.max())
+    if low < 0 or high >= end:
+        raise ValueError(f"{low if low < 0 else high:#x} is not in [0, {end:#x})")
+    if high - low >= _SPARSE * len(numbers):
+        return np.unique(numbers).astype(np.int64)
+    present = np.zeros(high - low + 1, np.bool_)
+    present[numbers - numbers.dtype.type(low)] = True
+    found: Numbers = np.flatnonzero(present)
+    found += low
+    return found
+
+
+def firsts(keys: npt.NDArray[Any]) -> Numbers:
+    """Where each stretch of equal keys begins.
+
+    >>> firsts(np.array([4, 4, 9, 9, 9, 4]))
+    array([0, 2, 5])
+    """
+    if not len(keys):
+        return np.empty(0, np.int64)
+    changes = np.flatnonzero(keys[1:] != keys[:-1])
+    changes += 1
+    return np.concatenate((np.zeros(1, np.int64), changes))
+
+
+def at_numbers(ordered: Numbers, values: npt.NDArray[_T], numbers: npt.NDArray[np.integer[Any]]) -> npt.NDArray[_T]:
+    """The values of numbers, given those of all of them in the order of `distinct`. Same shape as `numbers`.
+
+    >>> at_numbers(np.array([3, 7]), np.array([False, True]), np.array([7, 3, 7]))
+    array([ True, False,  True])
+    """
+    if not len(ordered):
+        return values[:0]
+    low, span = int(ordered[0]), int(ordered[-1]) - int(ordered[0]) + 1
+    if span >= _SPARSE * len(numbers):
+        return values[np.searchsorted(ordered, numbers)]
+    table = np.empty(span, values.dtype)
+    table[ordered - low] = values
+    return table[numbers - numbers.dtype.type(low)]
