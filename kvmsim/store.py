@@ -11,7 +11,7 @@ import itertools
 import logging
 import mmap
 import os
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Final
@@ -38,7 +38,6 @@ from memfs.guest.messages import (
     Message,
     PfnReply,
     PfnRun,
-    PutPfn,
     Register,
     Registered,
     Unregister,
@@ -168,9 +167,8 @@ class Counters:
 class Store:
     """A connection. Use `connect`."""
 
-    def __init__(self, peer: Peer, notify: Callable[[Notification], None], nursery: trio.Nursery) -> None:
+    def __init__(self, peer: Peer, notify: Callable[[Notification], None]) -> None:
         self._peer: Final = peer
-        self._nursery: Final = nursery
         self._notify: Final = notify
         self.files: dict[FileId, StoreFile] = {}
         self.counters = Counters()
@@ -256,27 +254,16 @@ class Store:
         return file.measurement
 
     async def get_pfn(self, file: StoreFile, pages: PageRange, *, alloc: bool) -> PfnReply:
-        """Lock pages and learn their frames (get_lock_pfn). May cover only a part, from the start on.
+        """Learn the frames of pages (get_lock_pfn and put_unlock_pfn). May cover only a part, from the start on.
 
-        Raises OSError: EINVAL past the end of the file, ENOSPC.
+        The pages are not locked: what is learnt holds only under the protocol of mmu/invalidate.py. A lock would be
+        one more message, to keep the pages from going between the answer and its use, which that protocol notices
+        anyway. Raises OSError: EINVAL past the end of the file, ENOSPC.
         """
-        reply = await self._call(GetPfn(file.id, pages, alloc))
+        reply = await self._call(GetPfn(file.id, pages, alloc, lock=False))
         assert isinstance(reply.message, PfnReply)
         file.learn(reply.message)
         return reply.message
-
-    def put_pfn(self, file: StoreFile, reply: PfnReply, *, dirty: bool) -> None:
-        """Unlock what a get_pfn locked (put_unlock_pfn). Does not wait for the answer: there is nothing to learn."""
-        for pages in _present(reply):
-            self._nursery.start_soon(self._put, PutPfn(file.id, pages, dirty))
-
-    async def _put(self, message: PutPfn) -> None:
-        try:
-            await self._call(message)
-        except StoreGone:
-            return
-        except OSError as error:
-            log.error("memfs says of pages that it locked for us: %s", error)  # noqa: TRY400
 
     def close(self) -> None:
         """End the connection; memfs then forgets all that was registered."""
@@ -308,7 +295,7 @@ async def connect(path: str, name: str, notify: Callable[[Notification], None]) 
     failure: Exception | None = None  # leaves as it is, not in the nursery's ExceptionGroup
     with ExitStack() as last:  # what is closed while somebody still reads from it is a bad descriptor to him
         async with trio.open_nursery() as nursery:
-            store = Store(Peer(sock, Role.OWNER), notify, nursery)
+            store = Store(Peer(sock, Role.OWNER), notify)
             last.callback(store.close)
             nursery.start_soon(store.serve)
             try:
@@ -319,20 +306,6 @@ async def connect(path: str, name: str, notify: Callable[[Notification], None]) 
             nursery.cancel_scope.cancel()
     if failure is not None:
         raise failure
-
-
-def _present(reply: PfnReply) -> Iterator[PageRange]:
-    """The pages that a reply says are there, which are locked; neighbours together."""
-    start = end = reply.pages.start
-    for run in reply.runs:
-        if run.pfn is not None and run.pages.start == end:
-            end = run.pages.end
-            continue
-        if start < end:
-            yield PageRange(start, end)
-        start, end = (run.pages.end, run.pages.end) if run.pfn is None else (run.pages.start, run.pages.end)
-    if start < end:
-        yield PageRange(start, end)
 
 
 def socket_of(path: str) -> str:

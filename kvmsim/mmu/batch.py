@@ -32,7 +32,7 @@ from memfs.units import ORDER_1G, ORDER_2M, ByteOffset, Gfn, GfnRange, PageIndex
 Gfns = npt.NDArray[np.int64]
 
 _BLOCK = 1 << ORDER_2M
-_ASK_AT_ONCE = 4  # ranges of shared pages, so that the store works on the next while we install one
+_ASK_AT_ONCE = 16  # ranges of shared pages, so that neither the store nor we sleep while the other works
 _MOST_ASKED = 1 << ORDER_2M  # pages: half a millisecond of the store's
 _AT_ONCE = 1 << 15  # pages that are mapped singly: what comes up on the way stays in the cache
 

@@ -129,10 +129,8 @@ async def map_gfns(
     file = slot.private if private else slot.shared
     assert file is not None
     reply = await mmu.store.get_pfn(file, slot.pages_of(gfns), alloc=not private)
-    try:  # Under the MMU lock: nothing from here to the end of the installation awaits.
-        installed = _install(mmu, slot, file, reply, gfns, private=private, write=write, seq=seq)
-    finally:
-        mmu.store.put_pfn(file, reply, dirty=write)
+    # Under the MMU lock: nothing from here to the end of the installation awaits.
+    installed = _install(mmu, slot, file, reply, gfns, private=private, write=write, seq=seq)
     return GfnRange(gfns.start, Gfn(gfns.start + len(reply.pages))) if installed else None
 
 
@@ -204,10 +202,7 @@ async def _map_classic(mmu: Mmu, slot: Memslot, access: Access, seq: int) -> boo
         return False
     file_page = mapping.file_page(page)
     reply = await mmu.store.get_pfn(file, PageRange(file_page, PageIndex(file_page + 1)), alloc=True)
-    try:
-        return _install(mmu, slot, file, reply, gfns, private=False, write=access.write, seq=seq)
-    finally:
-        mmu.store.put_pfn(file, reply, dirty=access.write)
+    return _install(mmu, slot, file, reply, gfns, private=False, write=access.write, seq=seq)
 
 
 async def _file_behind(mmu: Mmu, slot: Memslot, page: PageIndex, mapping: Mapping) -> StoreFile | None:

@@ -22,6 +22,10 @@ gap between the two. Invalidations elsewhere do not disturb a fault while they r
 A page that becomes private is a change for those who have it mapped shared, so `conversion` bumps seq, too: a fault
 that looked before sees after that it looked too early.
 
+The pages that a fault asks about are not locked in the store (GetPfn without `lock`). An answer may be stale when it
+comes: then the punch that made it so sent its begin after the question, so after the sample, and either it is in
+progress, or its end has bumped seq, or the begin is still to come and unmaps what is installed before.
+
 The MMU lock is the event loop: nothing here, nor what is called "under the MMU lock", awaits. Rejected: an asyncio-like
 lock (every checkpoint in between would be a bug that the lock hides), and blocking faults while any invalidation runs
 (a slow store would stop the guest).

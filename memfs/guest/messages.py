@@ -187,21 +187,25 @@ class GetPfn(Message):
     With `alloc`, absent pages are allocated first, all or none (ENOSPC). Without, they are reported absent. Pages
     past the end of the file: EINVAL. The answer may cover fewer pages than asked for, from the start on; every
     present page in it is locked against being freed until PutPfn.
+
+    Without `lock` it is as if PutPfn came right behind, in one message: for an owner that makes sure in another way
+    that it maps nothing of what it is told to let go of (kvmsim does: kvmsim/mmu/invalidate.py).
     """
 
     TYPE = 6
-    _BODY = struct.Struct("<QQQB")
+    _BODY = struct.Struct("<QQQBB")
     file: FileId
     pages: PageRange
     alloc: bool
+    lock: bool = True
 
     def _fields(self) -> tuple[Any, ...]:
-        return self.file, self.pages.start, self.pages.end, self.alloc
+        return self.file, self.pages.start, self.pages.end, self.alloc, self.lock
 
     @classmethod
     def _from_fields(cls, *fields: Any) -> Self:
-        file, start, end, alloc = fields
-        return cls(file, _pages(start, end), _flag(alloc))
+        file, start, end, alloc, lock = fields
+        return cls(file, _pages(start, end), _flag(alloc), _flag(lock))
 
 
 @dataclass(frozen=True, slots=True)

@@ -141,8 +141,8 @@ class Registration:
 
     # -- guest_mem_ops: the owner asks about pages ------------------------------------------------------------------
 
-    async def get_pfn(self, pages: PageRange, *, alloc: bool) -> PfnReply:
-        """Lock the pages that exist (with `alloc`, all) and say which frames they are in.
+    async def get_pfn(self, pages: PageRange, *, alloc: bool, lock: bool = True) -> PfnReply:
+        """Say which frames the pages that exist (with `alloc`, all) are in, and `lock` them.
 
         Covers as many pages from the start on as fit into a reply. Raises OSError: EINVAL past the end of the file,
         ENOSPC, EBADF if the registration ended meanwhile.
@@ -157,12 +157,12 @@ class Registration:
                     launch(self.file)
                 if alloc:
                     await self.file.make_present(pages)
-                return self._lock(pages, alloc)
+                return self._reply(pages, alloc, lock)
 
-    def _lock(self, pages: PageRange, alloc: bool) -> PfnReply:
+    def _reply(self, pages: PageRange, alloc: bool, lock: bool) -> PfnReply:
         runs = self._runs(pages, alloc)
         for run in runs:
-            if run.pfn is not None:
+            if lock and run.pfn is not None:
                 self.locks.lock(run.pages)
         return PfnReply(self.id, PageRange(pages.start, runs[-1].pages.end), tuple(runs))
 

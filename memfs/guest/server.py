@@ -230,8 +230,8 @@ class _Session:
                 return await self._register(request)
             case Unregister(file):
                 self._registry.unregister(owner, file)
-            case GetPfn(file, pages, alloc):
-                return await owner.registration(file).get_pfn(pages, alloc=alloc), ()
+            case GetPfn(file, pages, alloc, lock):
+                return await owner.registration(file).get_pfn(pages, alloc=alloc, lock=lock), ()
             case PutPfn(file, pages):
                 owner.registration(file).put_pfn(pages)
             case Populate():

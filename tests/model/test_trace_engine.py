@@ -77,9 +77,6 @@ class DirectStore:
     async def launch(self, file: StoreFile) -> None:
         """Nothing was populated."""
 
-    def put_pfn(self, file: StoreFile, reply: PfnReply, *, dirty: bool) -> None:
-        """Nothing is locked here."""
-
 
 @dataclass(frozen=True)
 class Happening:

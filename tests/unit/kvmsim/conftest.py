@@ -10,7 +10,7 @@ import os
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pytest
 import trio
@@ -30,7 +30,6 @@ from memfs.guest.messages import (
     Message,
     PfnReply,
     PfnRun,
-    PutPfn,
     Register,
     Registered,
     Unregister,
@@ -51,7 +50,6 @@ class FakeFile:
     fd: int
     page_map: PageMap | None
     registered: int = 0
-    locked: list[PageRange] = field(default_factory=list)
 
 
 class ScriptedStore:
@@ -124,12 +122,9 @@ class ScriptedStore:
                 return Done(), ()
             case Launch():
                 return Measured(bytes(48)), ()
-            case GetPfn(number, pages, alloc):
+            case GetPfn(number, pages, alloc, lock):
+                assert not lock, "nobody would unlock it"
                 return self._get(self.by_id(number), pages, alloc), ()
-            case PutPfn(number, pages):
-                for index in range(pages.start, pages.end):
-                    self.by_id(number).locked.remove(PageRange(PageIndex(index), PageIndex(index + 1)))
-                return Done(), ()
         raise AssertionError(message)
 
     def _get(self, file: FakeFile, pages: PageRange, alloc: bool) -> PfnReply:
@@ -138,8 +133,6 @@ class ScriptedStore:
             page = PageRange(PageIndex(index), PageIndex(index + 1))
             present = alloc or file.page_map is None or file.page_map.is_allocated(page.start)
             runs.append(PfnRun(page, Pfn((file.id << 18) + index) if present else None))
-            if present:
-                file.locked.append(page)
         return PfnReply(file.id, pages, tuple(runs))
 
     def allocate(self, fd: int, pages: PageRange) -> None:

@@ -79,7 +79,7 @@ MESSAGE: dict[type[Message], st.SearchStrategy[Any]] = {
     Register: st.builds(Register),
     Registered: st.builds(Registered, u64, u64, u64, u64),
     Unregister: st.builds(Unregister, u64),
-    GetPfn: st.builds(GetPfn, u64, ranges, st.booleans()),
+    GetPfn: st.builds(GetPfn, u64, ranges, st.booleans(), st.booleans()),
     PfnReply: pfn_replies(),
     PutPfn: st.builds(PutPfn, u64, ranges, st.booleans()),
     Populate: st.builds(

@@ -186,6 +186,17 @@ async def test_locks_elsewhere_hold_up_nothing(tree: Tree, registry: Registry) -
     assert inode.file.pages == 12
 
 
+async def test_frames_without_a_lock_hold_up_nothing(tree: Tree, registry: Registry) -> None:
+    inode = await filled(tree)
+    registration = Guest(registry).register(inode)
+    locked = await registration.get_pfn(pages(0, 4), alloc=False)
+    registration.put_pfn(pages(0, 4))
+    assert await registration.get_pfn(pages(0, 4), alloc=False, lock=False) == locked
+    assert len(registration.locks) == 0
+    await inode.file.punch(at(0), at(4))
+    assert inode.file.pages == 12
+
+
 async def test_putting_what_is_not_locked_changes_nothing(tree: Tree, registry: Registry) -> None:
     inode = await filled(tree)
     registration = Guest(registry).register(inode)
