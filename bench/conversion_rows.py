@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -199,7 +200,7 @@ def _with_target(row: Row, target: str, met: bool) -> Row:
 async def _fault_samples(run: Run, ours: Path, theirs: Path, name: str) -> dict[str, Sample]:
     """Pages mapped a second, by kind of fault."""
     socket_path = (await trio.to_thread.run_sync(os.getxattr, ours, "user.memfs.socket")).decode()
-    pages = _GIB // (8 if run.quick else 2)
+    pages = _GIB // (8 if run.quick else 4)
     values: dict[str, list[float]] = {}
     order = np.random.default_rng(0).permutation(pages)
     async with create_vm(socket_path, map_on_fallocate=False) as vm:
@@ -219,12 +220,21 @@ async def _fault_samples(run: Run, ours: Path, theirs: Path, name: str) -> dict[
             }
             for kind, value in found.items() if repetition else ():
                 values.setdefault(kind, []).append(value)
+    await trio.to_thread.run_sync(_remove, ours, name)
     return {kind: Sample(each) for kind, each in values.items()}
 
 
+def _remove(directory: Path, name: str) -> None:
+    """Files take memory until nobody has them."""
+    for path in directory.glob(f"{name}-*"):
+        shutil.rmtree(path)
+
+
 def _prepare(files: tuple[int, int], number: int, pages: int) -> None:
-    """All pages private, every other page, none."""
-    _, private = files
+    """All pages private, every other page, none; and of the first two no shared memory, which would only take room."""
+    shared, private = files
+    if number < 2:
+        fallocate(shared, 3, 0, pages * PAGE_SIZE)
     if number == 0:
         fallocate(private, 0, 0, pages * PAGE_SIZE)
     elif number == 1:
