@@ -42,7 +42,7 @@ import fcntl
 import functools
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
@@ -50,12 +50,12 @@ import trio
 from memfs import seals
 from memfs.backing import Backing
 from memfs.guest.extents import data_pages
-from memfs.guest.page_map import ABSENT, ALLOCATED, MAX_PAGES, PageMap
+from memfs.guest.page_map import ABSENT, ALLOCATED, PageMap
 from memfs.libc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
+from memfs.tracking import MAP_END, Tracking
 from memfs.units import (
     SECTORS_PER_PAGE,
     ByteOffset,
-    PageIndex,
     PageRange,
     bytes_to_pages,
     is_page_aligned,
@@ -76,8 +76,6 @@ _MOST_PIECES: Final = (
 )
 _PUNCH: Final = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 _CLOSED: Final = -1
-_MAP_END: Final = PageIndex(MAX_PAGES)
-_WHOLE_MAP: Final = PageRange(PageIndex(0), _MAP_END)
 
 
 class GuestOps(Protocol):
@@ -104,6 +102,7 @@ class File:
         "_content",
         "_holds",
         "_lock",
+        "_tracking",
         "backing_number",
         "fd",
         "given_out",
@@ -111,7 +110,6 @@ class File:
         "mappable_opens",
         "number",
         "owner",
-        "page_map",
         "seals",
         "was_owned",
         "writable_opens",
@@ -127,7 +125,7 @@ class File:
         self._content = backing.create(number, guest=self.guest)
         try:
             self._seal_backing()
-            self.page_map = PageMap(str(number)) if backing.accounted or self.guest else None
+            self._tracking = Tracking(backing, str(number)) if backing.accounted or self.guest else None
         except OSError:
             backing.free(self._content)
             raise
@@ -148,6 +146,11 @@ class File:
     def guest(self) -> bool:
         """Whether only the guest reaches the content (F_SEAL_GUEST)."""
         return bool(self.seals & seals.F_SEAL_GUEST)
+
+    @property
+    def page_map(self) -> PageMap | None:
+        """Which pages are allocated; None if that is not tracked."""
+        return self._tracking.page_map if self._tracking is not None else None
 
     @property
     def size(self) -> int:
@@ -296,14 +299,15 @@ class File:
             if size != old:
                 self._forbid(seals.F_SEAL_GROW if size > old else seals.F_SEAL_SHRINK, "resized so")
             if size > old:
-                self._check_tracked_size(first)
+                if self._tracking is not None:
+                    self._tracking.check_size(first)
                 self._truncate_backing(size, by_path)
                 return
             end = page_ceil(ByteOffset(old))
             told = PageRange(first, end) if first < end else None
             # Pages beyond the old size (FALLOC_FL_KEEP_SIZE allocates such) go as well, even if the size stays, but no
             # owner can have those.
-            freed = PageRange(first, _MAP_END) if first < _MAP_END else None
+            freed = PageRange(first, MAP_END) if first < MAP_END else None
             with trio.CancelScope(shield=True):
                 async with self._taking_away(told=told, freed=freed):
                     if told is not None:
@@ -347,27 +351,8 @@ class File:
                 given(piece)
                 done(piece)
 
-    @contextmanager
-    def _giving(self, pages: PageRange) -> Iterator[Callable[[PageRange], None]]:
-        """Room for what is absent in a range. What is yielded accounts for a part that was allocated."""
-        page_map = self.page_map
-        if page_map is None:
-            yield lambda _: None
-            return
-        self._check_tracked_size(pages.end)
-        left = len(pages) - page_map.count(pages)
-        self._backing.reserve(left)
-
-        def given(part: PageRange) -> None:
-            nonlocal left
-            # A write may have come first to some of the pages while the call ran in a thread.
-            left -= len(part) - page_map.count(part)
-            page_map.set(part, ALLOCATED)
-
-        try:
-            yield given
-        finally:
-            self._backing.unreserve(left)
+    def _giving(self, pages: PageRange) -> AbstractContextManager[Callable[[PageRange], None]]:
+        return self._tracking.giving(pages) if self._tracking is not None else nullcontext(lambda _: None)
 
     @asynccontextmanager
     async def _taking_away(self, *, told: PageRange | None, freed: PageRange | None) -> AsyncIterator[None]:
@@ -414,28 +399,14 @@ class File:
             yield from run.chunks(_PIECE if self.guest else bytes_to_pages(_LONG))
 
     def _forget_pages(self, pages: PageRange) -> None:
-        tracked = pages.intersect(_WHOLE_MAP)
-        if self.page_map is None or tracked is None:
-            return
-        self._backing.unreserve(self.page_map.count(tracked))
-        self.page_map.set(tracked, ABSENT)
-
-    def _check_tracked_size(self, pages: PageIndex) -> None:
-        if self.page_map is not None and pages > _MAP_END:
-            raise OSError(errno.EFBIG, "larger than a page map")
+        if self._tracking is not None:
+            self._tracking.forget(pages)
 
     def _room_for(self, offset: ByteOffset, length: int) -> int:
         """How many of `length` bytes from `offset` on can be written before memory runs out."""
-        if self.page_map is None or not length:
+        if self._tracking is None or not length:
             return length  # the kernel knows
-        pages = PageRange.covering(offset, length)
-        self._check_tracked_size(pages.end)
-        free = self._backing.free_pages
-        for run in self.page_map.runs(pages, ABSENT):
-            if len(run) > free:
-                return max(0, page_offset(PageIndex(run.start + free)) - offset)
-            free -= len(run)
-        return length
+        return self._tracking.room_for(offset, length)
 
     # -- seals ------------------------------------------------------------------------------------------------------
 
@@ -486,12 +457,12 @@ class File:
             undo.callback(self._backing.free, content)
             fd = self._backing.open(content)
             undo.callback(self._backing.shut, fd)
-            page_map = self.page_map or PageMap(str(self.number))
+            tracking = self._tracking or Tracking(self._backing, str(self.number))
             undo.pop_all()
-        self._forget_pages(_WHOLE_MAP)  # what KEEP_SIZE had allocated, and the next lines free
+        tracking.forget()  # what KEEP_SIZE had allocated, and the next lines free
         self._backing.shut(self.fd)
         self._backing.free(self._content)
-        self._content, self.fd, self.page_map, self.given_out = content, fd, page_map, False
+        self._content, self.fd, self._tracking, self.given_out = content, fd, tracking, False
         self.set_times(old.st_atime_ns, old.st_mtime_ns)
 
     def _refuse_if_guest(self, verb: str) -> None:
@@ -531,17 +502,14 @@ class File:
         assert self.owner is None, f"file {self.number} is freed while registered"
         assert not self._holds, f"file {self.number} is freed while held"
         self._backing.free(self._content)
-        if self.page_map is not None:
-            self._forget_pages(_WHOLE_MAP)
-            self.page_map.close()
+        if self._tracking is not None:
+            self._tracking.close()
 
     def check(self) -> None:
         """Raise AssertionError on the first broken invariant. Costs time proportional to the file's pages."""
-        assert not self.guest or self.page_map is not None, "guest-sealed without a page map"
-        if self.page_map is not None:
-            mapped = self.page_map.count(_WHOLE_MAP)
-            assert mapped == self.pages, f"file {self.number}: {mapped} pages in the map, {self.pages} in the backing"
-            assert self.page_map.seq % 2 == 0, "page map left in the middle of a change"
+        assert not self.guest or self._tracking is not None, "guest-sealed without a page map"
+        if self._tracking is not None:
+            self._tracking.check(self.pages)
 
 
 async def _system_call(call: Callable[[], object], nbytes: int) -> None:
