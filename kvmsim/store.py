@@ -21,6 +21,7 @@ import numpy.typing as npt
 import trio
 
 from kvmsim.arrays import firsts
+from memfs.faults import Point, reach
 from memfs.guest.frames import cut_at
 from memfs.guest.messages import (
     Ack,
@@ -184,8 +185,10 @@ class Store:
             self.gone = self.gone or "memfs has closed the connection"
         except RemoteProtocolError as error:
             self.gone = f"memfs broke the protocol: {error}"
-        except PeerGone:
-            self.gone = self.gone or "memfs has closed the connection"
+        except PeerGone as error:
+            self.gone = self.gone or f"memfs has gone: {error}"
+        except OSError as error:  # then memfs must not believe that we have let go of anything
+            self.gone = f"memfs was left: a notification could not be acted upon: {error.strerror}"
         finally:
             self.ended.set()
 
@@ -196,15 +199,20 @@ class Store:
                 return
             case InvalidateBegin() as message:
                 self.counters.invalidate_begin += 1
+                before, after = Point.BEFORE_BEGIN, Point.AFTER_BEGIN
             case InvalidateEnd() as message:
                 self.counters.invalidate_end += 1
+                before, after = Point.BEFORE_END, Point.AFTER_END
             case Fallocate() as message:
                 self.counters.fallocate += 1
+                before, after = Point.BEFORE_TELL, Point.AFTER_TELL
             case _:
                 raise AssertionError(f"the protocol let {request.message} through")
         with working_on(message.cause):
             self._log("notified", message)
+            await reach(before)
             self._notify(message)
+            await reach(after)
             with suppress(PeerGone):  # why it has gone comes next, if it said so
                 await self._peer.reply(request.id, Ack())
             self._log("acknowledged", message)

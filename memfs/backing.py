@@ -23,7 +23,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import ClassVar, Final, NewType, Protocol
 
 from memfs.libc import mount_detached, remount_detached
@@ -143,7 +143,8 @@ class TmpfsBacking:
         assert pages <= self._guest_used, f"{pages} pages given back, {self._guest_used} in use"
         self._guest_used -= pages
         if self._guest_share - self._guest_used > 2 * self._STEP:
-            self._set_guest_share(self._guest_used + self._STEP)
+            with suppress(OSError):  # then ordinary files get that room the next time
+                self._set_guest_share(self._guest_used + self._STEP)
 
     @contextmanager
     def promised(self, pages: int) -> Iterator[bool]:

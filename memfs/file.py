@@ -49,6 +49,7 @@ import trio
 
 from memfs import seals
 from memfs.backing import Backing
+from memfs.faults import Point, reach, reach_at_once
 from memfs.guest.extents import data_pages
 from memfs.guest.page_map import ABSENT, ALLOCATED, PageMap
 from memfs.libc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
@@ -347,9 +348,15 @@ class File:
                 if piece.start > pages.start:
                     await trio.lowlevel.checkpoint_if_cancelled()
                 start, stop = max(offset, piece.offset), min(end, page_offset(piece.end))
+                await reach(Point.BEFORE_ALLOCATE)
                 await _system_call(functools.partial(fallocate, self.fd, mode, start, stop - start), stop - start)
-                given(piece)
-                done(piece)
+                try:
+                    await reach(Point.AFTER_ALLOCATE)
+                    reach_at_once(Point.BEFORE_ACCOUNT)
+                finally:  # they are there
+                    given(piece)
+                    done(piece)
+                await reach(Point.AFTER_ACCOUNT)
 
     def _giving(self, pages: PageRange) -> AbstractContextManager[Callable[[PageRange], None]]:
         return self._tracking.giving(pages) if self._tracking is not None else nullcontext(lambda _: None)
@@ -365,9 +372,15 @@ class File:
             with trio.CancelScope(shield=True):
                 await owner.invalidate_begin(told)
         try:
+            await reach(Point.BEFORE_FREE)
             yield
-            if freed is not None:
-                self._forget_pages(freed)
+            try:
+                reach_at_once(Point.AFTER_FREE)
+                reach_at_once(Point.BEFORE_ACCOUNT)
+            finally:  # they are gone
+                if freed is not None:
+                    self._forget_pages(freed)
+            await reach(Point.AFTER_ACCOUNT)
         finally:
             if owner is not None and told is not None:
                 with trio.CancelScope(shield=True):

@@ -16,6 +16,7 @@ from typing import Final
 
 import trio
 
+from memfs.faults import Point, reach
 from memfs.guest.datagrams import Datagrams, held
 from memfs.guest.messages import Message
 from memfs.guest.protocol import (
@@ -122,8 +123,8 @@ class Peer:
     async def requests(self) -> AsyncGenerator[Incoming, None]:
         """The peer's requests, as they come, until the connection ends.
 
-        Raises RemoteProtocolError when the peer breaks the protocol. The connection is closed either way, and calls
-        that wait raise PeerGone.
+        Raises RemoteProtocolError when the peer breaks the protocol, PeerGone if the socket fails. The connection is
+        closed either way, and calls that wait raise PeerGone.
         """
         try:
             while True:
@@ -180,7 +181,9 @@ class Peer:
                 self._calls[number] = call
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
             try:
+                await reach(Point.BEFORE_SEND)
                 await self._socket.sendmsg([data], rights)
+                await reach(Point.AFTER_SEND)
             except trio.Cancelled:  # the peer does not read, and we cannot take the message back
                 self.close()
                 raise
@@ -196,12 +199,15 @@ class Peer:
         if self._closed:  # while the last request was being answered
             return None
         try:
+            await reach(Point.BEFORE_RECEIVE)
             try:
                 datagram = await self._socket.recvmsg(MAX_MESSAGE, _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
             except ConnectionResetError:  # said once, if it went without having read all; what it had said comes next
                 datagram = await self._socket.recvmsg(MAX_MESSAGE, _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
         except (ConnectionError, trio.ClosedResourceError):
             return None
+        except OSError as error:
+            raise PeerGone(f"the peer cannot be heard: {error.strerror}") from error
         data, ancillary, flags, _ = datagram
         fds = tuple(_descriptors(ancillary))
         if self.protocol.state is State.CLOSED:  # what crossed the last word on its way is nobody's offence
@@ -211,6 +217,7 @@ class Peer:
         # (EMFILE). The latter is nobody's fault: the message counts, and whoever needs the descriptors misses them.
         no_room = bool(flags & socket.MSG_CTRUNC) and len(fds) <= MAX_DESCRIPTORS
         try:
+            await reach(Point.AFTER_RECEIVE)
             if flags & socket.MSG_TRUNC or len(fds) > MAX_DESCRIPTORS:
                 raise RemoteProtocolError("a message or its descriptors are larger than allowed")
             if not data:
@@ -218,7 +225,10 @@ class Peer:
                     raise RemoteProtocolError("an empty message")
                 return None
             received = self.protocol.receive(data, None if no_room else len(fds))
-        except RemoteProtocolError:
+        except OSError as error:
+            self._discard(fds)
+            raise PeerGone(f"the peer cannot be heard: {error.strerror}") from error
+        except BaseException:
             self._discard(fds)
             raise
         if no_room:

@@ -31,6 +31,7 @@ from typing import Any, Final
 
 import trio
 
+from memfs.faults import Point, reach
 from memfs.file import File
 from memfs.guest.frames import FileFrames, FrameAllocator, by_order
 from memfs.guest.image import launch
@@ -110,14 +111,26 @@ class Registration:
         await self.owner.within_timeout(self, lambda: self._begin(pages))
 
     async def invalidate_end(self, pages: PageRange) -> None:
-        await self.owner.within_timeout(self, lambda: self._notify(InvalidateEnd(self.id, pages, current_request())))
+        await self.owner.within_timeout(self, lambda: self._end(pages))
 
     async def fallocate(self, pages: PageRange) -> None:
-        await self.owner.within_timeout(self, lambda: self._notify(Fallocate(self.id, pages, current_request())))
+        await self.owner.within_timeout(self, lambda: self._tell(pages))
 
     async def _begin(self, pages: PageRange) -> None:
+        await reach(Point.BEFORE_BEGIN)
         await self._notify(InvalidateBegin(self.id, pages, current_request()))
         await self.locks.wait_unlocked(pages)
+        await reach(Point.AFTER_BEGIN)
+
+    async def _end(self, pages: PageRange) -> None:
+        await reach(Point.BEFORE_END)
+        await self._notify(InvalidateEnd(self.id, pages, current_request()))
+        await reach(Point.AFTER_END)
+
+    async def _tell(self, pages: PageRange) -> None:
+        await reach(Point.BEFORE_TELL)
+        await self._notify(Fallocate(self.id, pages, current_request()))
+        await reach(Point.AFTER_TELL)
 
     async def _notify(self, message: Notification) -> None:
         pending = Pending(message, trio.current_time())
@@ -244,13 +257,17 @@ class Owner:
             raise OSError(errno.EBADF, f"no registration {file_id}") from None
 
     async def within_timeout(self, registration: Registration, step: Callable[[], Awaitable[None]]) -> None:
-        """Run a step that waits for the owner; fence the owner if it takes too long. Never raises for its sake."""
+        """Run a step that waits for the owner; fence the owner if it takes too long or fails. Never raises."""
         if not registration.alive:
             return
         with trio.move_on_after(self._registry.notify_timeout) as scope:
             try:
                 await step()
             except OwnerGone:
+                return
+            except OSError as error:  # an owner that is not told must not go on
+                if registration.alive:
+                    await self._registry.fence(self, f"it could not be told: {error.strerror}")
                 return
         if scope.cancelled_caught and registration.alive:
             await self._registry.fence(self, f"no answer within {self._registry.notify_timeout:g} s")

@@ -179,6 +179,8 @@ class _Session:
                 nursery.cancel_scope.cancel()
         except* RemoteProtocolError as group:
             log.warning("%s broke the protocol and is cut off: %s", self._owner, group.exceptions[0])
+        except* PeerGone as group:
+            log.error("%s is cut off: %s", self._owner, group.exceptions[0])  # noqa: TRY400
         except* Exception as group:
             log.exception("%s is cut off: a bug in memfs", self._owner, exc_info=group)
         finally:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import trio
 
 from memfs.guest.messages import Ack, Hello, Message, Register, Registered
-from memfs.guest.peer import Incoming, Peer, close_all, open_connection
+from memfs.guest.peer import Incoming, Peer, PeerGone, close_all, open_connection
 from memfs.guest.protocol import Role
 
 
@@ -44,7 +44,8 @@ class Owner:
     async def _acknowledge(self, request: Incoming) -> None:
         await self.acknowledge.wait()
         if type(request.message).__name__ != "Fenced":
-            await self.peer.reply(request.id, Ack())
+            with suppress(PeerGone):  # who is cut off may be told why before anything else
+                await self.peer.reply(request.id, Ack())
 
     async def ask(self, message: Message, fds: list[int] | None = None) -> Message:
         """Send a request; the descriptors that come with the answer are closed."""

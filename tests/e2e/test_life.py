@@ -191,6 +191,51 @@ async def test_unmounted_owners_are_told(memfs: Memfs) -> None:
         assert [type(message) for message in owner.heard] == [Fenced]
 
 
+# -- the clock jumps ---------------------------------------------------------------------------------------------------
+
+FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
+
+
+@pytest.mark.skipif(FAKETIME is None, reason="needs libfaketime, to set the clock of one process only")
+async def test_clock_jumps_while_an_owner_is_waited_for(
+    mount_memfs: Callable[..., Memfs], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody is fenced because it is next year, and nobody is waited for because it is last year."""
+    clock = tmp_path / "clock"
+    clock.write_text("+0")
+    with monkeypatch.context() as patch:
+        patch.setenv("LD_PRELOAD", str(FAKETIME))
+        patch.setenv("FAKETIME_TIMESTAMP_FILE", str(clock))
+        patch.setenv("FAKETIME_NO_CACHE", "1")
+        patch.setenv("DONT_FAKE_MONOTONIC", "1")
+        memfs = mount_memfs("size=64m,notify_timeout=2")
+    memfs.expected.append("is fenced: no answer within 2 s")
+    await shell("fallocate", "-l", "1M", "file", cwd=memfs.path)
+    async with connected(memfs.socket) as owner:
+        await owner.register(memfs.path / "file")
+        owner.acknowledge = trio.Event()
+        owner.arrived = trio.Event()
+        punch = lambda: shell("fallocate", "-p", "-l", "64K", "file", cwd=memfs.path)  # noqa: E731
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(punch)
+            with trio.fail_after(10):
+                await owner.arrived.wait()
+            clock.write_text("+400d")
+            directory = memfs.path / "next year"
+            await trio.to_thread.run_sync(directory.mkdir)
+            assert directory.stat().st_ctime > time.time() + 300 * 86400  # it does see the new time
+            await trio.sleep(0.5)
+            assert not owner.gone.is_set()
+            owner.acknowledge.set()
+        owner.acknowledge = trio.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(punch)
+            await trio.sleep(0.5)
+            clock.write_text("-400d")
+            with trio.fail_after(5):
+                await owner.gone.wait()
+
+
 # -- memfs is killed ---------------------------------------------------------------------------------------------------
 
 

@@ -42,8 +42,9 @@ def settled(path: Path) -> int:
     return now
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 @pytest.mark.parametrize("guest", [False, True], ids=["ordinary", "guest"])
-def test_a_signal_ends_it_and_what_there_is_is_accounted_for(large: Memfs, guest: bool) -> None:
+def test_a_signal_ends_it_and_what_there_is_is_accounted_for(large: Memfs, guest: bool, number: signal.Signals) -> None:
     if guest:
         os.setxattr(large.path, "user.memfs.default_seals", b"guest")
     for attempt in range(TRIES):
@@ -51,8 +52,8 @@ def test_a_signal_ends_it_and_what_there_is_is_accounted_for(large: Memfs, guest
         path.touch()
         process = subprocess.Popen(["fallocate", "--length", SIZE, path.name], cwd=large.path)
         time.sleep(0.01 * (attempt % 10 + 1))
-        process.send_signal(signal.SIGINT)
-        if process.wait() == -signal.SIGINT and settled(large.path) < FULL:
+        process.send_signal(number)
+        if process.wait() == -number and settled(large.path) < FULL:
             assert path.stat().st_blocks // 8 == used(large.path)
             assert path.stat().st_size // 4096 == used(large.path)  # as far as it got: who goes on can see where
             subprocess.run(["fallocate", "--length", SIZE, path.name], cwd=large.path, check=True)
