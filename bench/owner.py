@@ -57,7 +57,7 @@ async def run(root: Path, vms: int, slots: int, pages: int) -> None:
                 directory = root if vms == slots == 1 else root / f"{number}-{slot}"
                 await add_slot(vm, slot, await trio.to_thread.run_sync(make_files, directory, pages), pages)
         print("ready", flush=True)
-        await trio.to_thread.run_sync(sys.stdin.read)
+        await trio.lowlevel.wait_readable(sys.stdin)
 
 
 if __name__ == "__main__":

@@ -51,6 +51,8 @@ from memfs.units import ORDER_1G, PAGE_SIZE, PageIndex, PageRange, Pfn
 
 log = logging.getLogger(__name__)
 
+_PATIENCE: Final = 300e-6  # seconds that we look for the next message: less than it takes to sleep and be woken
+
 Notification = InvalidateBegin | InvalidateEnd | Fallocate
 
 SOCKET_ATTRIBUTE: Final = "user.memfs.socket"
@@ -286,6 +288,7 @@ class Store:
         try:
             reply = await self._peer.call(message, fds or [])
         except PeerGone as error:
+            await self.ended.wait()  # why it has gone may still be there to be read
             raise StoreGone(self.gone or f"memfs has gone: {error}") from error
         if isinstance(reply.message, Failed):
             words, text = os.strerror(reply.message.errno), reply.message.text
@@ -303,7 +306,7 @@ async def connect(path: str, name: str, notify: Callable[[Notification], None]) 
     failure: Exception | None = None  # leaves as it is, not in the nursery's ExceptionGroup
     with ExitStack() as last:  # what is closed while somebody still reads from it is a bad descriptor to him
         async with trio.open_nursery() as nursery:
-            store = Store(Peer(sock, Role.OWNER), notify)
+            store = Store(Peer(sock, Role.OWNER, patience=_PATIENCE), notify)
             last.callback(store.close)
             nursery.start_soon(store.serve)
             try:

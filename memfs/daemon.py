@@ -176,7 +176,7 @@ class _Memfs:
             "connections": self._clients.connections,
             "turned away": self._clients.refused,
             "acknowledged": sum(owner.notified for owner in owners),
-            "pending": sum(len(owner.pending) for owner in owners),
+            "pending": self._registry.pending,
         }
 
     def describe_in(self, most_bytes: int) -> str:

@@ -8,12 +8,16 @@ has to be: who sends without end is stopped by the protocol's limits, or has to 
 
 from __future__ import annotations
 
+import os
 import socket
+import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
 import trio
+
+Datagram = tuple[bytes, list[Any], int, Any]  #: what recvmsg returns: data, ancillary data, flags, address
 
 _RECEIVED_AT_ONCE: Final = 32
 
@@ -21,14 +25,17 @@ _RECEIVED_AT_ONCE: Final = 32
 class Datagrams:
     """`sendmsg` and `recvmsg` of a connected socket, which stays the trio socket's to name and to shut down.
 
-    They raise OSError, and trio.ClosedResourceError once it has been closed.
+    They raise OSError, and trio.ClosedResourceError once it has been closed. For `patience` seconds after a message has
+    come, `recvmsg` looks for the next one before it sleeps, if this process has nothing else to do.
     """
 
-    def __init__(self, sock: trio.socket.SocketType) -> None:
+    def __init__(self, sock: trio.socket.SocketType, patience: float = 0) -> None:
         self._socket: Final = sock
         # The same descriptor, by another name; trio's is non-blocking.
         self._view: Final = socket.socket(sock.family, sock.type, sock.proto, fileno=sock.fileno())
         self._received = 0
+        self._patience: Final = patience
+        self._look_until = 0.0  # by time.perf_counter
 
     async def sendmsg(self, buffers: Iterable[bytes], ancillary: Iterable[tuple[int, int, Any]]) -> int:
         """sendmsg(2); waits only while the peer does not read."""
@@ -39,18 +46,44 @@ class Datagrams:
             except BlockingIOError:
                 await trio.lowlevel.wait_writable(self._view)
 
-    async def recvmsg(self, size: int, ancillary: int, flags: int) -> tuple[bytes, list[Any], int, Any]:
+    async def recvmsg(self, size: int, ancillary: int, flags: int) -> Datagram:
         """recvmsg(2); waits only while there is nothing."""
         self._received += 1
         if self._received % _RECEIVED_AT_ONCE == 0:
             await trio.lowlevel.checkpoint()
         while True:
             await trio.lowlevel.checkpoint_if_cancelled()
-            self._check_open()
             try:
-                return self._view.recvmsg(size, ancillary, flags)
+                datagram = self.recvmsg_now(size, ancillary, flags)
             except BlockingIOError:
-                await trio.lowlevel.wait_readable(self._view)
+                if not self._look():
+                    await trio.lowlevel.wait_readable(self._view)
+            else:
+                self._look_until = time.perf_counter() + self._patience if self._patience else 0
+                return datagram
+
+    def _look(self) -> bool:
+        """Whether something has come while we looked for it."""
+        if time.perf_counter() >= self._look_until or not _is_idle():
+            return False
+        while time.perf_counter() < self._look_until:
+            if self.peek(1):
+                return True
+            os.sched_yield()
+        return False
+
+    def peek(self, size: int) -> bytes:
+        """The first bytes of what would be received now; none if there is nothing, or the end."""
+        self._check_open()
+        try:
+            return self._view.recv(size, socket.MSG_PEEK)
+        except BlockingIOError:
+            return b""
+
+    def recvmsg_now(self, size: int, ancillary: int, flags: int) -> Datagram:
+        """recvmsg(2). Raises BlockingIOError if there is nothing."""
+        self._check_open()
+        return self._view.recvmsg(size, ancillary, flags)
 
     def close(self) -> None:
         """Close it; who waits in a call gets ClosedResourceError."""
@@ -63,6 +96,12 @@ class Datagrams:
     def _check_open(self) -> None:
         if self._socket.fileno() < 0:
             raise trio.ClosedResourceError("the socket has been closed")
+
+
+def _is_idle() -> bool:
+    """Whether neither a task nor a thread of this process has something to do."""
+    threads = trio.to_thread.current_default_thread_limiter().borrowed_tokens
+    return not threads and not trio.lowlevel.current_statistics().tasks_runnable
 
 
 @asynccontextmanager

@@ -10,16 +10,18 @@ from __future__ import annotations
 import array
 import os
 import socket
+import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 import trio
 
-from memfs.faults import Point, reach
-from memfs.guest.datagrams import Datagrams, held
+from memfs.faults import Point, reach, reach_at_once
+from memfs.guest.datagrams import Datagram, Datagrams, held
 from memfs.guest.messages import Message
 from memfs.guest.protocol import (
+    HEADER_SIZE,
     MAX_DESCRIPTORS,
     MAX_IN_FLIGHT,
     MAX_MESSAGE,
@@ -28,11 +30,12 @@ from memfs.guest.protocol import (
     RequestId,
     Role,
     State,
+    is_reply,
 )
 
 # One descriptor more than is allowed, so that too many are noticed rather than cut off.
 _ANCILLARY: Final = socket.CMSG_SPACE((MAX_DESCRIPTORS + 1) * array.array("i").itemsize)
-
+_RECVMSG: Final = (MAX_MESSAGE, _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
 
 _CONNECT_TIMEOUT: Final = 5.0  # seconds
 _CONNECT_PAUSE: Final = 0.01  # seconds
@@ -66,6 +69,7 @@ class _Call:
 class Peer:
     """One end of a connection. `requests` must be iterated by one task for anything to arrive at all.
 
+    `patience`: for how many seconds to look for a message before sleeping, where there is nothing else to do.
     `discard` closes descriptors that nobody wants; who does not trust the peer lets a thread do that (clients.py).
     """
 
@@ -74,26 +78,31 @@ class Peer:
         sock: trio.socket.SocketType,
         role: Role,
         discard: Callable[[tuple[int, ...]], object] | None = None,
+        patience: float = 0,
     ) -> None:
-        self._socket: Final = Datagrams(sock)
+        self._socket: Final = Datagrams(sock, patience)
         self._discard: Final = discard or close_all
         self.protocol: Final = Connection(role)
         self._sending: Final = trio.Lock()
         self._calls: dict[RequestId, _Call] = {}
         self._answered = trio.Event()  # replaced each time it is set
         self._closed = False
+        self._broken: RemoteProtocolError | PeerGone | None = None  # by a reply that its call looked for
 
-    async def call(self, message: Message, fds: Sequence[int] = ()) -> Incoming:
+    async def call(self, message: Message, fds: Sequence[int] = (), *, patience: float = 0) -> Incoming:
         """Send a request and wait for its reply. Raises PeerGone; LocalProtocolError if it may not be sent now.
 
         Waits first while as many as may be are unanswered. When cancelled after that, the request stays sent; its reply
-        is dropped when it comes.
+        is dropped when it comes. For `patience` seconds nothing else is done in this process than to look for the
+        reply: to sleep and be woken takes longer than most replies.
         """
         call = _Call()
         while not await self._send(message, fds=fds, call=call):
             await self._answered.wait()
         try:
-            await call.done.wait()
+            self._look_for(call, patience)
+            if not call.done.is_set():
+                await call.done.wait()
         except trio.Cancelled:
             call.cancelled = True
             if call.reply is not None:  # it came just now
@@ -130,20 +139,54 @@ class Peer:
             while True:
                 received = await self._receive()
                 if received is None:
+                    if self._broken is not None:
+                        raise self._broken
                     return
                 incoming, is_reply = received
-                if not is_reply:
-                    yield incoming
-                    continue
-                self._wake()
-                call = self._calls.pop(incoming.id)
-                if call.cancelled:
-                    self._discard(incoming.fds)
+                if is_reply:
+                    self._take(incoming)
                 else:
-                    call.reply = incoming
-                    call.done.set()
+                    yield incoming
         finally:
             self.close()
+
+    def _look_for(self, call: _Call, patience: float) -> None:
+        """Take replies for so many seconds, or until a certain one has come. A request is left for `requests`."""
+        deadline = time.perf_counter() + patience if patience else 0
+        while not call.done.is_set() and time.perf_counter() < deadline:
+            try:
+                header = self._socket.peek(HEADER_SIZE)
+                if not header:
+                    os.sched_yield()
+                    continue
+                if not is_reply(header):
+                    return
+                reach_at_once(Point.BEFORE_RECEIVE)
+                received = self._accept(self._socket.recvmsg_now(*_RECVMSG))
+            except (ConnectionError, trio.ClosedResourceError):  # `requests` will see that, too
+                return
+            except (RemoteProtocolError, PeerGone) as error:
+                self._break(error)
+            except OSError as error:
+                self._break(_deaf(error))
+            else:
+                if received is not None:
+                    self._take(received[0])
+
+    def _break(self, error: RemoteProtocolError | PeerGone) -> None:
+        """`requests` is to end with this."""
+        self._broken = error
+        self.close()
+
+    def _take(self, reply: Incoming) -> None:
+        """Hand a reply to whoever asked."""
+        self._wake()
+        call = self._calls.pop(reply.id)
+        if call.cancelled:
+            self._discard(reply.fds)
+        else:
+            call.reply = reply
+            call.done.set()
 
     def close(self) -> None:
         """End the connection; calls that wait raise PeerGone. Idempotent."""
@@ -196,18 +239,22 @@ class Peer:
         return True
 
     async def _receive(self) -> tuple[Incoming, bool] | None:
+        """The next message, and whether it is a reply. None: the connection has ended."""
         if self._closed:  # while the last request was being answered
             return None
         try:
             await reach(Point.BEFORE_RECEIVE)
             try:
-                datagram = await self._socket.recvmsg(MAX_MESSAGE, _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
+                datagram = await self._socket.recvmsg(*_RECVMSG)
             except ConnectionResetError:  # said once, if it went without having read all; what it had said comes next
-                datagram = await self._socket.recvmsg(MAX_MESSAGE, _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
+                datagram = await self._socket.recvmsg(*_RECVMSG)
         except (ConnectionError, trio.ClosedResourceError):
             return None
         except OSError as error:
-            raise PeerGone(f"the peer cannot be heard: {error.strerror}") from error
+            raise _deaf(error) from error
+        return self._accept(datagram)
+
+    def _accept(self, datagram: Datagram) -> tuple[Incoming, bool] | None:
         data, ancillary, flags, _ = datagram
         fds = tuple(_descriptors(ancillary))
         if self.protocol.state is State.CLOSED:  # what crossed the last word on its way is nobody's offence
@@ -217,7 +264,7 @@ class Peer:
         # (EMFILE). The latter is nobody's fault: the message counts, and whoever needs the descriptors misses them.
         no_room = bool(flags & socket.MSG_CTRUNC) and len(fds) <= MAX_DESCRIPTORS
         try:
-            await reach(Point.AFTER_RECEIVE)
+            reach_at_once(Point.AFTER_RECEIVE)
             if flags & socket.MSG_TRUNC or len(fds) > MAX_DESCRIPTORS:
                 raise RemoteProtocolError("a message or its descriptors are larger than allowed")
             if not data:
@@ -227,7 +274,7 @@ class Peer:
             received = self.protocol.receive(data, None if no_room else len(fds))
         except OSError as error:
             self._discard(fds)
-            raise PeerGone(f"the peer cannot be heard: {error.strerror}") from error
+            raise _deaf(error) from error
         except BaseException:
             self._discard(fds)
             raise
@@ -264,6 +311,10 @@ def close_all(fds: Iterable[int]) -> None:
     """Close descriptors that nobody wants."""
     for fd in fds:
         os.close(fd)
+
+
+def _deaf(error: OSError) -> PeerGone:
+    return PeerGone(f"the peer cannot be heard: {error.strerror}")
 
 
 def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> Iterator[int]:

@@ -81,6 +81,7 @@ MAX_IN_FLIGHT: Final = 256  #: unanswered requests in one direction
 MAX_DESCRIPTORS: Final = 2  #: file descriptors beside one message
 
 _HEADER: Final = struct.Struct("<HHIQ")
+HEADER_SIZE: Final = _HEADER.size  #: bytes
 
 RequestId = NewType("RequestId", int)  #: number of a request, unique per direction and connection
 
@@ -257,6 +258,11 @@ class Connection:
         elif isinstance(message, InvalidateEnd):
             self._invalidations.remove((message.file, message.pages))
         return None
+
+
+def is_reply(header: bytes) -> bool:
+    """Whether a datagram that begins with these HEADER_SIZE bytes claims to be an answer."""
+    return len(header) == HEADER_SIZE and MESSAGES.get(_HEADER.unpack(header)[1]) in _IS_REPLY
 
 
 def _parse(data: memoryview) -> tuple[RequestId, Message]:

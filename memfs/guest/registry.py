@@ -24,7 +24,8 @@ import errno
 import functools
 import logging
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Final
@@ -135,11 +136,8 @@ class Registration:
     async def _notify(self, message: Notification) -> None:
         pending = Pending(message, trio.current_time())
         self._log("notify", pending)
-        self.owner.pending.append(pending)
-        try:
-            ack = await self.owner.notify(message)
-        finally:
-            self.owner.pending.remove(pending)
+        with self.owner.waited_for(pending) as is_alone:
+            ack = await self.owner.notify(message, is_alone)
         self.owner.notified += 1
         self._log("acknowledged", pending, seconds=pending.age)
         if ack.errno:
@@ -223,7 +221,8 @@ class Registration:
 class Owner:
     """A virtual machine's connection, as the registry sees it.
 
-    `notify` sends a notification and returns its acknowledgement, or raises OwnerGone. `cut_off` ends the connection
+    `notify` sends a notification and returns its acknowledgement, or raises OwnerGone; it is told whether that is the
+    only one that memfs waits for. `cut_off` ends the connection
     after telling the peer why; the connection's end then calls `Registry.end`. `is_dead` says whether the process that
     connected is gone; a child that it forked may still hold the connection open.
     """
@@ -232,7 +231,7 @@ class Owner:
         self,
         number: int,
         registry: Registry,
-        notify: Callable[[Notification], Awaitable[Ack]],
+        notify: Callable[[Notification, bool], Awaitable[Ack]],
         cut_off: Callable[[str], Awaitable[None]],
         is_dead: Callable[[], bool],
     ) -> None:
@@ -245,6 +244,17 @@ class Owner:
         self.registrations: dict[FileId, Registration] = {}
         self.pending: list[Pending] = []  #: the oldest first
         self.notified = 0  #: how many notifications it has acknowledged
+
+    @contextmanager
+    def waited_for(self, pending: Pending) -> Iterator[bool]:
+        """Within, it has not acknowledged that. What is yielded: whether nobody else is waited for."""
+        self.pending.append(pending)
+        self._registry.pending += 1
+        try:
+            yield self._registry.pending == 1
+        finally:
+            self._registry.pending -= 1
+            self.pending.remove(pending)
 
     def __str__(self) -> str:
         return f"owner {self.number} ({self.name})" if self.name else f"owner {self.number}"
@@ -284,6 +294,7 @@ class Registry:
         self._tree: Final = tree
         self.notify_timeout: Final = notify_timeout
         self.owners: dict[int, Owner] = {}
+        self.pending = 0  #: how many notifications have not been acknowledged
         self.fenced = 0  #: how many owners were cut off for not answering
         self._frames: Final = FrameAllocator()
         self._last_owner = 0
@@ -291,7 +302,7 @@ class Registry:
 
     def new_owner(
         self,
-        notify: Callable[[Notification], Awaitable[Ack]],
+        notify: Callable[[Notification, bool], Awaitable[Ack]],
         cut_off: Callable[[str], Awaitable[None]],
         is_dead: Callable[[], bool] = lambda: False,
     ) -> Owner:

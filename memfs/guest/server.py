@@ -62,6 +62,7 @@ from memfs.units import PAGE_SIZE
 log = logging.getLogger(__name__)
 
 _LOOK_INTERVAL: Final = 0.05  # seconds between two looks at the process of an owner that is being waited for
+_PATIENCE: Final = 300e-6  #: seconds that nothing else is done when an owner is told: about what it takes to answer
 _FAREWELL: Final = 0.1  # seconds: how long we try to tell a peer that is being cut off why
 
 
@@ -290,13 +291,13 @@ class _Session:
             raise OSError(errno.EACCES, "not open for writing")
         return self._tree.regular(inode.ino)
 
-    async def _notify(self, message: Notification) -> Ack:
+    async def _notify(self, message: Notification, is_alone: bool) -> Ack:
         self._waited_for.set()
         try:
             if isinstance(message, InvalidateEnd):  # the pages are gone, whatever the owner thinks of it
                 await self._peer.post(message)
                 return Ack()
-            incoming = await self._peer.call(message)
+            incoming = await self._peer.call(message, patience=_PATIENCE if is_alone else 0)
         except PeerGone as error:
             raise OwnerGone from error
         assert isinstance(incoming.message, Ack)

@@ -44,7 +44,7 @@ class Guest:
         self.errno = 0
         self.owner: Owner = registry.new_owner(self._notify, self._cut_off)
 
-    async def _notify(self, message: Notification) -> Ack:
+    async def _notify(self, message: Notification, _: bool) -> Ack:
         self.heard.append(message)
         await self.answers.wait()
         if self.dead:
