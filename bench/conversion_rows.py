@@ -214,7 +214,7 @@ async def _fault_samples(run: Run, ours: Path, theirs: Path, name: str) -> dict[
             found = {
                 "whole": _private(vm, order, pages),
                 "every other page": _private(vm, order[order % 2 == 0] + pages, pages // 2),
-                "in order": await _shared(vm, ours / f"{name}-2", np.arange(2 * pages, 3 * pages), 512),
+                "in order": await _shared(vm, ours / f"{name}-2", np.arange(2 * pages, 3 * pages), 4096),
                 "at random": await _shared(vm, ours / f"{name}-2", order + 2 * pages, 4096),
                 "fallocate": await trio.to_thread.run_sync(_raw, theirs / "raw", pages),
             }

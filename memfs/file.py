@@ -492,9 +492,13 @@ class File:
 
     # -- life -------------------------------------------------------------------------------------------------------
 
-    def is_quick(self, length: int) -> bool:
-        """Whether a change of `length` bytes would not wait for anything: then its coroutine ends without yielding."""
-        return self.owner is None and length <= _LONG and not (self._lock is not None and self._lock.locked())
+    def is_quick(self, length: int, *, of_owner: bool = False) -> bool:
+        """Whether a change of `length` bytes would not wait for anything: then its coroutine ends without yielding.
+
+        Nor does the owner have to be told of what it asked for.
+        """
+        waits_for_owner = self.owner is not None and not of_owner
+        return not waits_for_owner and length <= _LONG and not (self._lock is not None and self._lock.locked())
 
     @asynccontextmanager
     async def locked(self) -> AsyncIterator[None]:

@@ -33,7 +33,7 @@ Gfns = npt.NDArray[np.int64]
 
 _BLOCK = 1 << ORDER_2M
 _ASK_AT_ONCE = 16  # ranges of shared pages, so that neither the store nor we sleep while the other works
-_MOST_ASKED = 1 << ORDER_2M  # pages: half a millisecond of the store's
+_MOST_ASKED = 1 << 11  # pages: two milliseconds of the store's
 _AT_ONCE = 1 << 15  # pages that are mapped singly: what comes up on the way stays in the cache
 
 
@@ -64,18 +64,18 @@ async def fault_in_shared(mmu: Mmu, gfns: Gfns, *, write: bool = False) -> npt.N
     """
     absent = distinct(gfns, mmu.table.max_gfn)
     absent = absent[mmu.table.translate_in_order(absent) == 0]
-    free = trio.CapacityLimiter(_ASK_AT_ONCE)
+    parts = _shared_parts(mmu, absent)
 
-    async def ask(slot: Memslot, part: GfnRange) -> None:
-        async with free:
+    async def ask() -> None:
+        for slot, part in parts:
             if not mmu.invalidations.is_active(part) and mmu.slots.is_current(slot):
                 await map_gfns(mmu, slot, part, private=False, seq=mmu.invalidations.sample(), write=write)
 
     failure: OSError | StoreGone | None = None
     try:
         async with trio.open_nursery() as nursery:
-            for slot, part in _shared_parts(mmu, absent):
-                nursery.start_soon(ask, slot, part)
+            for _ in range(_ASK_AT_ONCE):
+                nursery.start_soon(ask)
     except* (OSError, StoreGone) as group:
         failure = next(iter(_leaves(group)))
     if failure is not None:

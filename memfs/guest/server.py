@@ -173,7 +173,7 @@ class _Session:
             async with trio.open_nursery() as nursery, contextlib.aclosing(self._peer.requests()) as requests:
                 nursery.start_soon(self._end_with_process)
                 async for request in requests:
-                    if isinstance(request.message, GetPfn | Register | Populate | Launch):
+                    if self._may_wait(request.message):
                         nursery.start_soon(self._answer, request)
                     else:
                         await self._answer(request)
@@ -188,6 +188,13 @@ class _Session:
             self._peer.close()
             self._registry.end(self._owner)
             self._client.left()
+
+    def _may_wait(self, message: Message) -> bool:
+        """Whether somebody else may have to do something before that can be answered."""
+        if isinstance(message, GetPfn):
+            registration = self._owner.registrations.get(message.file)
+            return registration is not None and not registration.is_quick(message.pages)
+        return isinstance(message, Register | Populate | Launch)
 
     async def _end_with_process(self) -> None:
         """While the owner is being waited for, see whether it can still answer."""
