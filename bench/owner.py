@@ -1,9 +1,10 @@
 """A process with virtual machines on a memfs, for the benchmarks: registers, acknowledges and maps, as kvmsim does.
 
-    python -m bench.owner DIRECTORY VMS SLOTS PAGES
+    python -m bench.owner DIRECTORY VMS SLOTS PAGES [FIRST]
 
-Each VM has slots of so many pages on DIRECTORY/VM-SLOT/shared and .../private, which it makes (for one VM with one slot
-directly in DIRECTORY), shared memory allocated. Says that it is ready with a line, and ends with its standard input.
+Each VM, numbered from FIRST on (default 0), has slots of so many pages on DIRECTORY/VM-SLOT/shared and .../private,
+which it makes (for one VM with one slot directly in DIRECTORY), shared memory allocated. Says that it is ready with a
+line, and ends with its standard input.
 """
 
 from __future__ import annotations
@@ -47,11 +48,11 @@ async def add_slot(vm: VM, number: int, files: tuple[int, int], pages: int) -> N
         await trio.to_thread.run_sync(os.close, fd)
 
 
-async def run(root: Path, vms: int, slots: int, pages: int) -> None:
+async def run(root: Path, vms: int, slots: int, pages: int, first: int = 0) -> None:
     """Until standard input ends."""
     socket_path = (await trio.to_thread.run_sync(os.getxattr, root, "user.memfs.socket")).decode()
     async with AsyncExitStack() as stack:
-        for number in range(vms):
+        for number in range(first, first + vms):
             vm = await stack.enter_async_context(create_vm(socket_path, name=f"bench-{number}"))
             for slot in range(slots):
                 directory = root if vms == slots == 1 else root / f"{number}-{slot}"
@@ -61,4 +62,4 @@ async def run(root: Path, vms: int, slots: int, pages: int) -> None:
 
 
 if __name__ == "__main__":
-    trio.run(run, Path(sys.argv[1]), *map(int, sys.argv[2:5]))
+    trio.run(run, Path(sys.argv[1]), *map(int, sys.argv[2:]))
