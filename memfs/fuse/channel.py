@@ -25,9 +25,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import select
 import socket
-import time
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
@@ -46,6 +44,7 @@ from memfs.fuse.wire import (
     unpack,
 )
 from memfs.logs import fields, working_on
+from memfs.lookout import Lookout
 
 log = logging.getLogger(__name__)
 
@@ -76,8 +75,8 @@ class Channel:
         self._amend_next: dict[int, Amendment] = {}  # by unique: replies that pyfuse3 owes and we will change
         self._running: dict[int, trio.CancelScope] = {}  # by unique: handlers that wait
         os.set_blocking(fuse_fd, False)
-        self._readable: Final = select.poll()
-        self._readable.register(fuse_fd, select.POLLIN)
+        self._lookout: Final = Lookout.here()
+        self._lookout.add(fuse_fd)
         self._ours, self._libfuse = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.max_message: Final = min(_fit_buffer(self._ours), _fit_buffer(self._libfuse))
         self._ours.setblocking(False)
@@ -98,6 +97,7 @@ class Channel:
         """Close all descriptors. The kernel then aborts whatever it waits for."""
         self._ours.close()
         self._libfuse.close()
+        self._lookout.remove(self._fuse)
         os.close(self._fuse)
 
     # -- kernel to libfuse ------------------------------------------------------------------------------------------
@@ -182,14 +182,8 @@ class Channel:
         if log.isEnabledFor(logging.INFO):
             log.info("answered", extra=fields(opcode=request.opcode, error=-OUT_HEADER.unpack_from(answer)[1]))
         self._answer(answer)
-        if not self._running:
-            self._linger()
-
-    def _linger(self) -> None:
-        """Look for the next request a little longer than who was answered needs to make it."""
-        deadline = time.perf_counter() + _LINGER
-        while not self._readable.poll(0) and time.perf_counter() < deadline:
-            os.sched_yield()
+        if not self._running:  # who was answered may ask again at once
+            self._lookout.look(_LINGER)
 
     def _interrupt(self, request: Request) -> bool:
         """Whether the interrupted request is one of ours; then it is being cancelled."""

@@ -8,7 +8,6 @@ has to be: who sends without end is stopped by the protocol's limits, or has to 
 
 from __future__ import annotations
 
-import os
 import socket
 import time
 from collections.abc import AsyncIterator, Iterable
@@ -16,6 +15,8 @@ from contextlib import asynccontextmanager
 from typing import Any, Final
 
 import trio
+
+from memfs.lookout import Lookout, has_threads_at_work
 
 Datagram = tuple[bytes, list[Any], int, Any]  #: what recvmsg returns: data, ancillary data, flags, address
 
@@ -26,7 +27,7 @@ class Datagrams:
     """`sendmsg` and `recvmsg` of a connected socket, which stays the trio socket's to name and to shut down.
 
     They raise OSError, and trio.ClosedResourceError once it has been closed. For `patience` seconds after a message has
-    come, `recvmsg` looks for the next one before it sleeps, if this process has nothing else to do.
+    come, `recvmsg` looks for the next one before it sleeps (lookout.py), unless threads are at work.
     """
 
     def __init__(self, sock: trio.socket.SocketType, patience: float = 0) -> None:
@@ -35,6 +36,8 @@ class Datagrams:
         self._view: Final = socket.socket(sock.family, sock.type, sock.proto, fileno=sock.fileno())
         self._received = 0
         self._patience: Final = patience
+        self._lookout: Final = Lookout.here()
+        self._lookout.add(self._view.fileno())
         self._look_until = 0.0  # by time.perf_counter
 
     async def sendmsg(self, buffers: Iterable[bytes], ancillary: Iterable[tuple[int, int, Any]]) -> int:
@@ -63,14 +66,13 @@ class Datagrams:
                 return datagram
 
     def _look(self) -> bool:
-        """Whether something has come while we looked for it."""
-        if time.perf_counter() >= self._look_until or not _is_idle():
-            return False
-        while time.perf_counter() < self._look_until:
-            if self.peek(1):
-                return True
-            os.sched_yield()
-        return False
+        """Whether something has come while we looked."""
+        patience = self._look_until - time.perf_counter()
+        return patience > 0 and not has_threads_at_work() and self.comes_within(patience)
+
+    def comes_within(self, seconds: float) -> bool:
+        """Whether there is something to receive, or comes before anything else does, so soon."""
+        return self._lookout.look(seconds) and bool(self.peek(1))
 
     def peek(self, size: int) -> bytes:
         """The first bytes of what would be received now; none if there is nothing, or the end."""
@@ -87,21 +89,21 @@ class Datagrams:
 
     def close(self) -> None:
         """Close it; who waits in a call gets ClosedResourceError."""
-        self._view.detach()
+        self._let_go()
         self._socket.close()
 
     def __del__(self) -> None:
-        self._view.detach()  # the descriptor is trio's to close
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """The descriptor is trio's to close."""
+        if self._view.fileno() >= 0:
+            self._lookout.remove(self._view.fileno())
+            self._view.detach()
 
     def _check_open(self) -> None:
         if self._socket.fileno() < 0:
             raise trio.ClosedResourceError("the socket has been closed")
-
-
-def _is_idle() -> bool:
-    """Whether neither a task nor a thread of this process has something to do."""
-    threads = trio.to_thread.current_default_thread_limiter().borrowed_tokens
-    return not threads and not trio.lowlevel.current_statistics().tasks_runnable
 
 
 @asynccontextmanager

@@ -93,14 +93,14 @@ class Peer:
         """Send a request and wait for its reply. Raises PeerGone; LocalProtocolError if it may not be sent now.
 
         Waits first while as many as may be are unanswered. When cancelled after that, the request stays sent; its reply
-        is dropped when it comes. For `patience` seconds nothing else is done in this process than to look for the
-        reply: to sleep and be woken takes longer than most replies.
+        is dropped when it comes. For `patience` seconds we look for the reply before we sleep (lookout.py).
         """
         call = _Call()
         while not await self._send(message, fds=fds, call=call):
             await self._answered.wait()
         try:
-            self._look_for(call, patience)
+            if patience:
+                self._look_for(call, patience)
             if not call.done.is_set():
                 await call.done.wait()
         except trio.Cancelled:
@@ -151,15 +151,13 @@ class Peer:
             self.close()
 
     def _look_for(self, call: _Call, patience: float) -> None:
-        """Take replies for so many seconds, or until a certain one has come. A request is left for `requests`."""
-        deadline = time.perf_counter() + patience if patience else 0
-        while not call.done.is_set() and time.perf_counter() < deadline:
+        """Take replies for so many seconds, until a certain one or something else has come."""
+        deadline = time.perf_counter() + patience
+        while not call.done.is_set():
             try:
-                header = self._socket.peek(HEADER_SIZE)
-                if not header:
-                    os.sched_yield()
-                    continue
-                if not is_reply(header):
+                if not self._socket.comes_within(deadline - time.perf_counter()):
+                    return
+                if not is_reply(self._socket.peek(HEADER_SIZE)):
                     return
                 reach_at_once(Point.BEFORE_RECEIVE)
                 received = self._accept(self._socket.recvmsg_now(*_RECVMSG))

@@ -254,6 +254,7 @@ class Owner:
         """Within, it has not acknowledged that. What is yielded: whether nobody else is waited for."""
         self.pending.append(pending)
         self._registry.pending += 1
+        self._registry.waiting.set()
         try:
             yield self._registry.pending == 1
         finally:
@@ -299,6 +300,7 @@ class Registry:
         self.notify_timeout: Final = notify_timeout
         self.owners: dict[int, Owner] = {}
         self.pending = 0  #: how many notifications have not been acknowledged
+        self.waiting = trio.Event()  #: set when one is; replaced by who waited for that, when none is
         self.fenced = 0  #: how many owners were cut off for not answering
         self._frames: Final = FrameAllocator()
         self._last_owner = 0

@@ -61,7 +61,7 @@ from memfs.units import PAGE_SIZE
 
 log = logging.getLogger(__name__)
 
-_LOOK_INTERVAL: Final = 0.05  # seconds between two looks at the process of an owner that is being waited for
+_LOOK_INTERVAL: Final = 0.05  # seconds between two looks at the processes of owners that are being waited for
 _PATIENCE: Final = 300e-6  #: seconds that nothing else is done when an owner is told: about what it takes to answer
 _FAREWELL: Final = 0.1  # seconds: how long we try to tell a peer that is being cut off why
 
@@ -90,6 +90,7 @@ class Server:
         try:
             async with trio.open_nursery() as nursery:
                 self._scope = nursery.cancel_scope
+                nursery.start_soon(self._look_for_the_dead)
                 while True:
                     await trio.lowlevel.wait_readable(self._listener)  # without a descriptor left even asking is EMFILE
                     try:
@@ -104,6 +105,16 @@ class Server:
             if self._spare >= 0:
                 os.close(self._spare)
             self._ended.set()
+
+    async def _look_for_the_dead(self) -> None:
+        """While owners are being waited for, see whether they can still answer."""
+        while True:
+            await self._registry.waiting.wait()
+            await trio.sleep(_LOOK_INTERVAL)
+            if not self._registry.pending:
+                self._registry.waiting = trio.Event()
+            for session in list(self._sessions):
+                session.end_if_dead()
 
     async def end(self) -> None:
         """Let nobody in any more, tell all owners that it is over, and forget them. Nothing waits for them then."""
@@ -165,13 +176,11 @@ class _Session:
         self._registry: Final = registry
         self._tree: Final = tree
         self._device: Final = device
-        self._waited_for = trio.Event()  # replaced when nothing is unanswered any more
         self._owner: Final[Owner] = registry.new_owner(self._notify, self._cut_off, self._is_dead)
 
     async def run(self) -> None:
         try:
             async with trio.open_nursery() as nursery, contextlib.aclosing(self._peer.requests()) as requests:
-                nursery.start_soon(self._end_with_process)
                 async for request in requests:
                     if self._may_wait(request.message):
                         nursery.start_soon(self._answer, request)
@@ -196,17 +205,11 @@ class _Session:
             return registration is not None and not registration.is_quick(message.pages)
         return isinstance(message, Register | Populate | Launch)
 
-    async def _end_with_process(self) -> None:
-        """While the owner is being waited for, see whether it can still answer."""
-        while True:
-            await self._waited_for.wait()
-            await trio.sleep(_LOOK_INTERVAL)
-            if self._peer.protocol.unanswered == 0:
-                self._waited_for = trio.Event()
-            elif self._is_dead():
-                self._registry.end(self._owner)
-                self._peer.close()
-                return
+    def end_if_dead(self) -> None:
+        """End it if it is waited for and cannot answer any more."""
+        if self._owner.pending and self._is_dead():
+            self._registry.end(self._owner)
+            self._peer.close()
 
     def _is_dead(self) -> bool:
         return is_dying(self._pid)
@@ -299,7 +302,6 @@ class _Session:
         return self._tree.regular(inode.ino)
 
     async def _notify(self, message: Notification, is_alone: bool) -> Ack:
-        self._waited_for.set()
         try:
             if isinstance(message, InvalidateEnd):  # the pages are gone, whatever the owner thinks of it
                 await self._peer.post(message)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import array
 import contextlib
+import gc
 import os
 import socket
 import struct
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 
 import pytest
@@ -28,13 +30,23 @@ from memfs.guest.messages import (
     Unregister,
 )
 from memfs.guest.peer import Incoming, Peer, PeerGone, close_all
-from memfs.guest.protocol import MAX_IN_FLIGHT, MAX_MESSAGE, LocalProtocolError, RemoteProtocolError, Role
+from memfs.guest.protocol import (
+    MAX_IN_FLIGHT,
+    MAX_MESSAGE,
+    Connection,
+    LocalProtocolError,
+    RemoteProtocolError,
+    Role,
+)
+from memfs.lookout import Lookout
 from memfs.units import PageIndex, PageRange
 
 RANGE = PageRange(PageIndex(0), PageIndex(1))
 
 
 def descriptors() -> set[str]:
+    Lookout.here()  # has one of its own; and so had each of the tests before
+    gc.collect()
     return set(os.listdir("/proc/self/fd"))
 
 
@@ -280,3 +292,84 @@ async def test_peer_that_does_not_read_can_be_given_up() -> None:
             await wait_all_tasks_blocked()
             ours.close()
         await store.ended.wait()
+
+
+# -- looking for a reply before sleeping -------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def owner_in_a_thread(end: socket.socket, answers: Callable[[Connection, int], list[bytes]]) -> Iterator[None]:
+    """Greets, and answers the first request that comes with what it is told to: nothing here need run for that."""
+
+    def run() -> None:
+        protocol = Connection(Role.OWNER)
+        end.send(protocol.send(Hello())[1])
+        protocol.receive(end.recv(MAX_MESSAGE))
+        request = protocol.receive(end.recv(MAX_MESSAGE))
+        for datagram in answers(protocol, request.id):
+            end.send(datagram)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+
+
+@asynccontextmanager
+async def store_of(answers: Callable[[Connection, int], list[bytes]]) -> AsyncIterator[End]:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    store = End(Peer(trio.socket.from_stdlib_socket(theirs), Role.STORE))
+    with ours, owner_in_a_thread(ours, answers):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(store.run)
+            while not store.requests:  # noqa: ASYNC110
+                await trio.sleep(0.001)
+            await store.peer.reply(store.requests.pop().id, HelloReply(1, 4096))
+            yield store
+            nursery.cancel_scope.cancel()
+
+
+async def test_reply_is_taken_before_anything_else_runs() -> None:
+    ran: list[str] = []
+
+    async def other() -> None:
+        ran.append("other")
+
+    async with store_of(lambda protocol, number: [protocol.send(Ack(), answers=number)[1]]) as store:  # type: ignore[arg-type]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(other)
+            reply = await store.peer.call(InvalidateBegin(FileId(1), RANGE), patience=5)
+            assert reply.message == Ack()
+            assert not ran, "somebody else ran while a reply was looked for"
+        assert store.peer.protocol.unanswered == 0
+
+
+async def test_request_that_comes_first_is_left_to_who_takes_requests() -> None:
+    def answers(protocol: Connection, number: int) -> list[bytes]:
+        return [protocol.send(Unregister(FileId(7)))[1], protocol.send(Ack(), answers=number)[1]]  # type: ignore[arg-type]
+
+    async with store_of(answers) as store:
+        reply = await store.peer.call(InvalidateBegin(FileId(1), RANGE), patience=5)
+        assert reply.message == Ack()
+        assert [request.message for request in store.requests] == [Unregister(FileId(7))]
+
+
+async def test_bad_reply_ends_the_call_and_the_requests() -> None:
+    def answers(protocol: Connection, number: int) -> list[bytes]:
+        good = protocol.send(Ack(), answers=number)[1]  # type: ignore[arg-type]
+        return [good + b"more than it says"]
+
+    async with store_of(answers) as store:
+        with pytest.raises(PeerGone):
+            await store.peer.call(InvalidateBegin(FileId(1), RANGE), patience=5)
+        await store.ended.wait()
+        assert isinstance(store.error, RemoteProtocolError)
+
+
+async def test_owner_that_does_not_answer_is_not_looked_for_any_longer() -> None:
+    async with store_of(lambda _, __: []) as store:
+        with trio.move_on_after(0.05) as scope:
+            await store.peer.call(InvalidateBegin(FileId(1), RANGE), patience=0.01)
+        assert scope.cancelled_caught
