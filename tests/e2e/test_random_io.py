@@ -1,8 +1,8 @@
 """Random reads, writes, mappings, truncations and punches on one file, each checked against what must be there.
 
 As fsx does it: a bytearray is the oracle, and one wrong byte ends it. Two handles take turns, so that a cache that one
-of them fills and the other does not know of shows. fio does the same at speed, with several processes, where it is
-installed.
+of them fills and the other does not know of shows. Where they are installed, fio does the same at speed, with several
+processes, and stress-ng does everything else to files at once.
 """
 
 from __future__ import annotations
@@ -148,3 +148,25 @@ def test_fio_reads_what_it_wrote(mount_memfs: Callable[..., Memfs], mode: str, e
     assert result.returncode == 0, result.stdout + result.stderr
     errors = [line.split(";")[4] for line in result.stdout.splitlines() if line.startswith("3;")]
     assert errors == ["0"], result.stdout
+
+
+#: Of stress-ng's stressors, those that work on files and check what they find
+STRESSORS = (
+    "access chmod chown dentry dir dirdeep fallocate fcntl filename flock fstat getdent hdd iomix link lockf mknod "
+    "open readahead rename revio seek sendfile splice symlink sync-file touch utime xattr"
+)
+
+
+@pytest.mark.skipif(shutil.which("stress-ng") is None, reason="stress-ng is not installed")
+@pytest.mark.parametrize("mode", MODES)
+def test_stress_ng_finds_nothing_wrong(mount_memfs: Callable[..., Memfs], mode: str) -> None:
+    """All of them at once; for MEMFS_SOAK_MINUTES if that is set."""
+    memfs = mount_memfs(f"size=256m,{mode}")
+    seconds = max(2, round(60 * float(os.environ.get("MEMFS_SOAK_MINUTES", "0"))))
+    sizes = [f"--{name}-bytes=8m" for name in ("fallocate", "hdd", "iomix", "readahead", "revio", "sync-file")]
+    sizes += ["--seek-size=4m", "--sendfile-size=4m", "--dentries=300"]
+    each = [option for name in STRESSORS.split() for option in (f"--{name}", "1")]
+    command = ["stress-ng", "--temp-path", ".", "--verify", "--timeout", f"{seconds}s", *each, *sizes]
+    result = memfs.run(*command, timeout=seconds + 60)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert list(memfs.path.iterdir()) == []
