@@ -18,7 +18,7 @@ demo: $(STAMP) ## See memory converted while a guest runs (30 s, no trace left)
 test: lint ## Lint, then all tests
 	$(BIN)/pytest
 
-bench: $(STAMP) ## Measure memfs beside tmpfs and an ordinary pyfuse3 filesystem (10 min; bench/out/bench.json)
+bench: $(STAMP) ## Measure memfs beside tmpfs and an ordinary pyfuse3 filesystem (15 min; bench/out/bench.json)
 	@$(BIN)/python -m bench
 
 bench-plot: $(STAMP) ## Draw how cost grows with size, from what `make bench` measured (bench/out/size.png, .svg)
