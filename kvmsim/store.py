@@ -215,9 +215,10 @@ class Store:
             await reach(before)
             self._notify(message)
             await reach(after)
-            with suppress(PeerGone):  # why it has gone comes next, if it said so
-                await self._peer.reply(request.id, Ack())
-            self._log("acknowledged", message)
+            if not isinstance(message, InvalidateEnd):
+                with suppress(PeerGone):  # why it has gone comes next, if it said so
+                    await self._peer.reply(request.id, Ack())
+                self._log("acknowledged", message)
 
     def _log(self, what: str, message: Notification) -> None:
         if log.isEnabledFor(logging.INFO):

@@ -175,7 +175,7 @@ class _Memfs:
             "owners fenced": self._registry.fenced,
             "connections": self._clients.connections,
             "turned away": self._clients.refused,
-            "acknowledged": sum(owner.notified for owner in owners),
+            "acknowledged": sum(owner.acknowledged for owner in owners),
             "pending": self._registry.pending,
         }
 

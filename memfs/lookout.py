@@ -10,6 +10,7 @@ loop it runs in, and whatever comes first ends it; and who has threads at work d
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import time
@@ -38,8 +39,9 @@ class Lookout:
         self._epoll.register(fd, select.EPOLLIN)
 
     def remove(self, fd: int) -> None:
-        """Do not look at it any more. To be called before it is closed."""
-        self._epoll.unregister(fd)
+        """Do not look at it any more. To be called before it is closed; afterwards there is nothing left to do."""
+        with contextlib.suppress(OSError):
+            self._epoll.unregister(fd)
 
     def look(self, seconds: float) -> bool:
         """Wait without sleeping until something can be read. Whether that happened in time."""

@@ -375,7 +375,10 @@ class InvalidateBegin(_OnPages):
 
 @dataclass(frozen=True, slots=True)
 class InvalidateEnd(_OnPages):
-    """Store: the pages of that InvalidateBegin are gone (or, if freeing failed, still there). Faults may go on."""
+    """Store: the pages of that InvalidateBegin are gone (or, if freeing failed, still there). Faults may go on.
+
+    Not answered: nobody waits for it.
+    """
 
     TYPE = 12
 
@@ -389,7 +392,7 @@ class Fallocate(_OnPages):
 
 @dataclass(frozen=True, slots=True)
 class Ack(Message):
-    """Owner: a notification has been acted upon. `errno` is 0, or why it could not be (logged by the store)."""
+    """Owner: an InvalidateBegin or Fallocate has been acted upon; or `errno`, why not (the store logs it)."""
 
     TYPE = 14
     _BODY = struct.Struct("<I")

@@ -112,15 +112,6 @@ class Peer:
             raise PeerGone("the connection ended before the answer")
         return call.reply
 
-    async def post(self, message: Message) -> None:
-        """Send a request and do not wait for its reply. Raises PeerGone; LocalProtocolError if it may not be sent now.
-
-        Waits while as many as may be are unanswered.
-        """
-        call = _Call(cancelled=True)
-        while not await self._send(message, call=call):
-            await self._answered.wait()
-
     async def reply(self, request: RequestId, message: Message, fds: Sequence[int] = ()) -> None:
         """Answer a request of the peer's. Raises PeerGone."""
         await self._send(message, answers=request, fds=fds)

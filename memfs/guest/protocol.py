@@ -9,8 +9,11 @@ kinds of request, one in each direction, on one AF_UNIX SOCK_SEQPACKET connectio
 
     owner -> store    Hello, Register, Unregister, GetPfn, PutPfn,         answered by HelloReply, Registered, Done,
                       Populate, Launch                                     PfnReply, Measured or Failed
-    store -> owner    InvalidateBegin, InvalidateEnd, Fallocate            each answered by Ack
-    store -> owner    Fenced                                               not answered: the last word before the end
+    store -> owner    InvalidateBegin, Fallocate                           each answered by Ack
+    store -> owner    InvalidateEnd, Fenced                                not answered
+
+Of the end of an invalidation nobody waits for an answer: the pages are gone, whatever the owner thinks of it. Fenced
+is the last word of a connection.
 
 One connection is one owner, that is, one virtual machine. When it ends, by whatever cause, everything that it
 registered or locked ends with it; the protocol therefore needs no goodbye.
@@ -129,7 +132,6 @@ _REPLIES: Final[dict[type[Message], frozenset[type[Message]]]] = {
     Populate: frozenset({Measured, Failed}),
     Launch: frozenset({Measured, Failed}),
     InvalidateBegin: frozenset({Ack}),
-    InvalidateEnd: frozenset({Ack}),
     Fallocate: frozenset({Ack}),
 }
 _IS_REPLY: Final = frozenset().union(*_REPLIES.values())

@@ -138,7 +138,9 @@ class Registration:
         self._log("notify", pending)
         with self.owner.waited_for(pending) as is_alone:
             ack = await self.owner.notify(message, is_alone)
-        self.owner.notified += 1
+        if ack is None:
+            return
+        self.owner.acknowledged += 1
         self._log("acknowledged", pending, seconds=pending.age)
         if ack.errno:
             reason = os.strerror(ack.errno)
@@ -225,17 +227,17 @@ class Registration:
 class Owner:
     """A virtual machine's connection, as the registry sees it.
 
-    `notify` sends a notification and returns its acknowledgement, or raises OwnerGone; it is told whether that is the
-    only one that memfs waits for. `cut_off` ends the connection
-    after telling the peer why; the connection's end then calls `Registry.end`. `is_dead` says whether the process that
-    connected is gone; a child that it forked may still hold the connection open.
+    `notify` sends a notification and returns its acknowledgement, None if it has none, or raises OwnerGone; it is told
+    whether that is the only one that memfs waits for. `cut_off` ends the connection after telling the peer why; the
+    connection's end then calls `Registry.end`. `is_dead` says whether the process that connected is gone; a child that
+    it forked may still hold the connection open.
     """
 
     def __init__(
         self,
         number: int,
         registry: Registry,
-        notify: Callable[[Notification, bool], Awaitable[Ack]],
+        notify: Callable[[Notification, bool], Awaitable[Ack | None]],
         cut_off: Callable[[str], Awaitable[None]],
         is_dead: Callable[[], bool],
     ) -> None:
@@ -247,7 +249,7 @@ class Owner:
         self._registry: Final = registry
         self.registrations: dict[FileId, Registration] = {}
         self.pending: list[Pending] = []  #: the oldest first
-        self.notified = 0  #: how many notifications it has acknowledged
+        self.acknowledged = 0  #: how many notifications
 
     @contextmanager
     def waited_for(self, pending: Pending) -> Iterator[bool]:
@@ -308,7 +310,7 @@ class Registry:
 
     def new_owner(
         self,
-        notify: Callable[[Notification, bool], Awaitable[Ack]],
+        notify: Callable[[Notification, bool], Awaitable[Ack | None]],
         cut_off: Callable[[str], Awaitable[None]],
         is_dead: Callable[[], bool] = lambda: False,
     ) -> Owner:
@@ -377,7 +379,7 @@ class Registry:
             {
                 "owner": owner.number,
                 "name": owner.name,
-                "acknowledged": owner.notified,
+                "acknowledged": owner.acknowledged,
                 "files": [registration.describe() for registration in islice(owner.registrations.values(), most)],
                 "pending": [pending.describe() for pending in owner.pending[:most]],
             }

@@ -301,11 +301,11 @@ class _Session:
             raise OSError(errno.EACCES, "not open for writing")
         return self._tree.regular(inode.ino)
 
-    async def _notify(self, message: Notification, is_alone: bool) -> Ack:
+    async def _notify(self, message: Notification, is_alone: bool) -> Ack | None:
         try:
-            if isinstance(message, InvalidateEnd):  # the pages are gone, whatever the owner thinks of it
-                await self._peer.post(message)
-                return Ack()
+            if isinstance(message, InvalidateEnd):
+                await self._peer.tell(message)
+                return None
             incoming = await self._peer.call(message, patience=_PATIENCE if is_alone else 0)
         except PeerGone as error:
             raise OwnerGone from error

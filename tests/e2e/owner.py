@@ -14,7 +14,7 @@ from pathlib import Path
 
 import trio
 
-from memfs.guest.messages import Ack, Hello, Message, Register, Registered
+from memfs.guest.messages import Ack, Fenced, Hello, InvalidateEnd, Message, Register, Registered
 from memfs.guest.peer import Incoming, Peer, PeerGone, close_all, open_connection
 from memfs.guest.protocol import Role
 
@@ -43,7 +43,7 @@ class Owner:
 
     async def _acknowledge(self, request: Incoming) -> None:
         await self.acknowledge.wait()
-        if type(request.message).__name__ != "Fenced":
+        if not isinstance(request.message, InvalidateEnd | Fenced):
             with suppress(PeerGone):  # who is cut off may be told why before anything else
                 await self.peer.reply(request.id, Ack())
 
