@@ -27,6 +27,18 @@ async def test_whatever_comes_ends_it() -> None:
             end.close()
 
 
+def test_what_was_closed_before_it_was_removed_is_gone_all_the_same() -> None:
+    lookout = Lookout()
+    ours, theirs = socket.socketpair()
+    fd = ours.fileno()
+    lookout.add(fd)
+    theirs.send(b"x")
+    ours.close()
+    theirs.close()
+    lookout.remove(fd)
+    assert not lookout.look(0)
+
+
 def test_each_event_loop_has_its_own() -> None:
     async def here() -> tuple[Lookout, Lookout]:
         return Lookout.here(), Lookout.here()
