@@ -1,22 +1,15 @@
-"""The secondary page table: a radix tree from gfn to PTE, as EPT and NPT are one, in numpy.
+"""The secondary page table: the tree of radix.py, and how it is changed.
 
-Four levels of 512 entries cover 2**36 frames (256 TiB of guest physical memory), five 2**45. Entries are as in pte.py,
-tables as in tables.py. Leaves are 4 KiB, 2 MiB or 1 GiB. A huge leaf that is changed in part is split into the table of
-smaller ones that say the same, and whatever maps a whole huge page again takes the place of such a table, so nothing
-here ever depends on how memory was mapped, only on what is.
+A huge leaf that is changed in part is split into the table of smaller ones that say the same, and whatever maps a whole
+huge page again takes the place of such a table, so nothing here ever depends on how memory was mapped, only on what is.
 
 Everything is done to ranges. The tree is descended once a range and never once a gfn: what lies under one table of
-level 2 (1 GiB) is read and written as one array. `translate` goes the other way, level by level for all gfns at once,
-in blocks that fit into a cache; absent entries lead through the null table to an absent PTE without a branch.
+level 2 (1 GiB) is read and written as one array.
 
 Tables that become empty are freed at once. Not thread-safe: whoever calls holds the MMU lock (see invalidate.py).
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +20,6 @@ from kvmsim.mmu.pte import (
     ENTRIES_SHIFT,
     MAX_PFN,
     PFN_MASK,
-    PG_LEVEL_1G,
     PG_LEVEL_2M,
     PG_LEVEL_4K,
     PTE_A,
@@ -46,38 +38,12 @@ from kvmsim.mmu.pte import (
     pte_pfn,
     select,
 )
-from kvmsim.mmu.tables import NULL_TABLE, Numbers, Tables
+from kvmsim.mmu.radix import Radix, entries_of
+from kvmsim.mmu.tables import Numbers
 from memfs.units import PAGE_SHIFT, Gfn, GfnRange, Pfn
 
-_BLOCK: Final = 8192  # gfns translated at a time: their intermediate arrays stay in the cache
 
-
-@dataclass(frozen=True, slots=True)
-class Walk:
-    """A walk of one gfn: the entries met from the root down, and the level of the last (its leaf's, if present)."""
-
-    entries: tuple[int, ...]
-    level: int
-
-    @property
-    def pte(self) -> int:
-        """The leaf; 0 if absent."""
-        return self.entries[-1]
-
-
-@dataclass(frozen=True, slots=True)
-class Leaves:
-    """Neighbouring leaves in one table. `ptes` is a view, absent ones among them; `gfns` what of the range they map.
-
-    Of a leaf that is larger than 4 KiB, only a part may be in `gfns`.
-    """
-
-    level: int
-    gfns: GfnRange
-    ptes: Ptes
-
-
-class PageTable:
+class PageTable(Radix):
     """Maps gfns to PTEs; 0 is an absent one.
 
     >>> table = PageTable()
@@ -91,148 +57,6 @@ class PageTable:
 
     `levels`: 4 or 5. Raises ValueError for what no table can hold.
     """
-
-    def __init__(self, levels: int = 4) -> None:
-        if levels not in (4, 5):
-            raise ValueError("a page table has 4 or 5 levels")
-        self.levels: Final = levels
-        #: gfns are below this
-        self.max_gfn: Final = 1 << (levels * ENTRIES_SHIFT)
-        #: how many gfns are mapped
-        self.mapped = 0
-        #: how many huge leaves there are, by level
-        self.huge: Final = {PG_LEVEL_2M: 0, PG_LEVEL_1G: 0}
-        self._tables: Final = Tables()
-        self._entries: Final = self._tables.entries
-        self._used: Final = self._tables.used
-        self._root: Final = int(self._tables.make(1)[0])
-
-    @property
-    def everything(self) -> GfnRange:
-        """All gfns."""
-        return GfnRange(Gfn(0), Gfn(self.max_gfn))
-
-    @property
-    def nr_tables(self) -> int:
-        """How many tables are in use, the root included."""
-        return len(self._tables)
-
-    @property
-    def nbytes(self) -> int:
-        """How much memory they take."""
-        return self._tables.nbytes
-
-    # -- reading ----------------------------------------------------------------------------------------------------
-
-    def translate(self, gfns: npt.NDArray[np.integer]) -> Ptes:
-        """The leaves of many gfns: any integer dtype and shape in, int64 of the same shape out, 0 where absent.
-
-        Of a huge leaf, the PTE names the gfn's own frame and keeps PTE_HUGE.
-        """
-        flat = np.ascontiguousarray(gfns, np.int64).ravel()
-        if flat.size and not (flat.min() >= 0 and flat.max() < self.max_gfn):
-            raise ValueError("a gfn that no table can hold")
-        out = np.empty(flat.shape, np.int64)
-        index, entry = np.empty((2, min(_BLOCK, flat.size)), np.int64)
-        for start in range(0, flat.size, _BLOCK):
-            block = flat[start : start + _BLOCK]
-            self._translate(block, out[start : start + _BLOCK], index[: block.size], entry[: block.size])
-        return out.reshape(gfns.shape)
-
-    def _translate(self, gfns: Ptes, out: Ptes, index: Ptes, entry: Ptes) -> None:
-        huge: Ptes | None = None
-        entry.fill(make_pte(self._root, 0))
-        for level in range(self.levels, 0, -1):
-            np.right_shift(gfns, level_shift(level), out=index)
-            index &= ENTRIES - 1
-            entry >>= PAGE_SHIFT - ENTRIES_SHIFT  # from the number of a table to the index of its first entry
-            entry &= -ENTRIES
-            index += entry
-            target = out if level == PG_LEVEL_4K else entry
-            np.take(self._tables.flat, index, out=target, mode="clip")
-            if self.huge.get(level):
-                is_huge = (entry & PTE_HUGE) != 0
-                here = np.where(is_huge, entry + ((gfns & (level_pages(level) - 1)) << PAGE_SHIFT), 0)
-                huge = here if huge is None else huge + here
-                entry[is_huge] = make_pte(NULL_TABLE, 0)
-        if huge is not None:
-            out += huge
-
-    def translate_in_order(self, gfns: Ptes) -> Ptes:
-        """`translate` for gfns in ascending order, shape (n,), int64: walks once for each 512, and is faster so."""
-        blocks = gfns >> ENTRIES_SHIFT
-        first = firsts(blocks)
-        blocks, counts = blocks[first], np.diff(first, append=len(gfns))
-        if len(gfns) and not (blocks[0] >= 0 and gfns[-1] < self.max_gfn):
-            raise ValueError("a gfn that no table can hold")
-        tables = np.full(len(blocks), self._root, np.int64)
-        whole = np.zeros(len(blocks), np.int64)  # the PTE of the block's first gfn, where a huge leaf maps all of it
-        for level in range(self.levels, PG_LEVEL_4K, -1):
-            within = (blocks >> level_shift(level - 1)) & (ENTRIES - 1)
-            entries = self._tables.flat[(tables << ENTRIES_SHIFT) + within]
-            if self.huge.get(level):
-                is_huge = (entries & PTE_HUGE) != 0
-                inside = (blocks[is_huge] << ENTRIES_SHIFT) & (level_pages(level) - 1)
-                whole[is_huge] = entries[is_huge] + (inside << PAGE_SHIFT)
-                entries[is_huge] = make_pte(NULL_TABLE, 0)
-            tables = (entries & PFN_MASK) >> PAGE_SHIFT
-        index = np.repeat(tables << ENTRIES_SHIFT, counts)
-        index += gfns & (ENTRIES - 1)
-        ptes: Ptes = self._tables.flat[index]
-        if whole.any():
-            from_whole = np.repeat(whole, counts)
-            huge = from_whole != 0
-            ptes[huge] = from_whole[huge] + ((gfns[huge] & (ENTRIES - 1)) << PAGE_SHIFT)
-        return ptes
-
-    def walk(self, gfn: Gfn) -> Walk:
-        """The entries that a walk of one gfn meets, down to its leaf or the first absent entry."""
-        if not 0 <= gfn < self.max_gfn:
-            raise ValueError(f"gfn {gfn:#x} is more than a table can hold")
-        table, entries = self._root, []
-        for level in range(self.levels, 0, -1):
-            entry = int(self._entries[table, entry_index(gfn, level)])
-            entries.append(entry)
-            if not entry or level == PG_LEVEL_4K or entry & PTE_HUGE:
-                break
-            table = pte_pfn(entry)
-        return Walk(tuple(entries), level)
-
-    def lookup(self, gfn: Gfn) -> int:
-        """The leaf of one gfn as `translate` gives it, 0 if absent."""
-        walk = self.walk(gfn)
-        return walk.pte + ((gfn & (level_pages(walk.level) - 1)) << PAGE_SHIFT) if walk.pte & PTE_HUGE else walk.pte
-
-    def leaves(self, gfns: GfnRange, *, split: bool = False) -> Iterator[Leaves]:
-        """The leaves that a range touches, in order. With `split`, huge ones that it covers in part are split first.
-
-        The page table must not be changed otherwise while this goes on, except through the views.
-        """
-        yield from self._leaves(self._root, self.levels, 0, self._clip(gfns), split)
-
-    def _leaves(self, table: int, level: int, base: int, gfns: GfnRange, split: bool) -> Iterator[Leaves]:
-        first, last = _entries_of(gfns, base, level)
-        if level == PG_LEVEL_4K:
-            yield Leaves(level, gfns, self._entries[table, first:last])
-            return
-        pages, entries = level_pages(level), self._entries[table]
-        whole = range(-(-(gfns.start - base) // pages), (gfns.end - base) // pages)
-        for start, stop in _stretches(entries, first, last, whole):
-            part = gfns.intersect(GfnRange(Gfn(base + start * pages), Gfn(base + stop * pages)))
-            assert part is not None
-            if entries[start] & PTE_HUGE and (start in whole or not split):
-                yield Leaves(level, part, entries[start:stop])
-            else:
-                yield from self._leaves(
-                    self._descend(table, level, start), level - 1, base + start * pages, part, split
-                )
-
-    def count(self, gfns: GfnRange, private: bool | None = None) -> int:
-        """How many gfns of a range are mapped; private or shared ones only, unless None."""
-        return sum(
-            int(np.count_nonzero(select(leaves.ptes, private))) * (len(leaves.gfns) // len(leaves.ptes))
-            for leaves in self.leaves(gfns)
-        )
 
     # -- mapping ----------------------------------------------------------------------------------------------------
 
@@ -285,7 +109,7 @@ class PageTable:
         return tables
 
     def _map(self, table: int, level: int, base: int, gfns: GfnRange, pfn: int, flags: int, largest: int) -> None:
-        first, last = _entries_of(gfns, base, level)
+        first, last = entries_of(gfns, base, level)
         if level == PG_LEVEL_4K:
             self._write(table, level, first, last, pfn, flags)
             return
@@ -364,6 +188,15 @@ class PageTable:
         self._entries[table, index] = make_pte(child, PTE_RWX)
         return child
 
+    def _split_at(self, gfn: Gfn) -> None:
+        """Have no huge leaf lie across the beginning of a gfn."""
+        table = self._root
+        for level in range(self.levels, PG_LEVEL_4K, -1):
+            index = entry_index(gfn, level)
+            if gfn % level_pages(level) == 0 or not self._entries[table, index]:
+                return
+            table = self._descend(table, level, index)
+
     def collapse(self, gfn: Gfn, order: int) -> bool:
         """Put one leaf of 2**order pages in the place of the smaller ones around a gfn, if they say the same.
 
@@ -407,7 +240,7 @@ class PageTable:
         return before - self.mapped
 
     def _unmap(self, table: int, level: int, base: int, gfns: GfnRange, private: bool | None) -> None:
-        first, last = _entries_of(gfns, base, level)
+        first, last = entries_of(gfns, base, level)
         if level == PG_LEVEL_4K:
             ptes = self._entries[table, first:last]
             gone = select(ptes, private)
@@ -507,7 +340,9 @@ class PageTable:
         if (clear | add) & (PFN_MASK | PTE_HUGE) or clear & PTE_R:
             raise ValueError("flags that cannot be changed: only R of a leaf that goes away, and its frame")
         changed = 0
-        for leaves in self.leaves(gfns, split=True):
+        self._split_at(gfns.start)
+        self._split_at(gfns.end)
+        for leaves in self.leaves(gfns):
             wanted = np.where(leaves.ptes != 0, leaves.ptes & ~clear | add, 0)
             different = int(np.count_nonzero(wanted != leaves.ptes))
             if different:
@@ -519,10 +354,6 @@ class PageTable:
         """Take writability away, so that the next store to each page faults. Returns how many gfns had it."""
         return self.protect_range(gfns, clear=PTE_W)
 
-    def test_age(self, gfns: GfnRange) -> bool:
-        """Whether anything in a range was accessed since it was last aged (kvm_test_age_gfn)."""
-        return any(bool((leaves.ptes & PTE_A).any()) for leaves in self.leaves(gfns))
-
     def age(self, gfns: GfnRange) -> bool:
         """`test_age`, and clear the accessed bits (kvm_age_gfn). Huge leaves are aged whole, as in KVM."""
         young = False
@@ -531,62 +362,6 @@ class PageTable:
                 leaves.ptes[:] &= ~PTE_A
                 young = True
         return young
-
-    # -- soundness --------------------------------------------------------------------------------------------------
-
-    def _clip(self, gfns: GfnRange) -> GfnRange:
-        if gfns.end > self.max_gfn:
-            raise ValueError(f"gfns {gfns} are more than a table can hold")
-        return gfns
-
-    def check(self) -> None:
-        """Raise AssertionError on the first broken invariant."""
-        assert not self._entries[NULL_TABLE].any(), "the null table is not null"
-        free = np.array(self._tables.free, np.int64)
-        assert not self._entries[free].any(), "a free table is not empty"
-        tables, reached, mapped = np.array([self._root]), 0, 0
-        for level in range(self.levels, 0, -1):
-            reached += len(tables)
-            entries = self._entries[tables]
-            assert (np.count_nonzero(entries, axis=1) == self._used[tables]).all(), "present entries are miscounted"
-            assert level == self.levels or self._used[tables].all(), "an empty table was not freed"
-            present = entries[entries != 0]
-            assert (present & PTE_R).all(), "a present entry cannot be read"
-            is_leaf = (present & PTE_HUGE) != 0 if level > PG_LEVEL_4K else np.ones(len(present), np.bool_)
-            assert level > PG_LEVEL_4K or not (present & PTE_HUGE).any(), "a 4 KiB leaf that claims to be huge"
-            assert level <= PG_LEVEL_1G or not is_leaf.any(), "a leaf that is larger than any"
-            frames = (present & PFN_MASK) >> PAGE_SHIFT
-            assert not (frames[is_leaf] % level_pages(level)).any(), "a huge leaf on unaligned frames"
-            assert level not in self.huge or self.huge[level] == is_leaf.sum(), "huge leaves are miscounted"
-            mapped += int(is_leaf.sum()) * level_pages(level)
-            tables = frames[~is_leaf]
-            assert len(np.unique(tables)) == len(tables), "a table that is used twice"
-        assert mapped == self.mapped, "mapped gfns are miscounted"
-        assert reached == len(self._tables), "a table that no walk comes to was not freed"
-
-
-def _entries_of(gfns: GfnRange, base: int, level: int) -> tuple[int, int]:
-    """The entries of a table that begins at gfn `base` through which a range inside it goes."""
-    pages = level_pages(level)
-    return (gfns.start - base) // pages, -(-(gfns.end - base) // pages)
-
-
-def _stretches(entries: Ptes, first: int, last: int, whole: range) -> Iterator[tuple[int, int]]:
-    """The present entries from `first` to `last`: each by itself, but neighbouring huge leaves in `whole` together."""
-    indexes = (np.flatnonzero(entries[first:last]) + first).tolist()
-    together = [bool(entries[index] & PTE_HUGE) and index in whole for index in indexes]
-    position = 0
-    while position < len(indexes):
-        start = position
-        position += 1
-        while (
-            position < len(indexes)
-            and together[start]
-            and together[position]
-            and indexes[position] == indexes[position - 1] + 1
-        ):
-            position += 1
-        yield indexes[start], indexes[position - 1] + 1
 
 
 def _run(pfn: int, flags: int, count: int, pages: int) -> Ptes:
