@@ -254,14 +254,18 @@ class Owner:
     @contextmanager
     def waited_for(self, pending: Pending) -> Iterator[bool]:
         """Within, it has not acknowledged that. What is yielded: whether nobody else is waited for."""
+        registry = self._registry
         self.pending.append(pending)
-        self._registry.pending += 1
-        self._registry.waiting.set()
+        registry.pending += 1
+        registry.waited_for.add(self)
+        registry.waiting.set()
         try:
-            yield self._registry.pending == 1
+            yield registry.pending == 1
         finally:
-            self._registry.pending -= 1
+            registry.pending -= 1
             self.pending.remove(pending)
+            if not self.pending:
+                registry.waited_for.remove(self)
 
     def __str__(self) -> str:
         return f"owner {self.number} ({self.name})" if self.name else f"owner {self.number}"
@@ -302,6 +306,7 @@ class Registry:
         self.notify_timeout: Final = notify_timeout
         self.owners: dict[int, Owner] = {}
         self.pending = 0  #: how many notifications have not been acknowledged
+        self.waited_for: set[Owner] = set()  #: those who have not acknowledged all of theirs
         self.waiting = trio.Event()  #: set when one is; replaced by who waited for that, when none is
         self.fenced = 0  #: how many owners were cut off for not answering
         self._frames: Final = FrameAllocator()
@@ -395,5 +400,8 @@ class Registry:
             assert registration.file.owner is registration, f"registration {registration.id} is not the file's owner"
             assert registration.inode.holds > 0, f"registration {registration.id} does not hold its inode"
             self._tree.inode(registration.inode.ino)
+        assert all(owner.pending for owner in self.waited_for), "an owner is waited for that owes nothing"
+        owed = sum(len(owner.pending) for owner in self.waited_for)
+        assert owed == self.pending, f"{self.pending} notifications are counted, {owed} are owed"
         owned = [inode for inode in self._tree.files() if inode.file.owner is not None]
         assert len(owned) == len(registered), f"{len(owned)} owned files, {len(registered)} registrations"

@@ -80,7 +80,7 @@ class Server:
         self._registry: Final = registry
         self._tree: Final = tree
         self._device: Final = device
-        self._sessions: Final[set[_Session]] = set()
+        self._sessions: Final[dict[Owner, _Session]] = {}
         self._scope: trio.CancelScope | None = None
         self._ended: Final = trio.Event()
         self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)  # so that there is always one to accept with
@@ -113,14 +113,15 @@ class Server:
             await trio.sleep(_LOOK_INTERVAL)
             if not self._registry.pending:
                 self._registry.waiting = trio.Event()
-            for session in list(self._sessions):
-                session.end_if_dead()
+            for owner in list(self._registry.waited_for):
+                if owner in self._sessions:
+                    self._sessions[owner].end_if_dead()
 
     async def end(self) -> None:
         """Let nobody in any more, tell all owners that it is over, and forget them. Nothing waits for them then."""
         if self._scope is not None:
             async with trio.open_nursery() as nursery:
-                for session in self._sessions:
+                for session in self._sessions.values():
                     nursery.start_soon(session.say_farewell, errno.ESHUTDOWN, "memfs has ended")
             self._scope.cancel()
             await self._ended.wait()
@@ -137,11 +138,11 @@ class Server:
         nursery.start_soon(self._run, session)
 
     async def _run(self, session: _Session) -> None:
-        self._sessions.add(session)
+        self._sessions[session.owner] = session
         try:
             await session.run()
         finally:
-            self._sessions.remove(session)
+            del self._sessions[session.owner]
 
     async def _turn_away(self, error: OSError) -> None:
         """No descriptor is left for who wants to connect: end the connection rather than let it wait."""
@@ -176,7 +177,7 @@ class _Session:
         self._registry: Final = registry
         self._tree: Final = tree
         self._device: Final = device
-        self._owner: Final[Owner] = registry.new_owner(self._notify, self._cut_off, self._is_dead)
+        self.owner: Final[Owner] = registry.new_owner(self._notify, self._cut_off, self._is_dead)
 
     async def run(self) -> None:
         try:
@@ -188,27 +189,27 @@ class _Session:
                         await self._answer(request)
                 nursery.cancel_scope.cancel()
         except* RemoteProtocolError as group:
-            log.warning("%s broke the protocol and is cut off: %s", self._owner, group.exceptions[0])
+            log.warning("%s broke the protocol and is cut off: %s", self.owner, group.exceptions[0])
         except* PeerGone as group:
-            log.error("%s is cut off: %s", self._owner, group.exceptions[0])  # noqa: TRY400
+            log.error("%s is cut off: %s", self.owner, group.exceptions[0])  # noqa: TRY400
         except* Exception as group:
-            log.exception("%s is cut off: a bug in memfs", self._owner, exc_info=group)
+            log.exception("%s is cut off: a bug in memfs", self.owner, exc_info=group)
         finally:
             self._peer.close()
-            self._registry.end(self._owner)
+            self._registry.end(self.owner)
             self._client.left()
 
     def _may_wait(self, message: Message) -> bool:
         """Whether somebody else may have to do something before that can be answered."""
         if isinstance(message, GetPfn):
-            registration = self._owner.registrations.get(message.file)
+            registration = self.owner.registrations.get(message.file)
             return registration is not None and not registration.is_quick(message.pages)
         return isinstance(message, Register | Populate | Launch)
 
     def end_if_dead(self) -> None:
-        """End it if it is waited for and cannot answer any more."""
-        if self._owner.pending and self._is_dead():
-            self._registry.end(self._owner)
+        """End it if it cannot answer any more."""
+        if self._is_dead():
+            self._registry.end(self.owner)
             self._peer.close()
 
     def _is_dead(self) -> bool:
@@ -231,7 +232,7 @@ class _Session:
             close_all(fds)
 
     async def _act(self, request: Incoming) -> tuple[Message, tuple[int, ...]]:
-        message, owner = request.message, self._owner
+        message, owner = request.message, self.owner
         match message:
             case Hello():
                 if not message.min_version <= VERSION <= message.max_version:
@@ -261,10 +262,10 @@ class _Session:
         inode = await self._identify(request.fds[0])
         with self._tree.holding(inode):
             async with inode.file.locked():  # the file is not in the middle of becoming something else
-                await self._registry.make_way(inode, self._owner)
+                await self._registry.make_way(inode, self.owner)
                 fds = _for_owner(inode.file)
                 try:
-                    registration = self._registry.register(self._owner, inode)
+                    registration = self._registry.register(self.owner, inode)
                 except OSError:
                     close_all(fds)
                     raise
