@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,7 +24,7 @@ import numpy as np
 import trio
 
 from bench import uffd
-from bench.harness import BenchError, Row, Run, Sample, compare, measure, memfs, now, placements, tmpfs, work
+from bench.harness import BenchError, Row, Run, Sample, alone, compare, measure, memfs, now, placements, tmpfs, work
 from bench.owner import add_slot, make_files
 from kvmsim.mmu.fault import Access
 from kvmsim.vm import VM, create_vm
@@ -170,6 +171,7 @@ def _faults(run: Run) -> Iterator[Row]:
             finally:
                 os.sched_setaffinity(0, before)
             against = "userfaultfd, served by a process"
+            yield alone(f"faults of {against}", placement, userfaultfd, "pages/s")
             for name, target in (("whole", 10e6), ("every other page", 10e6)):
                 sample = found[name]
                 row = compare(
@@ -177,7 +179,7 @@ def _faults(run: Run) -> Iterator[Row]:
                     userfaultfd,
                     more_is_better=True,
                 )
-                yield _with_target(row, f">= {target / 1e6:g} M/s", sample.median >= target)
+                yield replace(row, target=f">= {target / 1e6:g} M/s", met=sample.median >= target)
             yield compare(
                 *("faults on absent shared pages in order", placement, found["in order"], "pages/s", "raw fallocate"),
                 found["fallocate"],
@@ -191,11 +193,8 @@ def _faults(run: Run) -> Iterator[Row]:
                 more_is_better=True,
             )
             assert row.ratio is not None
-            yield _with_target(row, ">= 100 k/s, ratio >= 10", sample.median >= 1e5 and row.ratio >= 10)
-
-
-def _with_target(row: Row, target: str, met: bool) -> Row:
-    return Row(**{**vars(row), "target": target, "met": met})
+            met = sample.median >= 1e5 and row.ratio >= 10
+            yield replace(row, target=">= 100 k/s, ratio >= 10", met=met)
 
 
 async def _fault_samples(run: Run, ours: Path, theirs: Path, name: str) -> dict[str, Sample]:
@@ -301,17 +300,13 @@ def _many_vms(run: Run) -> Iterator[Row]:
                         samples[number].append(rate)
                         longest = max(longest, waited if number == vms else 0)
                 shutil.rmtree(root)  # the daemon keeps descriptors of page maps
-            row = compare(
+            yield compare(
                 *(f"conversions by {vms} VMs with 4 slots each", placement, Sample(samples[vms]), "a second"),
                 *("by one VM", Sample(samples[1])),
                 more_is_better=True,
                 at_least=0.8,
             )
-            yield row
-            yield Row(
-                *(f"longest wait of {vms} VMs", placement, longest * 1e3, longest * 1e3, longest * 1e3, "ms"),
-                *(None, None, None, None, None),
-            )
+            yield alone(f"longest wait of {vms} VMs", placement, Sample([longest * 1e3]), "ms")
 
 
 def _convert_everywhere(root: Path, vms: int, conversions: int) -> tuple[float, float]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
 
@@ -159,7 +159,7 @@ def _share(run: Run) -> Iterator[Row]:
             )  # fmt: skip
             assert row.reference is not None
             met = row.median - row.reference <= _SHARE_TARGET
-            yield Row(**{**vars(row), "target": f"<= reference + {_SHARE_TARGET} us", "met": met})
+            yield replace(row, target=f"<= reference + {_SHARE_TARGET} us", met=met)
 
 
 def _memory(run: Run) -> Row:
@@ -174,4 +174,4 @@ def _memory(run: Run) -> Row:
         )
     if count < _FILES:
         return row
-    return Row(**{**vars(row), "target": f"<= {_MEMORY_TARGET} MiB", "met": row.median <= _MEMORY_TARGET})
+    return replace(row, target=f"<= {_MEMORY_TARGET} MiB", met=row.median <= _MEMORY_TARGET)

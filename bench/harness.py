@@ -101,15 +101,25 @@ def compare(
     *,
     more_is_better: bool = False,
     at_least: float | None = None,
+    at_most: float | None = None,
 ) -> Row:
-    """A row about a sample and its reference; `at_least` is the ratio that is the target."""
+    """A row about a sample and its reference. The target is a ratio of `at_least`, or no value above `at_most`."""
     ours, theirs = sample.median, reference.median
     ratio = ours / theirs if more_is_better else theirs / ours
+    target, met = None, None
+    if at_least is not None:
+        target, met = f"ratio >= {at_least:g}", ratio >= at_least
+    elif at_most is not None:
+        target, met = f"max <= {at_most:g} {unit}", max(sample.values) <= at_most
     return Row(
-        *(name, placement, ours, min(sample.values), max(sample.values), unit, against, theirs, ratio),
-        target=None if at_least is None else f"ratio >= {at_least:g}",
-        met=None if at_least is None else ratio >= at_least,
+        *(name, placement, ours, min(sample.values), max(sample.values), unit, against, theirs, ratio, target, met)
     )
+
+
+def alone(name: str, placement: str, sample: Sample, unit: str) -> Row:
+    """A row about a sample that has no reference."""
+    values = sample.values
+    return Row(name, placement, sample.median, min(values), max(values), unit, None, None, None, None, None)
 
 
 # -- processes and mounts -------------------------------------------------------------------------------------------

@@ -1,0 +1,70 @@
+"""What others feel of an operation that takes long: how long the unluckiest stat waits while gibibytes come and go.
+
+The daemon has one event loop, so whatever it does at a stretch everybody waits for. Who allocates and who asks share a
+CPU, with the daemon or without it.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from bench.harness import BenchError, Row, Run, compare, measure, memfs, now, placements, tmpfs
+
+_OPTIONS: Final = "size=5g"
+_LONG: Final = 4 << 30  # bytes: sixteen of the pieces that memfs does it in
+_TARGET: Final = 20.0  # ms
+_GIVEN: Final = "given"
+_TAKEN: Final = "taken"
+
+
+def rows(run: Run) -> Iterator[Row]:
+    """One for giving and one for taking, for each placement."""
+    if not run.wants("longest stat"):
+        return
+    size = _LONG // (4 if run.quick else 1)
+    with memfs(run, _OPTIONS) as ours, tmpfs(run, _OPTIONS) as theirs:
+        for path in (ours.path, theirs.path):
+            (path / "small").write_bytes(b"x")
+        for placement, (cpu, daemon_cpu) in placements().items():
+            ours.pin(daemon_cpu)
+            before = os.sched_getaffinity(0)
+            os.sched_setaffinity(0, {cpu})
+            try:
+                for what in (_GIVEN, _TAKEN):
+                    samples = measure(
+                        {
+                            "memfs": lambda what=what: _longest_stat(ours.path, what, size),
+                            "tmpfs": lambda what=what: _longest_stat(theirs.path, what, size),
+                        },
+                        max(3, run.repetitions // 2),
+                    )
+                    yield compare(
+                        *(f"longest stat while {size >> 30} GiB are {what}", placement, samples["memfs"], "ms"),
+                        *("tmpfs", samples["tmpfs"]),
+                        at_most=_TARGET,
+                    )
+            finally:
+                os.sched_setaffinity(0, before)
+
+
+def _longest_stat(directory: Path, what: str, size: int) -> float:
+    """Milliseconds that one of many took; of a file with content, which memfs is asked about each time."""
+    path = directory / "long"
+    command = ["fallocate", "--length", str(size), str(path)]
+    if what == _TAKEN:
+        subprocess.run(command, check=True)
+        command.insert(1, "--punch-hole")
+    longest = 0.0
+    with subprocess.Popen(command) as process:
+        while process.poll() is None:
+            started = now()
+            os.stat(directory / "small")
+            longest = max(longest, now() - started)
+    path.unlink()
+    if process.returncode:
+        raise BenchError(f"{' '.join(command)}: exit code {process.returncode}")
+    return longest * 1e3
