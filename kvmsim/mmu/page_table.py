@@ -38,7 +38,7 @@ from kvmsim.mmu.pte import (
     pte_pfn,
     select,
 )
-from kvmsim.mmu.radix import Radix, entries_of
+from kvmsim.mmu.radix import Radix, entries_of, present
 from kvmsim.mmu.tables import Numbers
 from memfs.units import PAGE_SHIFT, Gfn, GfnRange, Pfn
 
@@ -253,7 +253,7 @@ class PageTable(Radix):
         whole = range(-(-(gfns.start - base) // pages), (gfns.end - base) // pages)
         if level == PG_LEVEL_2M and whole:
             self._unmap_whole(table, whole, private)
-        for index in (np.flatnonzero(self._entries[table, first:last]) + first).tolist():
+        for index in present(self._entries[table], first, last):
             entry, start = int(self._entries[table, index]), base + index * pages
             part = gfns.intersect(GfnRange(Gfn(start), Gfn(start + pages)))
             assert part is not None
@@ -264,7 +264,10 @@ class PageTable(Radix):
             elif level != PG_LEVEL_2M or index not in whole:
                 child = self._descend(table, level, index)
                 self._unmap(child, level - 1, start, part, private)
-                self._free_if_empty(table, np.array([index]))
+                if not self._used[child]:
+                    self._tables.give_back_one(child)
+                    self._entries[table, index] = 0
+                    self._used[table] -= 1
 
     def _unmap_whole(self, table: int, whole: range, private: bool | None) -> None:
         """Unmap what is under neighbouring entries of a table of level 2."""

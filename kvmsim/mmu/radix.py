@@ -245,9 +245,17 @@ def entries_of(gfns: GfnRange, base: int, level: int) -> tuple[int, int]:
     return (gfns.start - base) // pages, -(-(gfns.end - base) // pages)
 
 
+def present(entries: Ptes, first: int, last: int) -> list[int]:
+    """Which entries of a table, from `first` to `last`, are present."""
+    if last - first == 1:  # above a small range it is one, level after level, and numpy is made for many
+        return [first] if entries[first] else []
+    indexes: list[int] = (np.flatnonzero(entries[first:last]) + first).tolist()
+    return indexes
+
+
 def _stretches(entries: Ptes, first: int, last: int, whole: range) -> Iterator[tuple[int, int]]:
     """The present entries from `first` to `last`: each by itself, but neighbouring huge leaves in `whole` together."""
-    indexes = (np.flatnonzero(entries[first:last]) + first).tolist()
+    indexes = present(entries, first, last)
     together = [bool(entries[index] & PTE_HUGE) and index in whole for index in indexes]
     position = 0
     while position < len(indexes):

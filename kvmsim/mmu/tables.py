@@ -72,6 +72,10 @@ class Tables:
         self._next += fresh
         return numbers
 
+    def give_back_one(self, number: int) -> None:
+        """Free a table that is empty."""
+        self._free.append(number)
+
     def give_back(self, numbers: Numbers) -> None:
         """Free tables, whatever is in them."""
         ordered = np.sort(numbers)
