@@ -8,8 +8,8 @@ What a notification does is done before it is acknowledged, in `_notified`, with
     InvalidateBegin  raise in_progress, drop the mappings of that side
     InvalidateEnd    bump seq, lower in_progress
     Fallocate        of private memory: drop the shared mappings, bump seq. Dropping is mandatory. Mapping the private
-                     pages at once (RFC v2) is the policy `map_on_fallocate`; it needs frames, so it is left to a task
-                     that runs after the acknowledgement under the rules for faults. Mainline never does it.
+                     pages at once (RFC v2) is the policy `map_on_fallocate`. Where frames have to be asked for, that is
+                     left to a task, which runs under the rules for faults. Mainline never does it.
 
 Lifetimes: a slot holds a registration of each of its files; the files live as long as some slot has them; the VM ends
 with the connection, and then nothing is mapped any more.
@@ -304,17 +304,22 @@ class VM:
             elif isinstance(message, Fallocate) and window.private:
                 self.mmu.unmap(gfns, private=False)
                 self.mmu.invalidations.conversion()
-                if self.map_on_fallocate:
+                if self.map_on_fallocate and not self._map_at_once(window.slot, gfns):
                     self._nursery.start_soon(self._map_private, window.slot, gfns)
             for listener in self.listeners:
                 listener(message, window.slot, gfns, window.private)
 
+    def _map_at_once(self, slot: Memslot, gfns: GfnRange) -> bool:
+        """Map what was allocated, if it is known where that is. Whether it has been dealt with."""
+        try:
+            return map_known(self.mmu, slot, gfns)
+        except OwnershipViolation:
+            return True
+
     async def _map_private(self, slot: Memslot, gfns: GfnRange) -> None:
-        """Map what was allocated. A mere optimisation: whatever comes in between, a fault will do it later."""
+        """The same by asking. A mere optimisation: whatever comes in between, a fault will do it later."""
         rest: GfnRange | None = gfns
         try:
-            if self.mmu.slots.is_current(slot) and map_known(self.mmu, slot, gfns):
-                return
             while rest is not None:
                 seq = self.mmu.invalidations.sample()
                 done = await map_gfns(self.mmu, slot, rest, private=True, seq=seq)
