@@ -80,7 +80,10 @@ _CLOSED: Final = -1
 
 
 class GuestOps(Protocol):
-    """What an owner is told (RFC patch 01: guest_ops). Each returns when the owner has acted, or has been fenced."""
+    """What an owner is told (RFC patch 01: guest_ops).
+
+    Each returns when the owner has acted, or has been fenced, and until then cannot be cancelled.
+    """
 
     async def invalidate_begin(self, pages: PageRange) -> None:
         """Unmap these pages, map none of them until the end, and keep none locked."""
@@ -272,8 +275,7 @@ class File:
                 await self._allocate(offset, length, FALLOC_FL_KEEP_SIZE if keep_size else 0, done.append)
             finally:
                 if self.owner is not None and done:
-                    with trio.CancelScope(shield=True):
-                        await self.owner.fallocate(PageRange(done[0].start, done[-1].end))
+                    await self.owner.fallocate(PageRange(done[0].start, done[-1].end))
 
     async def punch(self, offset: ByteOffset, length: int) -> None:
         """fallocate(2) with FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE: free whole pages, zero partial ones.
@@ -369,8 +371,7 @@ class File:
         """
         owner = self.owner if told is not None else None
         if owner is not None and told is not None:
-            with trio.CancelScope(shield=True):
-                await owner.invalidate_begin(told)
+            await owner.invalidate_begin(told)
         try:
             await reach(Point.BEFORE_FREE)
             yield
@@ -383,8 +384,7 @@ class File:
             await reach(Point.AFTER_ACCOUNT)
         finally:
             if owner is not None and told is not None:
-                with trio.CancelScope(shield=True):
-                    await owner.invalidate_end(told)
+                await owner.invalidate_end(told)
 
     async def _free_piecewise(self, pages: PageRange) -> None:
         """Free a range of many pages, so that the one call for all of it finds little left to do; of few pages none.

@@ -278,20 +278,25 @@ class Owner:
             raise OSError(errno.EBADF, f"no registration {file_id}") from None
 
     async def within_timeout(self, registration: Registration, step: Callable[[], Awaitable[None]]) -> None:
-        """Run a step that waits for the owner; fence the owner if it takes too long or fails. Never raises."""
+        """Run a step that waits for the owner; fence the owner if it takes too long or fails.
+
+        Never raises, and cannot be cancelled: what the owner is told of is done or being done.
+        """
         if not registration.alive:
             return
-        with trio.move_on_after(self._registry.notify_timeout) as scope:
+        why = None
+        with trio.move_on_after(self._registry.notify_timeout, shield=True) as scope:
             try:
                 await step()
             except OwnerGone:
                 return
             except OSError as error:  # an owner that is not told must not go on
-                if registration.alive:
-                    await self._registry.fence(self, f"it could not be told: {error.strerror}")
-                return
-        if scope.cancelled_caught and registration.alive:
-            await self._registry.fence(self, f"no answer within {self._registry.notify_timeout:g} s")
+                why = f"it could not be told: {error.strerror}"
+        if scope.cancelled_caught:
+            why = f"no answer within {self._registry.notify_timeout:g} s"
+        if why is not None and registration.alive:
+            with trio.CancelScope(shield=True):
+                await self._registry.fence(self, why)
 
     async def cut_off(self, reason: str) -> None:
         """Tell it why, and end the connection."""

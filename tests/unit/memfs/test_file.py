@@ -43,7 +43,8 @@ class Recorder:
 
     async def _hear(self, what: str, pages: PageRange) -> None:
         self.heard.append((what, pages, self.file.pages))
-        await self.may_go_on.wait()
+        with trio.CancelScope(shield=True):  # as GuestOps has it
+            await self.may_go_on.wait()
 
     async def invalidate_begin(self, pages: PageRange) -> None:
         await self._hear("begin", pages)

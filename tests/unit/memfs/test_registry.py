@@ -298,6 +298,28 @@ async def test_owner_that_dies_between_begin_and_end_holds_up_nobody(tree: Tree,
     registry.check()
 
 
+async def test_who_is_telling_an_owner_cannot_be_interrupted(tree: Tree, registry: Registry) -> None:
+    """Once the beginning has been told, the end must come, and the pages are as they were told to be."""
+    inode = await filled(tree)
+    guest = Guest(registry)
+    registration = guest.register(inode)
+    guest.answers, scope = trio.Event(), trio.CancelScope()
+
+    async def punch() -> None:
+        with scope:
+            await inode.file.punch(at(0), at(4))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(punch)
+        await wait_all_tasks_blocked()
+        scope.cancel()
+        await wait_all_tasks_blocked()
+        assert guest.heard == [InvalidateBegin(registration.id, pages(0, 4))]
+        guest.answers.set()
+    assert guest.heard[1:] == [InvalidateEnd(registration.id, pages(0, 4))]
+    assert (inode.file.pages, registration.alive, guest.cut_off) == (12, True, [])
+
+
 async def test_unregistering_during_a_punch_lets_it_go_on(tree: Tree, registry: Registry) -> None:
     inode = await filled(tree)
     guest, next_one = Guest(registry), Guest(registry)
