@@ -8,15 +8,18 @@ A connection costs memory and a descriptor, so there are limits: for all, for ea
 that the daemon runs as, who could stop it anyway), and for connections that have not said Hello. Of the latter the
 oldest is hung up when there are too many, so that those who connect and say nothing do not keep out those who do.
 
-Descriptors from strangers are never closed in the event loop. close(2) may have to ask the filesystem behind the
-descriptor (FUSE_FLUSH), and that may be one that never answers, or ourselves. A thread closes them. Until it has, they
-count as the user's connections do, so that who sends descriptors that cannot be closed runs out of connections and not
-the daemon of threads.
+Descriptors from strangers are never closed in the event loop, nor looked at. close(2) may have to ask the filesystem
+behind the descriptor (FUSE_FLUSH), and that may be one that never answers, or ourselves; a socket may linger; and
+/proc/self/fdinfo of an epoll descriptor waits for whoever is polling it. The same goes for a connection's own socket:
+with it goes what lies in its queue. Threads do that, a few for each user, so that a user's descriptors hold up that
+user. Until they are closed, they count as the user's connections do, so that who sends descriptors that cannot be
+closed runs out of connections and not the daemon of threads.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import struct
@@ -26,10 +29,11 @@ from typing import Final, ParamSpec, TypeVar
 
 import trio
 
-MAX_CONNECTIONS: Final = 4096
+MAX_CONNECTIONS: Final = 4096  #: from which on only trusted users are let in
 MAX_PER_USER: Final = 1024  #: connections, and descriptors that are being closed
 MAX_SILENT: Final = 128  #: connections that have not said Hello
 _THREADS: Final = 4  # for one user
+_RETRY: Final = 0.5  # seconds, after there was no thread to be had
 _SO_PEERGROUPS: Final = 59
 _UCRED: Final = struct.Struct("=iII")  # pid, uid, gid
 _MAX_GROUPS_BYTES: Final = 1024  # the most that Python's getsockopt takes
@@ -41,6 +45,13 @@ _T = TypeVar("_T")
 
 class Refused(Exception):
     """Why somebody may not connect: a sentence."""
+
+
+class NoThread(OSError):
+    """EAGAIN: the machine, or a limit, lets the daemon have no thread more."""
+
+    def __init__(self) -> None:
+        super().__init__(errno.EAGAIN, "memfs can have no thread for that")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +88,23 @@ class _User:
     def held(self) -> int:
         return self.connections + self.closing
 
+    async def run_in_thread(self, function: Callable[..., _T], *args: object) -> _T:
+        try:
+            return await trio.to_thread.run_sync(function, *args, abandon_on_cancel=True, limiter=self.threads)
+        except RuntimeError as error:  # Python's for EAGAIN
+            raise NoThread from error
+
+    async def close(self, fd: int) -> None:
+        while True:
+            try:
+                await self.run_in_thread(os.close, fd)
+            except NoThread:
+                await trio.sleep(_RETRY)
+                continue
+            except OSError:  # closed all the same (close(2))
+                pass
+            return
+
 
 class Client:
     """A connection that was let in. `hang_up` ends it."""
@@ -112,12 +140,11 @@ class Client:
             await done.wait()
 
     async def run_in_thread(self, function: Callable[_P, _T], *args: _P.args, **_: _P.kwargs) -> _T:
-        """Run what may take as long as this user likes where only this user waits for it."""
-        return await trio.to_thread.run_sync(function, *args, abandon_on_cancel=True, limiter=self._user.threads)
+        """Run what may take as long as this user likes where only this user waits for it. Raises NoThread."""
+        return await self._user.run_in_thread(function, *args)
 
     async def _close(self, fd: int, done: trio.Event) -> None:
-        with contextlib.suppress(OSError):
-            await self.run_in_thread(os.close, fd)
+        await self._user.close(fd)
         self._user.closing -= 1
         self._clients.forget(self.credentials.uid)
         done.set()
@@ -133,6 +160,7 @@ class Clients:
         self._users: Final[dict[int, _User]] = {}
         self.silent: Final[dict[Client, None]] = {}  #: have not said Hello, the oldest first
         self.refused = 0  #: how many were not let in, or hung up before they said Hello
+        self._refused: Final = _User()  # all of them together
 
     @property
     def connections(self) -> int:
@@ -157,14 +185,25 @@ class Clients:
         return client
 
     def _why_not(self, credentials: Credentials, user: _User) -> str | None:
-        if self.connections >= MAX_CONNECTIONS:
-            return f"there are {MAX_CONNECTIONS} connections"
         if credentials.uid in self._trusted:
             return None
+        if self.connections >= MAX_CONNECTIONS:
+            return f"there are {MAX_CONNECTIONS} connections"
         needed = 0o020 if self._group in credentials.groups else 0o002
         if not self._mode & needed:
             return f"socket_mode={self._mode:04o} does not let it in"
         return f"it has {user.held} connections" if user.held >= MAX_PER_USER else None
+
+    def turn_away(self, sock: trio.socket.SocketType) -> trio.Event:
+        """Close the connection of somebody who was refused; the event says when."""
+        done = trio.Event()
+
+        async def close() -> None:
+            await self._refused.close(sock.detach())
+            done.set()
+
+        trio.lowlevel.spawn_system_task(close)
+        return done
 
     def forget(self, uid: int) -> None:
         """Something of a user's has ended; perhaps it was the last."""

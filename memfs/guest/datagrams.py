@@ -8,9 +8,10 @@ has to be: who sends without end is stopped by the protocol's limits, or has to 
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 import trio
@@ -86,10 +87,19 @@ class Datagrams:
         self._check_open()
         return self._view.recvmsg(size, ancillary, flags)
 
-    def close(self) -> None:
-        """Close it; who waits in a call gets ClosedResourceError."""
+    def close(self, discard: Callable[[tuple[int]], object]) -> None:
+        """End the connection; who waits in a call gets ClosedResourceError. `discard` closes the descriptor.
+
+        That closes what was sent over it and not received, too, and a descriptor that is sent may be one that takes
+        its time to be closed (SO_LINGER).
+        """
         self._let_go()
-        self._socket.close()
+        if self._socket.fileno() < 0:
+            return
+        trio.lowlevel.notify_closing(self._socket)
+        with contextlib.suppress(OSError):  # the other end has gone
+            self._socket.shutdown(socket.SHUT_RDWR)
+        discard((self._socket.detach(),))
 
     def __del__(self) -> None:
         self._let_go()

@@ -17,6 +17,7 @@ from memfs.units import MAX_OFFSET, ByteOffset, PageIndex, PageRange, Pfn, page_
 
 VERSION: Final = 1
 MAX_TEXT: Final = 512  #: bytes of UTF-8 in Hello, Failed and Fenced
+MAX_ERRNO: Final = 4095  #: linux/err.h
 
 _MAX_PAGES: Final = page_floor(ByteOffset(MAX_OFFSET)) + 1
 
@@ -62,6 +63,12 @@ def _flag(value: int) -> bool:
     if value not in (0, 1):
         raise Malformed(f"{value} is neither true nor false")
     return bool(value)
+
+
+def _errno(value: int) -> int:
+    if value > MAX_ERRNO:
+        raise Malformed(f"{value} is not an errno")
+    return value
 
 
 def _pack_text(text: str) -> bytes:
@@ -363,7 +370,7 @@ class Failed(Message):
         if len(body) < cls._BODY.size:
             raise Malformed(f"{cls.__name__} is cut short")
         (errno,) = cls._BODY.unpack_from(body)
-        return cls(errno, _unpack_text(body[cls._BODY.size :]))
+        return cls(_errno(errno), _unpack_text(body[cls._BODY.size :]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -400,6 +407,10 @@ class Ack(Message):
 
     def _fields(self) -> tuple[Any, ...]:
         return (self.errno,)
+
+    @classmethod
+    def _from_fields(cls, *fields: Any) -> Self:
+        return cls(_errno(*fields))
 
 
 @dataclass(frozen=True, slots=True)

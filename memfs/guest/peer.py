@@ -70,7 +70,8 @@ class Peer:
     """One end of a connection. `requests` must be iterated by one task for anything to arrive at all.
 
     `patience`: for how many seconds to look for a message before sleeping, where there is nothing else to do.
-    `discard` closes descriptors that nobody wants; who does not trust the peer lets a thread do that (clients.py).
+    `discard` closes descriptors that nobody wants, and the socket; who does not trust the peer lets a thread do that
+    (clients.py).
     """
 
     def __init__(
@@ -93,7 +94,9 @@ class Peer:
         """Send a request and wait for its reply. Raises PeerGone; LocalProtocolError if it may not be sent now.
 
         Waits first while as many as may be are unanswered. When cancelled after that, the request stays sent; its reply
-        is dropped when it comes. For `patience` seconds we look for the reply before we sleep (lookout.py).
+        is dropped when it comes. Not so if it has come: who was held up (a process that was stopped) finds a deadline
+        passed and the answer, which was in time, not yet read. For `patience` seconds we look for the reply before we
+        sleep (lookout.py).
         """
         call = _Call()
         while not await self._send(message, fds=fds, call=call):
@@ -104,10 +107,10 @@ class Peer:
             if not call.done.is_set():
                 await call.done.wait()
         except trio.Cancelled:
-            call.cancelled = True
-            if call.reply is not None:  # it came just now
-                self._discard(call.reply.fds)
-            raise
+            self._look_for(call, 0)
+            if call.reply is None:
+                call.cancelled = True
+                raise
         if call.reply is None:
             raise PeerGone("the connection ended before the answer")
         return call.reply
@@ -183,7 +186,7 @@ class Peer:
             return
         self._closed = True
         self.protocol.close()
-        self._socket.close()
+        self._socket.close(self._discard)
         for call in self._calls.values():
             call.done.set()
         self._calls.clear()

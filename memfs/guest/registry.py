@@ -13,6 +13,9 @@ Taking pages away from an owner is three steps, in `Registration.invalidate_begi
 nothing maps the pages, and it has unlocked those it had locked (RFC: get_lock_pfn, put_unlock_pfn). Only then may they
 be freed. New locks cannot come in between, because a look-up needs the file's lock and the one who frees holds it.
 
+Who has been told that pages are about to go is told when they are gone, even if it has let go of the file meanwhile:
+its faults wait for that. So the two are a pair for the owner as they are for the file.
+
 All three together may take `notify_timeout` seconds. An owner that takes longer is **fenced**: told so, cut off, its
 registrations ended, and the operation that waited goes on as if it had never been there. The host must not depend on
 a guest's good will.
@@ -101,6 +104,7 @@ class Registration:
         self.count = 1  #: how often it was registered
         self.alive = True
         self.locks: Final = PageLocks()
+        self._begun = False  # the owner has been told of a beginning, and not yet of its end
 
     @property
     def file(self) -> File:
@@ -109,16 +113,21 @@ class Registration:
     # -- guest_ops: the file tells the owner ------------------------------------------------------------------------
 
     async def invalidate_begin(self, pages: PageRange) -> None:
-        await self.owner.within_timeout(self, lambda: self._begin(pages))
+        if self.alive:
+            await self.owner.within_timeout(lambda: self._begin(pages))
 
     async def invalidate_end(self, pages: PageRange) -> None:
-        await self.owner.within_timeout(self, lambda: self._end(pages))
+        if self._begun:
+            self._begun = False
+            await self.owner.within_timeout(lambda: self._end(pages))
 
     async def fallocate(self, pages: PageRange) -> None:
-        await self.owner.within_timeout(self, lambda: self._tell(pages))
+        if self.alive:
+            await self.owner.within_timeout(lambda: self._tell(pages))
 
     async def _begin(self, pages: PageRange) -> None:
         await reach(Point.BEFORE_BEGIN)
+        self._begun = True  # or it is cut off
         await self._notify(InvalidateBegin(self.id, pages, current_request()))
         await self.locks.wait_unlocked(pages)
         await reach(Point.AFTER_BEGIN)
@@ -277,12 +286,17 @@ class Owner:
         except KeyError:
             raise OSError(errno.EBADF, f"no registration {file_id}") from None
 
-    async def within_timeout(self, registration: Registration, step: Callable[[], Awaitable[None]]) -> None:
+    @property
+    def is_connected(self) -> bool:
+        """Whether it has not ended."""
+        return self.number in self._registry.owners
+
+    async def within_timeout(self, step: Callable[[], Awaitable[None]]) -> None:
         """Run a step that waits for the owner; fence the owner if it takes too long or fails.
 
         Never raises, and cannot be cancelled: what the owner is told of is done or being done.
         """
-        if not registration.alive:
+        if not self.is_connected:
             return
         why = None
         with trio.move_on_after(self._registry.notify_timeout, shield=True) as scope:
@@ -292,9 +306,12 @@ class Owner:
                 return
             except OSError as error:  # an owner that is not told must not go on
                 why = f"it could not be told: {error.strerror}"
+            except Exception:
+                log.exception("a bug in memfs, while %s was being told", self)
+                why = "it could not be told: a bug in memfs"
         if scope.cancelled_caught:
             why = f"no answer within {self._registry.notify_timeout:g} s"
-        if why is not None and registration.alive:
+        if why is not None and self.is_connected:
             with trio.CancelScope(shield=True):
                 await self._registry.fence(self, why)
 
@@ -334,7 +351,7 @@ class Registry:
 
         ESHUTDOWN: the owner has ended; a request of its may have waited for the file while it was fenced.
         """
-        if self.owners.get(owner.number) is not owner:
+        if not owner.is_connected:
             raise OSError(errno.ESHUTDOWN, "the owner has been cut off")
         current = inode.file.owner
         if isinstance(current, Registration):

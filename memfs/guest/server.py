@@ -7,8 +7,8 @@ mount id is looked up in mountinfo, ours or, for a peer in another mount namespa
 found there says whether the file is one of this mount's (whatever bind mount it was opened through).
 
 A descriptor that a stranger sent may lead to a filesystem that answers nothing, and one of our own files has the kernel
-ask us before close(2) returns, so descriptors are closed where that holds up nobody (clients.py). What an owner gets is
-opened anew for it: a description shared with us would let it set O_APPEND on ours.
+ask us before close(2) returns, so descriptors are looked at and closed where that holds up nobody (clients.py). What an
+owner gets is opened anew for it: a description shared with us would let it set O_APPEND on ours.
 
 Requests that may have to wait for a file (Register, GetPfn, Populate, Launch) run as tasks, so that a PutPfn or an Ack
 behind them on the same connection, for which somebody may be waiting, is not held up. The rest is answered in order.
@@ -132,9 +132,15 @@ class Server:
             client = self._clients.admit(credentials, lambda: _hang_up(sock, credentials))
         except Refused as refused:
             log.warning("%s", refused)
-            sock.close()
+            self._clients.turn_away(sock)
             return
-        session = _Session(sock, client, self._registry, self._tree, self._device)
+        try:
+            session = _Session(sock, client, self._registry, self._tree, self._device)
+        except OSError as error:  # no memory, or no room in an epoll, is no reason to end everybody else
+            log.error("%s is turned away: %s", credentials, error.strerror)  # noqa: TRY400
+            client.left()
+            self._clients.turn_away(sock)
+            return
         nursery.start_soon(self._run, session)
 
     async def _run(self, session: _Session) -> None:
@@ -151,7 +157,8 @@ class Server:
             os.close(self._spare)
             self._spare = -1
         with contextlib.suppress(OSError), trio.move_on_after(0.1):
-            (await self._listener.accept())[0].close()
+            sock, _ = await self._listener.accept()
+            await self._clients.turn_away(sock).wait()
         try:
             self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
@@ -286,7 +293,7 @@ class _Session:
 
     async def _identify(self, fd: int) -> RegularFile:
         """Which of our files a descriptor is of. Raises OSError as Register's documentation says."""
-        info = _fdinfo(fd)
+        info = await self._client.run_in_thread(_fdinfo, fd)
         device = device_of_mount_id(info["mnt_id"], "self")
         if device is None:  # a peer may have mounted so much that to read it all takes long
             device = await self._client.run_in_thread(device_of_mount_id, info["mnt_id"], str(self._pid))

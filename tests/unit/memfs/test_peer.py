@@ -9,6 +9,7 @@ import os
 import socket
 import struct
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 
@@ -373,3 +374,21 @@ async def test_owner_that_does_not_answer_is_not_looked_for_any_longer() -> None
         with trio.move_on_after(0.05) as scope:
             await store.peer.call(InvalidateBegin(FileId(1), RANGE), patience=0.01)
         assert scope.cancelled_caught
+
+
+async def test_answer_that_came_in_time_counts_although_it_is_read_late() -> None:
+    """Who was stopped, or had to wait for a CPU, finds a deadline passed: that is not the other's fault."""
+
+    def late(protocol: Connection, number: int) -> list[bytes]:
+        time.sleep(0.1)
+        return [protocol.send(Ack(), answers=number)[1]]  # type: ignore[arg-type]
+
+    async def stand_still() -> None:
+        time.sleep(0.3)  # noqa: ASYNC251 - all of us, as if stopped
+
+    async with store_of(late) as store:
+        with trio.move_on_after(0.05) as scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(stand_still)
+                assert (await store.peer.call(InvalidateBegin(FileId(1), RANGE))).message == Ack()
+        assert scope.cancel_called

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memfs.guest.messages import (
+    MAX_ERRNO,
     MESSAGES,
     Ack,
     Done,
@@ -230,6 +231,7 @@ MALFORMED = {
     "not a flag": GOOD[:-1] + b"\2",
     "empty range": struct.pack("<HHIQQQQB", 1, 6, 41, 5, 7, 3, 3, 0),
     "reversed range": struct.pack("<HHIQQQQB", 1, 6, 41, 5, 7, 9, 3, 0),
+    "Ack of no errno": struct.pack("<HHIQI", 1, Ack.TYPE, 20, 5, MAX_ERRNO + 1),
     "range beyond all files": struct.pack("<HHIQQQQB", 1, 6, 41, 5, 7, 0, 1 << 63, 0),
 }
 
