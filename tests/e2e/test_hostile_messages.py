@@ -251,20 +251,23 @@ async def test_thousands_that_connect_and_say_nothing(memfs: Memfs) -> None:
 # -- descriptors that cannot be closed ---------------------------------------------------------------------------------
 
 
-async def test_descriptor_whose_filesystem_never_answers(memfs: Memfs, tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["file", "epoll"])
+async def test_descriptor_that_is_never_done_with(memfs: Memfs, tmp_path: Path, what: str) -> None:
     if os.geteuid() != 0:
         pytest.skip("mounts a filesystem, so it needs root")
     await trio.Path(tmp_path / "stuck").mkdir()
     async with bystander(memfs):
         before = descriptors(memfs)
-        command = [sys.executable, "-m", "tests.e2e.stuck_filesystem", str(tmp_path / "stuck"), str(memfs.socket)]
+        command = [sys.executable, "-m", "tests.e2e.stuck_filesystem", str(tmp_path / "stuck"), str(memfs.socket), what]
         root = Path(__file__).parents[2]
         hostile = await trio.lowlevel.open_process(command, stdout=subprocess.PIPE, cwd=root, start_new_session=True)
         assert hostile.stdout is not None
         try:
             with trio.fail_after(10):
-                # A thread of the daemon is in close(2) now, for as long as it pleases that filesystem.
                 assert (await hostile.stdout.receive_some()).startswith(b"asked")
+                if what == "epoll":
+                    await trio.sleep(1)  # it is said before the descriptor is sent
+                # A thread of the daemon is held up now, for as long as it pleases that filesystem.
                 async with connected(memfs.socket) as owner:
                     assert isinstance(await owner.ask(Unregister(FileId(1))), Failed)
                 await shell("cat", memfs.path / "bystander", cwd=memfs.path)
@@ -273,6 +276,35 @@ async def test_descriptor_whose_filesystem_never_answers(memfs: Memfs, tmp_path:
             await hostile.wait()
             await hostile.stdout.aclose()
             umount(str(tmp_path / "stuck"), 2)  # MNT_DETACH
+    assert not await left_open(memfs, before)
+
+
+async def test_queue_that_lingers(memfs: Memfs) -> None:
+    """With a connection goes what lies in its queue: here a TCP socket that waits for its data to be taken."""
+    memfs.expected.append(CUT_OFF)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        lingers = socket.create_connection(listener.getsockname())
+        takes_nothing, _ = listener.accept()
+    lingers.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 60))
+    lingers.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            lingers.send(bytes(1 << 16))
+    async with bystander(memfs):
+        before = descriptors(memfs)
+        client = await trio.to_thread.run_sync(Client, memfs)
+        memfs.process.send_signal(signal.SIGSTOP)  # so that both are in the queue when it reads the first
+        try:
+            client.socket.send(b"garbage")
+            client.send(REGISTER, [lingers.fileno()])
+            lingers.close()
+        finally:
+            memfs.process.send_signal(signal.SIGCONT)
+        with trio.fail_after(10):
+            async with connected(memfs.socket) as owner:
+                assert isinstance(await owner.ask(Unregister(FileId(1))), Failed)
+        takes_nothing.close()
+        client.close()
     assert not await left_open(memfs, before)
 
 
