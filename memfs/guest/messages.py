@@ -195,6 +195,8 @@ class GetPfn(Message):
     past the end of the file: EINVAL. The answer may cover fewer pages than asked for, from the start on; every
     present page in it is locked against being freed until PutPfn.
 
+    Failed with ENOLCK: pages are locked in too many pieces (locks.py); put some first.
+
     Without `lock` it is as if PutPfn came right behind, in one message: for an owner that makes sure in another way
     that it maps nothing of what it is told to let go of (kvmsim does: kvmsim/mmu/invalidate.py).
     """

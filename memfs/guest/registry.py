@@ -171,7 +171,7 @@ class Registration:
         """Say which frames the pages that exist (with `alloc`, all) are in, and `lock` them.
 
         Covers as many pages from the start on as fit into a reply. Raises OSError: EINVAL past the end of the file,
-        ENOSPC, EBADF if the registration ended meanwhile.
+        ENOSPC, ENOLCK if too much is locked already, EBADF if the registration ended meanwhile.
         """
         with self._tree.holding(self.inode):  # the registration may end meanwhile
             async with self.file.locked():
@@ -179,6 +179,8 @@ class Registration:
                     raise OSError(errno.EBADF, "unregistered")
                 if pages.end > page_ceil(ByteOffset(self.file.size)):
                     raise OSError(errno.EINVAL, "past the end of the file")
+                if lock and self.locks.room < PfnReply.MAX_RUNS:
+                    raise OSError(errno.ENOLCK, "pages are locked in too many pieces")
                 if self.file.guest:
                     launch(self.file)
                 if alloc:

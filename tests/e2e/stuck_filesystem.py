@@ -1,4 +1,4 @@
-"""A FUSE filesystem with one file that never answers when the file is read or closed, and a client that makes use of it.
+"""A FUSE filesystem with one file that never answers when it is read or closed, and a client that makes use of it.
 
 Run as `python -m tests.e2e.stuck_filesystem MOUNTPOINT SOCKET WHAT`. WHAT says which descriptor the client registers:
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trio.testing import wait_all_tasks_blocked
 
-from memfs.guest.locks import PageLocks
+from memfs.guest.locks import MOST_RANGES, PageLocks
 from memfs.units import PageIndex, PageRange
 
 SPAN = 12
@@ -48,6 +48,26 @@ def test_locks_are_counted_page_by_page(steps: list[tuple[bool, PageRange]]) -> 
                 assert scope.cancelled_caught == bool(counts[page])
 
     trio.run(play)
+
+
+def test_locks_in_too_many_pieces_are_refused_and_those_there_are_let_go_of() -> None:
+    """Every other page of a range, and then the range at once: that takes no longer than it should."""
+    locks = PageLocks()
+    number = 0
+    while locks.room:
+        locks.lock(pages(2 * number, 2 * number + 1))
+        number += 1
+    with pytest.raises(OSError) as caught:
+        locks.lock(pages(0, 1))
+    assert caught.value.errno == errno.ENOLCK
+    assert number == len(locks) >= MOST_RANGES - 1
+    with pytest.raises(OSError) as caught:
+        locks.unlock(pages(0, 2 * number))
+    assert caught.value.errno == errno.EINVAL
+    assert len(locks) == number
+    for page in range(0, 2 * number, 2):
+        locks.unlock(pages(page, page + 1))
+    assert (len(locks), locks.room) == (0, MOST_RANGES - 1)
 
 
 async def test_who_waits_goes_on_with_the_last_unlock() -> None:
