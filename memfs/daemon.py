@@ -55,6 +55,7 @@ state_log = logging.getLogger("memfs.state")
 state_log.setLevel(logging.INFO)
 
 _MOST_FILES: Final = 1000  # in the log; the rest is only counted
+_LEAST_BYTES: Final = 64  # that each of those takes in JSON
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +182,7 @@ class _Memfs:
 
     def describe_in(self, most_bytes: int) -> str:
         """The state as JSON, with as many owners, files and notifications as fit into so many bytes."""
-        most = most_bytes
+        most = most_bytes // _LEAST_BYTES
         while True:
             text = json.dumps({**self.describe(), "registry": self._registry.describe(most)})
             if len(text) <= most_bytes or not most:

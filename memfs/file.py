@@ -320,22 +320,20 @@ class File:
     def _truncate_backing(self, size: int, by_path: bool) -> None:
         os.truncate(f"/proc/self/fd/{self.fd}" if by_path else self.fd, size)
 
-    def present(self, pages: PageRange) -> list[tuple[PageRange, bool]]:
+    def present(self, pages: PageRange) -> Iterator[tuple[PageRange, bool]]:
         """Which pages of a range are allocated: runs in order, True for allocated. Call within `locked`.
 
         Of an untracked file, pages that were allocated and never written count as absent (as SEEK_HOLE has it).
         """
         runs = self.page_map.runs(pages) if self.page_map is not None else data_pages(self.fd, pages)
-        answer: list[tuple[PageRange, bool]] = []
         position = pages.start
         for run in runs:
             if position < run.start:
-                answer.append((PageRange(position, run.start), False))
-            answer.append((run, True))
+                yield PageRange(position, run.start), False
+            yield run, True
             position = run.end
         if position < pages.end:
-            answer.append((PageRange(position, pages.end), False))
-        return answer
+            yield PageRange(position, pages.end), False
 
     async def make_present(self, pages: PageRange) -> None:
         """Allocate whatever is absent in a range within the file's size, all or nothing. Call within `locked`."""

@@ -45,6 +45,7 @@ _HEADER: Final = np.dtype([("magic", "<u8"), ("version", "<u4"), ("page_shift", 
 _HEADER_BYTES: Final = PAGE_SIZE
 _OBJECT_BYTES: Final = _HEADER_BYTES + MAX_PAGES
 _SPARSE_FROM: Final = 1 << 16  # pages; for shorter ranges asking for the extents costs more than reading them
+_AT_ONCE: Final = 1 << 16  # pages whose runs are found at a time: who wants only the first few does not pay for all
 _TRIES: Final = 10_000  # to read a map that is being changed, which takes the store microseconds
 _F_SEAL_FUTURE_WRITE: Final = 0x0010  # linux/fcntl.h; not in Python's fcntl module
 
@@ -135,8 +136,8 @@ class PageMapView:
             if position < pages.end:
                 yield PageRange(position, pages.end)
             return
-        open_run: PageRange | None = None  # a run may continue in the next extent
-        for part in _extents(self._fd, pages):
+        open_run: PageRange | None = None  # a run may continue in the next part
+        for part in (part for extent in _extents(self._fd, pages) for part in extent.chunks(_AT_ONCE)):
             edges = np.flatnonzero(np.diff(self.pages[part.slice], prepend=np.uint8(0), append=np.uint8(0)))
             for start, end in zip((edges[::2] + part.start).tolist(), (edges[1::2] + part.start).tolist(), strict=True):
                 if open_run is not None and open_run.end == start:

@@ -27,6 +27,7 @@ import errno
 import functools
 import logging
 import os
+import sys
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -403,17 +404,24 @@ class Registry:
         self._tree.release(registration.inode)
 
     def describe(self, most: int | None = None) -> list[dict[str, Any]]:
-        """Owners, their files and what they have not acknowledged, for people: at most so many of each."""
-        return [
-            {
-                "owner": owner.number,
-                "name": owner.name,
-                "acknowledged": owner.acknowledged,
-                "files": [registration.describe() for registration in islice(owner.registrations.values(), most)],
-                "pending": [pending.describe() for pending in owner.pending[:most]],
-            }
-            for owner in islice(self.owners.values(), most)
-        ]
+        """Owners, what they have not acknowledged and their files, for people: at most so many of all these together."""
+        left, owners = sys.maxsize if most is None else most, []
+        for owner in self.owners.values():
+            if left <= 0:
+                break
+            pending = [each.describe() for each in owner.pending[: left - 1]]
+            files = [each.describe() for each in islice(owner.registrations.values(), left - 1 - len(pending))]
+            left -= 1 + len(pending) + len(files)
+            owners.append(
+                {
+                    "owner": owner.number,
+                    "name": owner.name,
+                    "acknowledged": owner.acknowledged,
+                    "files": files,
+                    "pending": pending,
+                }
+            )
+        return owners
 
     def check(self) -> None:
         """Raise AssertionError on the first broken invariant."""
