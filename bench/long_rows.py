@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -15,14 +16,16 @@ from typing import Final
 from bench.harness import BenchError, Row, Run, compare, measure, memfs, now, placements, tmpfs
 
 _OPTIONS: Final = "size=5g"
+_AFTERWARDS: Final = 1000  # stats
 _LONG: Final = 4 << 30  # bytes: sixteen of the pieces that memfs does it in
 _TARGET: Final = 20.0  # ms
 _GIVEN: Final = "given"
 _TAKEN: Final = "taken"
+_REMOVED: Final = "removed"  # with the file
 
 
 def rows(run: Run) -> Iterator[Row]:
-    """One for giving and one for taking, for each placement."""
+    """One each for giving, taking and removing a file, for each placement."""
     if not run.wants("longest stat"):
         return
     size = _LONG // (4 if run.quick else 1)
@@ -34,7 +37,7 @@ def rows(run: Run) -> Iterator[Row]:
             before = os.sched_getaffinity(0)
             os.sched_setaffinity(0, {cpu})
             try:
-                for what in (_GIVEN, _TAKEN):
+                for what in (_GIVEN, _TAKEN, _REMOVED):
                     samples = measure(
                         {
                             "memfs": lambda what=what: _longest_stat(ours.path, what, size),
@@ -55,16 +58,21 @@ def _longest_stat(directory: Path, what: str, size: int) -> float:
     """Milliseconds that one of many took; of a file with content, which memfs is asked about each time."""
     path = directory / "long"
     command = ["fallocate", "--length", str(size), str(path)]
-    if what == _TAKEN:
+    if what != _GIVEN:
         subprocess.run(command, check=True)
-        command.insert(1, "--punch-hole")
+        command = ["rm", str(path)] if what == _REMOVED else [*command, "--punch-hole"]
     longest = 0.0
     with subprocess.Popen(command) as process:
         while process.poll() is None:
             started = now()
             os.stat(directory / "small")
             longest = max(longest, now() - started)
-    path.unlink()
+    for _ in range(_AFTERWARDS if what == _REMOVED else 0):  # it may be freed when it has been removed
+        time.sleep(0.001)
+        started = now()
+        os.stat(directory / "small")
+        longest = max(longest, now() - started)
+    path.unlink(missing_ok=True)
     if process.returncode:
         raise BenchError(f"{' '.join(command)}: exit code {process.returncode}")
     return longest * 1e3

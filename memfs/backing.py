@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import ClassVar, Final, NewType, Protocol
 
+from memfs.freeing import Freeing
 from memfs.libc import mount_detached, remount_detached
 from memfs.options import MountOptions, OptionError
 from memfs.units import bytes_to_pages, pages_to_bytes
@@ -38,6 +39,7 @@ class Backing(Protocol):
 
     kind: ClassVar[str]  #: for people: "tmpfs", "memfd"
     accounted: ClassVar[bool]  #: whether pages of ordinary files must be reserved, too
+    freeing: Freeing  #: large files that nobody has any more
 
     @property
     def guest_pinned(self) -> bool:
@@ -99,6 +101,7 @@ class TmpfsBacking:
         self._guest_used = 0  # pages that guest-sealed files have
         self._guest_share = 0  # pages that the ordinary tmpfs is smaller by
         self._promised = 0  # pages that are being allocated
+        self.freeing = Freeing()
         self._root: Final = _mount_tmpfs(size, options or {}, noatime)
         self._guest_root, self._guest_pinned = self._root, True
         try:
@@ -204,6 +207,7 @@ class MemfdBacking:
     def __init__(self, size: int) -> None:
         self._total = bytes_to_pages(size)
         self._used = 0
+        self.freeing = Freeing()
 
     @property
     def guest_pinned(self) -> bool:

@@ -142,6 +142,7 @@ class _Memfs:
                 nursery.start_soon(channel.run, unmounted.set)
                 nursery.start_soon(self._unmount_on_signal, unmounted, server)
                 nursery.start_soon(self._log_state_on_signal)
+                nursery.start_soon(self._backing.freeing.run)
                 nursery.start_soon(self._end, unmounted, server, nursery.cancel_scope)
                 await initialized.wait()
                 if self._passthrough.wanted is Wanted.ON and not self._passthrough.in_force:

@@ -57,6 +57,7 @@ from memfs.tracking import MAP_END, Tracking
 from memfs.units import (
     SECTORS_PER_PAGE,
     ByteOffset,
+    PageIndex,
     PageRange,
     bytes_to_pages,
     is_page_aligned,
@@ -340,7 +341,20 @@ class File:
         await self._allocate(pages.offset, pages.nbytes, FALLOC_FL_KEEP_SIZE, lambda _: None)
 
     async def _allocate(self, offset: ByteOffset, length: int, mode: int, done: Callable[[PageRange], None]) -> None:
-        """Allocate what [offset, offset + length) touches, in pieces; `done` is called after each."""
+        """Allocate what [offset, offset + length) touches, in pieces; `done` is called after each.
+
+        Where there is no room while files are being freed, that is waited for.
+        """
+        try:
+            await self._allocate_now(offset, length, mode, done)
+        except OSError as error:
+            if error.errno != errno.ENOSPC or not await self._backing.freeing.settled():
+                raise
+            await self._allocate_now(offset, length, mode, done)
+
+    async def _allocate_now(
+        self, offset: ByteOffset, length: int, mode: int, done: Callable[[PageRange], None]
+    ) -> None:
         pages, end = PageRange.covering(offset, length), offset + length
         with self._giving(pages) as given, self._backing.promised(len(pages)) as has_room:
             # Where room may run out it is one piece, because the kernel takes back what a single call has allocated.
@@ -512,8 +526,20 @@ class File:
             finally:
                 lock.release()
 
+    def free(self) -> None:
+        """The file is gone: free its memory, if that takes long beside everything else. No owner may be left."""
+        if self.pages <= bytes_to_pages(_LONG) or not self._backing.freeing.take(self):
+            self.close()
+
+    async def empty(self) -> None:
+        """Free the memory of a file that nobody has any more, in pieces. Raises OSError, and then some may be left."""
+        end = page_ceil(ByteOffset(self.size))
+        if end:
+            async with self.locked():
+                await self._free_piecewise(PageRange(PageIndex(0), end))
+
     def close(self) -> None:
-        """The file is gone: free its memory. No owner may be left."""
+        """Free the memory of a file that is gone, at once. No owner may be left."""
         assert self.owner is None, f"file {self.number} is freed while registered"
         assert not self._holds, f"file {self.number} is freed while held"
         self._backing.free(self._content)

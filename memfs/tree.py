@@ -327,7 +327,10 @@ class Tree:
             return
         del self.inodes[inode.ino]
         self._user_xattr_bytes -= _user_bytes(inode.xattrs)
-        _close(inode)
+        if isinstance(inode, RegularFile):
+            inode.file.free()
+        else:
+            _close(inode)
 
     def close(self) -> None:
         """Free every file; the mount is gone."""

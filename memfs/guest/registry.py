@@ -404,7 +404,7 @@ class Registry:
         self._tree.release(registration.inode)
 
     def describe(self, most: int | None = None) -> list[dict[str, Any]]:
-        """Owners, what they have not acknowledged and their files, for people: at most so many of all these together."""
+        """Owners, what they have not acknowledged and their files, for people: at most so many of all together."""
         left, owners = sys.maxsize if most is None else most, []
         for owner in self.owners.values():
             if left <= 0:

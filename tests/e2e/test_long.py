@@ -42,6 +42,18 @@ def settled(path: Path) -> int:
     return now
 
 
+@pytest.mark.parametrize("guest", [False, True], ids=["ordinary", "guest"])
+def test_room_of_a_large_file_is_there_when_it_is_removed(large: Memfs, guest: bool) -> None:
+    """It is freed beside everything else; who needs the room does not get ENOSPC meanwhile."""
+    if guest:
+        os.setxattr(large.path, "user.memfs.default_seals", b"guest")
+    for _ in range(3):
+        (large.path / "file").touch()
+        subprocess.run(["fallocate", "--length", SIZE, "file"], cwd=large.path, check=True)
+        (large.path / "file").unlink()
+    assert settled(large.path) == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 @pytest.mark.parametrize("guest", [False, True], ids=["ordinary", "guest"])
 def test_a_signal_ends_it_and_what_there_is_is_accounted_for(large: Memfs, guest: bool, number: signal.Signals) -> None:

@@ -1,0 +1,74 @@
+"""Large files that nobody has any more: emptied in pieces, one after the other, beside everything else.
+
+To free a gibibyte takes the kernel a tenth of a second, and it does that wherever the last reference goes: when a name
+is removed, a handle is closed or an owner dies. In the event loop that would hold up everybody. So a large file is
+emptied first (file.py does that in threads), and closing it is then nothing.
+
+Until then its memory is in use, which on tmpfs it is not when unlink(2) has returned. So who finds no room waits for
+what is being freed and tries again (`settled`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from typing import Final, Protocol
+
+import trio
+
+log = logging.getLogger(__name__)
+
+
+class Freeable(Protocol):
+    """A file that nobody has any more."""
+
+    async def empty(self) -> None:
+        """Free its memory in pieces. Raises OSError if it cannot be."""
+
+    def close(self) -> None:
+        """Free what there is of it."""
+
+
+class Freeing:
+    """The files of one backing that are being freed. `run` does it; without it nothing is taken."""
+
+    def __init__(self) -> None:
+        self._files: Final[deque[Freeable]] = deque()  # the first is being emptied
+        self._arrived = trio.Event()
+        self._settled = trio.Event()
+        self._settled.set()
+        self._is_running = False
+
+    def take(self, file: Freeable) -> bool:
+        """Free a file from now on. Returns whether that is possible."""
+        if self._is_running:
+            self._files.append(file)
+            self._settled = trio.Event()
+            self._arrived.set()
+        return self._is_running
+
+    async def settled(self) -> bool:
+        """Wait until nothing is being freed. Returns whether anything was."""
+        was_freeing = bool(self._files)
+        await self._settled.wait()
+        return was_freeing
+
+    async def run(self) -> None:
+        """Free what comes. When cancelled, what is left is closed at once."""
+        self._is_running = True
+        try:
+            while True:
+                await self._arrived.wait()
+                self._arrived = trio.Event()
+                while self._files:
+                    try:
+                        await self._files[0].empty()
+                    except OSError as error:
+                        log.warning("a large file is freed in one piece: %s", error.strerror)
+                    self._files.popleft().close()
+                self._settled.set()
+        finally:
+            self._is_running = False
+            while self._files:
+                self._files.popleft().close()
+            self._settled.set()
