@@ -68,7 +68,9 @@ def _parser() -> argparse.ArgumentParser:
         help="where owners connect, also as option socket= (default /run/memfs/NAME.sock, NAME from MOUNTPOINT)",
     )
     mount.add_argument("-f", "--foreground", action="store_true", help="stay in the foreground and log to stderr")
-    mount.add_argument("--log-file", metavar="FILE", help="append the log to FILE")
+    mount.add_argument(
+        "--log-file", metavar="FILE", help="append the log to FILE (default in the background: /run/memfs/NAME.log)"
+    )
     mount.add_argument("-v", "--verbose", action="store_true", help="log more")
     mount.add_argument("--check", action="store_true", help="verify every invariant at the end; exit code 1 if broken")
     mount.set_defaults(run=_mount)
@@ -176,12 +178,15 @@ def _serve(options: argparse.Namespace, ready: Callable[[list[str]], None]) -> N
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy would start a thread a CPU for nothing
     import trio
 
-    from memfs.daemon import Settings, default_socket_path, serve
+    from memfs.daemon import Settings, default_log_path, default_socket_path, serve
     from memfs.fuse.mount import MountError
+    from memfs.listener import prepare_directory
 
-    level = logging.INFO if options.verbose else logging.WARNING
-    logs.set_up(options.log_file, level)
-    logging.getLogger("memfs.guest.server").addFilter(logs.RateLimit())  # what clients bring about
+    log_file, nobody_said = options.log_file, options.log_file is None and not options.foreground
+    if nobody_said:
+        log_file = default_log_path(options.mountpoint)
+        prepare_directory(os.path.dirname(log_file))
+    logs.set_up(log_file, logging.INFO if options.verbose else logging.WARNING, when_needed=nobody_said)
     socket_path = options.socket or options.parsed.socket or default_socket_path(options.mountpoint)
     try:
         trio.run(serve, Settings(options.mountpoint, socket_path, options.parsed, options.check), ready)
@@ -227,7 +232,13 @@ def _stat(options: argparse.Namespace) -> None:
 
 
 def _line(values: dict[str, object]) -> str:
-    return "  ".join(f"{name} {value}" for name, value in values.items() if value != "")
+    return "  ".join(f"{name} {_shown(value)}" for name, value in values.items() if value != "")
+
+
+def _shown(value: object) -> str:
+    """A value for a terminal: what others named themselves may have escape sequences in it."""
+    text = str(value)
+    return text if text.isprintable() else json.dumps(text)
 
 
 def _seal(options: argparse.Namespace) -> None:

@@ -282,10 +282,19 @@ def default_socket_path(mountpoint: str) -> str:
 
     Without root it is in the user's runtime directory ($XDG_RUNTIME_DIR), or a directory of the user's in /tmp.
     """
+    return _run_path(mountpoint, "sock")
+
+
+def default_log_path(mountpoint: str) -> str:
+    """Where a memfs that runs in the background logs: NAME.log beside the default socket."""
+    return _run_path(mountpoint, "log")
+
+
+def _run_path(mountpoint: str, suffix: str) -> str:
     if os.geteuid() == 0:
         directory = "/run/memfs"
     elif runtime := os.environ.get("XDG_RUNTIME_DIR"):
         directory = os.path.join(runtime, "memfs")
     else:
         directory = f"/tmp/memfs-{os.geteuid()}"
-    return os.path.join(directory, mountpoint.strip("/").replace("/", "-") + ".sock")
+    return os.path.join(directory, f"{mountpoint.strip('/').replace('/', '-')}.{suffix}")

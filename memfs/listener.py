@@ -1,8 +1,9 @@
 """The socket that owners connect to: made so that nobody gets to it whom the mount options do not let in.
 
 It is bound with mode 0600 and only then given its group and mode, so there is no moment at which it is wider than asked
-for. A socket that nobody listens on is what a killed daemon left, and is replaced. The directory it lies in must not be
-one where somebody else could put another socket in its place.
+for. A socket that nobody listens on is what a killed daemon left, and is replaced; anything else that lies there stays,
+and so does, in the end, a socket that is another's by then. The directory it lies in must not be one where somebody
+else could put another socket in its place.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import socket
 import stat
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Final
 
 import trio
@@ -32,12 +34,14 @@ def listening(path: str, mode: int, group: int | None) -> Iterator[trio.socket.S
         listener = _listen(path, mode, group)
     except OSError as error:
         raise MountError(f"cannot listen on {path}: {error.strerror or error}") from error
+    ours = os.lstat(path)
     try:
         yield listener
     finally:
         listener.close()
         try:
-            os.unlink(path)
+            if os.path.samestat(os.lstat(path), ours):
+                os.unlink(path)
         except FileNotFoundError:
             pass
         except OSError as error:
@@ -45,9 +49,7 @@ def listening(path: str, mode: int, group: int | None) -> Iterator[trio.socket.S
 
 
 def _listen(path: str, mode: int, group: int | None) -> trio.socket.SocketType:
-    directory = os.path.dirname(path)
-    os.makedirs(directory, mode=0o755, exist_ok=True)
-    _check_directory(directory)
+    prepare_directory(os.path.dirname(path))
     _remove_stale(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     mask = os.umask(0o177)
@@ -64,23 +66,30 @@ def _listen(path: str, mode: int, group: int | None) -> trio.socket.SocketType:
     return trio.socket.from_stdlib_socket(sock)
 
 
-def _check_directory(directory: str) -> None:
-    """Raise OSError if somebody else could replace what lies there."""
-    status = os.stat(directory)
-    if status.st_uid not in (0, os.geteuid()):
-        raise OSError(errno.EPERM, f"{directory} belongs to another user")
-    if status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
-        raise OSError(errno.EPERM, f"everybody may replace files in {directory}")
+def prepare_directory(directory: str) -> None:
+    """Make it if it is missing. Raises OSError(EPERM) if somebody else could replace what lies there, or it itself."""
+    os.makedirs(directory, mode=0o755, exist_ok=True)
+    path = Path(os.path.realpath(directory))
+    for each in (path, *path.parents):
+        status = each.stat()
+        if status.st_uid not in (0, os.geteuid()):
+            raise OSError(errno.EPERM, f"{each} belongs to another user")
+        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not status.st_mode & stat.S_ISVTX:
+            raise OSError(errno.EPERM, f"others may replace files in {each}")
 
 
 def _remove_stale(path: str) -> None:
-    probe = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with probe:
-        try:
-            probe.connect(path)
-        except FileNotFoundError:
-            return
-        except ConnectionRefusedError:
-            os.unlink(path)
-            return
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise OSError(errno.EEXIST, "something that is not a socket lies there")
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+        probe.setblocking(False)  # EAGAIN: its queue is full, so somebody listens
+        with contextlib.suppress(BlockingIOError):
+            try:
+                probe.connect(path)
+            except ConnectionRefusedError:
+                os.unlink(path)
+                return
     raise OSError(errno.EADDRINUSE, "another memfs listens there")

@@ -9,9 +9,9 @@ Requests that pyfuse3 answers do not show it, so they get numbers of ours, from 
 whoever works on a request, in whichever task, need not hand it on.
 
 A value with anything but plain characters is quoted as JSON is, so that no name that a client gives itself can look
-like a line or a field of its own; a traceback is one such value. Lines that a client can bring about as often as it
-likes are limited per place in the code, as the kernel's are (printk_ratelimited()); the next that gets through says how
-many did not.
+like a line or a field of its own; a traceback is one such value. Warnings and errors may be lines that a client
+can bring about as often as it likes, so they are limited per place in the code, as the kernel's are
+(printk_ratelimited()); the next that gets through says how many were not let through.
 """
 
 from __future__ import annotations
@@ -84,13 +84,15 @@ def _quoted(value: object) -> str:
 
 
 class RateLimit(logging.Filter):
-    """Lets each place in the code log so many lines in so many seconds, by the clock that only goes forward."""
+    """Lets each place in the code warn in so many lines in so many seconds, by the clock that only goes forward."""
 
     def __init__(self) -> None:
         super().__init__()
         self._places: dict[tuple[str, int], tuple[float, int]] = {}  # began when, lines since
 
     def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno < logging.WARNING:
+            return True
         place, now = (record.pathname, record.lineno), time.monotonic()
         began, lines = self._places.get(place, (now, 0))
         if now - began >= _INTERVAL:
@@ -101,8 +103,9 @@ class RateLimit(logging.Filter):
         return lines < _BURST
 
 
-def set_up(file: str | None, level: int) -> None:
-    """Log to a file, or to standard error."""
-    handler = logging.FileHandler(file) if file is not None else logging.StreamHandler()
+def set_up(file: str | None, level: int, *, when_needed: bool = False) -> None:
+    """Log to a file, or to standard error. `when_needed`: the file is made when there is something to log."""
+    handler = logging.FileHandler(file, delay=when_needed) if file is not None else logging.StreamHandler()
     handler.setFormatter(Formatter())
+    handler.addFilter(RateLimit())
     logging.basicConfig(level=level, handlers=[handler])

@@ -26,7 +26,8 @@ def type_of_device(device: str) -> str | None:
 def _mountinfo(pid: str) -> list[list[str]]:
     """/proc/PID/mountinfo (proc_pid_mountinfo(5)): mount id, parent id, device, root, mountpoint, ..."""
     try:
-        with open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
+        # newline: a carriage return may be part of a name
+        with open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape", newline="\n") as table:
             return [line.split(" ") for line in table]
     except OSError:  # the process is gone, or not ours to look at
         return []

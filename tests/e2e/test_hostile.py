@@ -109,7 +109,11 @@ def test_socket_lets_in_whom_the_options_say(
 
 def test_socket_is_not_put_where_others_could_replace_it(open_directory: Path) -> None:
     (open_directory / "mnt").mkdir()
-    for owner, mode, words in ((NOBODY, 0o755, "belongs to another user"), (0, 0o777, "may replace files")):
+    for owner, mode, words in (
+        (NOBODY, 0o755, "belongs to another user"),
+        (0, 0o777, "may replace"),
+        (0, 0o775, "may replace"),
+    ):
         os.chown(open_directory, owner, 0)
         open_directory.chmod(mode)
         arguments = ("mount", open_directory / "mnt", "--socket", open_directory / "sock", "-o", "size=1m")

@@ -90,6 +90,16 @@ async def test_name_of_an_owner_is_no_line_of_its_own(memfs: Memfs) -> None:
     assert [event["level"] for event in events(memfs.log)] == ["warning"]
 
 
+async def test_name_of_an_owner_does_nothing_to_a_terminal(memfs: Memfs) -> None:
+    client = Client(memfs, hello=False)
+    client.send(packed(Hello(name="\x1b[2J\nowner 99"), 1))
+    client.socket.recv(100)
+    text = await trio.to_thread.run_sync(lambda: run(*memfs_command("stat", memfs.path)).stdout)
+    client.close()
+    assert '"\\u001b[2J\\nowner 99"' in text
+    assert "\x1b" not in text
+
+
 async def test_offenders_without_number_do_not_fill_the_log(memfs: Memfs) -> None:
     memfs.expected.append(CUT_OFF)
     for _ in range(200):

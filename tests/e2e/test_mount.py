@@ -107,6 +107,41 @@ def test_mountpoint_that_is_none(can_mount: None, tmp_path: Path) -> None:
         assert not (tmp_path / "socket").exists()
 
 
+def test_what_is_no_socket_is_not_replaced_by_one(can_mount: None, tmp_path: Path) -> None:
+    important = tmp_path / "important"
+    important.write_text("not a socket")
+    with daemon(tmp_path, "--socket", str(important)) as (mountpoint, result):
+        assert result.returncode == 1
+        assert "not a socket" in result.stderr
+        assert not os.path.ismount(mountpoint)
+    assert important.read_text() == "not a socket"
+
+
+def test_socket_that_is_another_s_by_then_stays(memfs: Memfs) -> None:
+    memfs.socket.unlink()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as other:
+        other.bind(str(memfs.socket))
+        memfs.process.send_signal(signal.SIGTERM)
+        assert memfs.process.wait(10) == 0
+        assert memfs.socket.is_socket()
+    memfs.socket.unlink()
+
+
+def test_what_is_logged_in_the_background_is_beside_the_socket(can_mount: None, tmp_path: Path) -> None:
+    with daemon(tmp_path, "-o", "size=1m") as (mountpoint, result):
+        assert result.returncode == 0
+        path = Path(os.getxattr(mountpoint, "user.memfs.socket").decode())
+        log = path.with_suffix(".log")
+        assert not log.exists(), "there was nothing to log"
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+            client.connect(str(path))
+            client.send(b"nonsense")
+            until(log.exists)
+        until(lambda: "broke the protocol" in log.read_text())
+        subprocess.run(["umount", mountpoint], check=True)
+        log.unlink()
+
+
 def test_socket_in_use_is_refused_and_a_stale_one_replaced(memfs: Memfs, tmp_path: Path) -> None:
     with daemon(tmp_path, "--socket", str(memfs.socket)) as (mountpoint, result):
         assert result.returncode == 1
