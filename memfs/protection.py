@@ -45,6 +45,11 @@ def check_fallocate(inode: Inode, mode: int) -> None:
         _forbid(inode, FS_APPEND_FL, "punched")
 
 
+def check_own(inode: Inode) -> None:
+    """Becoming the owner, who may do anything to the content."""
+    _forbid(inode, _EITHER, "owned")
+
+
 def check_add(directory: Inode) -> None:
     """A new name in a directory."""
     _forbid(directory, FS_IMMUTABLE_FL, "given entries")

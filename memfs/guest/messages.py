@@ -127,10 +127,11 @@ class HelloReply(Message):
 
 @dataclass(frozen=True, slots=True)
 class Register(Message):
-    """Owner: let me own the file whose open, writable descriptor travels with this (RFC: memfd_register_guest).
+    """Owner: let me own the file whose descriptor, open for reading and writing, travels with this.
 
-    Failed with EINVAL: not a regular file of this mount. EACCES: not open for writing. EBADF: an O_PATH descriptor.
-    EPERM: another owner has it. Registering again is fine; it must then be unregistered as often.
+    RFC: memfd_register_guest. Failed with EINVAL: not a regular file of this mount. EACCES: not open for reading and
+    writing. EBADF: an O_PATH descriptor. EPERM: another owner has it, or it is immutable or append-only (chattr(1)).
+    Registering again is fine; it must then be unregistered as often.
     """
 
     TYPE = 3

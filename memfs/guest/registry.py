@@ -368,6 +368,7 @@ class Registry:
         owner.registrations[registration.id] = registration
         inode.file.owner = registration
         inode.file.was_owned = True
+        log.info("registered", extra=fields(owner=owner.number, file=registration.id, ino=inode.ino))
         return registration
 
     def unregister(self, owner: Owner, file_id: FileId) -> None:
@@ -398,6 +399,7 @@ class Registry:
         await owner.cut_off(reason)
 
     def _end_registration(self, registration: Registration) -> None:
+        log.info("unregistered", extra=fields(owner=registration.owner.number, file=registration.id))
         del registration.owner.registrations[registration.id]
         registration.file.owner = None
         registration.end()

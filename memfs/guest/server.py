@@ -27,7 +27,7 @@ from typing import Final
 
 import trio
 
-from memfs import seals
+from memfs import protection, seals
 from memfs.file import File
 from memfs.guest.clients import Client, Clients, Credentials, Refused
 from memfs.guest.death import is_dying
@@ -55,6 +55,7 @@ from memfs.guest.peer import Incoming, Peer, PeerGone, close_all
 from memfs.guest.protocol import LocalProtocolError, RemoteProtocolError, Role
 from memfs.guest.registry import Notification, Owner, OwnerGone, Registration, Registry
 from memfs.inode import RegularFile
+from memfs.logs import fields
 from memfs.mountinfo import device_of_mount_id
 from memfs.tree import Tree
 from memfs.units import PAGE_SIZE
@@ -145,9 +146,11 @@ class Server:
 
     async def _run(self, session: _Session) -> None:
         self._sessions[session.owner] = session
+        log.info("connected", extra=fields(owner=session.owner.number, pid=session.pid))
         try:
             await session.run()
         finally:
+            log.info("disconnected", extra=fields(owner=session.owner.number))
             del self._sessions[session.owner]
 
     async def _turn_away(self, error: OSError) -> None:
@@ -180,7 +183,7 @@ class _Session:
     ) -> None:
         self._client: Final = client
         self._peer: Final = Peer(sock, Role.STORE, client.discard)
-        self._pid: Final = client.credentials.pid
+        self.pid: Final = client.credentials.pid
         self._registry: Final = registry
         self._tree: Final = tree
         self._device: Final = device
@@ -220,7 +223,7 @@ class _Session:
             self._peer.close()
 
     def _is_dead(self) -> bool:
-        return is_dying(self._pid)
+        return is_dying(self.pid)
 
     async def _answer(self, request: Incoming) -> None:
         reply: Message
@@ -296,7 +299,7 @@ class _Session:
         info = await self._client.run_in_thread(_fdinfo, fd)
         device = device_of_mount_id(info["mnt_id"], "self")
         if device is None:  # a peer may have mounted so much that to read it all takes long
-            device = await self._client.run_in_thread(device_of_mount_id, info["mnt_id"], str(self._pid))
+            device = await self._client.run_in_thread(device_of_mount_id, info["mnt_id"], str(self.pid))
         if device != self._device:
             raise OSError(errno.EINVAL, "not a file of this mount")
         flags = int(info["flags"], 8)
@@ -305,8 +308,9 @@ class _Session:
         inode = self._tree.inode(int(info["ino"]))
         if not stat.S_ISREG(inode.mode):
             raise OSError(errno.EINVAL, "not a regular file")
-        if flags & os.O_ACCMODE == os.O_RDONLY:
-            raise OSError(errno.EACCES, "not open for writing")
+        if flags & os.O_ACCMODE != os.O_RDWR:  # an owner reads and writes, so it must have been let do both
+            raise OSError(errno.EACCES, "not open for reading and writing")
+        protection.check_own(inode)
         return self._tree.regular(inode.ino)
 
     async def _notify(self, message: Notification, is_alone: bool) -> Ack | None:

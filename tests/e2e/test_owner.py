@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import mmap
 import os
 import signal
@@ -163,17 +164,22 @@ async def test_host_and_owner_see_the_same_shared_bytes(memfs: Memfs) -> None:
     ("prepare", "flags", "number"),
     [
         ("true", os.O_RDONLY, errno.EACCES),
+        ("true", os.O_WRONLY, errno.EACCES),
+        ("chattr +a", os.O_RDWR | os.O_APPEND, errno.EPERM),
         ("true", os.O_PATH, errno.EBADF),
         ("true", os.O_RDONLY | os.O_DIRECTORY, errno.EINVAL),
     ],
 )
 async def test_descriptor_that_will_not_do(memfs: Memfs, prepare: str, flags: int, number: int) -> None:
     await shell("touch", "file", cwd=memfs.path)
+    assert (await shell(*prepare.split(), "file", cwd=memfs.path)).returncode == 0
     path = memfs.path if flags & os.O_DIRECTORY else memfs.path / "file"
     async with connected(memfs.socket) as owner:
         reply = await owner.register(path, flags)
         assert isinstance(reply, Failed)
         assert reply.errno == number
+        state = json.loads(await trio.to_thread.run_sync(os.getxattr, memfs.path, "user.memfs.stat"))
+        assert (state["registered files"], state["open handles"]) == (0, 0)
 
 
 async def test_descriptor_of_something_else(memfs: Memfs, mount_memfs: Callable[..., Memfs], tmp_path: Path) -> None:
