@@ -185,7 +185,11 @@ class TmpfsBacking:
         if total < self._guest_used:
             raise OSError(errno.EINVAL, f"guest-sealed files have {self._guest_used} pages")
         self._limit_ordinary(total - self._guest_used)
-        remount_detached(self._guest_root, {"size": str(size)})
+        try:
+            remount_detached(self._guest_root, {"size": str(size)})
+        except OSError:  # an owner has allocated behind our back
+            self._limit_ordinary(self._total - self._guest_share)
+            raise
         self._total, self._guest_share = total, self._guest_used
 
     def close(self) -> None:

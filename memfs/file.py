@@ -129,7 +129,7 @@ class File:
         self._lock: trio.Lock | None = None  # most files never need one
         self._content = backing.create(number, guest=self.guest)
         try:
-            self._seal_backing()
+            self._seal_backing(born_with)
             self._tracking = Tracking(backing, str(number)) if backing.accounted or self.guest else None
         except OSError:
             backing.free(self._content)
@@ -455,14 +455,17 @@ class File:
                 raise OSError(errno.EBUSY, "an owner was given a descriptor that nobody can take back")
             if new & seals.F_SEAL_GUEST:
                 self._become_guest()
+            self._seal_backing(self.seals | bits)
             self.seals |= bits
-            self._seal_backing()
 
-    def _seal_backing(self) -> None:
-        """Let the kernel enforce what it can: a memfd can carry seals, a file of a tmpfs cannot."""
-        if self._backing.accounted and self.seals & seals.OF_MEMFD:
+    def _seal_backing(self, bits: int) -> None:
+        """Let the kernel enforce what it can: a memfd can carry seals, a file of a tmpfs cannot.
+
+        Raises OSError(EBUSY) if an owner has it mapped for writing, and F_SEAL_WRITE is to be added.
+        """
+        if self._backing.accounted and bits & seals.OF_MEMFD:
             with self.held():
-                fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, self.seals & seals.OF_MEMFD)
+                fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, bits & seals.OF_MEMFD)
 
     def check_chmod(self, old: int, new: int) -> None:
         """Raise OSError(EPERM) if the EXEC seal forbids a change of permission bits."""
@@ -509,8 +512,8 @@ class File:
 
         Nor does the owner have to be told of what it asked for.
         """
-        waits_for_owner = self.owner is not None and not of_owner
-        return not waits_for_owner and length <= _LONG and not (self._lock is not None and self._lock.locked())
+        may_wait = (self.owner is not None and not of_owner) or not self._backing.freeing.is_idle
+        return not may_wait and length <= _LONG and not (self._lock is not None and self._lock.locked())
 
     @asynccontextmanager
     async def locked(self) -> AsyncIterator[None]:

@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 
 from memfs import seals
+from memfs.guest.peer import close_all
 from memfs.libc import fallocate
 
 from .conftest import Memfs
+from .owner import connected, shell
 
 SIZE = 3 * 4096
 KERNEL_SEALS = {"seal": 1, "shrink": 2, "grow": 4, "write": 8, "future_write": 16}
@@ -106,6 +109,21 @@ def test_adding_seals_answers_as_on_a_memfd(memfs: Memfs) -> None:
     assert [ours("shrink"), ours("shrink"), ours(""), ours("nonsense")] == [None, None, None, "EINVAL"]
     assert [ours("seal"), ours("grow"), ours("")] == [None, "EPERM", "EPERM"]
     assert os.getxattr(path, "user.memfs.seals") == b"seal,shrink"
+
+
+async def test_seal_that_the_kernel_refuses_is_not_there(mount_memfs: Callable[..., Memfs]) -> None:
+    """An owner has a memfd mapped for writing; and nothing of what was to be added with it is there either."""
+    memfs = mount_memfs("size=1m,backing=memfd")
+    path = memfs.path / "file"
+    await trio.to_thread.run_sync(path.write_bytes, bytes(4096))
+    async with connected(memfs.socket) as owner:
+        _, fds = await owner.registered(path)
+        with mmap.mmap(fds[0], 4096):
+            result = await shell("setfattr", "-n", "user.memfs.seals", "-v", "grow,write", path, cwd=memfs.path)
+            assert b"busy" in result.stderr
+            assert await trio.to_thread.run_sync(os.getxattr, path, "user.memfs.seals") == b""
+        close_all(fds)
+    assert (await shell("setfattr", "-n", "user.memfs.seals", "-v", "write", path, cwd=memfs.path)).returncode == 0
 
 
 @pytest.mark.parametrize("name", ["grow", "write", "future_write"])
