@@ -81,7 +81,7 @@ class StoreFile:
         self.fd: Final = fds[0]
         try:
             if self.size:
-                self._mapping = mmap.mmap(self.fd, self.size)
+                self._mapping = self._map(self.size)
             if len(fds) > 1:
                 self.page_map = PageMapView(fds[1])
         except (OSError, ValueError):
@@ -93,8 +93,14 @@ class StoreFile:
     def resized(self, size: int) -> None:
         """It has another size by now. Who still reads through the former mapping may go on to do so."""
         if size > self.size:
-            self._mapping = mmap.mmap(self.fd, size)
+            self._mapping = self._map(size)
         self.size = size
+
+    def _map(self, size: int) -> mmap.mmap:
+        """The guest's memory; it is not for our core dumps."""
+        mapping = mmap.mmap(self.fd, size)
+        mapping.madvise(mmap.MADV_DONTDUMP)
+        return mapping
 
     @property
     def memory(self) -> mmap.mmap:

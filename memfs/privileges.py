@@ -9,6 +9,9 @@ setuid programs from giving anything back):
 Without root there are none to begin with. no_new_privs is not set then: fusermount3, which will have to unmount, is
 setuid.
 
+The kernel's OOM killer does not take it (as root): with it all guests would go, for the sake of memory that somebody
+else has taken, since the daemon's own is little and that of files has a limit.
+
 Nothing dumps the daemon's memory: the core limit is 0, and it is not dumpable (prctl(2)), which also keeps other
 processes of its own user from reading it, /proc/PID/fd included. Private pages are not in that memory anyway, since the
 daemon never maps or reads them; so there is nothing to be excluded page by page with MADV_DONTDUMP.
@@ -32,6 +35,8 @@ CAP_DAC_READ_SEARCH: Final = 2
 CAP_SYS_ADMIN: Final = 21
 KEPT: Final = frozenset({CAP_DAC_READ_SEARCH, CAP_SYS_ADMIN})
 
+_OOM_SCORE_ADJ_MIN: Final = "-1000"  # linux/oom.h
+
 # linux/prctl.h
 _PR_SET_DUMPABLE: Final = 4
 _PR_CAPBSET_DROP: Final = 24
@@ -51,6 +56,8 @@ def drop(*, setuid_helper: bool) -> None:
     Raises OSError if the kernel refuses what nobody may be refused.
     """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with contextlib.suppress(PermissionError), open("/proc/self/oom_score_adj", "w") as score:
+        score.write(_OOM_SCORE_ADJ_MIN)
     _drop_capabilities()
     if not setuid_helper:
         _prctl(_PR_SET_NO_NEW_PRIVS, 1)

@@ -53,6 +53,16 @@ def test_second_run_finds_its_memory_as_it_was(guest: Memfs) -> None:
     assert number(again.stdout, "to private") == 0
 
 
+def test_guest_memory_is_not_in_core_dumps(guest: Memfs) -> None:
+    with running(guest, "--duration", "60") as vm:
+        mappings = Path(f"/proc/{vm.pid}/smaps").read_text()
+        vm.send_signal(signal.SIGINT)
+        vm.wait(20)
+    files = re.findall(r"^[0-9a-f]+-[0-9a-f]+ rw-s .* /[-0-9]+\n(?:\w+: .*\n)*?VmFlags: (.*)$", mappings, re.MULTILINE)
+    assert len(files) == 2, "shared and private memory"
+    assert all("dd" in flags.split() for flags in files)
+
+
 def test_prefaulted_memory_does_not_fault(guest: Memfs) -> None:
     assert guest.run(*RUN).returncode == 0
     result = guest.run(*RUN, "--prefault")

@@ -37,6 +37,12 @@ def test_two_capabilities_are_left_in_every_thread(memfs: Memfs) -> None:
         assert status["NoNewPrivs"] == "1"
 
 
+def test_oom_killer_takes_others_first(memfs: Memfs) -> None:
+    if run("sh", "-c", "echo -1000 > /proc/self/oom_score_adj").returncode:
+        pytest.skip("this root may not say so (CAP_SYS_RESOURCE)")
+    assert Path(f"/proc/{memfs.process.pid}/oom_score_adj").read_text() == "-1000\n"
+
+
 def test_what_is_left_is_enough(mount_memfs: Callable[..., Memfs]) -> None:
     memfs = mount_memfs("size=8m")
     assert memfs.run(*memfs_command("create", "--seals", "guest", "--size", "4m", "private")).returncode == 0
