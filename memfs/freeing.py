@@ -35,9 +35,13 @@ class Freeing:
     def __init__(self) -> None:
         self._files: Final[deque[Freeable]] = deque()  # the first is being emptied
         self._arrived = trio.Event()
-        self._settled = trio.Event()
-        self._settled.set()
+        self._settled = trio.Event()  # replaced when something comes
         self._is_running = False
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is being freed."""
+        return not self._files
 
     def take(self, file: Freeable) -> bool:
         """Free a file from now on. Returns whether that is possible."""
@@ -49,9 +53,10 @@ class Freeing:
 
     async def settled(self) -> bool:
         """Wait until nothing is being freed. Returns whether anything was."""
-        was_freeing = bool(self._files)
+        if self.is_idle:
+            return False
         await self._settled.wait()
-        return was_freeing
+        return True
 
     async def run(self) -> None:
         """Free what comes. When cancelled, what is left is closed at once."""

@@ -47,10 +47,10 @@ def test_room_of_a_large_file_is_there_when_it_is_removed(large: Memfs, guest: b
     """It is freed beside everything else; who needs the room does not get ENOSPC meanwhile."""
     if guest:
         os.setxattr(large.path, "user.memfs.default_seals", b"guest")
-    for _ in range(3):
-        (large.path / "file").touch()
-        subprocess.run(["fallocate", "--length", SIZE, "file"], cwd=large.path, check=True)
-        (large.path / "file").unlink()
+    for name, length in [("first", "1098m"), ("small", "4m"), ("second", "1098m"), ("third", "1098m")]:
+        (large.path / name).touch()
+        subprocess.run(["fallocate", "--length", length, name], cwd=large.path, check=True)
+        (large.path / name).unlink()
     assert settled(large.path) == 0
 
 
