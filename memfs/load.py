@@ -10,9 +10,8 @@ import errno
 import fcntl
 import mmap
 import os
-import socket
-from collections.abc import Callable, Iterator
-from contextlib import aclosing, closing, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import aclosing, asynccontextmanager, closing, contextmanager
 from typing import BinaryIO, Final
 
 import trio
@@ -21,7 +20,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 
 from memfs.attributes import SOCKET
 from memfs.guest.messages import Failed, Hello, Measured, Message, Populate
-from memfs.guest.peer import Peer
+from memfs.guest.peer import Peer, PeerGone, open_connection
 from memfs.guest.protocol import Role
 from memfs.libc import fallocate
 from memfs.units import PAGE_SIZE, ByteOffset, PageRange, pages_to_bytes
@@ -63,11 +62,8 @@ async def _populate(path: str, source: BinaryIO, offset: ByteOffset, total: int 
     fd = os.open(path, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
     with closing(_Buffer()) as buffer, _progress("populate", total) as bar:
         try:
-            sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            await sock.connect(os.getxattr(path, SOCKET))
-            peer, measurement = Peer(sock, Role.OWNER), b""
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(_listen, peer)
+            measurement = b""
+            async with _connected(os.getxattr(path, SOCKET)) as peer:
                 await _ask(peer, Hello(name="populate"))
                 while size := buffer.fill(source):
                     reply = await _ask(peer, Populate(PageRange.covering(offset, size), ByteOffset(0)), fd, buffer.fd)
@@ -75,10 +71,28 @@ async def _populate(path: str, source: BinaryIO, offset: ByteOffset, total: int 
                     measurement = reply.measurement
                     offset = ByteOffset(offset + size)
                     bar(size)
-                nursery.cancel_scope.cancel()
-            return measurement
+        except PeerGone as error:
+            raise OSError(errno.ECONNRESET, f"memfs has gone: {error}", path) from error
         finally:
             os.close(fd)
+    return measurement
+
+
+@asynccontextmanager
+async def _connected(path: bytes) -> AsyncIterator[Peer]:
+    """A connection to the store. What goes wrong within leaves as it is, not in the nursery's ExceptionGroup."""
+    peer = Peer(await open_connection(os.fsdecode(path)), Role.OWNER)
+    failure: Exception | None = None
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_listen, peer)
+        try:
+            yield peer
+        except Exception as error:
+            failure = error
+        peer.close()
+        nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
 
 
 async def _ask(peer: Peer, request: Message, *fds: int) -> Message:

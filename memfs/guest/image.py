@@ -77,9 +77,11 @@ async def populate(file: File, pages: PageRange, source: int, start: ByteOffset)
             raise OSError(errno.EINVAL, "past the end of the file")
         with trio.CancelScope(shield=True):
             await file.make_present(pages)
-            await trio.to_thread.run_sync(image.copy_in, pages, file.fd, source, start)
-            if file.owner is not None:
-                await file.owner.fallocate(pages)
+            try:
+                await trio.to_thread.run_sync(image.copy_in, pages, file.fd, source, start)
+            finally:  # they are there
+                if file.owner is not None:
+                    await file.owner.fallocate(pages)
         return image.measurement
 
 

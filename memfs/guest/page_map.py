@@ -14,7 +14,8 @@ pages of one moment samples seq, reads, and reads again if seq was odd or has mo
 The object is as sparse as the file it describes: MAX_PAGES bytes of address space, of which only what was ever
 allocated costs memory (a page of map for 16 MiB of file). Clearing, counting and finding pages in a large range asks
 the object for its data extents first, so no operation costs more than the pages that were ever touched. It never
-grows or shrinks (and is sealed against both), so an owner's mapping of it cannot fault.
+grows or shrinks (and is sealed against both), so an owner's mapping of it cannot fault. Address space has an end, too:
+a process can have MOST_MAPS of its own, and then there is no room for another, rather than for anything at all.
 
 Rejected: a bitmap (a byte can be stored without reading its neighbours, so no lock between pages, and numpy slices
 do everything); SEEK_DATA on the backing file (a system call for each look-up, and false for passthrough handles).
@@ -22,12 +23,13 @@ do everything); SEEK_DATA on the backing file (a system call for each look-up, a
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import mmap
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Final, TypeVar
+from typing import ClassVar, Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +40,8 @@ from memfs.units import ORDER_2M, PAGE_SHIFT, PAGE_SIZE, PageIndex, PageRange
 ABSENT: Final = 0
 ALLOCATED: Final = 1
 MAX_PAGES: Final = 1 << 32  #: a guest-sealed file is at most 16 TiB; the largest memslot of KVM is half of that
+
+MOST_MAPS: Final = 24_000  #: three quarters of the 2**47 bytes of address space of a process
 
 _MAGIC: Final = int.from_bytes(b"memfsmap", "little")
 _VERSION: Final = 1
@@ -159,6 +163,8 @@ class PageMapView:
 class PageMap(PageMapView):
     """The store's side: an empty map, the only one that can be written.
 
+    Raises OSError: ENOSPC if there are MOST_MAPS, EMFILE.
+
     >>> page_map = PageMap("guest.mem")
     >>> page_map.set(PageRange(PageIndex(2), PageIndex(5)), ALLOCATED)
     >>> page_map.count(PageRange(PageIndex(0), PageIndex(4)))
@@ -169,8 +175,11 @@ class PageMap(PageMapView):
     """
 
     _access = mmap.PROT_READ | mmap.PROT_WRITE
+    _count: ClassVar[int] = 0  # of those that there are
 
     def __init__(self, name: str) -> None:
+        if PageMap._count >= MOST_MAPS:
+            raise OSError(errno.ENOSPC, f"there are {MOST_MAPS} page maps, for which there is address space")
         fd = os.memfd_create(f"memfs-map:{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(fd, _OBJECT_BYTES)
@@ -183,6 +192,11 @@ class PageMap(PageMapView):
             )
         finally:
             os.close(fd)
+        PageMap._count += 1
+
+    def close(self) -> None:
+        super().close()
+        PageMap._count -= 1
 
     def _check_header(self, header: np.void) -> None:
         header["magic"], header["version"], header["page_shift"] = _MAGIC, _VERSION, PAGE_SHIFT

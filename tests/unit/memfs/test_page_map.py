@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import mmap
 import os
@@ -96,3 +98,16 @@ def test_what_is_no_page_map_is_refused() -> None:
     with pytest.raises(ValueError, match="not a page map"):
         PageMapView(fd)
     os.close(fd)
+
+
+def test_no_more_maps_than_there_is_address_space_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    with contextlib.closing(PageMap("first")):
+        monkeypatch.setattr("memfs.guest.page_map.MOST_MAPS", PageMap._count + 1)
+        second = PageMap("second")
+        before = len(os.listdir("/proc/self/fd"))
+        with pytest.raises(OSError) as caught:
+            PageMap("third")
+        assert caught.value.errno == errno.ENOSPC
+        assert len(os.listdir("/proc/self/fd")) == before
+        second.close()
+        PageMap("third").close()
