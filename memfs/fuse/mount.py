@@ -95,6 +95,8 @@ def _mount_directly(mountpoint: str, options: MountOptions) -> int:
 
 
 def _mount_by_helper(mountpoint: str, options: MountOptions) -> int:
+    if options.suid or options.dev:
+        raise MountError(f"option {'suid' if options.suid else 'dev'} is for root: {_HELPER} mounts without it")
     helper = shutil.which(_HELPER)
     if helper is None:
         raise MountError(f"no permission to mount: run as root, or install {_HELPER} (Debian package fuse3)")

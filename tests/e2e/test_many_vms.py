@@ -42,7 +42,7 @@ from .owner import shell
 from .test_leaks import resident
 
 MINUTES = float(os.environ.get("MEMFS_SOAK_MINUTES", "0"))
-SEED = int(os.environ.get("MEMFS_SOAK_SEED", "0"))
+SEED = int(os.environ.get("MEMFS_SOAK_SEED", "0")) or (random.SystemRandom().getrandbits(32) if MINUTES else 0)
 SECONDS = MINUTES * 60 / 3 if MINUTES else 6.0  # for each way to mount
 VMS = 12 if MINUTES else 4
 PAGE = 4096

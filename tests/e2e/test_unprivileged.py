@@ -107,3 +107,12 @@ def test_sealing_and_owning_work(home: Home) -> None:
     result = home.run(sys.executable, "-m", *command)
     assert result.returncode == 0, result.stderr
     assert "every byte was as stored" in result.stdout
+
+
+def test_what_only_root_can_have_is_refused(home: Home) -> None:
+    assert home.run("mkdir", "other").returncode == 0
+    for option in ("suid", "dev"):
+        result = home.run(sys.executable, "-m", "memfs", "mount", "other", "-o", f"size=1m,{option}")
+        assert (result.returncode, result.stdout) == (1, "")
+        assert f"option {option} is for root" in result.stderr
+        assert home.run("mountpoint", "other").returncode != 0
