@@ -123,7 +123,7 @@ class _Memfs:
         """Serve the mounted /dev/fuse descriptor and the socket, until either the mount or we are to end."""
         initialized, unmounted = trio.Event(), trio.Event()
         handlers = {
-            **Names(self._tree, self._handles, self._attributes).handlers,
+            **Names(self._tree, self._handles, self._attributes, self._backing).handlers,
             **Requests(self._tree, self._handles).handlers,
         }
         observers = Observers(self._tree, self._passthrough, initialized.set)

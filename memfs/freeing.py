@@ -4,8 +4,10 @@ To free a gibibyte takes the kernel a tenth of a second, and it does that wherev
 is removed, a handle is closed or an owner dies. In the event loop that would hold up everybody. So a large file is
 emptied first (file.py does that in threads), and closing it is then nothing.
 
-Until then its memory is in use, which on tmpfs it is not when unlink(2) has returned. So who finds no room waits for
-what is being freed and tries again (`settled`).
+Until then its memory is in use, which on tmpfs it is not when unlink(2) has returned. So whom that concerns waits
+(`settled`): who asks how much there is (statfs(2)), who finds no room to allocate, and who opens a file to write to
+while more is being freed than there is. Only who has one open already, and writes to it past us, may find no room for
+that moment.
 """
 
 from __future__ import annotations
@@ -21,6 +23,10 @@ log = logging.getLogger(__name__)
 
 class Freeable(Protocol):
     """A file that nobody has any more."""
+
+    @property
+    def pages(self) -> int:
+        """How many it has left."""
 
     async def empty(self) -> None:
         """Free its memory in pieces. Raises OSError if it cannot be."""
@@ -42,6 +48,11 @@ class Freeing:
     def is_idle(self) -> bool:
         """Whether nothing is being freed."""
         return not self._files
+
+    @property
+    def pages(self) -> int:
+        """How many are being freed."""
+        return sum(file.pages for file in self._files)
 
     def take(self, file: Freeable) -> bool:
         """Free a file from now on. Returns whether that is possible."""

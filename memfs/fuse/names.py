@@ -17,14 +17,16 @@ had a descriptor of its own mount would otherwise wait, in exit(2), for an answe
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import stat
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
 from memfs import protection
 from memfs.attributes import Attributes
+from memfs.backing import Backing
 from memfs.fuse.caller import in_group_or_capable
 from memfs.fuse.channel import Handler
 from memfs.fuse.wire import (
@@ -60,10 +62,11 @@ from memfs.tree import Tree
 class Names:
     """The channel's handlers for names and handles. They raise OSError; the channel makes replies of that."""
 
-    def __init__(self, tree: Tree, handles: Handles, attributes: Attributes) -> None:
+    def __init__(self, tree: Tree, handles: Handles, attributes: Attributes, backing: Backing) -> None:
         self._tree: Final = tree
         self._handles: Final = handles
         self._attributes: Final = attributes
+        self._backing: Final = backing
         self.handlers: Final[dict[int, Handler]] = {
             Opcode.LOOKUP: self._lookup,
             Opcode.FORGET: self._forget,
@@ -72,8 +75,8 @@ class Names:
             Opcode.STATX: self._statx,
             Opcode.GETXATTR: self._getxattr,
             Opcode.UNLINK: self._unlink,
-            Opcode.CREATE: self._create,
-            Opcode.TMPFILE: self._tmpfile,
+            Opcode.CREATE: lambda request: self._with_room(request, self._create),
+            Opcode.TMPFILE: lambda request: self._with_room(request, self._tmpfile),
             Opcode.OPEN: self._open,
             Opcode.RELEASE: self._release,
             Opcode.OPENDIR: self._opendir,
@@ -157,11 +160,37 @@ class Names:
             inode.kill_suidgid(in_group=in_group_or_capable(request, inode.gid))
         if flags & os.O_TRUNC:
             return self._truncate_and_open(request.unique, inode, flags)
+        if flags & os.O_ACCMODE != os.O_RDONLY and self._is_room_coming():
+            return self._wait_and_open(request.unique, inode, flags)
         return reply(request.unique, self._opened(inode, flags))
 
-    async def _truncate_and_open(self, unique: int, inode: RegularFile, flags: int) -> bytes:
+    def _is_room_coming(self) -> bool:
+        """Whether more is being freed than there is: then who opens a file to write to waits for that (freeing.py)."""
+        freeing = self._backing.freeing
+        return not freeing.is_idle and freeing.pages > self._backing.free_pages
+
+    def _with_room(self, request: Request, make: Callable[[Request], bytes]) -> bytes | Coroutine[Any, Any, bytes]:
+        """Make and open a file, if room is coming when it is there."""
+        if not self._is_room_coming():
+            return make(request)
+        kept = dataclasses.replace(request, body=memoryview(bytes(request.body)))
+
+        async def make_later() -> bytes:
+            await self._backing.freeing.settled()
+            return make(kept)
+
+        return make_later()
+
+    async def _wait_and_open(self, unique: int, inode: RegularFile, flags: int) -> bytes:
         with self._tree.holding(inode):  # it may be unlinked meanwhile
+            await self._backing.freeing.settled()
+            return reply(unique, self._opened(inode, flags))
+
+    async def _truncate_and_open(self, unique: int, inode: RegularFile, flags: int) -> bytes:
+        with self._tree.holding(inode):
             await inode.file.truncate(0)
+            if self._is_room_coming():
+                await self._backing.freeing.settled()
             return reply(unique, self._opened(inode, flags))
 
     def _opened(self, inode: RegularFile, flags: int) -> bytes:

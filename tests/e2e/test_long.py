@@ -54,6 +54,27 @@ def test_room_of_a_large_file_is_there_when_it_is_removed(large: Memfs, guest: b
     assert settled(large.path) == 0
 
 
+@pytest.mark.parametrize("flags", [os.O_CREAT, os.O_TRUNC, 0], ids=["create", "truncate", "open"])
+def test_who_opens_a_file_to_write_finds_the_room_of_a_large_one(large: Memfs, flags: int) -> None:
+    """What passes through never asks memfs for room, so it is there when the file is open; and df sees it at once."""
+    other = large.path / "other"
+    if not flags & os.O_CREAT:
+        other.write_bytes(b"x")
+    for _ in range(3):
+        subprocess.run(["fallocate", "--length", "1098m", "file"], cwd=large.path, check=True)
+        (large.path / "file").unlink()
+        assert used(large.path) <= 1
+        subprocess.run(["fallocate", "--length", "1098m", "file"], cwd=large.path, check=True)
+        time.sleep(0.2)  # the kernel releases what was closed a bit later, and forgets it after that
+        (large.path / "file").unlink()
+        fd = os.open(other, os.O_WRONLY | flags)
+        assert os.write(fd, bytes(8 << 20)) == 8 << 20
+        os.ftruncate(fd, 4096)
+        os.close(fd)
+        if flags & os.O_CREAT:
+            other.unlink()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 @pytest.mark.parametrize("guest", [False, True], ids=["ordinary", "guest"])
 def test_a_signal_ends_it_and_what_there_is_is_accounted_for(large: Memfs, guest: bool, number: signal.Signals) -> None:

@@ -96,7 +96,7 @@ class _Mount:
         self.tree.regular(2).file.write(ByteOffset(0), b"content")
         attributes = Attributes(self.tree, Control("/socket", lambda most: "{}", lambda options: None))
         self.handlers = {
-            **Names(self.tree, self.handles, attributes).handlers,
+            **Names(self.tree, self.handles, attributes, self.backing).handlers,
             **Requests(self.tree, self.handles).handlers,
         }
         self.observers = Observers(self.tree, Passthrough(-1, Wanted.OFF, None), lambda: None).observers
