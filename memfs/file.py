@@ -191,6 +191,7 @@ class File:
         """Keep `fd` open until `release`. Can be nested. Raises OSError(EMFILE), changing nothing."""
         if not self._holds:
             self.fd = self._backing.open(self._content)
+            self._backing.freeing.forget(self)
         self._holds += 1
 
     def release(self) -> None:
@@ -529,10 +530,20 @@ class File:
             finally:
                 lock.release()
 
+    def unlinked(self) -> None:
+        """It has no name any more, and nobody has it open."""
+        if self._is_large:
+            self._backing.freeing.expect(self)
+
     def free(self) -> None:
         """The file is gone: free its memory, if that takes long beside everything else. No owner may be left."""
-        if self.pages <= bytes_to_pages(_LONG) or not self._backing.freeing.take(self):
+        if not self._is_large or not self._backing.freeing.take(self):
+            self._backing.freeing.forget(self)
             self.close()
+
+    @property
+    def _is_large(self) -> bool:
+        return self.pages > bytes_to_pages(_LONG)
 
     async def empty(self) -> None:
         """Free the memory of a file that nobody has any more, in pieces. Raises OSError, and then some may be left."""

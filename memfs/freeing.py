@@ -8,6 +8,10 @@ Until then its memory is in use, which on tmpfs it is not when unlink(2) has ret
 (`settled`): who asks how much there is (statfs(2)), who finds no room to allocate, and who opens a file to write to
 while more is being freed than there is. Only who has one open already, and writes to it past us, may find no room for
 that moment.
+
+The kernel forgets a file after unlink(2) has returned, and may ask for other things first. So a file that loses its
+last name and that nobody has open is expected, and waiting for what is being freed begins with waiting for that; not
+for long, since it may be kept in ways that no FUSE server hears of (O_PATH).
 """
 
 from __future__ import annotations
@@ -19,6 +23,8 @@ from typing import Final, Protocol
 import trio
 
 log = logging.getLogger(__name__)
+
+_PATIENCE: Final = 0.1  # seconds: many times what the kernel takes to forget
 
 
 class Freeable(Protocol):
@@ -40,19 +46,33 @@ class Freeing:
 
     def __init__(self) -> None:
         self._files: Final[deque[Freeable]] = deque()  # the first is being emptied
+        self._expected: Final[set[Freeable]] = set()
+        self._came = trio.Event()  # replaced when one of those has
         self._arrived = trio.Event()
         self._settled = trio.Event()  # replaced when something comes
         self._is_running = False
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing is being freed."""
-        return not self._files
+        """Whether nothing is being freed, nor expected."""
+        return not self._files and not self._expected
 
     @property
     def pages(self) -> int:
-        """How many are being freed."""
-        return sum(file.pages for file in self._files)
+        """How many are being freed, or expected."""
+        return sum(file.pages for file in (*self._files, *self._expected))
+
+    def expect(self, file: Freeable) -> None:
+        """A large file will probably come soon."""
+        if self._is_running:
+            self._expected.add(file)
+
+    def forget(self, file: Freeable) -> None:
+        """It came, or will not."""
+        if file in self._expected:
+            self._expected.remove(file)
+            self._came.set()
+            self._came = trio.Event()
 
     def take(self, file: Freeable) -> bool:
         """Free a file from now on. Returns whether that is possible."""
@@ -60,11 +80,15 @@ class Freeing:
             self._files.append(file)
             self._settled = trio.Event()
             self._arrived.set()
+            self.forget(file)
         return self._is_running
 
     async def settled(self) -> bool:
         """Wait until nothing is being freed. Returns whether anything was."""
-        if self.is_idle:
+        with trio.move_on_after(_PATIENCE):
+            while self._expected:
+                await self._came.wait()
+        if not self._files:
             return False
         await self._settled.wait()
         return True

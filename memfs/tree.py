@@ -284,6 +284,8 @@ class Tree:
         inode.nlink -= 2 if inode.is_dir else 1
         self._extra_links -= bool(inode.nlink)
         inode.changed()
+        if isinstance(inode, RegularFile) and not inode.nlink and not inode.holds:
+            inode.file.unlinked()
         self._free_if_unused(inode)
 
     # -- references -------------------------------------------------------------------------------------------------
