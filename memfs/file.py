@@ -47,7 +47,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
 
-from memfs import seals
+from memfs import pieces, seals
 from memfs.backing import Backing
 from memfs.faults import Point, reach, reach_at_once
 from memfs.guest.extents import data_pages
@@ -59,7 +59,6 @@ from memfs.units import (
     ByteOffset,
     PageIndex,
     PageRange,
-    bytes_to_pages,
     is_page_aligned,
     page_ceil,
     page_floor,
@@ -69,13 +68,6 @@ from memfs.units import (
 if TYPE_CHECKING:
     from memfs.guest.image import InitialImage
 
-_LONG: Final = (
-    8 << 20
-)  # bytes; the kernel takes 2 ms for that. Anything longer goes to a thread, so others are answered
-_PIECE: Final = bytes_to_pages(256 << 20)  # of a long range that is freed: 20 to 30 ms of the kernel's, in a thread
-_MOST_PIECES: Final = (
-    64  # of a file whose holes are not known: most of a huge one is holes, and each piece costs a thread
-)
 _PUNCH: Final = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 _CLOSED: Final = -1
 
@@ -359,12 +351,12 @@ class File:
         pages, end = PageRange.covering(offset, length), offset + length
         with self._giving(pages) as given, self._backing.promised(len(pages)) as has_room:
             # Where room may run out it is one piece, because the kernel takes back what a single call has allocated.
-            for piece in pages.chunks(_PIECE) if has_room or self.page_map is not None else [pages]:
+            for piece in pages.chunks(pieces.PIECE) if has_room or self.page_map is not None else [pages]:
                 if piece.start > pages.start:
                     await trio.lowlevel.checkpoint_if_cancelled()
                 start, stop = max(offset, piece.offset), min(end, page_offset(piece.end))
                 await reach(Point.BEFORE_ALLOCATE)
-                await _system_call(functools.partial(fallocate, self.fd, mode, start, stop - start), stop - start)
+                await pieces.system_call(functools.partial(fallocate, self.fd, mode, start, stop - start), stop - start)
                 try:
                     await reach(Point.AFTER_ALLOCATE)
                     reach_at_once(Point.BEFORE_ACCOUNT)
@@ -405,24 +397,16 @@ class File:
         Where writes are tracked, not in a thread: of a write that came during a piece nobody could say whether the
         pages it allocated were freed again.
         """
-        if min(len(pages), self.pages) <= bytes_to_pages(_LONG):
+        if min(len(pages), self.pages) <= pieces.LONG_PAGES:
             return
-        for piece in self._pieces(pages):
+        for piece in pieces.to_free(pages, self.page_map, guest=self.guest):
             punch = functools.partial(fallocate, self.fd, _PUNCH, piece.offset, piece.nbytes)
             if self.page_map is None or self.guest:
-                await _system_call(punch, piece.nbytes)
+                await pieces.system_call(punch, piece.nbytes)
             else:
                 punch()
             self._forget_pages(piece)
             await trio.lowlevel.checkpoint()
-
-    def _pieces(self, pages: PageRange) -> Iterator[PageRange]:
-        """What to free of a range, in parts that each take a moment."""
-        if self.page_map is None:
-            yield from pages.chunks(max(_PIECE, -(-len(pages) // _MOST_PIECES)))
-            return
-        for run in self.page_map.runs(pages):
-            yield from run.chunks(_PIECE if self.guest else bytes_to_pages(_LONG))
 
     def _forget_pages(self, pages: PageRange) -> None:
         if self._tracking is not None:
@@ -514,7 +498,7 @@ class File:
         Nor does the owner have to be told of what it asked for.
         """
         may_wait = (self.owner is not None and not of_owner) or not self._backing.freeing.is_idle
-        return not may_wait and length <= _LONG and not (self._lock is not None and self._lock.locked())
+        return not may_wait and length <= pieces.LONG and not (self._lock is not None and self._lock.locked())
 
     @asynccontextmanager
     async def locked(self) -> AsyncIterator[None]:
@@ -543,7 +527,7 @@ class File:
 
     @property
     def _is_large(self) -> bool:
-        return self.pages > bytes_to_pages(_LONG)
+        return self.pages > pieces.LONG_PAGES
 
     async def empty(self) -> None:
         """Free the memory of a file that nobody has any more, in pieces. Raises OSError, and then some may be left."""
@@ -565,11 +549,3 @@ class File:
         assert not self.guest or self._tracking is not None, "guest-sealed without a page map"
         if self._tracking is not None:
             self._tracking.check(self.pages)
-
-
-async def _system_call(call: Callable[[], object], nbytes: int) -> None:
-    """Run a system call whose cost grows with `nbytes`: at once if it is short, else in a thread."""
-    if nbytes <= _LONG:
-        call()
-    else:
-        await trio.to_thread.run_sync(call)
