@@ -4,6 +4,10 @@ Three take part in a conversion: the program that calls fallocate (C, so that no
 and the owner, which is told and lets go. The first shares a CPU with the owner or with both. The kernel's own part is
 measured on a plain tmpfs with the same calls, and what processes cannot help is a message and its answer between two
 Python processes.
+
+Faults stand beside userfaultfd(2), with which a VMM gives memory page by page today: those on memory that is there
+should be ten times as many. Those on absent memory cannot be, on one CPU: there raw fallocate is only eight times it,
+and nobody maps pages faster than the kernel makes them. So their reference is fallocate where they come in order.
 """
 
 from __future__ import annotations
@@ -179,7 +183,9 @@ def _faults(run: Run) -> Iterator[Row]:
                     userfaultfd,
                     more_is_better=True,
                 )
-                yield replace(row, target=f">= {target / 1e6:g} M/s", met=sample.median >= target)
+                assert row.ratio is not None
+                met = sample.median >= target and row.ratio >= 10
+                yield replace(row, target=f">= {target / 1e6:g} M/s, ratio >= 10", met=met)
             yield compare(
                 *("faults on absent shared pages in order", placement, found["in order"], "pages/s", "raw fallocate"),
                 found["fallocate"],
@@ -192,9 +198,7 @@ def _faults(run: Run) -> Iterator[Row]:
                 userfaultfd,
                 more_is_better=True,
             )
-            assert row.ratio is not None
-            met = sample.median >= 1e5 and row.ratio >= 10
-            yield replace(row, target=">= 100 k/s, ratio >= 10", met=met)
+            yield replace(row, target=">= 100 k/s", met=sample.median >= 1e5)
 
 
 async def _fault_samples(run: Run, ours: Path, theirs: Path, name: str) -> dict[str, Sample]:
