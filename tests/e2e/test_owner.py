@@ -193,6 +193,25 @@ async def test_descriptor_of_something_else(memfs: Memfs, mount_memfs: Callable[
             assert reply.errno == errno.EINVAL
 
 
+async def test_owner_that_lets_go_in_the_middle_of_a_punch_hears_of_its_end(memfs: Memfs, guest_file: Path) -> None:
+    """Or it would wait for that for ever: kvmsim's next change of slots does."""
+    async with connected(memfs.socket) as owner:
+        registered, fds = await owner.registered(guest_file)
+        close_all(fds)
+        owner.acknowledge, owner.arrived = trio.Event(), trio.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(lambda: shell("fallocate", "-p", "-l", "64K", guest_file, cwd=memfs.path))
+            with trio.fail_after(5):
+                await owner.arrived.wait()
+                assert isinstance(await owner.ask(Unregister(registered.file)), Done)
+                owner.acknowledge.set()
+        with trio.fail_after(5):
+            while len(owner.heard) < 2:  # noqa: ASYNC110
+                await trio.sleep(0.001)
+        assert [type(message) for message in owner.heard] == [InvalidateBegin, InvalidateEnd]
+        assert isinstance(await owner.register(guest_file), Registered)
+
+
 async def test_second_owner_is_refused_until_the_first_is_gone(memfs: Memfs, guest_file: Path) -> None:
     async with connected(memfs.socket) as first, connected(memfs.socket) as second:
         one = await first.register(guest_file)
