@@ -141,14 +141,18 @@ def _loop(state: State, messages: Iterable[type[Message]]) -> dict[type[Message]
     return dict.fromkeys(messages, state)
 
 
-_TRANSITIONS: Final[dict[tuple[Role, State], dict[type[Message], State]]] = {
-    (Role.OWNER, State.START): {Hello: State.GREETED},
-    (Role.STORE, State.GREETED): {HelloReply: State.OPEN, Failed: State.CLOSED},
-    (Role.OWNER, State.OPEN): _loop(State.OPEN, (Register, Unregister, GetPfn, PutPfn, Populate, Launch, Ack)),
-    (Role.STORE, State.OPEN): {
-        **_loop(State.OPEN, (Registered, Done, PfnReply, Measured, Failed)),
-        **_loop(State.OPEN, (InvalidateBegin, InvalidateEnd, Fallocate)),
-        Fenced: State.CLOSED,
+_TRANSITIONS: Final[dict[Role, dict[State, dict[type[Message], State]]]] = {
+    Role.OWNER: {
+        State.START: {Hello: State.GREETED},
+        State.OPEN: _loop(State.OPEN, (Register, Unregister, GetPfn, PutPfn, Populate, Launch, Ack)),
+    },
+    Role.STORE: {
+        State.GREETED: {HelloReply: State.OPEN, Failed: State.CLOSED},
+        State.OPEN: {
+            **_loop(State.OPEN, (Registered, Done, PfnReply, Measured, Failed)),
+            **_loop(State.OPEN, (InvalidateBegin, InvalidateEnd, Fallocate)),
+            Fenced: State.CLOSED,
+        },
     },
 }
 
@@ -160,6 +164,22 @@ class Received:
     id: RequestId
     message: Message
     answers: Message | None
+
+
+class _Side:
+    """What one of the two has said so far, and may say next."""
+
+    __slots__ = ("last_id", "may_say", "role", "unanswered")
+
+    def __init__(self, role: Role) -> None:
+        self.role: Final = role
+        self.last_id = RequestId(0)  #: the number of its last request
+        self.unanswered: dict[RequestId, Message] = {}  #: its requests that have no reply yet
+        self.may_say: dict[type[Message], State] = {}  #: and the state that follows
+
+    def enter(self, state: State) -> None:
+        """The connection is in another state."""
+        self.may_say = _TRANSITIONS[self.role].get(state, {})
 
 
 class Connection:
@@ -179,15 +199,20 @@ class Connection:
 
     def __init__(self, role: Role) -> None:
         self.role: Final = role
-        self.state = State.START
-        self._last_id: dict[Role, int] = {Role.OWNER: 0, Role.STORE: 0}
-        self._unanswered: dict[Role, dict[RequestId, Message]] = {Role.OWNER: {}, Role.STORE: {}}
+        self._ours: Final = _Side(role)
+        self._theirs: Final = _Side(role.peer)
         self._invalidations: list[tuple[FileId, PageRange]] = []  # begun by the store and not ended
+        self._enter(State.START)
+
+    def _enter(self, state: State) -> None:
+        self.state = state
+        self._ours.enter(state)
+        self._theirs.enter(state)
 
     @property
     def unanswered(self) -> int:
         """How many of our own requests the peer has not answered yet."""
-        return len(self._unanswered[self.role])
+        return len(self._ours.unanswered)
 
     @property
     def invalidations(self) -> tuple[tuple[FileId, PageRange], ...]:
@@ -203,14 +228,14 @@ class Connection:
         travel beside it. Returns the message's number and the datagram. Raises LocalProtocolError, changing nothing.
         """
         try:
-            number = RequestId(self._last_id[self.role] + 1) if answers is None else answers
+            number = RequestId(self._ours.last_id + 1) if answers is None else answers
             body = message.pack()
-            self._check(self.role, number, message, descriptors)
+            self._check(self._ours, self._theirs, number, message, descriptors)
         except (Malformed, struct.error) as error:
             raise LocalProtocolError(f"{message}: {error}") from error
         if _HEADER.size + len(body) > MAX_MESSAGE:
             raise LocalProtocolError(f"{type(message).__name__} of {len(body)} bytes; at most {MAX_MESSAGE}")
-        self._advance(self.role, number, message)
+        self._advance(self._ours, self._theirs, number, message)
         return number, _HEADER.pack(VERSION, message.TYPE, _HEADER.size + len(body), number) + body
 
     def receive(self, data: bytes | memoryview, descriptors: int | None = 0) -> Received:
@@ -220,41 +245,45 @@ class Connection:
         """
         try:
             number, message = _parse(memoryview(data))
-            self._check(self.role.peer, number, message, descriptors)
+            self._check(self._theirs, self._ours, number, message, descriptors)
         except Malformed as error:
             raise RemoteProtocolError(str(error)) from error
-        return Received(number, message, self._advance(self.role.peer, number, message))
+        return Received(number, message, self._advance(self._theirs, self._ours, number, message))
 
     def close(self) -> None:
         """No more messages: the transport is gone."""
-        self.state = State.CLOSED
+        self._enter(State.CLOSED)
 
-    def _check(self, sender: Role, number: RequestId, message: Message, descriptors: int | None) -> None:
+    def _check(
+        self, sender: _Side, other: _Side, number: RequestId, message: Message, descriptors: int | None
+    ) -> None:
         kind = type(message)
-        if kind not in _TRANSITIONS.get((sender, self.state), {}):
-            raise Malformed(f"{kind.__name__} from the {sender.value} while {self.state.value}")
+        if kind not in sender.may_say:
+            raise Malformed(f"{kind.__name__} from the {sender.role.value} while {self.state.value}")
         if descriptors is not None and descriptors not in kind.DESCRIPTORS:
             raise Malformed(f"{kind.__name__} with {descriptors} file descriptors")
         if kind in _IS_REPLY:
-            request = self._unanswered[sender.peer].get(number)
+            request = other.unanswered.get(number)
             if request is None or kind not in _REPLIES[type(request)]:
                 raise Malformed(f"{kind.__name__} does not answer request {number}")
             return
-        if number <= self._last_id[sender]:
-            raise Malformed(f"request number {number} after {self._last_id[sender]}")
-        if kind in _REPLIES and len(self._unanswered[sender]) >= MAX_IN_FLIGHT:
+        if number <= sender.last_id:
+            raise Malformed(f"request number {number} after {sender.last_id}")
+        if kind in _REPLIES and len(sender.unanswered) >= MAX_IN_FLIGHT:
             raise Malformed(f"more than {MAX_IN_FLIGHT} unanswered requests")
         if isinstance(message, InvalidateEnd) and (message.file, message.pages) not in self._invalidations:
             raise Malformed(f"InvalidateEnd of {message.pages}, which was not begun")
 
-    def _advance(self, sender: Role, number: RequestId, message: Message) -> Message | None:
+    def _advance(self, sender: _Side, other: _Side, number: RequestId, message: Message) -> Message | None:
         kind = type(message)
-        self.state = _TRANSITIONS[sender, self.state][kind]
+        state = sender.may_say[kind]
+        if state is not self.state:
+            self._enter(state)
         if kind in _IS_REPLY:
-            return self._unanswered[sender.peer].pop(number)
-        self._last_id[sender] = number
+            return other.unanswered.pop(number)
+        sender.last_id = number
         if kind in _REPLIES:
-            self._unanswered[sender][number] = message
+            sender.unanswered[number] = message
         if isinstance(message, InvalidateBegin):
             self._invalidations.append((message.file, message.pages))
         elif isinstance(message, InvalidateEnd):

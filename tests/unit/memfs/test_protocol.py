@@ -123,8 +123,7 @@ def opened() -> tuple[Connection, Connection]:
 def snapshot(connection: Connection) -> tuple[Any, ...]:
     return (
         connection.state,
-        dict(connection._last_id),
-        {role: dict(each) for role, each in connection._unanswered.items()},
+        *((side.last_id, dict(side.unanswered)) for side in (connection._ours, connection._theirs)),
         connection.invalidations,
     )
 
@@ -181,7 +180,7 @@ def illegal() -> list[tuple[str, Connection, Message, RequestId | None, int]]:
                 if state is State.OPEN and kind in said_when_open[role]:
                     continue
                 connection = opened()[list(Role).index(role)] if state is State.OPEN else Connection(role)
-                connection.state = state
+                connection._enter(state)
                 descriptors = min(kind.DESCRIPTORS)
                 cases.append((f"{kind.__name__} by {role.value} {state.value}", connection, message, None, descriptors))
                 cases.append(("an answer to nothing", connection, message, RequestId(5), descriptors))
@@ -210,7 +209,7 @@ def datagram(message: Message, number: int = 5, **changes: int) -> bytes:
 def test_what_may_not_be_said_raises_and_changes_nothing(subtests: pytest.Subtests) -> None:
     for what, sender, message, answers, descriptors in illegal():
         receiver = Connection(sender.role.peer)
-        receiver.state = sender.state
+        receiver._enter(sender.state)
         before = snapshot(receiver)
         with subtests.test(what):
             with pytest.raises(RemoteProtocolError):
