@@ -21,6 +21,7 @@ from memfs.lookout import Lookout, has_threads_at_work
 Datagram = tuple[bytes, list[Any], int, Any]  #: what recvmsg returns: data, ancillary data, flags, address
 
 _RECEIVED_AT_ONCE: Final = 32
+_MSG_PEEK: Final = int(socket.MSG_PEEK)
 
 
 class Datagrams:
@@ -43,11 +44,15 @@ class Datagrams:
     async def sendmsg(self, buffers: Iterable[bytes], ancillary: Iterable[tuple[int, int, Any]]) -> int:
         """sendmsg(2); waits only while the peer does not read."""
         while True:
-            self._check_open()
             try:
-                return self._view.sendmsg(buffers, ancillary)
+                return self.sendmsg_now(buffers, ancillary)
             except BlockingIOError:
                 await trio.lowlevel.wait_writable(self._view)
+
+    def sendmsg_now(self, buffers: Iterable[bytes], ancillary: Iterable[tuple[int, int, Any]]) -> int:
+        """sendmsg(2). Raises BlockingIOError if the peer does not read."""
+        self._check_open()
+        return self._view.sendmsg(buffers, ancillary)
 
     async def recvmsg(self, size: int, ancillary: int, flags: int) -> Datagram:
         """recvmsg(2); waits only while there is nothing."""
@@ -68,17 +73,18 @@ class Datagrams:
     def _look(self) -> bool:
         """Whether something has come while we looked."""
         patience = self._look_until - time.perf_counter()
-        return patience > 0 and not has_threads_at_work() and self.comes_within(patience)
+        return patience > 0 and not has_threads_at_work() and bool(self.peek_within(patience, 1))
 
-    def comes_within(self, seconds: float) -> bool:
-        """Whether there is something to receive, or comes before anything else does, so soon."""
-        return self._lookout.look(seconds) and bool(self.peek(1))
+    def peek_within(self, seconds: float, size: int) -> bytes:
+        """The first bytes of what can be received, or comes so soon and before anything else does.
 
-    def peek(self, size: int) -> bytes:
-        """The first bytes of what would be received now; none if there is nothing, or the end."""
+        None if nothing does, or the end.
+        """
+        if not self._lookout.look(seconds):
+            return b""
         self._check_open()
         try:
-            return self._view.recv(size, socket.MSG_PEEK)
+            return self._view.recv(size, _MSG_PEEK)
         except BlockingIOError:
             return b""
 
@@ -113,21 +119,3 @@ class Datagrams:
     def _check_open(self) -> None:
         if self._socket.fileno() < 0:
             raise trio.ClosedResourceError("the socket has been closed")
-
-
-class held:
-    """Have a lock; without yielding if it is free."""
-
-    __slots__ = ("_lock",)
-
-    def __init__(self, lock: trio.Lock) -> None:
-        self._lock: Final = lock
-
-    async def __aenter__(self) -> None:
-        try:
-            self._lock.acquire_nowait()
-        except trio.WouldBlock:
-            await self._lock.acquire()
-
-    async def __aexit__(self, *_: object) -> None:
-        self._lock.release()

@@ -56,9 +56,13 @@ class PageLocks:
         self._edges, self._counts = [0], [0]
         self._wake()
 
+    def any_of(self, pages: PageRange) -> bool:
+        """Whether a page of a range is locked."""
+        return any(self._counts_in(pages))
+
     async def wait_unlocked(self, pages: PageRange) -> None:
         """Wait until no page of a range is locked."""
-        while any(self._counts_in(pages)):
+        while self.any_of(pages):
             await self._released.wait()
 
     def _counts_in(self, pages: PageRange) -> list[int]:

@@ -11,14 +11,14 @@ import array
 import os
 import socket
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 import trio
 
 from memfs.faults import Point, reach, reach_at_once
-from memfs.guest.datagrams import Datagram, Datagrams, held
+from memfs.guest.datagrams import Datagram, Datagrams
 from memfs.guest.messages import Message
 from memfs.guest.protocol import (
     HEADER_SIZE,
@@ -35,7 +35,11 @@ from memfs.guest.protocol import (
 
 # One descriptor more than is allowed, so that too many are noticed rather than cut off.
 _ANCILLARY: Final = socket.CMSG_SPACE((MAX_DESCRIPTORS + 1) * array.array("i").itemsize)
-_RECVMSG: Final = (MAX_MESSAGE, _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
+_RECVMSG: Final = (MAX_MESSAGE, _ANCILLARY, int(socket.MSG_CMSG_CLOEXEC))
+_MSG_CTRUNC: Final = int(socket.MSG_CTRUNC)  # an enum.IntFlag takes its time to be combined
+_MSG_TRUNC: Final = int(socket.MSG_TRUNC)
+
+_Rights = tuple[int, int, Any]  # one piece of sendmsg's ancillary data
 
 _CONNECT_TIMEOUT: Final = 5.0  # seconds
 _CONNECT_PAUSE: Final = 0.01  # seconds
@@ -59,7 +63,7 @@ class Incoming:
 
 @dataclass(slots=True)
 class _Call:
-    """A request of ours that waits for its reply."""
+    """A request of ours. It is `done` when its reply is there, or when there will be none."""
 
     done: trio.Event = field(default_factory=trio.Event)
     reply: Incoming | None = None
@@ -84,26 +88,39 @@ class Peer:
         self._socket: Final = Datagrams(sock, patience)
         self._discard: Final = discard or close_all
         self.protocol: Final = Connection(role)
-        self._sending: Final = trio.Lock()
+        self._unsent: tuple[bytes, list[_Rights]] | None = None  # what the peer has had no room for yet
+        self._unsent_lock: Final = trio.Lock()  # of who waits for that room
         self._calls: dict[RequestId, _Call] = {}
         self._answered = trio.Event()  # replaced each time it is set
         self._closed = False
         self._broken: RemoteProtocolError | PeerGone | None = None  # by a reply that its call looked for
 
-    async def call(self, message: Message, fds: Sequence[int] = (), *, patience: float = 0) -> Incoming:
+    async def call(self, message: Message, fds: Sequence[int] = ()) -> Incoming:
         """Send a request and wait for its reply. Raises PeerGone; LocalProtocolError if it may not be sent now.
 
         Waits first while as many as may be are unanswered. When cancelled after that, the request stays sent; its reply
         is dropped when it comes. Not so if it has come: who was held up (a process that was stopped) finds a deadline
-        passed and the answer, which was in time, not yet read. For `patience` seconds we look for the reply before we
-        sleep (lookout.py).
+        passed and the answer, which was in time, not yet read.
         """
         call = _Call()
-        while not await self._send(message, fds=fds, call=call):
-            await self._answered.wait()
+        await self._send(message, fds=fds, call=call)
+        return await self._result(call)
+
+    def ask(self, message: Message, patience: float) -> Incoming | Coroutine[Any, Any, Incoming]:
+        """`call`, done as far as can be without waiting: its reply if that comes within so many seconds (lookout.py).
+
+        Else what has to be awaited for it.
+        """
+        call = _Call()
+        if not self._post(message, call=call):
+            return self.call(message)
+        if patience:
+            self._look_for(call, patience)
+        return call.reply or self._result(call)
+
+    async def _result(self, call: _Call) -> Incoming:
         try:
-            if patience:
-                self._look_for(call, patience)
+            await self._flush()
             if not call.done.is_set():
                 await call.done.wait()
         except trio.Cancelled:
@@ -122,6 +139,12 @@ class Peer:
     async def tell(self, message: Message) -> None:
         """Send what has no answer. Raises PeerGone."""
         await self._send(message)
+
+    def tell_now(self, message: Message) -> Coroutine[Any, Any, None] | None:
+        """`tell`, done as far as can be without waiting; what is returned, if anything, has to be awaited."""
+        if not self._post(message):
+            return self.tell(message)
+        return self._flush() if self._unsent is not None else None
 
     async def requests(self) -> AsyncGenerator[Incoming, None]:
         """The peer's requests, as they come, until the connection ends.
@@ -149,9 +172,7 @@ class Peer:
         deadline = time.perf_counter() + patience
         while not call.done.is_set():
             try:
-                if not self._socket.comes_within(deadline - time.perf_counter()):
-                    return
-                if not is_reply(self._socket.peek(HEADER_SIZE)):
+                if not is_reply(self._socket.peek_within(deadline - time.perf_counter(), HEADER_SIZE)):
                     return
                 reach_at_once(Point.BEFORE_RECEIVE)
                 received = self._accept(self._socket.recvmsg_now(*_RECVMSG))
@@ -203,32 +224,64 @@ class Peer:
         answers: RequestId | None = None,
         fds: Sequence[int] = (),
         call: _Call | None = None,
+    ) -> None:
+        await trio.lowlevel.checkpoint_if_cancelled()  # afterwards the protocol believes that it has been sent
+        while not self._post(message, answers=answers, fds=fds, call=call):
+            if self._unsent is None:
+                await self._answered.wait()
+            await self._flush()
+        await self._flush()
+
+    def _post(
+        self,
+        message: Message,
+        *,
+        answers: RequestId | None = None,
+        fds: Sequence[int] = (),
+        call: _Call | None = None,
     ) -> bool:
-        """Whether it has been sent: a call is not while too many are unanswered."""
-        async with held(self._sending):
-            await trio.lowlevel.checkpoint_if_cancelled()  # afterwards the protocol believes that it has been sent
-            if self._closed or self.protocol.state is State.CLOSED:  # the last word has been said
-                raise PeerGone("the connection has ended")
-            if call is not None and self.protocol.unanswered >= MAX_IN_FLIGHT:
-                return False
-            number, data = self.protocol.send(message, answers=answers, descriptors=len(fds))
-            if call is not None:
-                self._calls[number] = call
-            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-            try:
-                await reach(Point.BEFORE_SEND)
-                await self._socket.sendmsg([data], rights)
-                await reach(Point.AFTER_SEND)
-            except trio.Cancelled:  # the peer does not read, and we cannot take the message back
-                self.close()
-                raise
-            except ConnectionError as error:
-                # What it said before it went (Fenced, above all) is still there to be read; `requests` then ends.
-                raise PeerGone("the peer is gone") from error
-            except (OSError, trio.ClosedResourceError) as error:
-                self.close()
-                raise PeerGone("the peer cannot be reached") from error
+        """Send, or leave it to be flushed. False: not now, for the peer has not taken or answered what came before."""
+        if self._closed or self.protocol.state is State.CLOSED:  # the last word has been said
+            raise PeerGone("the connection has ended")
+        if self._unsent is not None or (call is not None and self.protocol.unanswered >= MAX_IN_FLIGHT):
+            return False
+        number, data = self.protocol.send(message, answers=answers, descriptors=len(fds))
+        if call is not None:
+            self._calls[number] = call
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        try:
+            reach_at_once(Point.BEFORE_SEND)
+            self._socket.sendmsg_now([data], rights)
+            reach_at_once(Point.AFTER_SEND)
+        except BlockingIOError:
+            self._unsent = data, rights
+        except (OSError, trio.ClosedResourceError) as error:
+            raise self._unreachable(error) from error
         return True
+
+    async def _flush(self) -> None:
+        """Wait until the peer has had room for all that was posted. Raises PeerGone."""
+        while self._unsent is not None:
+            async with self._unsent_lock:
+                if self._unsent is None:
+                    return
+                data, rights = self._unsent
+                try:
+                    await self._socket.sendmsg([data], rights)
+                except trio.Cancelled:  # the peer does not read, and we cannot take the message back
+                    self.close()
+                    raise
+                except (OSError, trio.ClosedResourceError) as error:
+                    raise self._unreachable(error) from error
+                finally:
+                    self._unsent = None
+
+    def _unreachable(self, error: Exception) -> PeerGone:
+        if isinstance(error, ConnectionError):
+            # What it said before it went (Fenced, above all) is still there to be read; `requests` then ends.
+            return PeerGone("the peer is gone")
+        self.close()
+        return PeerGone("the peer cannot be reached")
 
     async def _receive(self) -> tuple[Incoming, bool] | None:
         """The next message, and whether it is a reply. None: the connection has ended."""
@@ -248,16 +301,16 @@ class Peer:
 
     def _accept(self, datagram: Datagram) -> tuple[Incoming, bool] | None:
         data, ancillary, flags, _ = datagram
-        fds = tuple(_descriptors(ancillary))
+        fds = tuple(_descriptors(ancillary)) if ancillary else ()
         if self.protocol.state is State.CLOSED:  # what crossed the last word on its way is nobody's offence
             self._discard(fds)
             return None
         # The kernel keeps back descriptors that the sender put there in excess, and those that we have no room for
         # (EMFILE). The latter is nobody's fault: the message counts, and whoever needs the descriptors misses them.
-        no_room = bool(flags & socket.MSG_CTRUNC) and len(fds) <= MAX_DESCRIPTORS
+        no_room = bool(flags & _MSG_CTRUNC) and len(fds) <= MAX_DESCRIPTORS
         try:
             reach_at_once(Point.AFTER_RECEIVE)
-            if flags & socket.MSG_TRUNC or len(fds) > MAX_DESCRIPTORS:
+            if flags & _MSG_TRUNC or len(fds) > MAX_DESCRIPTORS:
                 raise RemoteProtocolError("a message or its descriptors are larger than allowed")
             if not data:
                 if fds:

@@ -254,9 +254,7 @@ class Connection:
         """No more messages: the transport is gone."""
         self._enter(State.CLOSED)
 
-    def _check(
-        self, sender: _Side, other: _Side, number: RequestId, message: Message, descriptors: int | None
-    ) -> None:
+    def _check(self, sender: _Side, other: _Side, number: RequestId, message: Message, descriptors: int | None) -> None:
         kind = type(message)
         if kind not in sender.may_say:
             raise Malformed(f"{kind.__name__} from the {sender.role.value} while {self.state.value}")

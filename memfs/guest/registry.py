@@ -28,15 +28,14 @@ import functools
 import logging
 import os
 import sys
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Final
 
 import trio
 
-from memfs.faults import Point, reach
+from memfs.faults import Point, reach_at_once
 from memfs.file import File
 from memfs.guest.frames import FileFrames, FrameAllocator, by_order
 from memfs.guest.image import launch
@@ -58,6 +57,9 @@ from memfs.units import ByteOffset, PageRange, page_ceil
 log = logging.getLogger(__name__)
 
 Notification = InvalidateBegin | InvalidateEnd | Fallocate
+
+
+Notify = Callable[[Notification, bool], "Ack | Coroutine[Any, Any, Ack | None] | None"]
 
 
 class OwnerGone(Exception):
@@ -115,46 +117,69 @@ class Registration:
 
     async def invalidate_begin(self, pages: PageRange) -> None:
         if self.alive:
-            await self.owner.within_timeout(lambda: self._begin(pages))
+            self._begun = True  # or it is cut off
+            await self._notify(
+                InvalidateBegin(self.id, pages, current_request()), Point.BEFORE_BEGIN, Point.AFTER_BEGIN
+            )
 
     async def invalidate_end(self, pages: PageRange) -> None:
         if self._begun:
             self._begun = False
-            await self.owner.within_timeout(lambda: self._end(pages))
+            await self._notify(InvalidateEnd(self.id, pages, current_request()), Point.BEFORE_END, Point.AFTER_END)
 
     async def fallocate(self, pages: PageRange) -> None:
         if self.alive:
-            await self.owner.within_timeout(lambda: self._tell(pages))
+            await self._notify(Fallocate(self.id, pages, current_request()), Point.BEFORE_TELL, Point.AFTER_TELL)
 
-    async def _begin(self, pages: PageRange) -> None:
-        await reach(Point.BEFORE_BEGIN)
-        self._begun = True  # or it is cut off
-        await self._notify(InvalidateBegin(self.id, pages, current_request()))
-        await self.locks.wait_unlocked(pages)
-        await reach(Point.AFTER_BEGIN)
+    async def _notify(self, message: Notification, before: Point, after: Point) -> None:
+        """Tell the owner, and wait until it has acted; fence it if that takes too long or fails.
 
-    async def _end(self, pages: PageRange) -> None:
-        await reach(Point.BEFORE_END)
-        await self._notify(InvalidateEnd(self.id, pages, current_request()))
-        await reach(Point.AFTER_END)
-
-    async def _tell(self, pages: PageRange) -> None:
-        await reach(Point.BEFORE_TELL)
-        await self._notify(Fallocate(self.id, pages, current_request()))
-        await reach(Point.AFTER_TELL)
-
-    async def _notify(self, message: Notification) -> None:
-        pending = Pending(message, trio.current_time())
-        self._log("notify", pending)
-        with self.owner.waited_for(pending) as is_alone:
-            ack = await self.owner.notify(message, is_alone)
-        if ack is None:
+        Never raises, and cannot be cancelled: what the owner is told of is done or being done. An owner that answers
+        soon is not waited for, so there is then no need of a deadline.
+        """
+        owner = self.owner
+        if not owner.is_connected:
             return
+        pending, why = Pending(message, trio.current_time()), None
+        self._log("notify", pending)
+        owner.owes(pending)
+        try:
+            reach_at_once(before)
+            answer = owner.notify(message, owner.is_alone)
+            ack = None if isinstance(answer, Coroutine) else answer
+            if isinstance(answer, Coroutine) or self._is_locked(message):
+                with trio.move_on_after(owner.notify_timeout, shield=True) as scope:
+                    if isinstance(answer, Coroutine):
+                        ack = await answer
+                    if isinstance(message, InvalidateBegin):
+                        await self.locks.wait_unlocked(message.pages)
+                if scope.cancelled_caught:
+                    why = f"no answer within {owner.notify_timeout:g} s"
+            reach_at_once(after)
+        except OwnerGone:
+            return
+        except OSError as error:  # an owner that is not told must not go on
+            why = f"it could not be told: {error.strerror}"
+        except Exception:
+            log.exception("a bug in memfs, while %s was being told", owner)
+            why = "it could not be told: a bug in memfs"
+        finally:
+            owner.has_done(pending)
+        if why is not None:
+            await owner.fence(why)
+        elif ack is not None:
+            self._acknowledged(pending, ack)
+
+    def _is_locked(self, message: Notification) -> bool:
+        """Whether the owner has to unlock pages before they may go."""
+        return isinstance(message, InvalidateBegin) and self.locks.any_of(message.pages)
+
+    def _acknowledged(self, pending: Pending, ack: Ack) -> None:
         self.owner.acknowledged += 1
         self._log("acknowledged", pending, seconds=pending.age)
         if ack.errno:
-            reason = os.strerror(ack.errno)
-            log.warning("%s could not act on %s of %s: %s", self.owner, pending.kind, message.pages, reason)
+            reason, pages = os.strerror(ack.errno), pending.message.pages
+            log.warning("%s could not act on %s of %s: %s", self.owner, pending.kind, pages, reason)
 
     def _log(self, what: str, pending: Pending, **more: object) -> None:
         if log.isEnabledFor(logging.INFO):
@@ -239,17 +264,17 @@ class Registration:
 class Owner:
     """A virtual machine's connection, as the registry sees it.
 
-    `notify` sends a notification and returns its acknowledgement, None if it has none, or raises OwnerGone; it is told
-    whether that is the only one that memfs waits for. `cut_off` ends the connection after telling the peer why; the
-    connection's end then calls `Registry.end`. `is_dead` says whether the process that connected is gone; a child that
-    it forked may still hold the connection open.
+    `notify` sends a notification and returns its acknowledgement, None if it has none, or a coroutine that waits for
+    it; either raises OwnerGone. It is told whether that is the only notification that memfs waits for. `cut_off` ends
+    the connection after telling the peer why; the connection's end then calls `Registry.end`. `is_dead` says whether
+    the process that connected is gone; a child that it forked may still hold the connection open.
     """
 
     def __init__(
         self,
         number: int,
         registry: Registry,
-        notify: Callable[[Notification, bool], Awaitable[Ack | None]],
+        notify: Notify,
         cut_off: Callable[[str], Awaitable[None]],
         is_dead: Callable[[], bool],
     ) -> None:
@@ -263,21 +288,26 @@ class Owner:
         self.pending: list[Pending] = []  #: the oldest first
         self.acknowledged = 0  #: how many notifications
 
-    @contextmanager
-    def waited_for(self, pending: Pending) -> Iterator[bool]:
-        """Within, it has not acknowledged that. What is yielded: whether nobody else is waited for."""
+    def owes(self, pending: Pending) -> None:
+        """It has to acknowledge that, until `has_done`."""
         registry = self._registry
         self.pending.append(pending)
         registry.pending += 1
         registry.waited_for.add(self)
         registry.waiting.set()
-        try:
-            yield registry.pending == 1
-        finally:
-            registry.pending -= 1
-            self.pending.remove(pending)
-            if not self.pending:
-                registry.waited_for.remove(self)
+
+    def has_done(self, pending: Pending) -> None:
+        """It is not waited for any more, for that."""
+        registry = self._registry
+        registry.pending -= 1
+        self.pending.remove(pending)
+        if not self.pending:
+            registry.waited_for.remove(self)
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether nobody else is waited for."""
+        return self._registry.pending == 1
 
     def __str__(self) -> str:
         return f"owner {self.number} ({self.name})" if self.name else f"owner {self.number}"
@@ -294,27 +324,14 @@ class Owner:
         """Whether it has not ended."""
         return self.number in self._registry.owners
 
-    async def within_timeout(self, step: Callable[[], Awaitable[None]]) -> None:
-        """Run a step that waits for the owner; fence the owner if it takes too long or fails.
+    @property
+    def notify_timeout(self) -> float:
+        """How long it may take to do what it is told, in seconds."""
+        return self._registry.notify_timeout
 
-        Never raises, and cannot be cancelled: what the owner is told of is done or being done.
-        """
-        if not self.is_connected:
-            return
-        why = None
-        with trio.move_on_after(self._registry.notify_timeout, shield=True) as scope:
-            try:
-                await step()
-            except OwnerGone:
-                return
-            except OSError as error:  # an owner that is not told must not go on
-                why = f"it could not be told: {error.strerror}"
-            except Exception:
-                log.exception("a bug in memfs, while %s was being told", self)
-                why = "it could not be told: a bug in memfs"
-        if scope.cancelled_caught:
-            why = f"no answer within {self._registry.notify_timeout:g} s"
-        if why is not None and self.is_connected:
+    async def fence(self, why: str) -> None:
+        """Cut it off, unless it has ended. Cannot be cancelled."""
+        if self.is_connected:
             with trio.CancelScope(shield=True):
                 await self._registry.fence(self, why)
 
@@ -340,7 +357,7 @@ class Registry:
 
     def new_owner(
         self,
-        notify: Callable[[Notification, bool], Awaitable[Ack | None]],
+        notify: Notify,
         cut_off: Callable[[str], Awaitable[None]],
         is_dead: Callable[[], bool] = lambda: False,
     ) -> Owner:

@@ -22,8 +22,9 @@ import logging
 import os
 import socket
 import stat
+from collections.abc import Coroutine
 from itertools import islice
-from typing import Final
+from typing import Any, Final
 
 import trio
 
@@ -313,16 +314,16 @@ class _Session:
         protection.check_own(inode)
         return self._tree.regular(inode.ino)
 
-    async def _notify(self, message: Notification, is_alone: bool) -> Ack | None:
+    def _notify(self, message: Notification, is_alone: bool) -> Ack | Coroutine[Any, Any, Ack | None] | None:
+        answer: Incoming | Coroutine[Any, Any, Incoming | None] | None
         try:
             if isinstance(message, InvalidateEnd):
-                await self._peer.tell(message)
-                return None
-            incoming = await self._peer.call(message, patience=_PATIENCE if is_alone else 0)
+                answer = self._peer.tell_now(message)
+            else:
+                answer = self._peer.ask(message, _PATIENCE if is_alone else 0)
         except PeerGone as error:
             raise OwnerGone from error
-        assert isinstance(incoming.message, Ack)
-        return incoming.message
+        return _ack(answer) if answer is None or isinstance(answer, Incoming) else _ack_to_come(answer)
 
     async def _cut_off(self, reason: str) -> None:
         await self.say_farewell(errno.ETIMEDOUT, reason)
@@ -333,6 +334,20 @@ class _Session:
         scope = trio.CancelScope(shield=True, deadline=trio.current_time() + _FAREWELL)
         with scope, contextlib.suppress(PeerGone, LocalProtocolError):  # the latter if it has not said Hello
             await self._peer.tell(Fenced(number, reason))
+
+
+def _ack(answer: Incoming | None) -> Ack | None:
+    if answer is None:
+        return None
+    assert isinstance(answer.message, Ack)
+    return answer.message
+
+
+async def _ack_to_come(answer: Coroutine[Any, Any, Incoming | None]) -> Ack | None:
+    try:
+        return _ack(await answer)
+    except PeerGone as error:
+        raise OwnerGone from error
 
 
 def _for_owner(file: File) -> tuple[int, ...]:

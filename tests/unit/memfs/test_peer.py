@@ -318,6 +318,11 @@ def owner_in_a_thread(end: socket.socket, answers: Callable[[Connection, int], l
         thread.join()
 
 
+async def asked(peer: Peer, message: Message, patience: float) -> Incoming:
+    answer = peer.ask(message, patience)
+    return answer if isinstance(answer, Incoming) else await answer
+
+
 @asynccontextmanager
 async def store_of(answers: Callable[[Connection, int], list[bytes]]) -> AsyncIterator[End]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -341,8 +346,10 @@ async def test_reply_is_taken_before_anything_else_runs() -> None:
     async with store_of(lambda protocol, number: [protocol.send(Ack(), answers=number)[1]]) as store:  # type: ignore[arg-type]
         async with trio.open_nursery() as nursery:
             nursery.start_soon(other)
-            reply = await store.peer.call(InvalidateBegin(FileId(1), RANGE), patience=5)
+            reply = store.peer.ask(InvalidateBegin(FileId(1), RANGE), patience=5)
+            assert isinstance(reply, Incoming)
             assert reply.message == Ack()
+            await trio.lowlevel.checkpoint_if_cancelled()
             assert not ran, "somebody else ran while a reply was looked for"
         assert store.peer.protocol.unanswered == 0
 
@@ -352,7 +359,7 @@ async def test_request_that_comes_first_is_left_to_who_takes_requests() -> None:
         return [protocol.send(Unregister(FileId(7)))[1], protocol.send(Ack(), answers=number)[1]]  # type: ignore[arg-type]
 
     async with store_of(answers) as store:
-        reply = await store.peer.call(InvalidateBegin(FileId(1), RANGE), patience=5)
+        reply = await asked(store.peer, InvalidateBegin(FileId(1), RANGE), patience=5)
         assert reply.message == Ack()
         assert [request.message for request in store.requests] == [Unregister(FileId(7))]
 
@@ -364,7 +371,7 @@ async def test_bad_reply_ends_the_call_and_the_requests() -> None:
 
     async with store_of(answers) as store:
         with pytest.raises(PeerGone):
-            await store.peer.call(InvalidateBegin(FileId(1), RANGE), patience=5)
+            await asked(store.peer, InvalidateBegin(FileId(1), RANGE), patience=5)
         await store.ended.wait()
         assert isinstance(store.error, RemoteProtocolError)
 
@@ -372,7 +379,7 @@ async def test_bad_reply_ends_the_call_and_the_requests() -> None:
 async def test_owner_that_does_not_answer_is_not_looked_for_any_longer() -> None:
     async with store_of(lambda _, __: []) as store:
         with trio.move_on_after(0.05) as scope:
-            await store.peer.call(InvalidateBegin(FileId(1), RANGE), patience=0.01)
+            await asked(store.peer, InvalidateBegin(FileId(1), RANGE), patience=0.01)
         assert scope.cancelled_caught
 
 
