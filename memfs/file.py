@@ -19,7 +19,7 @@ system call interrupted by a signal gets EINTR) while it waits for the lock and 
 done stay done, accounted for and told to the owner, as on ext4: who tries again gets further each time, and to undo
 them could destroy what others have written to them since. Half a truncation would be a loss, so that runs to its end.
 
-Taking memory away has one order, in `_taking_away`:
+Taking memory away has one order, in `_take_away`:
 
     check seals -> begin (the owner unmaps, acknowledges, has no page locked) -> free -> account -> end
 
@@ -41,8 +41,8 @@ import errno
 import fcntl
 import functools
 import os
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, contextmanager, nullcontext
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
@@ -262,7 +262,7 @@ class File:
         """
         async with self.locked():
             self._check_alignment(offset, length)
-            if offset + length > self.size:
+            if self.seals & seals.F_SEAL_GROW and offset + length > self.size:
                 self._forbid(seals.F_SEAL_GROW, "allocated past its end")
             done: list[PageRange] = []
             try:
@@ -280,10 +280,13 @@ class File:
             self._check_alignment(offset, length)
             self._forbid(seals.NO_WRITES, "punched")
             pages = PageRange.inside(offset, length)
-            async with self._taking_away(told=pages, freed=pages):
+
+            async def free() -> None:
                 if pages is not None:
                     await self._free_piecewise(pages)
                 fallocate(self.fd, _PUNCH, offset, length)
+
+            await self._take_away(free, told=pages, freed=pages)
 
     async def truncate(self, size: int, *, by_path: bool = False) -> None:
         """ftruncate(2), in bytes; or truncate(2), which leaves the times alone if the size stays.
@@ -305,11 +308,14 @@ class File:
             # Pages beyond the old size (FALLOC_FL_KEEP_SIZE allocates such) go as well, even if the size stays, but no
             # owner can have those.
             freed = PageRange(first, MAP_END) if first < MAP_END else None
+
+            async def free() -> None:
+                if told is not None:
+                    await self._free_piecewise(told)
+                self._truncate_backing(size, by_path)
+
             with trio.CancelScope(shield=True):
-                async with self._taking_away(told=told, freed=freed):
-                    if told is not None:
-                        await self._free_piecewise(told)
-                    self._truncate_backing(size, by_path)
+                await self._take_away(free, told=told, freed=freed)
 
     def _truncate_backing(self, size: int, by_path: bool) -> None:
         os.truncate(f"/proc/self/fd/{self.fd}" if by_path else self.fd, size)
@@ -348,13 +354,11 @@ class File:
     async def _allocate_now(
         self, offset: ByteOffset, length: int, mode: int, done: Callable[[PageRange], None]
     ) -> None:
-        pages, end = PageRange.covering(offset, length), offset + length
-        with self._giving(pages) as given, self._backing.promised(len(pages)) as has_room:
-            # Where room may run out it is one piece, because the kernel takes back what a single call has allocated.
-            for piece in pages.chunks(pieces.PIECE) if has_room or self.page_map is not None else [pages]:
-                if piece.start > pages.start:
-                    await trio.lowlevel.checkpoint_if_cancelled()
-                start, stop = max(offset, piece.offset), min(end, page_offset(piece.end))
+        pages = PageRange.covering(offset, length)
+        with self._giving(pages) as given:
+
+            async def allocate(piece: PageRange) -> None:
+                start, stop = max(offset, piece.offset), min(offset + length, page_offset(piece.end))
                 await reach(Point.BEFORE_ALLOCATE)
                 await pieces.system_call(functools.partial(fallocate, self.fd, mode, start, stop - start), stop - start)
                 try:
@@ -365,12 +369,23 @@ class File:
                     done(piece)
                 await reach(Point.AFTER_ACCOUNT)
 
+            if length <= pieces.LONG:
+                await allocate(pages)
+                return
+            with self._backing.promised(len(pages)) as has_room:
+                # Where room may run out it is one piece, for the kernel takes back what a single call has allocated.
+                for piece in pages.chunks(pieces.PIECE) if has_room or self.page_map is not None else [pages]:
+                    if piece.start > pages.start:
+                        await trio.lowlevel.checkpoint_if_cancelled()
+                    await allocate(piece)
+
     def _giving(self, pages: PageRange) -> AbstractContextManager[Callable[[PageRange], None]]:
         return self._tracking.giving(pages) if self._tracking is not None else nullcontext(lambda _: None)
 
-    @asynccontextmanager
-    async def _taking_away(self, *, told: PageRange | None, freed: PageRange | None) -> AsyncIterator[None]:
-        """The order of taking memory away, around the system call that frees it.
+    async def _take_away(
+        self, free: Callable[[], Awaitable[None]], *, told: PageRange | None, freed: PageRange | None
+    ) -> None:
+        """The order of taking memory away, around what frees it.
 
         The owner is `told` of these pages; the map loses the `freed` ones. None: no whole page.
         """
@@ -379,7 +394,7 @@ class File:
             await owner.invalidate_begin(told)
         try:
             await reach(Point.BEFORE_FREE)
-            yield
+            await free()
             try:
                 reach_at_once(Point.AFTER_FREE)
                 reach_at_once(Point.BEFORE_ACCOUNT)
@@ -397,7 +412,7 @@ class File:
         Where writes are tracked, not in a thread: of a write that came during a piece nobody could say whether the
         pages it allocated were freed again.
         """
-        if min(len(pages), self.pages) <= pieces.LONG_PAGES:
+        if len(pages) <= pieces.LONG_PAGES or self.pages <= pieces.LONG_PAGES:
             return
         for piece in pieces.to_free(pages, self.page_map, guest=self.guest):
             punch = functools.partial(fallocate, self.fd, _PUNCH, piece.offset, piece.nbytes)
@@ -500,19 +515,10 @@ class File:
         may_wait = (self.owner is not None and not of_owner) or not self._backing.freeing.is_idle
         return not may_wait and length <= pieces.LONG and not (self._lock is not None and self._lock.locked())
 
-    @asynccontextmanager
-    async def locked(self) -> AsyncIterator[None]:
-        """Have the inode lock."""
-        with self.held():
-            lock = self._lock = self._lock or trio.Lock()
-            try:
-                lock.acquire_nowait()
-            except trio.WouldBlock:
-                await lock.acquire()
-            try:
-                yield
-            finally:
-                lock.release()
+    def locked(self) -> _Locked:
+        """Have the inode lock, within an async with statement."""
+        self._lock = self._lock or trio.Lock()
+        return _Locked(self, self._lock)
 
     def unlinked(self) -> None:
         """It has no name any more, and nobody has it open."""
@@ -549,3 +555,28 @@ class File:
         assert not self.guest or self._tracking is not None, "guest-sealed without a page map"
         if self._tracking is not None:
             self._tracking.check(self.pages)
+
+
+class _Locked:
+    """`File.locked`. Does not yield if the lock is free."""
+
+    __slots__ = ("_file", "_lock")
+
+    def __init__(self, file: File, lock: trio.Lock) -> None:
+        self._file: Final = file
+        self._lock: Final = lock
+
+    async def __aenter__(self) -> None:
+        self._file.hold()
+        try:
+            self._lock.acquire_nowait()
+        except trio.WouldBlock:
+            try:
+                await self._lock.acquire()
+            except BaseException:
+                self._file.release()
+                raise
+
+    async def __aexit__(self, *_: object) -> None:
+        self._lock.release()
+        self._file.release()

@@ -8,8 +8,6 @@ the map; and when pages have been freed, they leave the map and their room is fr
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Final
 
 from memfs.backing import Backing
@@ -29,23 +27,10 @@ class Tracking:
         self._backing: Final = backing
         self.page_map: Final = PageMap(name)
 
-    @contextmanager
-    def giving(self, pages: PageRange) -> Iterator[Callable[[PageRange], None]]:
-        """Room for what is absent in a range; what is yielded enters what was allocated. Raises OSError(ENOSPC)."""
+    def giving(self, pages: PageRange) -> Giving:
+        """Room for what is absent in a range, within a with statement. Raises OSError(ENOSPC)."""
         self.check_size(pages.end)
-        left = len(pages) - self.page_map.count(pages)
-        self._backing.reserve(left)
-
-        def given(part: PageRange) -> None:
-            nonlocal left
-            # A write may have come first to some of the pages while the call ran in a thread.
-            left -= len(part) - self.page_map.count(part)
-            self.page_map.set(part, ALLOCATED)
-
-        try:
-            yield given
-        finally:
-            self._backing.unreserve(left)
+        return Giving(self._backing, self.page_map, pages)
 
     def forget(self, pages: PageRange = _WHOLE) -> None:
         """These pages were freed."""
@@ -81,3 +66,27 @@ class Tracking:
         mapped = self.page_map.count(_WHOLE)
         assert mapped == pages, f"{mapped} pages in the map, {pages} in the backing"
         assert self.page_map.seq % 2 == 0, "page map left in the middle of a change"
+
+
+class Giving:
+    """Room that was reserved for pages. What is entered with a call stays; the rest is given back at the end."""
+
+    __slots__ = ("_backing", "_left", "_page_map")
+
+    def __init__(self, backing: Backing, page_map: PageMap, pages: PageRange) -> None:
+        self._backing: Final = backing
+        self._page_map: Final = page_map
+        self._left = len(pages) - page_map.count(pages)
+        backing.reserve(self._left)
+
+    def __enter__(self) -> Giving:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._backing.unreserve(self._left)
+
+    def __call__(self, part: PageRange) -> None:
+        """These pages of it are allocated now."""
+        # A write may have come first to some of them while the call ran in a thread.
+        self._left -= len(part) - self._page_map.count(part)
+        self._page_map.set(part, ALLOCATED)

@@ -28,7 +28,6 @@ import fcntl
 import mmap
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import ClassVar, Final, TypeVar
 
 import numpy as np
@@ -127,6 +126,8 @@ class PageMapView:
 
     def count(self, pages: PageRange) -> int:
         """How many pages of a range are allocated."""
+        if len(pages) < _SPARSE_FROM:
+            return int(np.count_nonzero(self.pages[pages.slice]))
         return sum(int(np.count_nonzero(self.pages[part.slice])) for part in _extents(self._fd, pages))
 
     def runs(self, pages: PageRange, state: int = ALLOCATED) -> Iterator[PageRange]:
@@ -208,17 +209,10 @@ class PageMap(PageMapView):
 
     def set(self, pages: PageRange, state: int) -> None:
         """Put every page of a range into one state, as one change."""
-        with self._changing():
-            if state == ABSENT:
-                for part in _extents(self._fd, pages):
-                    self.pages[part.slice] = ABSENT
-            else:
-                self.pages[pages.slice] = state
-
-    @contextmanager
-    def _changing(self) -> Iterator[None]:
         self._seq[0] += 1
         try:
-            yield
+            parts = _extents(self._fd, pages) if state == ABSENT and len(pages) >= _SPARSE_FROM else [pages]
+            for part in parts:
+                self.pages[part.slice] = state
         finally:
             self._seq[0] += 1
