@@ -10,8 +10,9 @@ Requests for which there is a handler here are answered here; all others go thro
 a request that goes through and amend the reply (INIT and OPEN must say things that pyfuse3 does not know).
 
 Order matters: a request is handed on, or its handler called, in the order in which the kernel queued it. A handler
-that can answer at once returns bytes, and has then answered before the next request is looked at; one that must wait
-returns a coroutine, which runs as a task of its own. That is how a RELEASE is seen before the SETXATTR that follows it.
+that can answer at once returns bytes, and has then answered before the next request is looked at. One that may have to
+wait returns a coroutine; it runs in the task that read the request, and if it does wait, another task reads on. So what
+does not wait costs no task, and a RELEASE is seen before the SETXATTR that follows it.
 
 A handler that waits is cancelled when the kernel says that its caller was interrupted (FUSE_INTERRUPT), and the caller
 gets EINTR; whoever has begun something that must be finished shields it (File does).
@@ -22,11 +23,13 @@ pyfuse3's); patching pyfuse3 (the channel needs only the kernel's stable ABI and
 
 from __future__ import annotations
 
+import contextvars
 import errno
 import logging
 import os
 import socket
-from collections.abc import Callable, Coroutine
+import types
+from collections.abc import Callable, Coroutine, Generator
 from typing import Any, Final
 
 import trio
@@ -48,7 +51,8 @@ from memfs.lookout import Lookout
 
 log = logging.getLogger(__name__)
 
-#: Answers a request: with the reply (header included), with a coroutine that returns it, or with None for no reply
+#: Answers a request: with the reply (header included), with a coroutine that returns it, or with None for no reply.
+#: The request's body is there until the coroutine waits
 Handler = Callable[[Request], "bytes | Coroutine[Any, Any, bytes] | None"]
 #: Changes a successful reply of pyfuse3 in place: gets the whole reply, header included
 Amendment = Callable[[bytearray], None]
@@ -73,7 +77,10 @@ class Channel:
         self._handlers: Final = handlers
         self._observers: Final = observers
         self._amend_next: dict[int, Amendment] = {}  # by unique: replies that pyfuse3 owes and we will change
-        self._running: dict[int, trio.CancelScope] = {}  # by unique: handlers that wait
+        self._waiting: dict[int, trio.CancelScope] = {}  # by unique: requests whose handlers wait
+        self._buffer: Final = memoryview(bytearray(BUFFER_SIZE))
+        self._turns = _BURST  # requests until others get a turn
+        self._looks = 0  # for another request before we sleep
         os.set_blocking(fuse_fd, False)
         self._lookout: Final = Lookout.here()
         self._lookout.add(fuse_fd)
@@ -87,10 +94,14 @@ class Channel:
 
     async def run(self, unmounted: Callable[[], None]) -> None:
         """Pump until cancelled, or until the filesystem is unmounted; then call `unmounted` and return."""
+        context = contextvars.copy_context()  # not that of the request which a task was answering
         async with trio.open_nursery() as nursery:
+
+            def read_on() -> None:
+                context.run(nursery.start_soon, self._requests, read_on, nursery.cancel_scope.cancel)
+
             nursery.start_soon(self._replies)
-            await self._requests(nursery)
-            nursery.cancel_scope.cancel()
+            read_on()
         unmounted()
 
     def close(self) -> None:
@@ -102,65 +113,102 @@ class Channel:
 
     # -- kernel to libfuse ------------------------------------------------------------------------------------------
 
-    async def _requests(self, nursery: trio.Nursery) -> None:
-        buffer = memoryview(bytearray(BUFFER_SIZE))
+    async def _requests(self, read_on: Callable[[], None], end: Callable[[], None]) -> None:
+        """Read and answer requests until one of them has to wait. Then this task is that one's.
+
+        `read_on` starts another task for the next ones. `end` ends them all, when the filesystem is unmounted.
+        """
+        turn = _Turn(read_on)
+        with turn.scope:
+            while turn.request is None:
+                data = await self._next()
+                if data is None:
+                    end()
+                    return
+                await self._serve(data, turn)
+        if turn.request is not None and turn.scope.cancelled_caught:
+            self._answer(invalidate_attributes(turn.request.nodeid))  # a part of it may have been done
+            self._answer(error_reply(turn.request.unique, errno.EINTR))
+
+    async def _next(self) -> memoryview | None:
+        """The next request, as the kernel put it; None when there will be none."""
         while True:
-            await trio.lowlevel.wait_readable(self._fuse)
-            looks = 0  # for another request, since the last one
-            for _ in range(_BURST):
-                try:
-                    length = os.readv(self._fuse, [buffer])
-                except BlockingIOError:
-                    if not looks:
-                        break
-                    looks -= 1
-                    os.sched_yield()
-                    continue
-                except InterruptedError:
-                    continue
-                except OSError as error:
-                    if error.errno == errno.ENODEV:  # unmounted
-                        return
-                    if error.errno == errno.ENOENT:  # the request was interrupted before we read it
-                        continue
-                    raise
+            try:
+                length = os.readv(self._fuse, [self._buffer])
+            except BlockingIOError:
                 # Who has been answered often asks again at once, and to sleep and be woken takes longer than to look a
                 # few times. Not so when somebody else has to answer: that needs the event loop.
-                looks = _LOOKS if await self._dispatch(buffer[:length], nursery) else 0
+                if self._looks:
+                    self._looks -= 1
+                    os.sched_yield()
+                else:
+                    await trio.lowlevel.wait_readable(self._fuse)
+                    self._turns = _BURST
+            except InterruptedError:
+                continue
+            except OSError as error:
+                if error.errno == errno.ENODEV:  # unmounted
+                    return None
+                if error.errno != errno.ENOENT:  # the request was interrupted before we read it
+                    raise
+            else:
+                self._turns -= 1
+                if not self._turns:
+                    await trio.lowlevel.checkpoint()
+                    self._turns = _BURST
+                return self._buffer[:length]
 
-    async def _dispatch(self, data: memoryview, nursery: trio.Nursery) -> bool:
-        """Answer a request or hand it on. Returns whether it is answered."""
+    async def _serve(self, data: memoryview, turn: _Turn) -> None:
+        """Answer a request or hand it on."""
+        self._looks = 0
         try:
             request = Request.parse(data)
         except Malformed as error:
             log.error("from the kernel: %s", error)  # noqa: TRY400
             if len(data) >= IN_HEADER.size:
                 self._answer(error_reply(IN_HEADER.unpack_from(data)[2], errno.EIO))
-            return False
+            return
         handler = self._handlers.get(request.opcode)
+        answer: bytes | None = None
         try:
             if request.opcode == Opcode.INTERRUPT and self._interrupt(request):
-                return False
+                return
             if handler is None:
                 self._observe(request)
             else:
                 with working_on(request.unique):
-                    answer = handler(request)
+                    reply = handler(request)
+                    answer = await self._result(reply, request, turn) if isinstance(reply, Coroutine) else reply
         except Exception as error:
-            self._answer(self._failure(request.unique, request.opcode, error))
-            return True
-        if handler is None:
-            await self._forward(data)
-            return False
-        if isinstance(answer, Coroutine):
-            # Known from now on, and not only when the task begins: its INTERRUPT may be the next that we read.
-            scope = self._running[request.unique] = trio.CancelScope()
-            with working_on(request.unique):
-                nursery.start_soon(self._wait_for, request, answer, scope)
-            return False
+            answer = self._failure(request.unique, request.opcode, error)
+        else:
+            if handler is None:
+                await self._forward(data)
+                return
         if answer is not None:
             self._answer(answer)
-        return True
+        if turn.request is None:
+            self._looks = _LOOKS
+        elif not self._waiting:  # who was answered may ask again at once
+            self._lookout.look(_LINGER)
+
+    async def _result(self, work: Coroutine[Any, Any, bytes], request: Request, turn: _Turn) -> bytes:
+        """What a handler comes to, even if it waits; its INTERRUPT may be the next that is read then."""
+
+        def waits() -> None:
+            turn.request = request
+            self._waiting[request.unique] = turn.scope
+            turn.read_on()
+
+        try:
+            answer = await _calling(waits, work)
+        except Exception as error:
+            answer = self._failure(request.unique, request.opcode, error)
+        finally:
+            self._waiting.pop(request.unique, None)
+        if log.isEnabledFor(logging.INFO):
+            log.info("answered", extra=fields(opcode=request.opcode, error=-OUT_HEADER.unpack_from(answer)[1]))
+        return answer
 
     def _observe(self, request: Request) -> None:
         observer = self._observers.get(request.opcode)
@@ -168,27 +216,10 @@ class Channel:
         if amendment is not None:
             self._amend_next[request.unique] = amendment
 
-    async def _wait_for(self, request: Request, work: Coroutine[Any, Any, bytes], scope: trio.CancelScope) -> None:
-        with scope:
-            try:
-                answer = await work
-            except Exception as error:
-                answer = self._failure(request.unique, request.opcode, error)
-            finally:
-                del self._running[request.unique]
-        if scope.cancelled_caught:
-            self._answer(invalidate_attributes(request.nodeid))  # a part of it may have been done
-            answer = error_reply(request.unique, errno.EINTR)
-        if log.isEnabledFor(logging.INFO):
-            log.info("answered", extra=fields(opcode=request.opcode, error=-OUT_HEADER.unpack_from(answer)[1]))
-        self._answer(answer)
-        if not self._running:  # who was answered may ask again at once
-            self._lookout.look(_LINGER)
-
     def _interrupt(self, request: Request) -> bool:
         """Whether the interrupted request is one of ours; then it is being cancelled."""
         (unique,) = unpack(INTERRUPT_IN, request.body)
-        scope = self._running.get(unique)
+        scope = self._waiting.get(unique)
         if scope is not None:
             scope.cancel()
         return scope is not None
@@ -238,6 +269,34 @@ class Channel:
             # ENOENT: the caller was interrupted and is gone. ENODEV: unmounted meanwhile.
             if error.errno not in (errno.ENOENT, errno.ENODEV):
                 log.error("the kernel refused a reply: %s", error)  # noqa: TRY400
+
+
+class _Turn:
+    """A task that reads requests, and the one that it has come to wait for, if it has."""
+
+    __slots__ = ("read_on", "request", "scope")
+
+    def __init__(self, read_on: Callable[[], None]) -> None:
+        self.read_on: Final = read_on
+        self.scope: Final = trio.CancelScope()
+        self.request: Request | None = None
+
+
+@types.coroutine
+def _calling(waits: Callable[[], None], work: Coroutine[Any, Any, bytes]) -> Generator[Any, Any, bytes]:
+    """Await a coroutine, and call `waits` when it waits for the first time."""
+    try:
+        trap = work.send(None)
+        waits()
+        while True:
+            try:
+                resumed_with = yield trap
+            except BaseException as error:
+                trap = work.throw(error)
+            else:
+                trap = work.send(resumed_with)
+    except StopIteration as end:
+        return bytes(end.value)
 
 
 def _fit_buffer(end: socket.socket) -> int:
