@@ -18,7 +18,7 @@ from kvmsim.mmu.frames import FrameMap
 from kvmsim.mmu.invalidate import InvalidationState
 from kvmsim.mmu.ownership import OwnershipTable
 from kvmsim.mmu.page_table import PageTable
-from kvmsim.mmu.pte import PTE_PRIVATE, PTE_R, PTE_W, PTE_X, level_pages, pte_pfn, select
+from kvmsim.mmu.pte import PTE_PRIVATE, PTE_R, PTE_W, PTE_X, is_private, level_pages, pte_pfn, select
 from kvmsim.mmu.tlb import Tlb
 from kvmsim.store import Store
 from memfs.units import Gfn, GfnRange, Pfn
@@ -97,6 +97,11 @@ class Mmu:
 
     def _release(self, gfns: GfnRange) -> None:
         """The private frames of a range are about to be unmapped."""
+        if len(gfns) == 1:
+            pte = self.table.lookup(gfns.start)
+            if pte and is_private(pte):
+                self.ownership.release_one(pte_pfn(pte))
+            return
         for leaves in self.table.leaves(gfns):
             ptes = leaves.ptes[select(leaves.ptes, True)]
             if not len(ptes):

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from kvmsim.arrays import firsts
 from kvmsim.mmu.pte import PFN_MASK, Ptes
-from memfs.units import ORDER_1G, PAGE_SHIFT, GfnRange, Pfn
+from memfs.units import ORDER_1G, PAGE_SHIFT, Gfn, GfnRange, Pfn
 
 _EXTENT: Final = 1 << ORDER_1G
 _VM_SHIFT: Final = 48  # an owner is vm << 48 | gfn; 0 is nobody, since VMs count from 1
@@ -58,6 +58,9 @@ class OwnershipTable:
 
         Raises OwnershipViolation, changing nothing.
         """
+        if len(gfns) == 1:
+            self._assign_one(vm, gfns.start, pfn)
+            return
         pieces = self._pieces(pfn, len(gfns))
         for owners, done in pieces:
             wanted = self._wanted(vm, gfns, done, len(owners))
@@ -67,6 +70,15 @@ class OwnershipTable:
         for owners, done in pieces:
             self.owned += len(owners) - int(np.count_nonzero(owners))
             owners[:] = self._wanted(vm, gfns, done, len(owners))
+
+    def _assign_one(self, vm: int, gfn: Gfn, pfn: Pfn) -> None:
+        owners, within = self._extent(pfn >> ORDER_1G), pfn & (_EXTENT - 1)
+        current, wanted = int(owners[within]), (vm << _VM_SHIFT) + gfn
+        if not current:
+            owners[within] = wanted
+            self.owned += 1
+        elif current != wanted:
+            self._refuse(pfn, current)
 
     def assign_pages(self, vm: int, gfns: npt.NDArray[np.int64], pfns: npt.NDArray[np.int64]) -> None:
         """`assign` for single frames: int64 of shape (n,), each frame once.
@@ -113,6 +125,12 @@ class OwnershipTable:
             owners, within = self._extents[int(extents[start])], pfns[start:end] & (_EXTENT - 1)
             self.owned -= int(np.count_nonzero(owners[within]))
             owners[within] = 0
+
+    def release_one(self, pfn: Pfn) -> None:
+        """A frame is nobody's any more."""
+        owners, within = self._extents[pfn >> ORDER_1G], pfn & (_EXTENT - 1)
+        self.owned -= int(owners[within] != 0)
+        owners[within] = 0
 
     def owner(self, pfn: Pfn) -> tuple[int, int] | None:
         """The (VM, gfn) that a frame belongs to."""

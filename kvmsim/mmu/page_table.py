@@ -70,7 +70,14 @@ class PageTable(Radix):
             raise ValueError(f"gfns {gfns} or pfn {pfn:#x} are more than a PTE can hold")
         if not flags & PTE_R or flags & (PFN_MASK | PTE_HUGE) or flags < 0:
             raise ValueError("flags that make no leaf: it must be readable, and its frame is said otherwise")
-        self._map(self._root, self.levels, 0, gfns, pfn, flags, level_of_order(order))
+        largest = level_of_order(order)
+        table, level = self._root, self.levels
+        while level > PG_LEVEL_4K and gfns.start >> (shift := level_shift(level)) == gfns.end - 1 >> shift:
+            if len(gfns) == 1 << shift:
+                break
+            table = self._descend(table, level, entry_index(gfns.start, level))
+            level -= 1
+        self._map(table, level, gfns.start & -level_pages(level + 1), gfns, pfn, flags, largest)
 
     def map_pages(self, gfns: Ptes, pfns: Ptes, flags: int) -> None:
         """Map single gfns, which must be absent, in order and each once, to frames: int64 of shape (n,).
@@ -135,10 +142,15 @@ class PageTable(Radix):
 
     def _write(self, table: int, level: int, first: int, last: int, pfn: int, flags: int) -> None:
         """Write leaves into one table, over leaves or absent entries."""
-        ptes = self._entries[table, first:last]
-        new = last - first - int(np.count_nonzero(ptes))
         pages = level_pages(level)
-        ptes[:] = _run(pfn, flags, last - first, pages)
+        if last - first == 1:
+            at = table << ENTRIES_SHIFT | first
+            new = int(not self._words[at])
+            self._words[at] = make_pte(pfn, flags)
+        else:
+            ptes = self._entries[table, first:last]
+            new = last - first - int(np.count_nonzero(ptes))
+            ptes[:] = _run(pfn, flags, last - first, pages)
         self._used[table] += new
         self.mapped += new * pages
         if level > PG_LEVEL_4K:
@@ -163,13 +175,14 @@ class PageTable(Radix):
 
     def _descend(self, table: int, level: int, index: int) -> int:
         """The table under an entry: made if absent, split from a huge leaf if it is one."""
-        entry = int(self._entries[table, index])
+        at = table << ENTRIES_SHIFT | index
+        entry = self._words[at]
         if entry & PTE_HUGE:
             return self._split(table, level, index)
         if entry:
             return pte_pfn(entry)
-        child = int(self._tables.make(1)[0])
-        self._entries[table, index] = make_pte(child, PTE_RWX)
+        child = self._tables.make_one()
+        self._words[at] = make_pte(child, PTE_RWX)
         self._used[table] += 1
         return child
 
@@ -236,16 +249,31 @@ class PageTable(Radix):
     def unmap_range(self, gfns: GfnRange, private: bool | None = None) -> int:
         """Unmap a range; private or shared mappings only, unless None. Returns how many gfns were unmapped."""
         before = self.mapped
-        self._unmap(self._root, self.levels, 0, self._clip(gfns), private)
+        tables = self._tables_to(self._clip(gfns))
+        if tables:
+            level = self.levels - len(tables) + 1
+            self._unmap(tables[-1], level, gfns.start & -level_pages(level + 1), gfns, private)
+            while len(tables) > 1 and not self._used[tables[-1]]:
+                self._tables.give_back_one(tables.pop())
+                level += 1
+                self._words[tables[-1] << ENTRIES_SHIFT | entry_index(gfns.start, level)] = 0
+                self._used[tables[-1]] -= 1
         return before - self.mapped
 
     def _unmap(self, table: int, level: int, base: int, gfns: GfnRange, private: bool | None) -> None:
         first, last = entries_of(gfns, base, level)
         if level == PG_LEVEL_4K:
-            ptes = self._entries[table, first:last]
-            gone = select(ptes, private)
-            number = int(np.count_nonzero(gone))
-            ptes[gone] = 0
+            if last - first == 1:
+                at = table << ENTRIES_SHIFT | first
+                pte = self._words[at]
+                number = int(pte != 0 and (private is None or is_private(pte) == private))
+                if number:
+                    self._words[at] = 0
+            else:
+                ptes = self._entries[table, first:last]
+                gone = select(ptes, private)
+                number = int(np.count_nonzero(gone))
+                ptes[gone] = 0
             self._used[table] -= number
             self.mapped -= number
             return

@@ -81,6 +81,7 @@ class Radix:
         self.huge: Final = {PG_LEVEL_2M: 0, PG_LEVEL_1G: 0}
         self._tables: Final = Tables()
         self._entries: Final = self._tables.entries
+        self._words: Final = self._tables.words
         self._used: Final = self._tables.used
         self._root: Final = int(self._tables.make(1)[0])
 
@@ -166,7 +167,7 @@ class Radix:
             raise ValueError(f"gfn {gfn:#x} is more than a table can hold")
         table, entries = self._root, []
         for level in range(self.levels, 0, -1):
-            entry = int(self._entries[table, entry_index(gfn, level)])
+            entry = self._words[table << ENTRIES_SHIFT | entry_index(gfn, level)]
             entries.append(entry)
             if not entry or level == PG_LEVEL_4K or entry & PTE_HUGE:
                 break
@@ -180,7 +181,31 @@ class Radix:
 
     def leaves(self, gfns: GfnRange) -> Iterator[Leaves]:
         """The leaves that a range touches, in order. The tree must not change meanwhile, except through the views."""
-        yield from self._leaves(self._root, self.levels, 0, self._clip(gfns))
+        tables = self._tables_to(self._clip(gfns))
+        if tables:
+            level = self.levels - len(tables) + 1
+            yield from self._leaves(tables[-1], level, gfns.start & -level_pages(level + 1), gfns)
+
+    def _tables_to(self, gfns: GfnRange) -> list[int]:
+        """The tables from the root down, as far as one entry of each leads to all of a range and to more.
+
+        None if nothing of the range is there. Most ranges are small, and for those all that is said level by level
+        elsewhere comes down to the last of these.
+        """
+        table, last = self._root, gfns.end - 1
+        tables = [table]
+        for level in range(self.levels, PG_LEVEL_4K, -1):
+            shift = level_shift(level)
+            if gfns.start >> shift != last >> shift or len(gfns) == 1 << shift:
+                break
+            entry = self._words[table << ENTRIES_SHIFT | gfns.start >> shift & (ENTRIES - 1)]
+            if not entry:
+                return []
+            if entry & PTE_HUGE:
+                break
+            table = (entry & PFN_MASK) >> PAGE_SHIFT
+            tables.append(table)
+        return tables
 
     def _leaves(self, table: int, level: int, base: int, gfns: GfnRange) -> Iterator[Leaves]:
         first, last = entries_of(gfns, base, level)
