@@ -11,17 +11,17 @@ import itertools
 import logging
 import mmap
 import os
-from collections.abc import AsyncIterator, Callable
-from contextlib import ExitStack, aclosing, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import trio
 
 from kvmsim.arrays import firsts
-from memfs.faults import Point, reach
+from memfs.faults import Point, reach_at_once
 from memfs.guest.frames import cut_at
 from memfs.guest.messages import (
     Ack,
@@ -187,9 +187,7 @@ class Store:
     async def serve(self) -> None:
         """Act on notifications until the connection ends."""
         try:
-            async with aclosing(self._peer.requests()) as requests:
-                async for request in requests:
-                    await self._act(request)
+            await self._peer.serve(self._act)
             self.gone = self.gone or "memfs has closed the connection"
         except RemoteProtocolError as error:
             self.gone = f"memfs broke the protocol: {error}"
@@ -200,11 +198,11 @@ class Store:
         finally:
             self.ended.set()
 
-    async def _act(self, request: Incoming) -> None:
+    def _act(self, request: Incoming) -> Coroutine[Any, Any, None] | None:
         match request.message:
             case Fenced() as fenced:
                 self.gone = f"memfs has cut us off: {fenced.text}"
-                return
+                return None
             case InvalidateBegin() as message:
                 self.counters.invalidate_begin += 1
                 before, after = Point.BEFORE_BEGIN, Point.AFTER_BEGIN
@@ -218,13 +216,15 @@ class Store:
                 raise AssertionError(f"the protocol let {request.message} through")
         with working_on(message.cause):
             self._log("notified", message)
-            await reach(before)
+            reach_at_once(before)
             self._notify(message)
-            await reach(after)
-            if not isinstance(message, InvalidateEnd):
-                with suppress(PeerGone):  # why it has gone comes next, if it said so
-                    await self._peer.reply(request.id, Ack())
-                self._log("acknowledged", message)
+            reach_at_once(after)
+            if isinstance(message, InvalidateEnd):
+                return None
+            self._log("acknowledged", message)
+            with suppress(PeerGone):  # why it has gone comes next, if it said so
+                return self._peer.reply_now(request.id, Ack())
+        return None
 
     def _log(self, what: str, message: Notification) -> None:
         if log.isEnabledFor(logging.INFO):

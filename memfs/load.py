@@ -11,7 +11,7 @@ import fcntl
 import mmap
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import aclosing, asynccontextmanager, closing, contextmanager
+from contextlib import asynccontextmanager, closing, contextmanager
 from typing import BinaryIO, Final
 
 import trio
@@ -20,7 +20,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 
 from memfs.attributes import SOCKET
 from memfs.guest.messages import Failed, Hello, Measured, Message, Populate
-from memfs.guest.peer import Peer, PeerGone, open_connection
+from memfs.guest.peer import Incoming, Peer, PeerGone, open_connection
 from memfs.guest.protocol import Role
 from memfs.libc import fallocate
 from memfs.units import PAGE_SIZE, ByteOffset, PageRange, pages_to_bytes
@@ -103,9 +103,10 @@ async def _ask(peer: Peer, request: Message, *fds: int) -> Message:
 
 
 async def _listen(peer: Peer) -> None:
-    async with aclosing(peer.requests()) as requests:
-        async for _ in requests:
-            raise AssertionError("somebody who owns nothing was told something")
+    def told(_: Incoming) -> None:
+        raise AssertionError("somebody who owns nothing was told something")
+
+    await peer.serve(told)
 
 
 class _Buffer:

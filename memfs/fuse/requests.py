@@ -28,6 +28,7 @@ from memfs.fuse.wire import (
 from memfs.handles import Handles, OpenFile
 from memfs.libc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 from memfs.logs import fields
+from memfs.pieces import run_now
 from memfs.tree import Tree
 from memfs.units import MAX_OFFSET, ByteOffset
 
@@ -71,7 +72,7 @@ class Requests:
             said = fields(ino=inode.ino, mode=mode, offset=offset, length=length, pid=request.pid, uid=request.uid)
             log.info("fallocate", extra=said)
         answer = self._change_pages(file, ByteOffset(offset), length, mode, request.unique)
-        return _run_now(answer) if file.is_quick(length) else answer
+        return run_now(answer) if file.is_quick(length) else answer
 
     async def _change_pages(self, file: File, offset: ByteOffset, length: int, mode: int, unique: int) -> bytes:
         if mode == _PUNCH:
@@ -123,16 +124,6 @@ class Requests:
         await handle.inode.file.add_seals(bits)
         handle.inode.changed()
         return _ioctl_reply(unique)
-
-
-def _run_now(answer: Coroutine[Any, Any, bytes]) -> bytes:
-    """Run what does not wait for anything: a task of its own would cost two more turns of the event loop."""
-    try:
-        answer.send(None)
-    except StopIteration as end:
-        return bytes(end.value)
-    answer.close()
-    raise AssertionError("it waited")
 
 
 def _ioctl_reply(unique: int, data: bytes = b"") -> bytes:

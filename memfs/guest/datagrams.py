@@ -2,44 +2,44 @@
 
 Each of trio's socket calls yields to all other tasks even if it could be done at once, and so does taking a lock that
 is free. A conversion is a handful of small messages between two processes that wait for each other, and most of its
-time was such turns. So here a call that can be done is done, and yields only every now and then. That is as fair as it
-has to be: who sends without end is stopped by the protocol's limits, or has to wait for its answers.
+time was such turns. So here a call that can be done is done, and one task reads for all connections (lookout.py). That
+is as fair as it has to be: who sends without end is read from no more often than others, and is stopped by the
+protocol's limits, or has to wait for its answers.
 """
 
 from __future__ import annotations
 
 import contextlib
 import socket
-import time
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 import trio
 
-from memfs.lookout import Lookout, has_threads_at_work
+from memfs.lookout import Lookout, Reader
 
 Datagram = tuple[bytes, list[Any], int, Any]  #: what recvmsg returns: data, ancillary data, flags, address
 
-_RECEIVED_AT_ONCE: Final = 32
 _MSG_PEEK: Final = int(socket.MSG_PEEK)
 
 
 class Datagrams:
     """`sendmsg` and `recvmsg` of a connected socket, which stays the trio socket's to name and to shut down.
 
-    They raise OSError, and trio.ClosedResourceError once it has been closed. For `patience` seconds after a message has
-    come, `recvmsg` looks for the next one before it sleeps (lookout.py), unless threads are at work.
+    They raise OSError, and trio.ClosedResourceError once it has been closed.
     """
 
-    def __init__(self, sock: trio.socket.SocketType, patience: float = 0) -> None:
+    def __init__(self, sock: trio.socket.SocketType) -> None:
         self._socket: Final = sock
         # The same descriptor, by another name; trio's is non-blocking.
         self._view: Final = socket.socket(sock.family, sock.type, sock.proto, fileno=sock.fileno())
-        self._received = 0
-        self._patience: Final = patience
         self._lookout: Final = Lookout.here()
         self._lookout.add(self._view.fileno())
-        self._look_until = 0.0  # by time.perf_counter
+
+    def read(self, reader: Reader | None) -> None:
+        """Have somebody called when there is something to receive; None: nobody for now."""
+        self._check_open()
+        self._lookout.read(self._view.fileno(), reader)
 
     async def sendmsg(self, buffers: Iterable[bytes], ancillary: Iterable[tuple[int, int, Any]]) -> int:
         """sendmsg(2); waits only while the peer does not read."""
@@ -54,26 +54,10 @@ class Datagrams:
         self._check_open()
         return self._view.sendmsg(buffers, ancillary)
 
-    async def recvmsg(self, size: int, ancillary: int, flags: int) -> Datagram:
-        """recvmsg(2); waits only while there is nothing."""
-        self._received += 1
-        if self._received % _RECEIVED_AT_ONCE == 0:
-            await trio.lowlevel.checkpoint()
-        while True:
-            await trio.lowlevel.checkpoint_if_cancelled()
-            try:
-                datagram = self.recvmsg_now(size, ancillary, flags)
-            except BlockingIOError:
-                if not self._look():
-                    await trio.lowlevel.wait_readable(self._view)
-            else:
-                self._look_until = time.perf_counter() + self._patience if self._patience else 0
-                return datagram
-
-    def _look(self) -> bool:
-        """Whether something has come while we looked."""
-        patience = self._look_until - time.perf_counter()
-        return patience > 0 and not has_threads_at_work() and bool(self.peek_within(patience, 1))
+    def recvmsg_now(self, size: int, ancillary: int, flags: int) -> Datagram:
+        """recvmsg(2). Raises BlockingIOError if there is nothing."""
+        self._check_open()
+        return self._view.recvmsg(size, ancillary, flags)
 
     def peek_within(self, seconds: float, size: int) -> bytes:
         """The first bytes of what can be received, or comes so soon and before anything else does.
@@ -87,11 +71,6 @@ class Datagrams:
             return self._view.recv(size, _MSG_PEEK)
         except BlockingIOError:
             return b""
-
-    def recvmsg_now(self, size: int, ancillary: int, flags: int) -> Datagram:
-        """recvmsg(2). Raises BlockingIOError if there is nothing."""
-        self._check_open()
-        return self._view.recvmsg(size, ancillary, flags)
 
     def close(self, discard: Callable[[tuple[int]], object]) -> None:
         """End the connection; who waits in a call gets ClosedResourceError. `discard` closes the descriptor.
@@ -117,5 +96,5 @@ class Datagrams:
             self._view.detach()
 
     def _check_open(self) -> None:
-        if self._socket.fileno() < 0:
+        if self._view.fileno() < 0:
             raise trio.ClosedResourceError("the socket has been closed")

@@ -1,8 +1,8 @@
 """A protocol connection over a socket: what both ends do alike, with trio.
 
-Sends messages and the descriptors that travel with them, receives them, hands each reply to whoever asked, and yields
-the peer's requests. Every descriptor that arrives is owned by exactly one: by the message that is returned, or, on any
-error, by nobody, and then it is closed here.
+Sends messages and the descriptors that travel with them, receives them, hands each reply to whoever asked, and has the
+peer's requests handled. Every descriptor that arrives is owned by exactly one: by the message that is returned, or, on
+any error, by nobody, and then it is closed here.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ import array
 import os
 import socket
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import trio
 
-from memfs.faults import Point, reach, reach_at_once
+from memfs.faults import Point, reach_at_once
 from memfs.guest.datagrams import Datagram, Datagrams
 from memfs.guest.messages import Message
 from memfs.guest.protocol import (
@@ -32,12 +33,16 @@ from memfs.guest.protocol import (
     State,
     is_reply,
 )
+from memfs.lookout import Lookout
 
 # One descriptor more than is allowed, so that too many are noticed rather than cut off.
 _ANCILLARY: Final = socket.CMSG_SPACE((MAX_DESCRIPTORS + 1) * array.array("i").itemsize)
 _RECVMSG: Final = (MAX_MESSAGE, _ANCILLARY, int(socket.MSG_CMSG_CLOEXEC))
 _MSG_CTRUNC: Final = int(socket.MSG_CTRUNC)  # an enum.IntFlag takes its time to be combined
 _MSG_TRUNC: Final = int(socket.MSG_TRUNC)
+
+#: Acts on a request; what it returns, if anything, has to be awaited before the next one
+Handler = Callable[["Incoming"], "Coroutine[Any, Any, None] | None"]
 
 _Rights = tuple[int, int, Any]  # one piece of sendmsg's ancillary data
 
@@ -71,9 +76,9 @@ class _Call:
 
 
 class Peer:
-    """One end of a connection. `requests` must be iterated by one task for anything to arrive at all.
+    """One end of a connection. `serve` must be running for anything to arrive at all.
 
-    `patience`: for how many seconds to look for a message before sleeping, where there is nothing else to do.
+    `patience`: for how many seconds to look for another message before sleeping, where there is nothing else to do.
     `discard` closes descriptors that nobody wants, and the socket; who does not trust the peer lets a thread do that
     (clients.py).
     """
@@ -85,7 +90,9 @@ class Peer:
         discard: Callable[[tuple[int, ...]], object] | None = None,
         patience: float = 0,
     ) -> None:
-        self._socket: Final = Datagrams(sock, patience)
+        self._socket: Final = Datagrams(sock)
+        self._lookout: Final = Lookout.here()
+        self._patience: Final = patience
         self._discard: Final = discard or close_all
         self.protocol: Final = Connection(role)
         self._unsent: tuple[bytes, list[_Rights]] | None = None  # what the peer has had no room for yet
@@ -93,7 +100,9 @@ class Peer:
         self._calls: dict[RequestId, _Call] = {}
         self._answered = trio.Event()  # replaced each time it is set
         self._closed = False
-        self._broken: RemoteProtocolError | PeerGone | None = None  # by a reply that its call looked for
+        self._broken: Exception | None = None  # what has ended it
+        self._stopped = trio.Event()  # set when nothing is read any more; replaced when it is
+        self._before_more: Coroutine[Any, Any, None] | None = None  # what has to be awaited then
 
     async def call(self, message: Message, fds: Sequence[int] = ()) -> Incoming:
         """Send a request and wait for its reply. Raises PeerGone; LocalProtocolError if it may not be sent now.
@@ -136,6 +145,12 @@ class Peer:
         """Answer a request of the peer's. Raises PeerGone."""
         await self._send(message, answers=request, fds=fds)
 
+    def reply_now(self, request: RequestId, message: Message) -> Coroutine[Any, Any, None] | None:
+        """`reply`, done as far as can be without waiting; what is returned, if anything, has to be awaited."""
+        if not self._post(message, answers=request):
+            return self.reply(request, message)
+        return self._flush() if self._unsent is not None else None
+
     async def tell(self, message: Message) -> None:
         """Send what has no answer. Raises PeerGone."""
         await self._send(message)
@@ -146,26 +161,51 @@ class Peer:
             return self.tell(message)
         return self._flush() if self._unsent is not None else None
 
-    async def requests(self) -> AsyncGenerator[Incoming, None]:
-        """The peer's requests, as they come, until the connection ends.
+    async def serve(self, handle: Handler) -> None:
+        """Have the peer's requests handled, in order, until the connection ends.
 
-        Raises RemoteProtocolError when the peer breaks the protocol, PeerGone if the socket fails. The connection is
-        closed either way, and calls that wait raise PeerGone.
+        Raises RemoteProtocolError when the peer breaks the protocol, PeerGone if the socket fails, and what `handle`
+        raises. The connection is closed in any case, and calls that wait raise PeerGone.
         """
+
+        def readable() -> bool:
+            return self._read(handle)
+
         try:
-            while True:
-                received = await self._receive()
-                if received is None:
-                    if self._broken is not None:
-                        raise self._broken
-                    return
-                incoming, is_reply = received
-                if is_reply:
-                    self._take(incoming)
-                else:
-                    yield incoming
+            while not self._closed:
+                self._socket.read(readable)
+                await self._stopped.wait()
+                self._stopped = trio.Event()
+                if self._before_more is not None:
+                    before_more, self._before_more = self._before_more, None
+                    with suppress(PeerGone):
+                        await before_more
+            if self._broken is not None:
+                raise self._broken
         finally:
             self.close()
+
+    def _read(self, handle: Handler) -> bool:
+        """Receive a message and act on it. Returns whether a task has something to do now."""
+        try:
+            received = self._receive()
+            if received is None:
+                self.close()
+            elif received[1]:
+                self._take(received[0])
+            else:
+                if self._patience:
+                    self._lookout.stay(self._patience)
+                self._before_more = handle(received[0])
+                if self._before_more is None:
+                    return False
+                self._socket.read(None)
+                self._stopped.set()
+        except BlockingIOError:
+            return False
+        except Exception as error:  # `serve` raises it
+            self._break(error)
+        return True
 
     def _look_for(self, call: _Call, patience: float) -> None:
         """Take replies for so many seconds, until a certain one or something else has come."""
@@ -176,7 +216,7 @@ class Peer:
                     return
                 reach_at_once(Point.BEFORE_RECEIVE)
                 received = self._accept(self._socket.recvmsg_now(*_RECVMSG))
-            except (ConnectionError, trio.ClosedResourceError):  # `requests` will see that, too
+            except (ConnectionError, trio.ClosedResourceError):  # `serve` will see that, too
                 return
             except (RemoteProtocolError, PeerGone) as error:
                 self._break(error)
@@ -186,8 +226,8 @@ class Peer:
                 if received is not None:
                     self._take(received[0])
 
-    def _break(self, error: RemoteProtocolError | PeerGone) -> None:
-        """`requests` is to end with this."""
+    def _break(self, error: Exception) -> None:
+        """`serve` is to end with this."""
         self._broken = error
         self.close()
 
@@ -212,6 +252,7 @@ class Peer:
             call.done.set()
         self._calls.clear()
         self._wake()
+        self._stopped.set()
 
     def _wake(self) -> None:
         self._answered.set()
@@ -278,21 +319,21 @@ class Peer:
 
     def _unreachable(self, error: Exception) -> PeerGone:
         if isinstance(error, ConnectionError):
-            # What it said before it went (Fenced, above all) is still there to be read; `requests` then ends.
+            # What it said before it went (Fenced, above all) is still there to be read; `serve` then ends.
             return PeerGone("the peer is gone")
         self.close()
         return PeerGone("the peer cannot be reached")
 
-    async def _receive(self) -> tuple[Incoming, bool] | None:
-        """The next message, and whether it is a reply. None: the connection has ended."""
-        if self._closed:  # while the last request was being answered
-            return None
+    def _receive(self) -> tuple[Incoming, bool] | None:
+        """The next message, and whether it is a reply. None: the connection has ended. Raises BlockingIOError."""
         try:
-            await reach(Point.BEFORE_RECEIVE)
+            reach_at_once(Point.BEFORE_RECEIVE)
             try:
-                datagram = await self._socket.recvmsg(*_RECVMSG)
+                datagram = self._socket.recvmsg_now(*_RECVMSG)
             except ConnectionResetError:  # said once, if it went without having read all; what it had said comes next
-                datagram = await self._socket.recvmsg(*_RECVMSG)
+                datagram = self._socket.recvmsg_now(*_RECVMSG)
+        except BlockingIOError:
+            raise
         except (ConnectionError, trio.ClosedResourceError):
             return None
         except OSError as error:

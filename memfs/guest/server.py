@@ -58,6 +58,7 @@ from memfs.guest.registry import Notification, Owner, OwnerGone, Registration, R
 from memfs.inode import RegularFile
 from memfs.logs import fields
 from memfs.mountinfo import device_of_mount_id
+from memfs.pieces import run_now
 from memfs.tree import Tree
 from memfs.units import PAGE_SIZE
 
@@ -192,12 +193,8 @@ class _Session:
 
     async def run(self) -> None:
         try:
-            async with trio.open_nursery() as nursery, contextlib.aclosing(self._peer.requests()) as requests:
-                async for request in requests:
-                    if self._may_wait(request.message):
-                        nursery.start_soon(self._answer, request)
-                    else:
-                        await self._answer(request)
+            async with trio.open_nursery() as nursery:
+                await self._peer.serve(lambda request: self._begin(request, nursery))
                 nursery.cancel_scope.cancel()
         except* RemoteProtocolError as group:
             log.warning("%s broke the protocol and is cut off: %s", self.owner, group.exceptions[0])
@@ -209,6 +206,19 @@ class _Session:
             self._peer.close()
             self._registry.end(self.owner)
             self._client.left()
+
+    def _begin(self, request: Incoming, nursery: trio.Nursery) -> Coroutine[Any, Any, None] | None:
+        """Answer a request, or have a task do it; what is returned is to be awaited before the next one."""
+        if self._may_wait(request.message):
+            nursery.start_soon(self._answer, request)
+            return None
+        try:
+            reply, _ = run_now(self._act(request))
+        except OSError as error:
+            reply = _failed(error)
+        with contextlib.suppress(PeerGone):
+            return self._peer.reply_now(request.id, reply)
+        return None
 
     def _may_wait(self, message: Message) -> bool:
         """Whether somebody else may have to do something before that can be answered."""
@@ -235,7 +245,7 @@ class _Session:
             finally:
                 await self._client.close(request.fds)
         except OSError as error:
-            reply = Failed(error.errno or errno.EIO, str(error.strerror))
+            reply = _failed(error)
         try:
             with contextlib.suppress(PeerGone):
                 await self._peer.reply(request.id, reply, fds)
@@ -334,6 +344,10 @@ class _Session:
         scope = trio.CancelScope(shield=True, deadline=trio.current_time() + _FAREWELL)
         with scope, contextlib.suppress(PeerGone, LocalProtocolError):  # the latter if it has not said Hello
             await self._peer.tell(Fenced(number, reason))
+
+
+def _failed(error: OSError) -> Failed:
+    return Failed(error.errno or errno.EIO, str(error.strerror))
 
 
 def _ack(answer: Incoming | None) -> Ack | None:

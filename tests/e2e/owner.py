@@ -32,11 +32,14 @@ class Owner:
 
     async def serve(self) -> None:
         async with trio.open_nursery() as nursery:
+
+            def hear(request: Incoming) -> None:
+                self.heard.append(request.message)
+                self.arrived.set()
+                nursery.start_soon(self._acknowledge, request)
+
             try:
-                async for request in self.peer.requests():
-                    self.heard.append(request.message)
-                    self.arrived.set()
-                    nursery.start_soon(self._acknowledge, request)
+                await self.peer.serve(hear)
             finally:
                 self.gone.set()
             nursery.cancel_scope.cancel()

@@ -9,7 +9,7 @@ import itertools
 import os
 import socket
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
 import pytest
@@ -37,7 +37,7 @@ from memfs.guest.messages import (
     Unregister,
 )
 from memfs.guest.page_map import ABSENT, ALLOCATED, PageMap
-from memfs.guest.peer import Peer, PeerGone, close_all
+from memfs.guest.peer import Incoming, Peer, PeerGone, close_all
 from memfs.guest.protocol import Role
 from memfs.units import PAGE_SIZE, ByteOffset, Gpa, PageIndex, PageRange, Pfn
 
@@ -91,14 +91,12 @@ class ScriptedStore:
     async def serve(self) -> None:
         assert self.peer is not None
         async with trio.open_nursery() as nursery:
-            try:
-                async for request in self.peer.requests():
-                    nursery.start_soon(self._answer, request.id, request.message, request.fds)
-            except PeerGone:
-                pass
+            with suppress(PeerGone):
+                await self.peer.serve(lambda request: nursery.start_soon(self._answer, request))
             nursery.cancel_scope.cancel()
 
-    async def _answer(self, number: int, message: Message, fds: tuple[int, ...]) -> None:
+    async def _answer(self, request: Incoming) -> None:
+        number, message, fds = request.id, request.message, request.fds
         self.requests.append(message)
         reply, out = self._act(message, fds)
         close_all(fds)
@@ -106,7 +104,7 @@ class ScriptedStore:
             await self.held.wait()
         try:
             assert self.peer is not None
-            await self.peer.reply(number, reply, out)  # type: ignore[arg-type]
+            await self.peer.reply(number, reply, out)
         except PeerGone:
             pass
 

@@ -62,9 +62,7 @@ class End:
 
     async def run(self) -> None:
         try:
-            async with contextlib.aclosing(self.peer.requests()) as requests:
-                async for request in requests:
-                    self.requests.append(request)
+            await self.peer.serve(self.requests.append)
         except RemoteProtocolError as error:
             self.error = error
         self.ended.set()
