@@ -110,9 +110,7 @@ class Mmu:
                 self.ownership.release(ptes, level_pages(leaves.level))
             else:  # a part of one huge leaf
                 within = leaves.gfns.start % level_pages(leaves.level)
-                first = pte_pfn(int(ptes[0])) + within
-                frames = np.arange(first, first + len(leaves.gfns))
-                self.ownership.release_frames(frames)
+                self.ownership.release_run(Pfn(pte_pfn(int(ptes[0])) + within), len(leaves.gfns))
 
     def write_protect(self, gfns: GfnRange) -> None:
         """Have the next store to each page of a range fault."""

@@ -114,9 +114,18 @@ class OwnershipTable:
     def release(self, ptes: Ptes, pages: int) -> None:
         """The frames of private leaves, each of `pages` frames, are nobody's any more."""
         pfns = (ptes & PFN_MASK) >> PAGE_SHIFT
+        if len(pfns) == 1 or (np.diff(pfns) == pages).all():  # neighbours, as most are
+            self.release_run(Pfn(int(pfns[0])), len(pfns) * pages)
+            return
         if pages > 1:
             pfns = (pfns[:, None] + np.arange(pages)).ravel()
         self.release_frames(pfns)
+
+    def release_run(self, pfn: Pfn, count: int) -> None:
+        """Neighbouring frames are nobody's any more."""
+        for owners, _ in self._pieces(pfn, count):
+            self.owned -= int(np.count_nonzero(owners))
+            owners[:] = 0
 
     def release_frames(self, pfns: npt.NDArray[np.int64]) -> None:
         """Frames are nobody's any more."""

@@ -279,7 +279,8 @@ class PageTable(Radix):
             return
         pages = level_pages(level)
         whole = range(-(-(gfns.start - base) // pages), (gfns.end - base) // pages)
-        if level == PG_LEVEL_2M and whole:
+        at_once = level == PG_LEVEL_2M and len(whole) > 1
+        if at_once:
             self._unmap_whole(table, whole, private)
         for index in present(self._entries[table], first, last):
             entry, start = int(self._entries[table, index]), base + index * pages
@@ -288,8 +289,8 @@ class PageTable(Radix):
             if entry & PTE_HUGE and private is not None and is_private(entry) != private:
                 continue
             if len(part) == pages and (entry & PTE_HUGE or private is None):
-                self._drop(table, level, index, index + 1)
-            elif level != PG_LEVEL_2M or index not in whole:
+                self._drop_one(table, level, index)
+            elif not at_once or index not in whole:
                 child = self._descend(table, level, index)
                 self._unmap(child, level - 1, start, part, private)
                 if not self._used[child]:
@@ -318,6 +319,9 @@ class PageTable(Radix):
 
     def _drop(self, table: int, level: int, first: int, last: int) -> None:
         """Empty neighbouring entries of a table, with all that is under them."""
+        if last - first == 1:
+            self._drop_one(table, level, first)
+            return
         entries = self._entries[table, first:last]
         self._drop_huge(table, level, entries, (entries & PTE_HUGE) != 0)
         present = entries != 0
@@ -330,6 +334,25 @@ class PageTable(Radix):
         self._tables.give_back(children)
         entries[present] = 0
         self._used[table] -= len(children)
+
+    def _drop_one(self, table: int, level: int, index: int) -> None:
+        """Empty one entry of a table above level 1, with all that is under it."""
+        at = table << ENTRIES_SHIFT | index
+        entry = self._words[at]
+        if not entry:
+            return
+        if entry & PTE_HUGE:
+            self.mapped -= level_pages(level)
+            self.huge[level] -= 1
+        else:
+            child = pte_pfn(entry)
+            if level == PG_LEVEL_2M:
+                self.mapped -= int(self._used[child])
+            else:
+                self._drop(child, level - 1, 0, ENTRIES)
+            self._tables.give_back(np.array([child], np.int64))
+        self._words[at] = 0
+        self._used[table] -= 1
 
     def _drop_huge(self, table: int, level: int, entries: Ptes, gone: npt.NDArray[np.bool_]) -> None:
         """Empty huge leaves among neighbouring entries of a table."""
