@@ -47,11 +47,16 @@ from memfs.guest.page_map import ALLOCATED, PageMapView
 from memfs.guest.peer import Incoming, Peer, PeerGone, close_all, open_connection
 from memfs.guest.protocol import RemoteProtocolError, Role
 from memfs.logs import fields, working_on
+from memfs.lookout import Lookout
 from memfs.units import ORDER_1G, PAGE_SIZE, PageIndex, PageRange, Pfn
 
 log = logging.getLogger(__name__)
 
-_PATIENCE: Final = 300e-6  # seconds that we look for the next message: less than it takes to sleep and be woken
+# After a notification we look for the next one, in seconds: less than it takes to sleep and be woken; and who converts
+# much memory goes on with the next piece of it, which takes as long as so many pages take to be allocated.
+_PATIENCE: Final = 300e-6
+_PATIENCE_A_PAGE: Final = 1.5e-6
+_MOST_PATIENCE: Final = 1200e-6
 
 Notification = InvalidateBegin | InvalidateEnd | Fallocate
 
@@ -179,6 +184,7 @@ class Store:
     def __init__(self, peer: Peer, notify: Callable[[Notification], None]) -> None:
         self._peer: Final = peer
         self._notify: Final = notify
+        self._lookout: Final = Lookout.here()
         self.files: dict[FileId, StoreFile] = {}
         self.counters = Counters()
         self.gone: str | None = None  #: why the connection has ended; None while it has not
@@ -219,6 +225,7 @@ class Store:
             reach_at_once(before)
             self._notify(message)
             reach_at_once(after)
+            self._lookout.stay(min(_PATIENCE + _PATIENCE_A_PAGE * len(message.pages), _MOST_PATIENCE))
             if isinstance(message, InvalidateEnd):
                 return None
             self._log("acknowledged", message)
@@ -313,7 +320,7 @@ async def connect(path: str, name: str, notify: Callable[[Notification], None]) 
     failure: Exception | None = None  # leaves as it is, not in the nursery's ExceptionGroup
     with ExitStack() as last:  # what is closed while somebody still reads from it is a bad descriptor to him
         async with trio.open_nursery() as nursery:
-            store = Store(Peer(sock, Role.OWNER, patience=_PATIENCE), notify)
+            store = Store(Peer(sock, Role.OWNER), notify)
             last.callback(store.close)
             nursery.start_soon(store.serve)
             try:

@@ -33,7 +33,6 @@ from memfs.guest.protocol import (
     State,
     is_reply,
 )
-from memfs.lookout import Lookout
 
 # One descriptor more than is allowed, so that too many are noticed rather than cut off.
 _ANCILLARY: Final = socket.CMSG_SPACE((MAX_DESCRIPTORS + 1) * array.array("i").itemsize)
@@ -78,7 +77,6 @@ class _Call:
 class Peer:
     """One end of a connection. `serve` must be running for anything to arrive at all.
 
-    `patience`: for how many seconds to look for another message before sleeping, where there is nothing else to do.
     `discard` closes descriptors that nobody wants, and the socket; who does not trust the peer lets a thread do that
     (clients.py).
     """
@@ -88,11 +86,8 @@ class Peer:
         sock: trio.socket.SocketType,
         role: Role,
         discard: Callable[[tuple[int, ...]], object] | None = None,
-        patience: float = 0,
     ) -> None:
         self._socket: Final = Datagrams(sock)
-        self._lookout: Final = Lookout.here()
-        self._patience: Final = patience
         self._discard: Final = discard or close_all
         self.protocol: Final = Connection(role)
         self._unsent: tuple[bytes, list[_Rights]] | None = None  # what the peer has had no room for yet
@@ -194,8 +189,6 @@ class Peer:
             elif received[1]:
                 self._take(received[0])
             else:
-                if self._patience:
-                    self._lookout.stay(self._patience)
                 self._before_more = handle(received[0])
                 if self._before_more is None:
                     return False
