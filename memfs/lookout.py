@@ -25,7 +25,7 @@ import trio
 #: Called when there is something to read. Returns whether a task has something to do because of it
 Reader = Callable[[], bool]
 
-_CALLS = 32  # of readers, until tasks get a turn in any case
+_CALLS = 32  # of readers before tasks get a turn in any case
 
 
 class Lookout:
@@ -85,7 +85,7 @@ class Lookout:
             await trio.lowlevel.wait_readable(self._read.fileno())
             calls = 0  # of readers since tasks had a turn
             while True:
-                ready = self._read.poll(0)
+                ready = self._read.poll(0, _CALLS)
                 turn = bool(calls) and not ready
                 for fd, _ in ready:
                     reader = self._readers.get(fd)  # one before it may have had it removed

@@ -168,7 +168,10 @@ class Peer:
 
         try:
             while not self._closed:
-                self._socket.read(readable)
+                try:
+                    self._socket.read(readable)
+                except OSError as error:
+                    raise _deaf(error) from error
                 await self._stopped.wait()
                 self._stopped = trio.Event()
                 if self._before_more is not None:
@@ -179,6 +182,8 @@ class Peer:
                 raise self._broken
         finally:
             self.close()
+            if self._before_more is not None:
+                self._before_more.close()
 
     def _read(self, handle: Handler) -> bool:
         """Receive a message and act on it. Returns whether a task has something to do now."""

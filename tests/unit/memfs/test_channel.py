@@ -25,8 +25,10 @@ from memfs.fuse.wire import (
     reply,
     unpack,
 )
+from memfs.logs import current_request
 
 GETATTR, AT_ONCE, LATER, SILENT, FAILS, BREAKS, OBSERVED = 3, 200, 201, 202, 203, 204, 205
+AT_ONCE_AFTER_ALL = 206
 NODE = 1
 
 
@@ -45,6 +47,7 @@ class Sides:
         self.kernel, fuse = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.may_go_on = trio.Event()
         self.finished: list[int] = []
+        self.observed_while: list[int] = []  # the requests that were being worked on
         self.channel = Channel(
             fuse.detach(),
             {
@@ -53,6 +56,7 @@ class Sides:
                 SILENT: lambda request: None,
                 FAILS: self.fail,
                 BREAKS: self.break_down,
+                AT_ONCE_AFTER_ALL: self.at_once_after_all,
             },
             {OBSERVED: self.observe},
         )
@@ -76,6 +80,15 @@ class Sides:
 
         return work()
 
+    def at_once_after_all(self, request: Request) -> Coroutine[Any, Any, bytes]:
+        async def work() -> bytes:
+            if request.body:
+                raise OSError(errno.EXDEV, "told to")
+            self.finished.append(request.unique)
+            return reply(request.unique, b"at once")
+
+        return work()
+
     def fail(self, request: Request) -> bytes:
         raise OSError(errno.EXDEV, "told to")
 
@@ -84,6 +97,8 @@ class Sides:
         raise ZeroDivisionError
 
     def observe(self, request: Request) -> Amendment:
+        self.observed_while.append(current_request())
+
         def amend(reply: bytearray) -> None:
             reply[OUT_HEADER.size :] = bytes(reply[OUT_HEADER.size :]).upper()
 
@@ -143,6 +158,23 @@ async def test_handler_that_waits_holds_up_nobody(sides: Sides) -> None:
     assert await sides.forwarded() == [request(GETATTR, 6)]
     sides.may_go_on.set()
     assert await sides.answers() == [reply(2, b"later")]
+
+
+async def test_handler_that_could_wait_and_does_not_has_answered_before_the_next_request(sides: Sides) -> None:
+    messages = [request(AT_ONCE_AFTER_ALL, 2), request(AT_ONCE_AFTER_ALL, 4, b"x"), request(AT_ONCE, 6)]
+    for message in messages:
+        sides.kernel.send(message)
+    assert await sides.answers() == [reply(2, b"at once"), error_reply(4, errno.EXDEV), reply(6)]
+    assert sides.finished == [2]
+
+
+async def test_who_reads_on_is_not_at_work_on_the_request_that_waits(sides: Sides) -> None:
+    for message in (request(LATER, 2), request(OBSERVED, 4), request(LATER, 6), request(OBSERVED, 8)):
+        sides.kernel.send(message)
+    assert await sides.answers() == []
+    assert sides.observed_while == [0, 0]
+    sides.may_go_on.set()
+    assert sorted(await sides.answers()) == [reply(2, b"later"), reply(6, b"later")]
 
 
 async def test_handler_that_breaks_is_an_input_output_error(sides: Sides, caplog: pytest.LogCaptureFixture) -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import socket
+import threading
 import time
+from collections.abc import Iterator
 
+import pytest
 import trio
+from trio.testing import wait_all_tasks_blocked
 
 from memfs.lookout import Lookout, has_threads_at_work
 
@@ -37,6 +42,121 @@ def test_what_was_closed_before_it_was_removed_is_gone_all_the_same() -> None:
     theirs.close()
     lookout.remove(fd)
     assert not lookout.look(0)
+
+
+@pytest.fixture
+def pairs() -> Iterator[list[tuple[socket.socket, socket.socket]]]:
+    pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(3)]
+    yield pairs
+    for pair in pairs:
+        for end in pair:
+            end.close()
+
+
+Pairs = list[tuple[socket.socket, socket.socket]]
+
+
+async def test_whoever_reads_is_called_for_as_long_as_there_is_something(pairs: Pairs) -> None:
+    lookout = Lookout()
+    read: list[tuple[int, bytes]] = []
+
+    def reader(number: int) -> bool:
+        read.append((number, pairs[number][0].recv(64)))
+        return False
+
+    for number, (ours, _) in enumerate(pairs):
+        lookout.add(ours.fileno())
+        lookout.read(ours.fileno(), functools.partial(reader, number))
+    for text in (b"a", b"b"):
+        pairs[2][1].send(text)
+        pairs[0][1].send(text)
+    await wait_all_tasks_blocked()
+    assert sorted(read) == [(0, b"a"), (0, b"b"), (2, b"a"), (2, b"b")]
+    assert [text for number, text in read if number == 0] == [b"a", b"b"]
+    lookout.read(pairs[0][0].fileno(), None)
+    pairs[0][1].send(b"c")
+    await wait_all_tasks_blocked()
+    assert len(read) == 4, "nobody reads that one for now"
+    assert lookout.look(0), "but it is looked at"
+    lookout.read(pairs[0][0].fileno(), functools.partial(reader, 0))
+    await wait_all_tasks_blocked()
+    assert read[4:] == [(0, b"c")]
+    for ours, _ in pairs:
+        lookout.remove(ours.fileno())
+    pairs[1][1].send(b"d")
+    await wait_all_tasks_blocked()
+    assert len(read) == 5
+
+
+async def test_reader_may_have_another_one_removed(pairs: Pairs) -> None:
+    lookout = Lookout()
+    called: list[int] = []
+
+    def reader(number: int) -> bool:
+        called.append(number)
+        for ours, _ in pairs:
+            lookout.remove(ours.fileno())
+        return True
+
+    for number, (ours, theirs) in enumerate(pairs):
+        theirs.send(b"x")
+        lookout.add(ours.fileno())
+        lookout.read(ours.fileno(), functools.partial(reader, number))
+    await wait_all_tasks_blocked()
+    assert len(called) == 1
+
+
+@pytest.mark.parametrize("wakes", [True, False])
+async def test_tasks_get_a_turn_while_messages_keep_coming(pairs: Pairs, wakes: bool) -> None:
+    """At once if there is something for one to do, and in any case after a while."""
+    lookout, (ours, theirs) = Lookout(), pairs[0]
+    woken = trio.Event()
+    calls = 0
+
+    def reader() -> bool:
+        nonlocal calls
+        calls += 1
+        woken.set()
+        return wakes
+
+    theirs.send(b"never read")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(woken.wait)
+        lookout.add(ours.fileno())
+        lookout.read(ours.fileno(), reader)
+    lookout.remove(ours.fileno())
+    assert calls <= (3 if wakes else 100)
+
+
+async def test_who_stays_lets_tasks_run_first_and_reads_without_sleeping(pairs: Pairs) -> None:
+    lookout, (ours, theirs) = Lookout(), pairs[0]
+    happened: list[str] = []
+    woken = trio.Event()
+
+    def reader() -> bool:
+        happened.append(ours.recv(64).decode())
+        woken.set()
+        lookout.stay(0.3)
+        return False
+
+    async def task() -> None:
+        await woken.wait()
+        happened.append("task")
+        threading.Timer(0.05, theirs.send, [b"second"]).start()
+
+    lookout.add(ours.fileno())
+    lookout.read(ours.fileno(), reader)
+    turns = 0
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(task)
+        await wait_all_tasks_blocked()
+        theirs.send(b"first")
+        while len(happened) < 3:
+            await trio.lowlevel.checkpoint()
+            turns += 1
+    assert happened == ["first", "task", "second"]
+    assert turns < 100, "it did not look, but left it to the event loop to say that something had come"
+    lookout.remove(ours.fileno())
 
 
 def test_each_event_loop_has_its_own() -> None:

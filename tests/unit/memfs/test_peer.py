@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import gc
 import os
 import socket
@@ -20,6 +21,7 @@ from trio.testing import wait_all_tasks_blocked
 from memfs.guest.messages import (
     Ack,
     Done,
+    Failed,
     Fallocate,
     FileId,
     Hello,
@@ -30,7 +32,7 @@ from memfs.guest.messages import (
     Registered,
     Unregister,
 )
-from memfs.guest.peer import Incoming, Peer, PeerGone, close_all
+from memfs.guest.peer import Handler, Incoming, Peer, PeerGone, close_all
 from memfs.guest.protocol import (
     MAX_IN_FLIGHT,
     MAX_MESSAGE,
@@ -57,12 +59,13 @@ class End:
     def __init__(self, peer: Peer) -> None:
         self.peer = peer
         self.requests: list[Incoming] = []
+        self.handle: Handler = self.requests.append
         self.error: Exception | None = None
         self.ended = trio.Event()
 
     async def run(self) -> None:
         try:
-            await self.peer.serve(self.requests.append)
+            await self.peer.serve(lambda request: self.handle(request))
         except RemoteProtocolError as error:
             self.error = error
         self.ended.set()
@@ -94,10 +97,12 @@ async def two_ends() -> AsyncIterator[tuple[End, End]]:
 
 
 @asynccontextmanager
-async def raw_end() -> AsyncIterator[tuple[trio.socket.SocketType, End]]:
-    """A socket of which nothing good is to be expected, and a store."""
+async def raw_end(room: int | None = None) -> AsyncIterator[tuple[trio.socket.SocketType, End]]:
+    """A socket of which nothing good is to be expected, and a store. `room`: bytes for what has not been read."""
     before = descriptors()
     ours, theirs = trio.socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    if room is not None:
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, room)
     store = End(Peer(theirs, Role.STORE))
     async with trio.open_nursery() as nursery:
         nursery.start_soon(store.run)
@@ -291,6 +296,45 @@ async def test_peer_that_does_not_read_can_be_given_up() -> None:
             await wait_all_tasks_blocked()
             ours.close()
         await store.ended.wait()
+
+
+async def test_who_does_not_read_the_answers_is_asked_no_more_questions() -> None:
+    """Or its answers would fill our memory; and when it does read, they are all there, in order."""
+    async with raw_end() as (ours, store):
+        await ours.send(HELLO)
+        await store.peer.reply((await store.request()).id, HelloReply(1, 4096))
+        assert len(await ours.recv(64)) > 0
+        large = Failed(errno.EINVAL, "x" * 500)
+        store.handle = lambda request: store.peer.reply_now(request.id, large)
+        sent = 0
+        with contextlib.suppress(BlockingIOError), socket.fromfd(ours.fileno(), ours.family, ours.type) as same:
+            while True:  # until no more is taken
+                await wait_all_tasks_blocked()
+                same.send(datagram(Unregister.TYPE, struct.pack("<Q", 1), number=sent + 2), socket.MSG_DONTWAIT)
+                sent += 1
+                assert sent < 10_000
+        received = []
+        while len(received) < sent:
+            received.append(struct.unpack_from("<HHIQ", await ours.recv(1024))[3])
+        assert received == list(range(2, sent + 2))
+        ours.close()
+        await store.ended.wait()
+        assert store.error is None
+
+
+async def test_messages_that_are_not_taken_at_once_keep_their_order() -> None:
+    async with raw_end(room=1) as (ours, store):
+        await ours.send(HELLO)
+        await store.peer.reply((await store.request()).id, HelloReply(1, 4096))
+        await ours.recv(64)
+        async with trio.open_nursery() as nursery:
+            for _ in range(50):
+                nursery.start_soon(store.peer.call, Fallocate(FileId(1), RANGE))
+            await wait_all_tasks_blocked()
+            assert store.peer.protocol.unanswered < 50, "they all went out: the test tests nothing"
+            numbers = [struct.unpack_from("<HHIQ", await ours.recv(64))[3] for _ in range(50)]
+            nursery.cancel_scope.cancel()
+        assert numbers == list(range(1, 51))
 
 
 # -- looking for a reply before sleeping -------------------------------------------------------------------------------

@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import logging
 import stat
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
+from typing import Any
 
 import pytest
 import trio
@@ -34,6 +35,8 @@ def at(page: int) -> ByteOffset:
 class Guest:
     """An owner that writes down what it hears, answers when it may, and can die."""
 
+    at_once = False  # whether it is not even waited for, if it may answer
+
     def __init__(self, registry: Registry) -> None:
         self.registry = registry
         self.heard: list[Notification] = []
@@ -44,9 +47,15 @@ class Guest:
         self.errno = 0
         self.owner: Owner = registry.new_owner(self._notify, self._cut_off)
 
-    async def _notify(self, message: Notification, _: bool) -> Ack:
+    def _notify(self, message: Notification, _: bool) -> Ack | Coroutine[Any, Any, Ack | None] | None:
         self.heard.append(message)
+        return self._answer() if self.at_once and self.answers.is_set() else self._answer_later()
+
+    async def _answer_later(self) -> Ack:
         await self.answers.wait()
+        return self._answer()
+
+    def _answer(self) -> Ack:
         if self.dead:
             raise OwnerGone
         return Ack(self.errno)
@@ -62,6 +71,11 @@ class Guest:
 
     def register(self, inode: RegularFile) -> Registration:
         return self.registry.register(self.owner, inode)
+
+
+@pytest.fixture(autouse=True, params=["later", "at once"])
+def guests_answer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Guest, "at_once", request.param == "at once")
 
 
 @pytest.fixture
