@@ -76,7 +76,7 @@ class Memslot:
     @property
     def shift(self) -> int:
         """How much larger the index of the page that serves a gfn is than the gfn."""
-        return self.pages.start - self.gfns.start
+        return page_floor(self.userspace_addr) - self.gfns.start
 
     def page(self, gfn: Gfn) -> PageIndex:
         """The page of either file, or of the address space, that serves a gfn."""
@@ -91,7 +91,8 @@ class Memslot:
 
     def pages_of(self, gfns: GfnRange) -> PageRange:
         """The pages that serve gfns of the slot."""
-        return PageRange(self.page(gfns.start), PageIndex(self.page(gfns.start) + len(gfns)))
+        shift = self.shift
+        return PageRange(PageIndex(gfns.start + shift), PageIndex(gfns.end + shift))
 
     def windows(self) -> Iterator[Window]:
         """Those that it has from the beginning."""
@@ -113,13 +114,11 @@ class Window:
     gfn: Gfn
     private: bool = field(kw_only=True)  #: the space is the slot's private file
 
-    def gfns_of(self, pages: PageRange) -> GfnRange | None:
-        """The gfns that pages of the space serve through this window; None if none."""
-        mine = pages.intersect(self.pages)
-        if mine is None:
-            return None
-        shift = self.gfn - self.pages.start
-        return GfnRange(Gfn(mine.start + shift), Gfn(mine.end + shift))
+    def gfns_of(self, pages: PageRange) -> GfnRange:
+        """The gfns that pages of the space serve through this window, which they touch."""
+        mine, shift = self.pages, self.gfn - self.pages.start
+        start, end = max(pages.start, mine.start), min(pages.end, mine.end)
+        return GfnRange(Gfn(start + shift), Gfn(end + shift))
 
     def serves(self, gfns: GfnRange) -> bool:
         """Whether any of those gfns is served through it."""
@@ -184,8 +183,7 @@ class Memslots:
         index = self._spaces.get(space)
         if index is None:
             return []
-        found = ((window, window.gfns_of(pages)) for window in index.touching(pages.start, pages.end))
-        return [(window, gfns) for window, gfns in found if gfns is not None]
+        return [(window, window.gfns_of(pages)) for window in index.touching(pages.start, pages.end)]
 
     def windows_of(self, slot: Memslot) -> list[Window]:
         """All windows of a slot."""

@@ -21,8 +21,6 @@ import json
 import logging
 import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Final
 
@@ -39,14 +37,19 @@ def current_request() -> int:
     return _request.get()
 
 
-@contextmanager
-def working_on(unique: int | None = None) -> Iterator[None]:
+class working_on:
     """Within the block, and in tasks that it starts, that request is worked on. None: one of a number of ours."""
-    token = _request.set(next(_ours) if unique is None else unique)
-    try:
-        yield
-    finally:
-        _request.reset(token)
+
+    __slots__ = ("_token", "_unique")
+
+    def __init__(self, unique: int | None = None) -> None:
+        self._unique: Final = next(_ours) if unique is None else unique
+
+    def __enter__(self) -> None:
+        self._token = _request.set(self._unique)
+
+    def __exit__(self, *_: object) -> None:
+        _request.reset(self._token)
 
 
 def fields(**values: object) -> dict[str, Any]:

@@ -86,21 +86,18 @@ class Lookout:
             calls = 0  # of readers since tasks had a turn
             while True:
                 ready = self._read.poll(0, _CALLS)
-                turn = bool(calls) and not ready
+                turn = not ready
                 for fd, _ in ready:
                     reader = self._readers.get(fd)  # one before it may have had it removed
                     turn |= reader is not None and reader()
-                    calls += 1
+                calls += len(ready)
+                if not ready and time.perf_counter() >= self._stay_until:
+                    break
                 if turn or calls >= _CALLS:
                     await trio.lowlevel.checkpoint()
                     calls = 0
-                elif not ready and not self._stays():
-                    break
-
-    def _stays(self) -> bool:
-        """Whether something has come while we looked for it."""
-        patience = self._stay_until - time.perf_counter()
-        return patience > 0 and not has_threads_at_work() and _look(self._read, patience)
+                if not ready:
+                    os.sched_yield()
 
 
 def _look(epoll: select.epoll, seconds: float) -> bool:
@@ -113,8 +110,3 @@ def _look(epoll: select.epoll, seconds: float) -> bool:
 
 
 _here: trio.lowlevel.RunVar[Lookout] = trio.lowlevel.RunVar("lookout")
-
-
-def has_threads_at_work() -> bool:
-    """Whether a thread of this event loop is doing something, whose end is worth more than what may come."""
-    return trio.to_thread.current_default_thread_limiter().borrowed_tokens > 0

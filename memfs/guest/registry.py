@@ -141,7 +141,7 @@ class Registration:
         if not owner.is_connected:
             return
         pending, why = Pending(message, trio.current_time()), None
-        self._log("notify", pending)
+        self._log("notify", message)
         owner.owes(pending)
         try:
             reach_at_once(before)
@@ -176,15 +176,16 @@ class Registration:
 
     def _acknowledged(self, pending: Pending, ack: Ack) -> None:
         self.owner.acknowledged += 1
-        self._log("acknowledged", pending, seconds=pending.age)
+        if log.isEnabledFor(logging.INFO):
+            self._log("acknowledged", pending.message, seconds=pending.age)
         if ack.errno:
             reason, pages = os.strerror(ack.errno), pending.message.pages
             log.warning("%s could not act on %s of %s: %s", self.owner, pending.kind, pages, reason)
 
-    def _log(self, what: str, pending: Pending, **more: object) -> None:
+    def _log(self, what: str, message: Notification, **more: object) -> None:
         if log.isEnabledFor(logging.INFO):
-            owner, pages = self.owner.number, pending.message.pages
-            said = fields(owner=owner, notification=pending.kind, ino=self.inode.ino, pages=pages, **more)
+            owner, kind = self.owner.number, type(message).__name__
+            said = fields(owner=owner, notification=kind, ino=self.inode.ino, pages=message.pages, **more)
             log.info(what, extra=said)
 
     # -- guest_mem_ops: the owner asks about pages ------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from memfs.lookout import Lookout, has_threads_at_work
+from memfs.lookout import Lookout
 
 
 async def test_whatever_comes_ends_it() -> None:
@@ -128,34 +128,37 @@ async def test_tasks_get_a_turn_while_messages_keep_coming(pairs: Pairs, wakes: 
     assert calls <= (3 if wakes else 100)
 
 
-async def test_who_stays_lets_tasks_run_first_and_reads_without_sleeping(pairs: Pairs) -> None:
+class Sleeps(trio.abc.Instrument):
+    """How often the event loop has slept."""
+
+    count = 0
+
+    def before_io_wait(self, timeout: float) -> None:
+        self.count += timeout > 0
+
+
+async def test_who_stays_does_not_sleep_and_holds_up_nobody(pairs: Pairs) -> None:
     lookout, (ours, theirs) = Lookout(), pairs[0]
-    happened: list[str] = []
-    woken = trio.Event()
+    sleeps, woken, done = Sleeps(), trio.Event(), trio.Event()
+    slept: list[int] = []
 
     def reader() -> bool:
-        happened.append(ours.recv(64).decode())
-        woken.set()
-        lookout.stay(0.3)
+        slept.append(sleeps.count)
+        text = ours.recv(64)
+        lookout.stay(10 if text == b"first" else 0)
+        (woken if text == b"first" else done).set()
         return False
-
-    async def task() -> None:
-        await woken.wait()
-        happened.append("task")
-        threading.Timer(0.05, theirs.send, [b"second"]).start()
 
     lookout.add(ours.fileno())
     lookout.read(ours.fileno(), reader)
-    turns = 0
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(task)
-        await wait_all_tasks_blocked()
-        theirs.send(b"first")
-        while len(happened) < 3:
-            await trio.lowlevel.checkpoint()
-            turns += 1
-    assert happened == ["first", "task", "second"]
-    assert turns < 100, "it did not look, but left it to the event loop to say that something had come"
+    await wait_all_tasks_blocked()
+    trio.lowlevel.add_instrument(sleeps)
+    theirs.send(b"first")
+    await woken.wait()
+    threading.Timer(0.05, theirs.send, [b"second"]).start()
+    await done.wait()
+    trio.lowlevel.remove_instrument(sleeps)
+    assert slept[1] == slept[0]
     lookout.remove(ours.fileno())
 
 
@@ -167,9 +170,3 @@ def test_each_event_loop_has_its_own() -> None:
     other, _ = trio.run(here)
     assert first is again
     assert first is not other
-
-
-async def test_threads_at_work_are_seen() -> None:
-    assert not has_threads_at_work()
-    seen = await trio.to_thread.run_sync(lambda: trio.from_thread.run_sync(has_threads_at_work))
-    assert seen
