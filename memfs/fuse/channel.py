@@ -47,7 +47,6 @@ from memfs.fuse.wire import (
     unpack,
 )
 from memfs.logs import fields, working_on
-from memfs.lookout import Lookout
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +60,6 @@ Observer = Callable[[Request], "Amendment | None"]
 
 _SO_SNDBUFFORCE: Final = 32
 _BURST: Final = 256  # requests and looks for them before others get a turn
-_LINGER: Final = 100e-6  # seconds
 _LOOKS: Final = 20  # about 40 us: half of what it takes to be woken from another CPU
 
 
@@ -82,8 +80,6 @@ class Channel:
         self._turns = _BURST  # requests until others get a turn
         self._looks = 0  # for another request before we sleep
         os.set_blocking(fuse_fd, False)
-        self._lookout: Final = Lookout.here()
-        self._lookout.add(fuse_fd)
         self._ours, self._libfuse = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.max_message: Final = min(_fit_buffer(self._ours), _fit_buffer(self._libfuse))
         self._ours.setblocking(False)
@@ -108,7 +104,6 @@ class Channel:
         """Close all descriptors. The kernel then aborts whatever it waits for."""
         self._ours.close()
         self._libfuse.close()
-        self._lookout.remove(self._fuse)
         os.close(self._fuse)
 
     # -- kernel to libfuse ------------------------------------------------------------------------------------------
@@ -189,8 +184,6 @@ class Channel:
             self._answer(answer)
         if turn.request is None:
             self._looks = _LOOKS
-        elif not self._waiting:  # who was answered may ask again at once
-            self._lookout.look(_LINGER)
 
     async def _result(self, work: Coroutine[Any, Any, bytes], request: Request, turn: _Turn) -> bytes:
         """What a handler comes to, even if it waits; its INTERRUPT may be the next that is read then."""

@@ -10,7 +10,9 @@ protocol's limits, or has to wait for its answers.
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
+import time
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
@@ -34,12 +36,15 @@ class Datagrams:
         # The same descriptor, by another name; trio's is non-blocking.
         self._view: Final = socket.socket(sock.family, sock.type, sock.proto, fileno=sock.fileno())
         self._lookout: Final = Lookout.here()
-        self._lookout.add(self._view.fileno())
 
-    def read(self, reader: Reader | None) -> None:
-        """Have somebody called when there is something to receive; None: nobody for now."""
+    def read(self, reader: Reader) -> None:
+        """Have somebody called when there is something to receive. Raises OSError if that cannot be had."""
         self._check_open()
         self._lookout.read(self._view.fileno(), reader)
+
+    def pause(self) -> None:
+        """Call nobody, until `read`."""
+        self._lookout.remove(self._view.fileno())
 
     async def sendmsg(self, buffers: Iterable[bytes], ancillary: Iterable[tuple[int, int, Any]]) -> int:
         """sendmsg(2); waits only while the peer does not read."""
@@ -60,17 +65,19 @@ class Datagrams:
         return self._view.recvmsg(size, ancillary, flags)
 
     def peek_within(self, seconds: float, size: int) -> bytes:
-        """The first bytes of what can be received, or comes so soon and before anything else does.
+        """The first bytes of what can be received, or comes so soon; nothing else runs meanwhile.
 
         None if nothing does, or the end.
         """
-        if not self._lookout.look(seconds):
-            return b""
-        self._check_open()
-        try:
-            return self._view.recv(size, _MSG_PEEK)
-        except BlockingIOError:
-            return b""
+        deadline = time.perf_counter() + seconds
+        while True:
+            self._check_open()
+            try:
+                return self._view.recv(size, _MSG_PEEK)
+            except BlockingIOError:
+                if time.perf_counter() >= deadline:
+                    return b""
+                os.sched_yield()
 
     def close(self, discard: Callable[[tuple[int]], object]) -> None:
         """End the connection; who waits in a call gets ClosedResourceError. `discard` closes the descriptor.

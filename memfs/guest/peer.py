@@ -111,9 +111,9 @@ class Peer:
         return await self._result(call)
 
     def ask(self, message: Message, patience: float) -> Incoming | Coroutine[Any, Any, Incoming]:
-        """`call`, done as far as can be without waiting: its reply if that comes within so many seconds (lookout.py).
+        """`call`, done as far as can be without waiting: its reply, if that comes within so many seconds.
 
-        Else what has to be awaited for it.
+        Else what has to be awaited for it. To sleep and be woken takes longer than many an answer does.
         """
         call = _Call()
         if not self._post(message, call=call):
@@ -197,7 +197,7 @@ class Peer:
                 self._before_more = handle(received[0])
                 if self._before_more is None:
                     return False
-                self._socket.read(None)
+                self._socket.pause()
                 self._stopped.set()
         except BlockingIOError:
             return False
@@ -206,7 +206,7 @@ class Peer:
         return True
 
     def _look_for(self, call: _Call, patience: float) -> None:
-        """Take replies for so many seconds, until a certain one or something else has come."""
+        """Take replies for so many seconds, until a certain one or a request has come."""
         deadline = time.perf_counter() + patience
         while not call.done.is_set():
             try:

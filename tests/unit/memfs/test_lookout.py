@@ -1,11 +1,10 @@
-"""Looking for what can be read before sleeping."""
+"""One task that reads for all."""
 
 from __future__ import annotations
 
 import functools
 import socket
 import threading
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -13,35 +12,6 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from memfs.lookout import Lookout
-
-
-async def test_whatever_comes_ends_it() -> None:
-    lookout = Lookout()
-    pairs = [socket.socketpair() for _ in range(3)]
-    for ours, _ in pairs:
-        lookout.add(ours.fileno())
-    assert not lookout.look(0.001)
-    pairs[1][1].send(b"x")
-    started = time.perf_counter()
-    assert lookout.look(60)
-    assert time.perf_counter() - started < 10
-    lookout.remove(pairs[1][0].fileno())
-    assert not lookout.look(0)
-    for pair in pairs:
-        for end in pair:
-            end.close()
-
-
-def test_what_was_closed_before_it_was_removed_is_gone_all_the_same() -> None:
-    lookout = Lookout()
-    ours, theirs = socket.socketpair()
-    fd = ours.fileno()
-    lookout.add(fd)
-    theirs.send(b"x")
-    ours.close()
-    theirs.close()
-    lookout.remove(fd)
-    assert not lookout.look(0)
 
 
 @pytest.fixture
@@ -65,7 +35,6 @@ async def test_whoever_reads_is_called_for_as_long_as_there_is_something(pairs: 
         return False
 
     for number, (ours, _) in enumerate(pairs):
-        lookout.add(ours.fileno())
         lookout.read(ours.fileno(), functools.partial(reader, number))
     for text in (b"a", b"b"):
         pairs[2][1].send(text)
@@ -73,11 +42,10 @@ async def test_whoever_reads_is_called_for_as_long_as_there_is_something(pairs: 
     await wait_all_tasks_blocked()
     assert sorted(read) == [(0, b"a"), (0, b"b"), (2, b"a"), (2, b"b")]
     assert [text for number, text in read if number == 0] == [b"a", b"b"]
-    lookout.read(pairs[0][0].fileno(), None)
+    lookout.remove(pairs[0][0].fileno())
     pairs[0][1].send(b"c")
     await wait_all_tasks_blocked()
     assert len(read) == 4, "nobody reads that one for now"
-    assert lookout.look(0), "but it is looked at"
     lookout.read(pairs[0][0].fileno(), functools.partial(reader, 0))
     await wait_all_tasks_blocked()
     assert read[4:] == [(0, b"c")]
@@ -100,7 +68,6 @@ async def test_reader_may_have_another_one_removed(pairs: Pairs) -> None:
 
     for number, (ours, theirs) in enumerate(pairs):
         theirs.send(b"x")
-        lookout.add(ours.fileno())
         lookout.read(ours.fileno(), functools.partial(reader, number))
     await wait_all_tasks_blocked()
     assert len(called) == 1
@@ -122,7 +89,6 @@ async def test_tasks_get_a_turn_while_messages_keep_coming(pairs: Pairs, wakes: 
     theirs.send(b"never read")
     async with trio.open_nursery() as nursery:
         nursery.start_soon(woken.wait)
-        lookout.add(ours.fileno())
         lookout.read(ours.fileno(), reader)
     lookout.remove(ours.fileno())
     assert calls <= (3 if wakes else 100)
@@ -149,7 +115,6 @@ async def test_who_stays_does_not_sleep_and_holds_up_nobody(pairs: Pairs) -> Non
         (woken if text == b"first" else done).set()
         return False
 
-    lookout.add(ours.fileno())
     lookout.read(ours.fileno(), reader)
     await wait_all_tasks_blocked()
     trio.lowlevel.add_instrument(sleeps)
