@@ -57,6 +57,7 @@ from memfs.guest.protocol import LocalProtocolError, RemoteProtocolError, Role
 from memfs.guest.registry import Notification, Owner, OwnerGone, Registration, Registry
 from memfs.inode import RegularFile
 from memfs.logs import fields
+from memfs.lookout import Lookout
 from memfs.mountinfo import device_of_mount_id
 from memfs.pieces import run_now
 from memfs.tree import Tree
@@ -88,6 +89,7 @@ class Server:
         self._sessions: Final[dict[Owner, _Session]] = {}
         self._scope: trio.CancelScope | None = None
         self._ended: Final = trio.Event()
+        Lookout.here()  # now, while there is a descriptor for it
         self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)  # so that there is always one to accept with
 
     async def run(self) -> None:
