@@ -31,6 +31,8 @@ class Datagrams:
     They raise OSError, and trio.ClosedResourceError once it has been closed.
     """
 
+    __slots__ = ("_lookout", "_socket", "_view")
+
     def __init__(self, sock: trio.socket.SocketType) -> None:
         self._socket: Final = sock
         # The same descriptor, by another name; trio's is non-blocking.

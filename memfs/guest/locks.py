@@ -22,6 +22,8 @@ MOST_RANGES: Final = 1 << 14  #: of pages that are locked equally often, in one 
 class PageLocks:
     """The locked pages of one registration."""
 
+    __slots__ = ("_counts", "_edges", "_released")
+
     def __init__(self) -> None:
         self._edges = [0]  # pages, ascending: between two neighbours all are locked equally often
         self._counts = [0]  # how often, from that edge on; neighbours differ, and the last is 0

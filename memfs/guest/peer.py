@@ -81,6 +81,20 @@ class Peer:
     (clients.py).
     """
 
+    __slots__ = (
+        "_answered",
+        "_before_more",
+        "_broken",
+        "_calls",
+        "_closed",
+        "_discard",
+        "_socket",
+        "_stopped",
+        "_unsent",
+        "_unsent_lock",
+        "protocol",
+    )
+
     def __init__(
         self,
         sock: trio.socket.SocketType,

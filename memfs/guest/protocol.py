@@ -197,6 +197,8 @@ class Connection:
     Not thread-safe; does no I/O.
     """
 
+    __slots__ = ("_invalidations", "_ours", "_theirs", "role", "state")
+
     def __init__(self, role: Role) -> None:
         self.role: Final = role
         self._ours: Final = _Side(role)

@@ -98,6 +98,8 @@ class Pending:
 class Registration:
     """One file and its one owner; the file's `GuestOps`."""
 
+    __slots__ = ("_begun", "_tree", "alive", "count", "frames", "id", "inode", "locks", "owner")
+
     def __init__(self, owner: Owner, tree: Tree, inode: RegularFile, file_id: FileId, frames: FileFrames) -> None:
         self.owner: Final = owner
         self._tree: Final = tree
@@ -270,6 +272,18 @@ class Owner:
     the connection after telling the peer why; the connection's end then calls `Registry.end`. `is_dead` says whether
     the process that connected is gone; a child that it forked may still hold the connection open.
     """
+
+    __slots__ = (
+        "_cut_off",
+        "_registry",
+        "acknowledged",
+        "is_dead",
+        "name",
+        "notify",
+        "number",
+        "pending",
+        "registrations",
+    )
 
     def __init__(
         self,

@@ -184,6 +184,8 @@ def _hang_up(sock: trio.socket.SocketType, credentials: Credentials) -> None:
 class _Session:
     """One connection, that is, one owner."""
 
+    __slots__ = ("_client", "_device", "_peer", "_registry", "_tree", "owner", "pid")
+
     def __init__(
         self, sock: trio.socket.SocketType, client: Client, registry: Registry, tree: Tree, device: str
     ) -> None:
