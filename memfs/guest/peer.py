@@ -156,9 +156,7 @@ class Peer:
 
     def reply_now(self, request: RequestId, message: Message) -> Coroutine[Any, Any, None] | None:
         """`reply`, done as far as can be without waiting; what is returned, if anything, has to be awaited."""
-        if not self._post(message, answers=request):
-            return self.reply(request, message)
-        return self._flush() if self._unsent is not None else None
+        return self._send_now(message, request)
 
     async def tell(self, message: Message) -> None:
         """Send what has no answer. Raises PeerGone."""
@@ -166,9 +164,7 @@ class Peer:
 
     def tell_now(self, message: Message) -> Coroutine[Any, Any, None] | None:
         """`tell`, done as far as can be without waiting; what is returned, if anything, has to be awaited."""
-        if not self._post(message):
-            return self.tell(message)
-        return self._flush() if self._unsent is not None else None
+        return self._send_now(message)
 
     async def serve(self, handle: Handler) -> None:
         """Have the peer's requests handled, in order, until the connection ends.
@@ -284,6 +280,11 @@ class Peer:
                 await self._answered.wait()
             await self._flush()
         await self._flush()
+
+    def _send_now(self, message: Message, answers: RequestId | None = None) -> Coroutine[Any, Any, None] | None:
+        if not self._post(message, answers=answers):
+            return self._send(message, answers=answers)
+        return self._flush() if self._unsent is not None else None
 
     def _post(
         self,
