@@ -59,7 +59,7 @@ Amendment = Callable[[bytearray], None]
 Observer = Callable[[Request], "Amendment | None"]
 
 _SO_SNDBUFFORCE: Final = 32
-_BURST: Final = 256  # requests and looks for them before others get a turn
+_BURST: Final = 32  # requests before other tasks get a turn
 _LOOKS: Final = 20  # about 40 us: half of what it takes to be woken from another CPU
 
 
@@ -77,7 +77,7 @@ class Channel:
         self._amend_next: dict[int, Amendment] = {}  # by unique: replies that pyfuse3 owes and we will change
         self._waiting: dict[int, trio.CancelScope] = {}  # by unique: requests whose handlers wait
         self._buffer: Final = memoryview(bytearray(BUFFER_SIZE))
-        self._turns = _BURST  # requests until others get a turn
+        self._turns = _BURST  # requests until other tasks get a turn
         self._looks = 0  # for another request before we sleep
         os.set_blocking(fuse_fd, False)
         self._ours, self._libfuse = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -121,9 +121,12 @@ class Channel:
                     end()
                     return
                 await self._serve(data, turn)
-        if turn.request is not None and turn.scope.cancelled_caught:
-            self._answer(invalidate_attributes(turn.request.nodeid))  # a part of it may have been done
-            self._answer(error_reply(turn.request.unique, errno.EINTR))
+        request = turn.request
+        if request is not None and turn.scope.cancelled_caught:
+            self._answer(invalidate_attributes(request.nodeid))  # a part of it may have been done
+            self._answer(error_reply(request.unique, errno.EINTR))
+            with working_on(request.unique):
+                _log_answer(request, errno.EINTR)
 
     async def _next(self) -> memoryview | None:
         """The next request, as the kernel put it; None when there will be none."""
@@ -199,8 +202,7 @@ class Channel:
             answer = self._failure(request.unique, request.opcode, error)
         finally:
             self._waiting.pop(request.unique, None)
-        if log.isEnabledFor(logging.INFO):
-            log.info("answered", extra=fields(opcode=request.opcode, error=-OUT_HEADER.unpack_from(answer)[1]))
+        _log_answer(request, -OUT_HEADER.unpack_from(answer)[1])
         return answer
 
     def _observe(self, request: Request) -> None:
@@ -290,6 +292,11 @@ def _calling(waits: Callable[[], None], work: Coroutine[Any, Any, bytes]) -> Gen
                 trap = work.send(resumed_with)
     except StopIteration as end:
         return bytes(end.value)
+
+
+def _log_answer(request: Request, error: int) -> None:
+    if log.isEnabledFor(logging.INFO):
+        log.info("answered", extra=fields(opcode=request.opcode, error=error))
 
 
 def _fit_buffer(end: socket.socket) -> int:

@@ -177,6 +177,23 @@ async def test_who_reads_on_is_not_at_work_on_the_request_that_waits(sides: Side
     assert sorted(await sides.answers()) == [reply(2, b"later"), reply(6, b"later")]
 
 
+async def test_tasks_get_a_turn_while_requests_keep_coming(nursery: trio.Nursery) -> None:
+    """Or nothing that pyfuse3 answers would be answered."""
+    sides = Sides()
+    for number in range(100):
+        sides.kernel.send(request(AT_ONCE_AFTER_ALL, 2 * number + 2))
+    handled: list[int] = []
+
+    async def task() -> None:
+        while len(sides.finished) < 100:
+            await trio.lowlevel.checkpoint()
+            handled.append(len(sides.finished))
+
+    nursery.start_soon(sides.run)
+    await task()
+    assert len([number for number in handled if 0 < number < 100]) >= 2, handled
+
+
 async def test_handler_that_breaks_is_an_input_output_error(sides: Sides, caplog: pytest.LogCaptureFixture) -> None:
     sides.kernel.send(request(BREAKS, 2, bytes(8)))
     sides.kernel.send(request(BREAKS, 4))
