@@ -56,6 +56,11 @@ class Kind(enum.Enum):
     KILL = "kill"
 
 
+def are_injected() -> bool:
+    """Whether anything may fail, or wait, where it otherwise never does."""
+    return _FILE is not None
+
+
 async def reach(point: Point) -> None:
     """We are at a point where others may come in between. Raises OSError(EIO) if it is to fail."""
     if _FILE is not None and _armed(point):

@@ -47,7 +47,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
 
-from memfs import pieces, seals
+from memfs import faults, pieces, seals
 from memfs.backing import Backing
 from memfs.faults import Point, reach, reach_at_once
 from memfs.guest.extents import data_pages
@@ -507,13 +507,10 @@ class File:
 
     # -- life -------------------------------------------------------------------------------------------------------
 
-    def is_quick(self, length: int, *, of_owner: bool = False) -> bool:
-        """Whether a change of `length` bytes would not wait for anything: then its coroutine ends without yielding.
-
-        Nor does the owner have to be told of what it asked for.
-        """
-        may_wait = (self.owner is not None and not of_owner) or not self._backing.freeing.is_idle
-        return not may_wait and length <= pieces.LONG and not (self._lock is not None and self._lock.locked())
+    def is_quick(self, length: int) -> bool:
+        """Whether to allocate `length` bytes for the owner would not wait for anything: it does not yield then."""
+        is_busy = self._lock is not None and self._lock.locked()
+        return length <= pieces.LONG and not is_busy and self._backing.freeing.is_idle and not faults.are_injected()
 
     def locked(self) -> _Locked:
         """Have the inode lock, within an async with statement."""

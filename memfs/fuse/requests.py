@@ -28,7 +28,6 @@ from memfs.fuse.wire import (
 from memfs.handles import Handles, OpenFile
 from memfs.libc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 from memfs.logs import fields
-from memfs.pieces import run_now
 from memfs.tree import Tree
 from memfs.units import MAX_OFFSET, ByteOffset
 
@@ -57,7 +56,7 @@ class Requests:
             Opcode.COPY_FILE_RANGE: _not_implemented,  # the kernel copies by itself, as on tmpfs
         }
 
-    def _fallocate(self, request: Request) -> bytes | Coroutine[Any, Any, bytes]:
+    def _fallocate(self, request: Request) -> Coroutine[Any, Any, bytes]:
         fh, offset, length, mode, _ = unpack(FALLOCATE_IN, request.body)
         if mode not in (0, FALLOC_FL_KEEP_SIZE, _PUNCH):
             raise OSError(errno.EOPNOTSUPP, f"fallocate mode {mode:#x}")
@@ -68,11 +67,10 @@ class Requests:
         inode = self._handles.file(fh).inode
         protection.check_fallocate(inode, mode)
         file = inode.file
-        if file.owner is not None and log.isEnabledFor(logging.INFO):
+        if log.isEnabledFor(logging.INFO):
             said = fields(ino=inode.ino, mode=mode, offset=offset, length=length, pid=request.pid, uid=request.uid)
             log.info("fallocate", extra=said)
-        answer = self._change_pages(file, ByteOffset(offset), length, mode, request.unique)
-        return run_now(answer) if file.is_quick(length) else answer
+        return self._change_pages(file, ByteOffset(offset), length, mode, request.unique)
 
     async def _change_pages(self, file: File, offset: ByteOffset, length: int, mode: int, unique: int) -> bytes:
         if mode == _PUNCH:

@@ -194,7 +194,7 @@ class Registration:
 
     def is_quick(self, pages: PageRange) -> bool:
         """Whether `get_pfn` would not wait for anything."""
-        return self.file.is_quick(pages.nbytes, of_owner=True)
+        return self.file.is_quick(pages.nbytes)
 
     async def get_pfn(self, pages: PageRange, *, alloc: bool, lock: bool = True) -> PfnReply:
         """Say which frames the pages that exist (with `alloc`, all) are in, and `lock` them.
