@@ -8,6 +8,8 @@ The same for kvmsim at its points, where memfs must be as well off as before.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import itertools
 import json
 import os
@@ -15,7 +17,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,10 +25,21 @@ import pytest
 import trio
 
 from memfs.faults import Kind, Point
-from memfs.guest.messages import Fallocate, InvalidateBegin, InvalidateEnd, Registered
+from memfs.guest.messages import (
+    Failed,
+    Fallocate,
+    GetPfn,
+    InvalidateBegin,
+    InvalidateEnd,
+    Measured,
+    Message,
+    PfnReply,
+    Populate,
+    Registered,
+)
 from memfs.guest.page_map import PageMapView
-from memfs.guest.peer import close_all
-from memfs.units import PageIndex, PageRange
+from memfs.guest.peer import PeerGone, close_all
+from memfs.units import ByteOffset, PageIndex, PageRange
 
 from .conftest import Memfs, memfs_command, run
 from .owner import Owner, connected, shell
@@ -196,6 +209,78 @@ async def test_every_point_of_memfs(
         with trio.fail_after(5):
             while await used(memfs):  # noqa: ASYNC110
                 await trio.sleep(0.001)
+
+
+ASKED = [
+    Point.BEFORE_ALLOCATE,
+    Point.AFTER_ALLOCATE,
+    Point.BEFORE_ACCOUNT,
+    Point.AFTER_ACCOUNT,
+    *sorted(MESSAGES, key=str),
+]
+
+
+@pytest.mark.parametrize("mount", ["", "backing=memfd"])
+@pytest.mark.parametrize("ask", ["get_pfn", "populate", "get_pfn of shared memory"])
+async def test_every_point_of_what_an_owner_asks_for(
+    mount_memfs: Callable[..., Memfs], in_memfs: Injection, mount: str, ask: str
+) -> None:
+    """Pages that an owner has allocated for it: what it is answered is what is accounted for."""
+    memfs = mount_memfs(f"size=64m,{mount}".rstrip(","))
+    memfs.expected += ["cannot be heard"]
+    wanted = PageRange(PageIndex(PAGES), PageIndex(PAGES + 4))
+    for point, kind in itertools.product(ASKED, (Kind.FAIL, Kind.DELAY)):
+        what = f"{ask}, {kind.value} {point.value}"
+        path = await prepare(memfs, guest="shared" not in ask)
+        async with owning(memfs, path) as (owner, view):
+            registered = await owner.register(path)
+            assert isinstance(registered, Registered)
+            fds = list(await trio.to_thread.run_sync(content_for, path)) if ask == "populate" else []
+            message = (
+                Populate(wanted, ByteOffset(0)) if ask == "populate" else GetPfn(registered.file, wanted, True, False)
+            )
+            await blocks(path)  # memfs is done with what came before
+            in_memfs.arm(point, kind)
+            answer: Message | None = None
+            with trio.fail_after(5), suppress(PeerGone):
+                answer = await owner.ask(message, fds)
+            for fd in fds:
+                await trio.to_thread.run_sync(os.close, fd)
+            await blocks(path)  # nor only with answering
+            assert not in_memfs.armed, f"{what}: nobody came by"
+            cut_off = kind is Kind.FAIL and point in MESSAGES
+            fails = kind is Kind.FAIL and point in FAILS
+            if not (cut_off and point is Point.AFTER_SEND):
+                assert isinstance(answer, Failed if fails else (Measured, PfnReply)) != cut_off, (what, answer)
+            assert not isinstance(answer, Failed) or answer.errno == errno.EIO, (what, answer)
+            pages = await look(memfs, path, view)
+            not_begun = kind is Kind.FAIL and point in {
+                Point.BEFORE_ALLOCATE,
+                Point.BEFORE_RECEIVE,
+                Point.AFTER_RECEIVE,
+            }
+            assert pages == (PAGES if not_begun else PAGES + 4), what
+            with trio.fail_after(5):
+                if cut_off:
+                    await owner.gone.wait()
+                else:
+                    assert isinstance(await owner.register(path), Registered), what
+        async with owning(memfs, path) as (owner, view):  # it goes on as if nothing had happened
+            again = await shell("fallocate", "-p", "-l", "128K", path, cwd=Path("/"))
+            assert again.returncode == 0, (what, again)
+            assert await look(memfs, path, view) == 0, what
+        await trio.to_thread.run_sync(path.unlink)
+        with trio.fail_after(5):
+            while await used(memfs):  # noqa: ASYNC110
+                await trio.sleep(0.001)
+
+
+def content_for(path: Path) -> tuple[int, int]:
+    """What Populate needs: descriptors of the file, and of as much as is wanted for it."""
+    source = os.memfd_create("content", os.MFD_ALLOW_SEALING)
+    os.ftruncate(source, 4 * PAGE)
+    fcntl.fcntl(source, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    return os.open(path, os.O_RDWR), source
 
 
 async def test_memfs_dies_at_every_point(mount_memfs: Callable[..., Memfs], in_memfs: Injection) -> None:
