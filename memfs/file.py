@@ -2,13 +2,10 @@
 
 State and who owns it
 ---------------------
-Size, times and, of an ordinary file, the set of allocated pages belong to the **backing file**; nothing here caches
-them, because with kernel passthrough they change without us. A **tracked** file has a page map as well, and then the
-map is the truth. Tracked are guest-sealed files (only their owner touches the backing, and only pages that the map
-shows) and all files on an accounted backing (every allocation goes through this module).
-
-A descriptor of the backing file is open while the file is **held**: by an open handle, a registration, or a change that
-is being made. Of a file that merely exists everything can be said without one.
+Size, times and, of an ordinary file, the set of allocated pages belong to the **backing file** (backed.py). A
+**tracked** file has a page map as well, and then the map is the truth. Tracked are guest-sealed files (only their owner
+touches the backing, and only pages that the map shows) and all files on an accounted backing (every allocation goes
+through this module).
 
 `locked` is the inode lock: it serialises truncate, allocate, punch, seal and an owner's page look-ups, and is kept
 while owners are notified, so that two changes of one file never interleave. It is held across awaits; everything
@@ -42,12 +39,13 @@ import fcntl
 import functools
 import os
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
 
 from memfs import faults, pieces, seals
+from memfs.backed import Backed
 from memfs.backing import Backing
 from memfs.faults import Point, reach, reach_at_once
 from memfs.guest.extents import data_pages
@@ -55,7 +53,6 @@ from memfs.guest.page_map import ABSENT, ALLOCATED, PageMap
 from memfs.libc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
 from memfs.tracking import MAP_END, Tracking
 from memfs.units import (
-    SECTORS_PER_PAGE,
     ByteOffset,
     PageIndex,
     PageRange,
@@ -69,7 +66,6 @@ if TYPE_CHECKING:
     from memfs.guest.image import InitialImage
 
 _PUNCH: Final = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
-_CLOSED: Final = -1
 
 
 class GuestOps(Protocol):
@@ -88,24 +84,18 @@ class GuestOps(Protocol):
         """These pages are allocated now."""
 
 
-class File:
+class File(Backed):
     """A regular file. Sizes and offsets are bytes; ranges are pages. All methods raise OSError as the kernel would.
 
-    `number` is the file's for ever, and no other's on that backing; `born_with` are seals (F_SEAL_* bits).
+    `number` as for Backed; `born_with` are seals (F_SEAL_* bits).
     """
 
     __slots__ = (
-        "_backing",
-        "_content",
-        "_holds",
-        "_lock",
         "_tracking",
         "backing_number",
-        "fd",
         "given_out",
         "image",
         "mappable_opens",
-        "number",
         "owner",
         "seals",
         "was_owned",
@@ -113,13 +103,8 @@ class File:
     )
 
     def __init__(self, backing: Backing, number: int, born_with: int = 0) -> None:
-        self._backing: Final = backing
-        self.number: Final = number
         self.seals = born_with
-        self.fd = _CLOSED  #: of the backing file, while the file is held
-        self._holds = 0
-        self._lock: trio.Lock | None = None  # most files never need one
-        self._content = backing.create(number, guest=self.guest)
+        super().__init__(backing, number, backing.create(number, guest=self.guest))
         try:
             self._seal_backing(born_with)
             self._tracking = Tracking(backing, str(number)) if backing.accounted or self.guest else None
@@ -149,59 +134,10 @@ class File:
         """Which pages are allocated; None if that is not tracked."""
         return self._tracking.page_map if self._tracking is not None else None
 
-    @property
-    def size(self) -> int:
-        """The file's size in bytes."""
-        return self.stat().st_size
-
-    @property
-    def pages(self) -> int:
-        """How many pages are allocated, beyond the file's size included."""
-        return self.stat().st_blocks // SECTORS_PER_PAGE
-
-    def stat(self) -> os.stat_result:
-        """Size, blocks and times, as the backing file has them. Nothing else in it is the file's."""
-        path, dir_fd = self._locate()
-        return os.stat(path, dir_fd=dir_fd)
-
-    def set_times(self, atime_ns: int, mtime_ns: int) -> None:
-        """Set access and modification time, in nanoseconds since the epoch."""
-        path, dir_fd = self._locate()
-        os.utime(path, ns=(atime_ns, mtime_ns), dir_fd=dir_fd)
-
-    def touch_ctime(self) -> None:
-        """The inode was changed: bring the backing's ctime up to date, which is the file's."""
-        path, dir_fd = self._locate()
-        os.chmod(path, 0o600, dir_fd=dir_fd)
-
-    def _locate(self) -> tuple[int | str, int | None]:
-        return (self.fd, None) if self.fd != _CLOSED else self._backing.locate(self._content)
-
-    # -- the descriptor ---------------------------------------------------------------------------------------------
-
     def hold(self) -> None:
-        """Keep `fd` open until `release`. Can be nested. Raises OSError(EMFILE), changing nothing."""
-        if not self._holds:
-            self.fd = self._backing.open(self._content)
+        super().hold()
+        if self._holds == 1:
             self._backing.freeing.forget(self)
-        self._holds += 1
-
-    def release(self) -> None:
-        """Undo one `hold`."""
-        self._holds -= 1
-        if not self._holds:
-            self._backing.shut(self.fd)
-            self.fd = _CLOSED
-            self._lock = None  # nobody waits for it: whoever does holds the file
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Hold the file for a while."""
-        self.hold()
-        try:
-            yield
-        finally:
-            self.release()
 
     # -- content ----------------------------------------------------------------------------------------------------
 
@@ -509,13 +445,8 @@ class File:
 
     def is_quick(self, length: int) -> bool:
         """Whether to allocate `length` bytes for the owner would not wait for anything: it does not yield then."""
-        is_busy = self._lock is not None and self._lock.locked()
-        return length <= pieces.LONG and not is_busy and self._backing.freeing.is_idle and not faults.are_injected()
-
-    def locked(self) -> _Locked:
-        """Have the inode lock, within an async with statement."""
-        self._lock = self._lock or trio.Lock()
-        return _Locked(self, self._lock)
+        is_busy = self.is_locked or not self._backing.freeing.is_idle or faults.are_injected()
+        return length <= pieces.LONG and not is_busy
 
     def unlinked(self) -> None:
         """It has no name any more, and nobody has it open."""
@@ -552,28 +483,3 @@ class File:
         assert not self.guest or self._tracking is not None, "guest-sealed without a page map"
         if self._tracking is not None:
             self._tracking.check(self.pages)
-
-
-class _Locked:
-    """`File.locked`. Does not yield if the lock is free."""
-
-    __slots__ = ("_file", "_lock")
-
-    def __init__(self, file: File, lock: trio.Lock) -> None:
-        self._file: Final = file
-        self._lock: Final = lock
-
-    async def __aenter__(self) -> None:
-        self._file.hold()
-        try:
-            self._lock.acquire_nowait()
-        except trio.WouldBlock:
-            try:
-                await self._lock.acquire()
-            except BaseException:
-                self._file.release()
-                raise
-
-    async def __aexit__(self, *_: object) -> None:
-        self._lock.release()
-        self._file.release()
