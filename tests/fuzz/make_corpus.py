@@ -27,15 +27,18 @@ from memfs.guest.messages import (
     HelloReply,
     InvalidateBegin,
     InvalidateEnd,
+    Launch,
+    Measured,
     Message,
     PfnReply,
     PfnRun,
+    Populate,
     PutPfn,
     Register,
     Registered,
     Unregister,
 )
-from memfs.units import PageIndex, PageRange, Pfn
+from memfs.units import ByteOffset, PageIndex, PageRange, Pfn
 
 from .targets import _Mount
 
@@ -70,6 +73,10 @@ def protocol() -> dict[str, bytes]:
         + said(Done(), TO_OWNER, 4)
         + said(Failed(22, "no"), TO_OWNER, 5)
         + said(Ack(), TO_STORE, 1),
+        "initial image": b"\1"
+        + said(Populate(PAGES, ByteOffset(0)), TO_STORE, 2, 2)
+        + said(Launch(file), TO_STORE, 3)
+        + said(Measured(bytes(48)), TO_OWNER, 2),
         "fenced": b"\1" + said(Fenced(110, "too late"), TO_OWNER, 1),
     }
 

@@ -75,7 +75,8 @@ def protocol(data: bytes) -> None:
 
 
 def _state(end: Connection) -> tuple[Any, ...]:
-    return end.state, end.unanswered, repr(vars(end))
+    sides = [(side.last_id, repr(side.unanswered), side.may_say) for side in (end._ours, end._theirs)]
+    return end.state, end.unanswered, sides, end.invalidations
 
 
 class _Mount:

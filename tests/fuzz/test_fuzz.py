@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from . import make_corpus
 from .targets import TARGETS
 
 CORPUS = Path(__file__).with_name("corpus")
@@ -41,6 +42,16 @@ def test_corpus(path: Path) -> None:
 
 def test_every_target_has_seeds() -> None:
     assert {path.parent.name for path in SEEDS} == set(TARGETS)
+
+
+@pytest.mark.parametrize(
+    "make", [make_corpus.protocol, make_corpus.requests, make_corpus.options], ids=lambda make: make.__name__
+)
+def test_seeds_say_what_they_are_meant_to_say(make: Callable[[], dict[str, bytes]]) -> None:
+    """They name opcodes by their place in a list: when that changes, they are to be made again."""
+    for name, content in make().items():
+        path = CORPUS / make.__name__ / name.replace(" ", "-")
+        assert path.read_bytes() == content, f"{path.name} is out of date: python -m tests.fuzz.make_corpus"
 
 
 @pytest.mark.parametrize("name", TARGETS)
