@@ -17,6 +17,7 @@ from memfs.file import File
 from memfs.guest.messages import Ack, Fallocate, FileId, InvalidateBegin, InvalidateEnd
 from memfs.guest.registry import Notification, Owner, OwnerGone, Registration, Registry
 from memfs.inode import RegularFile
+from memfs.pieces import run_now
 from memfs.seals import F_SEAL_GUEST
 from memfs.tree import ROOT_INO, Tree
 from memfs.units import PAGE_SIZE, ByteOffset, PageIndex, PageRange
@@ -362,6 +363,20 @@ async def test_what_an_owner_could_not_do_is_logged(
     assert guest.heard == [Fallocate(registration.id, pages(4, 5))]
     assert "could not act on Fallocate of [4, 5): Cannot allocate memory" in caplog.text
     assert registry.fenced == 0
+
+
+async def test_owner_that_answers_at_once_costs_no_turn_of_the_event_loop(
+    tree: Tree, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Guest, "at_once", True)
+    inode = await filled(tree)
+    (guest := Guest(registry)).register(inode)
+    run_now(inode.file.allocate(at(16), at(1), keep_size=False))  # raises if it waits
+    run_now(inode.file.punch(at(0), at(1)))
+    run_now(inode.file.truncate(at(8)))
+    kinds = [Fallocate, InvalidateBegin, InvalidateEnd, InvalidateBegin, InvalidateEnd]
+    assert [type(message) for message in guest.heard] == kinds
+    assert inode.file.pages == 7
 
 
 async def test_end_is_idempotent(tree: Tree, registry: Registry) -> None:
