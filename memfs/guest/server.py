@@ -66,9 +66,7 @@ from memfs.units import PAGE_SIZE
 log = logging.getLogger(__name__)
 
 _LOOK_INTERVAL: Final = 0.05  # seconds between two looks at the processes of owners that are being waited for
-_PATIENCE: Final = (
-    150e-6  #: seconds that nothing else is done when an owner is told: three times what it takes to answer
-)
+_PATIENCE: Final = 150e-6  # seconds in which nothing else is done when an owner is told: three times what it takes
 _FAREWELL: Final = 0.1  # seconds: how long we try to tell a peer that is being cut off why
 
 
