@@ -228,9 +228,10 @@ class Store:
             self._lookout.stay(min(_PATIENCE + _PATIENCE_A_PAGE * len(message.pages), _MOST_PATIENCE))
             if isinstance(message, InvalidateEnd):
                 return None
-            self._log("acknowledged", message)
             with suppress(PeerGone):  # why it has gone comes next, if it said so
-                return self._peer.reply_now(request.id, Ack())
+                rest = self._peer.reply_now(request.id, Ack())
+                self._log("acknowledged", message)
+                return rest
         return None
 
     def _log(self, what: str, message: Notification) -> None:
