@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Final, NoReturn
 
 from memfs import logs, seals
+from memfs.mountinfo import real_mountpoint
 from memfs.options import MountOptions, OptionError, RemountOptions, parse_bytes
 from memfs.units import ByteOffset
 
@@ -133,7 +134,7 @@ def _size(text: str) -> int:
 def _mount(options: argparse.Namespace) -> None:
     """Mount a memfs. Returns when the mount answers; ends with umount(8), SIGINT or SIGTERM."""
     options.parsed = MountOptions.parse(",".join(options.options))
-    options.mountpoint = os.path.realpath(options.mountpoint)
+    options.mountpoint = real_mountpoint(options.mountpoint)
     for path in ("log_file", "socket"):
         if getattr(options, path) is not None:
             setattr(options, path, os.path.abspath(getattr(options, path)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 
 def device_of_mount_id(mount_id: str, pid: str) -> str | None:
     """The device number ("major:minor") of a mount in a process's mount namespace; None if it has no such mount."""
@@ -11,9 +13,16 @@ def device_of_mount_id(mount_id: str, pid: str) -> str | None:
 def device_of_mountpoint(mountpoint: str) -> str | None:
     """The device number ("major:minor") of what is mounted on a directory, without asking the filesystem itself.
 
-    None if nothing is. `mountpoint` must be absolute and without symbolic links (os.path.realpath).
+    None if nothing is. `mountpoint` must be absolute and without symbolic links (`real_mountpoint`).
     """
     return next((fields[2] for fields in reversed(_mountinfo("self")) if _unescape(fields[4]) == mountpoint), None)
+
+
+def real_mountpoint(path: str) -> str:
+    """A path, absolute and without symbolic links (os.path.realpath), without asking what is mounted there."""
+    directory, name = os.path.split(os.path.abspath(path))
+    mountpoint = os.path.join(os.path.realpath(directory), name)
+    return mountpoint if device_of_mountpoint(mountpoint) is not None else os.path.realpath(path)
 
 
 def type_of_device(device: str) -> str | None:

@@ -11,6 +11,7 @@ import os
 import shutil
 import socket
 import subprocess
+import threading
 from typing import Final
 
 from memfs.libc import (
@@ -30,6 +31,7 @@ from memfs.options import MountOptions
 _HELPER: Final = "fusermount3"
 _FSTYPE: Final = "fuse.memfs"
 _SOURCE: Final = "memfs"
+_PATIENCE: Final = 3.0  # seconds for what is mounted already to answer
 
 
 class MountError(Exception):
@@ -68,12 +70,23 @@ def _clear_stale(mountpoint: str) -> None:
 
 
 def _is_alive(mountpoint: str) -> bool:
-    """Whether somebody serves a FUSE filesystem."""
-    try:
-        os.statvfs(mountpoint)  # stat(2) may be answered by the kernel's cache
-    except OSError as error:
-        return error.errno != errno.ENOTCONN
-    return True
+    """Whether somebody serves a FUSE filesystem. Raises MountError if somebody ought to, and does not answer."""
+    answer: list[bool] = []
+
+    def ask() -> None:
+        try:
+            os.statvfs(mountpoint)  # stat(2) may be answered by the kernel's cache
+        except OSError as error:
+            answer.append(error.errno != errno.ENOTCONN)
+        else:
+            answer.append(True)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(_PATIENCE)
+    if not answer:
+        raise MountError(f"{mountpoint}: what is mounted there does not answer (is it stopped?); unmount it first")
+    return answer[0]
 
 
 def _mount_directly(mountpoint: str, options: MountOptions) -> int:

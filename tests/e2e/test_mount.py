@@ -107,6 +107,22 @@ def test_mountpoint_that_is_none(can_mount: None, tmp_path: Path) -> None:
         assert not (tmp_path / "socket").exists()
 
 
+def test_mount_on_one_that_does_not_answer_is_refused(memfs: Memfs, tmp_path: Path) -> None:
+    (memfs.path / "file").write_text("content")
+    memfs.process.send_signal(signal.SIGSTOP)
+    try:
+        command = memfs_command("mount", memfs.path, "--socket", tmp_path / "other")
+        result = run(*command, timeout=20)
+    finally:
+        memfs.process.send_signal(signal.SIGCONT)
+    assert result.returncode == 1
+    assert result.stderr == (
+        f"memfs: {memfs.path}: what is mounted there does not answer (is it stopped?); unmount it first\n"
+    )
+    assert not (tmp_path / "other").exists()
+    assert (memfs.path / "file").read_text() == "content"
+
+
 def test_what_is_no_socket_is_not_replaced_by_one(can_mount: None, tmp_path: Path) -> None:
     important = tmp_path / "important"
     important.write_text("not a socket")
