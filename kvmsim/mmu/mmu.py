@@ -100,7 +100,7 @@ class Mmu:
         if len(gfns) == 1:
             pte = self.table.lookup(gfns.start)
             if pte and is_private(pte):
-                self.ownership.release_one(pte_pfn(pte))
+                self.ownership.release_run(pte_pfn(pte), 1)
             return
         for leaves in self.table.leaves(gfns):
             ptes = leaves.ptes[select(leaves.ptes, True)]

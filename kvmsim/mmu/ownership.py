@@ -135,12 +135,6 @@ class OwnershipTable:
             self.owned -= int(np.count_nonzero(owners[within]))
             owners[within] = 0
 
-    def release_one(self, pfn: Pfn) -> None:
-        """A frame is nobody's any more."""
-        owners, within = self._extents[pfn >> ORDER_1G], pfn & (_EXTENT - 1)
-        self.owned -= int(owners[within] != 0)
-        owners[within] = 0
-
     def owner(self, pfn: Pfn) -> tuple[int, int] | None:
         """The (VM, gfn) that a frame belongs to."""
         number, within = divmod(pfn, _EXTENT)

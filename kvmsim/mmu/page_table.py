@@ -71,12 +71,9 @@ class PageTable(Radix):
         if not flags & PTE_R or flags & (PFN_MASK | PTE_HUGE) or flags < 0:
             raise ValueError("flags that make no leaf: it must be readable, and its frame is said otherwise")
         largest = level_of_order(order)
-        table, level = self._root, self.levels
-        while level > PG_LEVEL_4K and gfns.start >> (shift := level_shift(level)) == gfns.end - 1 >> shift:
-            if len(gfns) == 1 << shift:
-                break
-            table = self._descend(table, level, entry_index(gfns.start, level))
-            level -= 1
+        table, level = self._root, self._level_of(gfns)
+        for above in range(self.levels, level, -1):
+            table = self._descend(table, above, entry_index(gfns.start, above))
         self._map(table, level, gfns.start & -level_pages(level + 1), gfns, pfn, flags, largest)
 
     def map_pages(self, gfns: Ptes, pfns: Ptes, flags: int) -> None:
@@ -254,10 +251,9 @@ class PageTable(Radix):
             level = self.levels - len(tables) + 1
             self._unmap(tables[-1], level, gfns.start & -level_pages(level + 1), gfns, private)
             while len(tables) > 1 and not self._used[tables[-1]]:
-                self._tables.give_back_one(tables.pop())
+                tables.pop()
                 level += 1
-                self._words[tables[-1] << ENTRIES_SHIFT | entry_index(gfns.start, level)] = 0
-                self._used[tables[-1]] -= 1
+                self._free_child(tables[-1], entry_index(gfns.start, level))
         return before - self.mapped
 
     def _unmap(self, table: int, level: int, base: int, gfns: GfnRange, private: bool | None) -> None:
@@ -294,9 +290,14 @@ class PageTable(Radix):
                 child = self._descend(table, level, index)
                 self._unmap(child, level - 1, start, part, private)
                 if not self._used[child]:
-                    self._tables.give_back_one(child)
-                    self._entries[table, index] = 0
-                    self._used[table] -= 1
+                    self._free_child(table, index)
+
+    def _free_child(self, table: int, index: int) -> None:
+        """Free the table under an entry, which has become empty."""
+        at = table << ENTRIES_SHIFT | index
+        self._tables.give_back_one(pte_pfn(self._words[at]))
+        self._words[at] = 0
+        self._used[table] -= 1
 
     def _unmap_whole(self, table: int, whole: range, private: bool | None) -> None:
         """Unmap what is under neighbouring entries of a table of level 2."""

@@ -192,20 +192,26 @@ class Radix:
         None if nothing of the range is there. Most ranges are small, and for those all that is said level by level
         elsewhere comes down to the last of these.
         """
-        table, last = self._root, gfns.end - 1
+        table = self._root
         tables = [table]
-        for level in range(self.levels, PG_LEVEL_4K, -1):
-            shift = level_shift(level)
-            if gfns.start >> shift != last >> shift or len(gfns) == 1 << shift:
-                break
-            entry = self._words[table << ENTRIES_SHIFT | gfns.start >> shift & (ENTRIES - 1)]
+        for level in range(self.levels, self._level_of(gfns), -1):
+            entry = self._words[table << ENTRIES_SHIFT | entry_index(gfns.start, level)]
             if not entry:
                 return []
             if entry & PTE_HUGE:
                 break
-            table = (entry & PFN_MASK) >> PAGE_SHIFT
+            table = pte_pfn(entry)
             tables.append(table)
         return tables
+
+    def _level_of(self, gfns: GfnRange) -> int:
+        """The level of the one table through which all of a range goes, as a whole entry or as more than a part of one.
+
+        That of the highest bit in which the first gfn and the last differ.
+        """
+        bits = (gfns.start ^ (gfns.end - 1)).bit_length()
+        is_entry = bits % ENTRIES_SHIFT == 0 and len(gfns) == 1 << bits
+        return min(-(-bits // ENTRIES_SHIFT) + is_entry, self.levels)
 
     def _leaves(self, table: int, level: int, base: int, gfns: GfnRange) -> Iterator[Leaves]:
         first, last = entries_of(gfns, base, level)
