@@ -222,8 +222,7 @@ class Peer:
             try:
                 if not is_reply(self._socket.peek_within(deadline - time.perf_counter(), HEADER_SIZE)):
                     return
-                reach_at_once(Point.BEFORE_RECEIVE)
-                received = self._accept(self._socket.recvmsg_now(*_RECVMSG))
+                received = self._receive()
             except (ConnectionError, trio.ClosedResourceError):  # `serve` will see that, too
                 return
             except (RemoteProtocolError, PeerGone) as error:
