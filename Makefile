@@ -33,10 +33,11 @@ fuzz: $(STAMP) ## Feed what others control with anything at all for long (MINUTE
 	@$(BIN)/pip install --quiet --disable-pip-version-check 'atheris>=3' || echo "no atheris for this Python: with hypothesis"
 	$(BIN)/python -m tests.fuzz --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED))
 
-lint: $(STAMP) ## ruff and mypy --strict
+lint: $(STAMP) ## ruff, mypy --strict, and who may import whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 clean: ## Remove what the other targets made
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis bench/out

@@ -32,8 +32,8 @@ from bench.harness import BenchError, Row, Run, Sample, alone, compare, measure,
 from bench.owner import add_slot, make_files
 from kvmsim.mmu.fault import Access
 from kvmsim.vm import VM, create_vm
-from memfs.libc import fallocate
-from memfs.units import PAGE_SIZE, Gfn, GfnRange
+from memfs.contract.sys.libc import fallocate
+from memfs.contract.units import PAGE_SIZE, Gfn, GfnRange
 
 _SIZE: Final = "size=4g,nr_inodes=100k"
 _GIB: Final = 1 << 18  # pages

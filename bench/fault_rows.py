@@ -17,11 +17,11 @@ import trio
 
 from bench.harness import Row, Run, Sample, memfs, now
 from kvmsim.engines.trace import TraceEngine
-from kvmsim.trace_file import Trace
+from kvmsim.engines.trace_file import Trace
 from kvmsim.vcpu import VCPU
 from kvmsim.vm import create_vm
-from kvmsim.vmm import Vmm, open_memory
-from memfs.units import PAGE_SIZE, Gfn, GfnRange
+from kvmsim.vmm.vmm import Vmm, open_memory
+from memfs.contract.units import PAGE_SIZE, Gfn, GfnRange
 
 _TARGET: Final = 20.0  # million accesses a second
 _SECONDS: Final = 2.0  # for each measurement, the first pass included

@@ -21,13 +21,13 @@ import numpy as np
 import trio
 
 from bench.harness import Row, Run, Sample, measure, now
-from kvmsim.memslots import Memslot
 from kvmsim.mmu.page_table import PageTable
 from kvmsim.mmu.pte import PTE_RWX
+from kvmsim.slots.memslots import Memslot
 from kvmsim.uapi import KVM_MEM_FD, KVM_USER_MEM_SLOTS, UserspaceMemoryRegion
 from kvmsim.vm import VM
-from memfs.guest.messages import FileId, InvalidateBegin, InvalidateEnd
-from memfs.units import ORDER_1G, PAGE_SIZE, ByteOffset, Gfn, GfnRange, Gpa, PageIndex, PageRange, Pfn
+from memfs.contract.protocol.messages import FileId, InvalidateBegin, InvalidateEnd
+from memfs.contract.units import ORDER_1G, PAGE_SIZE, ByteOffset, Gfn, GfnRange, Gpa, PageIndex, PageRange, Pfn
 
 _GIB: Final = 1 << ORDER_1G  # in pages
 _RESIDENT: Final = 16 * _GIB
@@ -100,7 +100,7 @@ def _ranges(run: Run) -> Iterator[Row]:
 _SIZE_PROGRAM: Final = """
 import sys
 from kvmsim.mmu.page_table import PageTable
-from memfs.units import GfnRange
+from memfs.contract.units import GfnRange
 def rss():
     with open("/proc/self/status") as lines:
         return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))

@@ -18,9 +18,9 @@ import trio
 
 from kvmsim.uapi import KVM_MEM_FD, UserspaceMemoryRegion
 from kvmsim.vm import VM, create_vm
-from memfs.guest.messages import FileId
-from memfs.libc import fallocate
-from memfs.units import PAGE_SIZE, ByteOffset, Gpa
+from memfs.contract.protocol.messages import FileId
+from memfs.contract.sys.libc import fallocate
+from memfs.contract.units import PAGE_SIZE, ByteOffset, Gpa
 
 SEAL = "user.memfs.seals"
 

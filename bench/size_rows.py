@@ -12,8 +12,8 @@ from typing import Final
 
 from bench.conversion_rows import owner
 from bench.harness import Row, Run, compare, measure, memfs, now, placements, tmpfs, work
-from memfs.libc import fallocate
-from memfs.units import PAGE_SIZE
+from memfs.contract.sys.libc import fallocate
+from memfs.contract.units import PAGE_SIZE
 
 NAMES: Final = {"convert": "convert there and back: ", "sparse": "punch a file of which one page is there: "}
 SIZES: Final = {

@@ -20,18 +20,18 @@ import trio
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from kvmsim.backing import Notification, StoreGone, socket_of
 from kvmsim.engines.trace import IntegrityError, TraceEngine
-from kvmsim.memslots import Memslot
-from kvmsim.picture import draw
-from kvmsim.store import Notification, StoreGone, socket_of
-from kvmsim.trace_file import Trace, TraceError, read_lackey
+from kvmsim.engines.trace_file import Trace, TraceError, read_lackey
+from kvmsim.memory_map import draw
+from kvmsim.slots.memslots import Memslot
 from kvmsim.uapi import PreFaultMemory
 from kvmsim.vcpu import VCPU
 from kvmsim.vm import VM, create_vm
-from kvmsim.vmm import UnhandledExit, Vmm, open_memory
-from memfs import logs
-from memfs.options import parse_size
-from memfs.units import PAGE_SIZE, Gfn, GfnRange, Gpa, bytes_to_pages, gpa_to_gfn, is_page_aligned
+from kvmsim.vmm.vmm import UnhandledExit, Vmm, open_memory
+from memfs.contract import logs
+from memfs.contract.sizes import parse_size
+from memfs.contract.units import PAGE_SIZE, Gfn, GfnRange, Gpa, bytes_to_pages, gpa_to_gfn, is_page_aligned
 
 DEFAULT_TRACE: Final = "sort"
 

@@ -14,7 +14,7 @@ from kvmsim.uapi import (
     KVM_EXIT_MMIO,
     KVM_MEMORY_EXIT_FLAG_PRIVATE,
 )
-from memfs.units import Gpa
+from memfs.contract.units import Gpa
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from kvmsim.exits import Exit
 from kvmsim.mmu.prefault import prefault
 from kvmsim.mmu.tlb import Tlb
 from kvmsim.uapi import PreFaultMemory
-from memfs.units import GfnRange, Gpa, gpa_to_gfn, is_page_aligned, pages_to_bytes
+from memfs.contract.units import GfnRange, Gpa, gpa_to_gfn, is_page_aligned, pages_to_bytes
 
 if TYPE_CHECKING:
     from kvmsim.vm import VM

@@ -27,9 +27,8 @@ import numpy as np
 import numpy.typing as npt
 import trio
 
-from kvmsim.dirty import Bitmap, DirtyLog, runs
+from kvmsim.backing import Notification, Store, StoreFile, StoreGone, connect
 from kvmsim.exits import Exit
-from kvmsim.memslots import AddressSpace, Memslot
 from kvmsim.mmu.batch import fault_in_private, fault_in_shared
 from kvmsim.mmu.fault import Access, handle_fault, map_gfns, map_known
 from kvmsim.mmu.fault_around import DEFAULT_PAGES, FaultAround
@@ -37,8 +36,9 @@ from kvmsim.mmu.mmu import Mmu
 from kvmsim.mmu.ownership import OwnershipTable, OwnershipViolation
 from kvmsim.mmu.page_table import PageTable
 from kvmsim.mmu.pte import is_private, level_pages, pte_pfn
-from kvmsim.slot_rules import Change, check_files, check_reach, check_region, gfn_range
-from kvmsim.store import Notification, Store, StoreFile, StoreGone, connect
+from kvmsim.slots.dirty import Bitmap, DirtyLog, runs
+from kvmsim.slots.memslots import AddressSpace, Memslot
+from kvmsim.slots.rules import Change, check_files, check_reach, check_region, gfn_range
 from kvmsim.uapi import (
     KVM_MAX_VCPU_ID,
     KVM_MEM_FD,
@@ -48,8 +48,8 @@ from kvmsim.uapi import (
 )
 from kvmsim.vcpu import VCPU, Engine
 from kvmsim.vm_type import VmType
-from memfs.guest.messages import Fallocate, FileId, InvalidateBegin, InvalidateEnd
-from memfs.units import Gfn, GfnRange, Gpa, PageRange, gfn_to_gpa, gpa_to_gfn
+from memfs.contract.protocol.messages import Fallocate, FileId, InvalidateBegin, InvalidateEnd
+from memfs.contract.units import Gfn, GfnRange, Gpa, PageRange, gfn_to_gpa, gpa_to_gfn
 
 #: Told of each notification, slot by slot, after it has been acted upon; `private`: it is about private memory
 Listener = Callable[[Notification, Memslot, GfnRange, bool], None]

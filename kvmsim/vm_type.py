@@ -12,7 +12,7 @@ from __future__ import annotations
 import enum
 import errno
 
-from memfs.units import Gpa
+from memfs.contract.units import Gpa
 
 
 class VmType(enum.Enum):

@@ -1,5 +1,5 @@
 """`python -m memfs`."""
 
-from memfs.cli import main
+from memfs.cli.main import main
 
 main()

@@ -1,7 +1,7 @@
 """One mounted memfs: puts the parts together, runs them, and takes them apart again, whichever way it ends.
 
     kernel -- Channel -- Names, Requests ----------\\
-                  \\----- pyfuse3 -- Operations ----- Tree, Handles, File -- Backing
+                  \\----- pyfuse3 -- Operations ----- Tree, OpenFiles, File -- Backing
     owners -- Server -- Registry ------------------/
 
 It ends when the filesystem is unmounted (the kernel closes the channel) or on SIGINT or SIGTERM (we unmount). In both
@@ -26,28 +26,28 @@ import pyfuse3
 import trio
 
 from memfs import privileges
-from memfs.attributes import Attributes, Control
-from memfs.backing import Backing, open_backing
-from memfs.file import File
+from memfs.contract.logs import fields
+from memfs.contract.sys.mountinfo import device_of_mountpoint
+from memfs.contract.units import SECTORS_PER_PAGE, pages_to_bytes
 from memfs.fuse.channel import Channel
 from memfs.fuse.mount import MountError, mount_fuse, unmount_fuse
 from memfs.fuse.names import Names
 from memfs.fuse.observers import Observers
+from memfs.fuse.operations import Operations
 from memfs.fuse.passthrough import Passthrough, Wanted
 from memfs.fuse.requests import Requests
-from memfs.guest.clients import Clients
-from memfs.guest.registry import Registry
-from memfs.guest.server import Server
-from memfs.handles import Handles
-from memfs.inode import Ino
-from memfs.listener import listening
-from memfs.logs import fields
-from memfs.mountinfo import device_of_mountpoint
-from memfs.operations import Operations
 from memfs.options import MountOptions, RemountOptions
-from memfs.seals import format_seals
-from memfs.tree import Tree
-from memfs.units import SECTORS_PER_PAGE, pages_to_bytes
+from memfs.owners.admission import Clients
+from memfs.owners.listener import listening
+from memfs.owners.registry import Registry
+from memfs.owners.server import Server
+from memfs.store.backing import Backing, open_backing
+from memfs.store.file import File
+from memfs.store.seals import format_seals
+from memfs.tree.inode import Ino
+from memfs.tree.open_files import OpenFiles
+from memfs.tree.tree import Tree
+from memfs.tree.xattrs import Control, Xattrs
 
 log = logging.getLogger(__name__)
 #: what SIGUSR1 asks for is logged at whatever level
@@ -110,9 +110,9 @@ class _Memfs:
         self._backing: Final = backing
         self._passthrough: Final = passthrough
         self._tree: Final = Tree(self._new_file, options.nr_inodes, options.mode, options.uid, options.gid)
-        self._handles: Final = Handles(self._tree, passthrough)
+        self._handles: Final = OpenFiles(self._tree, passthrough)
         control = Control(settings.socket_path, self.describe_in, self.remount)
-        self._attributes: Final = Attributes(self._tree, control)
+        self._attributes: Final = Xattrs(self._tree, control)
         self._registry: Final = Registry(self._tree, options.notify_timeout)
         self._clients: Final = Clients(options.socket_mode, options.socket_group)
 
@@ -142,7 +142,7 @@ class _Memfs:
                 nursery.start_soon(channel.run, unmounted.set)
                 nursery.start_soon(self._unmount_on_signal, unmounted, server)
                 nursery.start_soon(self._log_state_on_signal)
-                nursery.start_soon(self._backing.freeing.run)
+                nursery.start_soon(self._backing.reaper.run)
                 nursery.start_soon(self._end, unmounted, server, nursery.cancel_scope)
                 await initialized.wait()
                 if self._passthrough.wanted is Wanted.ON and not self._passthrough.in_force:
@@ -151,7 +151,7 @@ class _Memfs:
                     nursery.start_soon(server.run)
                     ready()
         finally:
-            self._handles.backing_numbers = None
+            self._handles.backing_ids = None
             pyfuse3.terminate()
             pyfuse3.close(unmount=False)
             channel.close()

@@ -15,51 +15,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from memfs.units import PAGE_SIZE, pages_to_bytes
-
-_SUFFIXES: Final = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+from memfs.contract.sizes import SUFFIXES, parse_size, total_ram
+from memfs.contract.units import PAGE_SIZE
 
 
 class OptionError(ValueError):
     """A mount option that cannot be; the sentence names it."""
 
 
-def total_ram() -> int:
-    """The machine's memory in bytes."""
-    return pages_to_bytes(os.sysconf("SC_PHYS_PAGES")) * (os.sysconf("SC_PAGE_SIZE") // PAGE_SIZE)
-
-
-def parse_size(text: str) -> int:
-    """A size in bytes: a number with k, m, g, t, or % of the machine's memory; rounded up to whole pages.
-
-    >>> parse_size("64m")
-    67108864
-
-    Raises ValueError, also for 0.
-    """
-    nbytes = parse_bytes(text)
-    if not nbytes:
-        raise ValueError("not a size that memory can have")
-    return (nbytes + PAGE_SIZE - 1) // PAGE_SIZE * PAGE_SIZE
-
-
-def parse_bytes(text: str) -> int:
-    """A number of bytes, written like a size. Raises ValueError."""
-    match = re.fullmatch(r"(\d+)([kmgt%]?)", text.lower())
-    if not match:
-        raise ValueError("not a size; give bytes, or a number with k, m, g, t or %")
-    number, suffix = int(match[1]), match[2]
-    nbytes = total_ram() * number // 100 if suffix == "%" else number * _SUFFIXES[suffix]
-    if nbytes >= 1 << 62:
-        raise ValueError("not a size that memory can have")
-    return nbytes
-
-
 def _parse_count(text: str) -> int:
     match = re.fullmatch(r"(\d+)([kmg]?)", text.lower())
     if not match or int(match[1]) == 0:
         raise ValueError("not a positive number")
-    return int(match[1]) * _SUFFIXES[match[2]]
+    return int(match[1]) * SUFFIXES[match[2]]
 
 
 def _parse_seconds(text: str) -> float:

@@ -20,7 +20,7 @@ from typing import Any, Final, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from memfs.units import PAGE_SHIFT, PAGE_SIZE, Gfn, offset_in_page
+from memfs.contract.units import PAGE_SHIFT, PAGE_SIZE, Gfn, offset_in_page
 
 MIXER: Final = 0x9E3779B97F4A7C15  # odd, so that no two stores within 2**64 write the same 8 bytes
 MASK: Final = (1 << 64) - 1

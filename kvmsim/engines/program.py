@@ -22,7 +22,7 @@ from kvmsim.mmu.fault import Access
 from kvmsim.mmu.pte import PTE_A, PTE_D, PTE_W, is_private, pte_pfn
 from kvmsim.uapi import KVM_HC_MAP_GPA_RANGE, KVM_MAP_GPA_RANGE_ENCRYPTED
 from kvmsim.vcpu import VCPU
-from memfs.units import PAGE_SIZE, Gpa, gfn_to_gpa, offset_in_page
+from memfs.contract.units import PAGE_SIZE, Gpa, gfn_to_gpa, offset_in_page
 
 
 @dataclass(frozen=True, slots=True)

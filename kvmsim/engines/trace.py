@@ -25,19 +25,19 @@ from typing import Final
 import numpy as np
 import trio
 
+from kvmsim.backing import Notification
 from kvmsim.engines.plan import Plan, stored_value
+from kvmsim.engines.trace_file import Trace
 from kvmsim.exits import HALT, Exit
-from kvmsim.memslots import Memslot
 from kvmsim.mmu.fault import Access
 from kvmsim.mmu.pte import PTE_A, PTE_D, PTE_W, is_private, pte_pfn
 from kvmsim.mmu.tlb import Tlb
-from kvmsim.store import Notification
-from kvmsim.trace_file import Trace
+from kvmsim.slots.memslots import Memslot
 from kvmsim.vcpu import VCPU
 from kvmsim.vm import VM
-from memfs.guest.extents import data_pages
-from memfs.guest.messages import InvalidateBegin
-from memfs.units import (
+from memfs.contract.protocol.messages import InvalidateBegin
+from memfs.contract.sparse import data_pages
+from memfs.contract.units import (
     PAGE_SHIFT,
     PAGE_SIZE,
     Gfn,

@@ -19,15 +19,15 @@ import numpy.typing as npt
 import trio
 
 from kvmsim.arrays import at_numbers, distinct, firsts
-from kvmsim.memslots import Memslot
+from kvmsim.backing import StoreGone
 from kvmsim.mmu.fault import map_gfns
 from kvmsim.mmu.mmu import Mmu
 from kvmsim.mmu.pte import PTE_PRIVATE, PTE_R, PTE_W, Ptes
-from kvmsim.store import StoreGone
-from memfs.guest.frames import cut_at
-from memfs.guest.messages import PfnRun
-from memfs.guest.page_map import ABSENT
-from memfs.units import ORDER_1G, ORDER_2M, ByteOffset, Gfn, GfnRange, PageIndex, PageRange, Pfn, page_ceil
+from kvmsim.slots.memslots import Memslot
+from memfs.contract.frame_numbers import cut_at
+from memfs.contract.page_map import ABSENT
+from memfs.contract.protocol.messages import PfnRun
+from memfs.contract.units import ORDER_1G, ORDER_2M, ByteOffset, Gfn, GfnRange, PageIndex, PageRange, Pfn, page_ceil
 
 Gfns = npt.NDArray[np.int64]
 

@@ -22,15 +22,15 @@ from dataclasses import dataclass
 
 import trio
 
+from kvmsim.backing import StoreFile, StoreGone
 from kvmsim.exits import Exit, MemoryErrorExit, MmioExit
-from kvmsim.hva import Mapping, find_mapping, local_pfn, open_mapped_file
-from kvmsim.memslots import AddressSpace, Memslot, Window
 from kvmsim.mmu.mmu import Mmu
 from kvmsim.mmu.ownership import OwnershipViolation
-from kvmsim.store import StoreFile, StoreGone
+from kvmsim.slots.hva import Mapping, find_mapping, local_pfn, open_mapped_file
+from kvmsim.slots.memslots import AddressSpace, Memslot, Window
 from kvmsim.uapi import KVM_EXIT_MEM_MAP_PRIVATE, KVM_EXIT_MEM_MAP_SHARED
-from memfs.guest.messages import PfnReply, PfnRun
-from memfs.units import (
+from memfs.contract.protocol.messages import PfnReply, PfnRun
+from memfs.contract.units import (
     ORDER_1G,
     ORDER_2M,
     ORDER_4K,

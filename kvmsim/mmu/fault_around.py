@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from memfs.units import ORDER_2M, ByteOffset, Gfn, GfnRange, page_ceil
+from memfs.contract.units import ORDER_2M, ByteOffset, Gfn, GfnRange, page_ceil
 
 if TYPE_CHECKING:
-    from kvmsim.memslots import Memslot
     from kvmsim.mmu.invalidate import InvalidationState
+    from kvmsim.slots.memslots import Memslot
 
 DEFAULT_PAGES: Final = 16
 _MOST_PAGES: Final = 1 << ORDER_2M

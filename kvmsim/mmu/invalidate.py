@@ -37,7 +37,7 @@ from collections.abc import Hashable
 
 import trio
 
-from memfs.units import GfnRange
+from memfs.contract.units import GfnRange
 
 
 class InvalidationState:

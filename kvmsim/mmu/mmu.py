@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvmsim.memslots import Memslot, Memslots
+from kvmsim.backing import Store
 from kvmsim.mmu.fault_around import FaultAround
-from kvmsim.mmu.frames import FrameMap
+from kvmsim.mmu.frame_map import FrameMap
 from kvmsim.mmu.invalidate import InvalidationState
 from kvmsim.mmu.ownership import OwnershipTable
 from kvmsim.mmu.page_table import PageTable
 from kvmsim.mmu.pte import PTE_PRIVATE, PTE_R, PTE_W, PTE_X, is_private, level_pages, pte_pfn, select
 from kvmsim.mmu.tlb import Tlb
-from kvmsim.store import Store
-from memfs.units import Gfn, GfnRange, Pfn
+from kvmsim.slots.memslots import Memslot, Memslots
+from memfs.contract.units import Gfn, GfnRange, Pfn
 
 
 @dataclass(slots=True)

@@ -4,8 +4,8 @@ A private frame belongs to one guest frame of one VM, until it is unmapped there
 is refused, and that is counted: in this system it cannot happen unless the store breaks its promise, which is exactly
 what such a table is for, since a confidential guest does not believe the host's software.
 
-The table is as sparse as memory: frames lie in extents of 1 GiB (memfs/guest/frames.py), and an extent's owners are one
-array. There is one table for each memfs; VMs on the same one that are simulated in one process share it.
+The table is as sparse as memory: frames lie in extents of 1 GiB (memfs.contract.frame_numbers), and an extent's owners
+are one array. There is one table for each memfs; VMs on the same one that are simulated in one process share it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from kvmsim.arrays import firsts
 from kvmsim.mmu.pte import PFN_MASK, Ptes
-from memfs.units import ORDER_1G, PAGE_SHIFT, Gfn, GfnRange, Pfn
+from memfs.contract.units import ORDER_1G, PAGE_SHIFT, Gfn, GfnRange, Pfn
 
 _EXTENT: Final = 1 << ORDER_1G
 _VM_SHIFT: Final = 48  # an owner is vm << 48 | gfn; 0 is nobody, since VMs count from 1
@@ -32,7 +32,7 @@ class OwnershipViolation(Exception):
 class OwnershipTable:
     """Owners of private frames.
 
-    >>> from memfs.units import Gfn
+    >>> from memfs.contract.units import Gfn
     >>> table = OwnershipTable()
     >>> vm, other = table.new_vm(), table.new_vm()
     >>> table.assign(vm, GfnRange(Gfn(0), Gfn(4)), Pfn(100))

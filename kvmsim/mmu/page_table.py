@@ -40,7 +40,7 @@ from kvmsim.mmu.pte import (
 )
 from kvmsim.mmu.radix import Radix, entries_of, present
 from kvmsim.mmu.tables import Numbers
-from memfs.units import PAGE_SHIFT, Gfn, GfnRange, Pfn
+from memfs.contract.units import PAGE_SHIFT, Gfn, GfnRange, Pfn
 
 
 class PageTable(Radix):

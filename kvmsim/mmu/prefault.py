@@ -14,13 +14,13 @@ from typing import Final
 import numpy as np
 
 from kvmsim.exits import MmioExit
-from kvmsim.memslots import Memslot
 from kvmsim.mmu.batch import fault_in_private, fault_in_shared
 from kvmsim.mmu.fault import Access, handle_fault
 from kvmsim.mmu.mmu import Mmu
 from kvmsim.mmu.ownership import OwnershipViolation
-from memfs.guest.page_map import ALLOCATED
-from memfs.units import Gfn, GfnRange
+from kvmsim.slots.memslots import Memslot
+from memfs.contract.page_map import ALLOCATED
+from memfs.contract.units import Gfn, GfnRange
 
 _AT_ONCE: Final = 1 << 12  # pages: a turn of the event loop in between, and not too much to do again when interrupted
 

@@ -18,7 +18,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from memfs.units import PAGE_SHIFT, Gfn, Pfn
+from memfs.contract.units import PAGE_SHIFT, Gfn, Pfn
 
 PTE_R: Final = 1 << 0
 PTE_W: Final = 1 << 1

@@ -36,7 +36,7 @@ from kvmsim.mmu.pte import (
     select,
 )
 from kvmsim.mmu.tables import NULL_TABLE, Tables
-from memfs.units import PAGE_SHIFT, Gfn, GfnRange
+from memfs.contract.units import PAGE_SHIFT, Gfn, GfnRange
 
 _BLOCK: Final = 8192  # gfns translated at a time: their intermediate arrays stay in the cache
 

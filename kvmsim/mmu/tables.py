@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvmsim.mmu.pte import ENTRIES, Ptes
-from memfs.units import PAGE_SIZE
+from memfs.contract.units import PAGE_SIZE
 
 MAX_TABLES: Final = 1 << 23  #: enough for the 2**31 - 1 pages of the largest memslot, twice
 NULL_TABLE: Final = 0

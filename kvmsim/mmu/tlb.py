@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Final, Generic, TypeVar
 
-from memfs.units import Gfn, GfnRange
+from memfs.contract.units import Gfn, GfnRange
 
 TLB_ENTRIES: Final = 1536  #: as many as the second-level TLB of a Skylake core has
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pyfuse3
 
-from memfs.fuse.wire import Request
+from memfs.fuse.abi import Request
 
 
 def in_group_or_capable(request: Request, gid: int) -> bool:

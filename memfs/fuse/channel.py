@@ -34,7 +34,8 @@ from typing import Any, Final
 
 import trio
 
-from memfs.fuse.wire import (
+from memfs.contract.logs import fields, working_on
+from memfs.fuse.abi import (
     BUFFER_SIZE,
     IN_HEADER,
     INTERRUPT_IN,
@@ -46,7 +47,6 @@ from memfs.fuse.wire import (
     invalidate_attributes,
     unpack,
 )
-from memfs.logs import fields, working_on
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ import subprocess
 import threading
 from typing import Final
 
-from memfs.libc import (
+from memfs.contract.sys.libc import (
     MNT_DETACH,
     MS_NOATIME,
     MS_NODEV,
@@ -25,7 +25,7 @@ from memfs.libc import (
     mount,
     umount,
 )
-from memfs.mountinfo import device_of_mountpoint, type_of_device
+from memfs.contract.sys.mountinfo import device_of_mountpoint, type_of_device
 from memfs.options import MountOptions
 
 _HELPER: Final = "fusermount3"

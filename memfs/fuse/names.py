@@ -24,12 +24,7 @@ import stat
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
-from memfs import protection
-from memfs.attributes import Attributes
-from memfs.backing import Backing
-from memfs.fuse.caller import in_group_or_capable
-from memfs.fuse.channel import Handler
-from memfs.fuse.wire import (
+from memfs.fuse.abi import (
     BATCH_FORGET_IN,
     CREATE_IN,
     FOPEN_DIRECT_IO,
@@ -54,15 +49,20 @@ from memfs.fuse.wire import (
     reply,
     unpack,
 )
-from memfs.handles import Access, Handles
-from memfs.inode import RegularFile
-from memfs.tree import Tree
+from memfs.fuse.caller import in_group_or_capable
+from memfs.fuse.channel import Handler
+from memfs.store.backing import Backing
+from memfs.tree import inode_flags
+from memfs.tree.inode import RegularFile
+from memfs.tree.open_files import Access, OpenFiles
+from memfs.tree.tree import Tree
+from memfs.tree.xattrs import Xattrs
 
 
 class Names:
     """The channel's handlers for names and handles. They raise OSError; the channel makes replies of that."""
 
-    def __init__(self, tree: Tree, handles: Handles, attributes: Attributes, backing: Backing) -> None:
+    def __init__(self, tree: Tree, handles: OpenFiles, attributes: Xattrs, backing: Backing) -> None:
         self._tree: Final = tree
         self._handles: Final = handles
         self._attributes: Final = attributes
@@ -155,7 +155,7 @@ class Names:
     def _open(self, request: Request) -> bytes | Coroutine[Any, Any, bytes]:
         flags, open_flags = unpack(OPEN_IN, request.body)
         inode = self._tree.regular(request.nodeid)
-        protection.check_open(inode, flags)
+        inode_flags.check_open(inode, flags)
         if open_flags & FUSE_OPEN_KILL_SUIDGID:
             inode.kill_suidgid(in_group=in_group_or_capable(request, inode.gid))
         if flags & os.O_TRUNC:
@@ -165,9 +165,9 @@ class Names:
         return reply(request.unique, self._opened(inode, flags))
 
     def _is_room_coming(self) -> bool:
-        """Whether more is being freed than there is: then who opens a file to write to waits for that (freeing.py)."""
-        freeing = self._backing.freeing
-        return not freeing.is_idle and freeing.pages > self._backing.free_pages
+        """Whether more is being freed than there is: then who opens a file to write to waits for that (reaper.py)."""
+        reaper = self._backing.reaper
+        return not reaper.is_idle and reaper.pages > self._backing.free_pages
 
     def _with_room(self, request: Request, make: Callable[[Request], bytes]) -> bytes | Coroutine[Any, Any, bytes]:
         """Make and open a file, if room is coming when it is there."""
@@ -176,28 +176,28 @@ class Names:
         kept = dataclasses.replace(request, body=memoryview(bytes(request.body)))
 
         async def make_later() -> bytes:
-            await self._backing.freeing.settled()
+            await self._backing.reaper.settled()
             return make(kept)
 
         return make_later()
 
     async def _wait_and_open(self, unique: int, inode: RegularFile, flags: int) -> bytes:
         with self._tree.holding(inode):  # it may be unlinked meanwhile
-            await self._backing.freeing.settled()
+            await self._backing.reaper.settled()
             return reply(unique, self._opened(inode, flags))
 
     async def _truncate_and_open(self, unique: int, inode: RegularFile, flags: int) -> bytes:
         with self._tree.holding(inode):
             await inode.file.truncate(0)
             if self._is_room_coming():
-                await self._backing.freeing.settled()
+                await self._backing.reaper.settled()
             return reply(unique, self._opened(inode, flags))
 
     def _opened(self, inode: RegularFile, flags: int) -> bytes:
         fh, handle = self._handles.open_file(inode, flags)
         if handle.access is Access.PASSTHROUGH:
-            assert inode.file.backing_number is not None
-            return OPEN_OUT.pack(fh, FOPEN_PASSTHROUGH | FOPEN_NOFLUSH, inode.file.backing_number)
+            assert inode.file.backing_id is not None
+            return OPEN_OUT.pack(fh, FOPEN_PASSTHROUGH | FOPEN_NOFLUSH, inode.file.backing_id)
         if handle.access is Access.DIRECT:
             return OPEN_OUT.pack(fh, FOPEN_DIRECT_IO | FOPEN_NOFLUSH, 0)
         # What the page cache holds is true unless an owner may have written behind its back.

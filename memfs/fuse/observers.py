@@ -13,11 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from memfs import protection
-from memfs.fuse.caller import in_group_or_capable
-from memfs.fuse.channel import Amendment, Observer
-from memfs.fuse.passthrough import Passthrough
-from memfs.fuse.wire import (
+from memfs.contract.units import PAGE_SIZE, bytes_to_pages
+from memfs.fuse.abi import (
     BUFFER_SIZE,
     FATTR_KILL_SUIDGID,
     FUSE_DONT_MASK,
@@ -35,8 +32,11 @@ from memfs.fuse.wire import (
     Request,
     unpack,
 )
-from memfs.tree import Tree
-from memfs.units import PAGE_SIZE, bytes_to_pages
+from memfs.fuse.caller import in_group_or_capable
+from memfs.fuse.channel import Amendment, Observer
+from memfs.fuse.passthrough import Passthrough
+from memfs.tree import inode_flags
+from memfs.tree.tree import Tree
 
 _HEADROOM: Final = 4096  # bytes: what a WRITE or READ has beside its data
 _FATTR_NOT_TIMES: Final = 0xF  # mode, uid, gid, size
@@ -81,9 +81,9 @@ class Observers:
         (valid,) = unpack(SETATTR_VALID, request.body)
         inode = self._tree.inode(request.nodeid)
         if valid & _FATTR_TO_NOW == _FATTR_TO_NOW and not valid & _FATTR_NOT_TIMES:
-            protection.check_touch(inode)
+            inode_flags.check_touch(inode)
         elif valid & (_FATTR_NOT_TIMES | _FATTR_TO_NOW):
-            protection.check_change(inode)
+            inode_flags.check_change(inode)
         if valid & FATTR_KILL_SUIDGID or not valid & ~_FATTR_FH_AND_LOCKOWNER:
             self._kill_suidgid(request)
 

@@ -4,9 +4,9 @@ Since Linux 6.9 a FUSE server with CAP_SYS_ADMIN may register a backing file on 
 number (FOPEN_PASSTHROUGH). From then on that handle never asks the server for content.
 
 While such a handle or a mapping made through it lives, the kernel refuses (EIO) every other open of the inode that is
-not answered with the same backing. So one rule decides for an inode, in `handles.py`: as its open handles have it. The
-number is registered with the first handle and unregistered with the last: a number forgotten would pin the backing
-inode's memory.
+not answered with the same backing. So one rule decides for an inode, in `tree/open_files.py`: as its open handles have
+it. The number is registered with the first handle and unregistered with the last: a number forgotten would pin the
+backing inode's memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import os
 import struct
 from typing import Final
 
-from memfs.fuse.wire import BACKING_MAP, FUSE_DEV_IOC_BACKING_CLOSE, FUSE_DEV_IOC_BACKING_OPEN
+from memfs.fuse.abi import BACKING_MAP, FUSE_DEV_IOC_BACKING_CLOSE, FUSE_DEV_IOC_BACKING_OPEN
 
 log = logging.getLogger(__name__)
 

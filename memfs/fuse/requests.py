@@ -9,11 +9,11 @@ import struct
 from collections.abc import Coroutine
 from typing import Any, Final
 
-from memfs import protection, seals
-from memfs.file import File
-from memfs.fuse import wire
-from memfs.fuse.channel import Handler
-from memfs.fuse.wire import (
+from memfs.contract.logs import fields
+from memfs.contract.sys.libc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
+from memfs.contract.units import MAX_OFFSET, ByteOffset
+from memfs.fuse import abi
+from memfs.fuse.abi import (
     FALLOCATE_IN,
     IOCTL_IN,
     IOCTL_OUT,
@@ -25,25 +25,26 @@ from memfs.fuse.wire import (
     reply,
     unpack,
 )
-from memfs.handles import Handles, OpenFile
-from memfs.libc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
-from memfs.logs import fields
-from memfs.tree import Tree
-from memfs.units import MAX_OFFSET, ByteOffset
+from memfs.fuse.channel import Handler
+from memfs.store import seals
+from memfs.store.file import File
+from memfs.tree import inode_flags
+from memfs.tree.open_files import OpenFile, OpenFiles
+from memfs.tree.tree import Tree
 
 log = logging.getLogger(__name__)
 
 _U32: Final = struct.Struct("=I")
 _FSXATTR: Final = struct.Struct("=I24x")  # struct fsxattr: xflags; extent sizes, projects
 #: FS_IMMUTABLE_FL, FS_APPEND_FL, FS_NODUMP_FL and FS_NOATIME_FL, and the same as FS_XFLAG_*
-_XFLAGS: Final = {protection.FS_IMMUTABLE_FL: 0x8, protection.FS_APPEND_FL: 0x10, 0x40: 0x80, 0x80: 0x40}
+_XFLAGS: Final = {inode_flags.FS_IMMUTABLE_FL: 0x8, inode_flags.FS_APPEND_FL: 0x10, 0x40: 0x80, 0x80: 0x40}
 _PUNCH: Final = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 
 
 class Requests:
     """The channel's handlers. They raise OSError; the channel makes replies of that."""
 
-    def __init__(self, tree: Tree, handles: Handles) -> None:
+    def __init__(self, tree: Tree, handles: OpenFiles) -> None:
         self._tree: Final = tree
         self._handles: Final = handles
         self.handlers: Final[dict[int, Handler]] = {
@@ -65,7 +66,7 @@ class Requests:
         if offset + length > MAX_OFFSET:
             raise OSError(errno.EFBIG, f"{length} bytes from {offset} on")
         inode = self._handles.file(fh).inode
-        protection.check_fallocate(inode, mode)
+        inode_flags.check_fallocate(inode, mode)
         file = inode.file
         if log.isEnabledFor(logging.INFO):
             said = fields(ino=inode.ino, mode=mode, offset=offset, length=length, pid=request.pid, uid=request.uid)
@@ -99,13 +100,13 @@ class Requests:
                     raise OSError(errno.EPERM, "not open for writing")
                 (bits,) = unpack(_U32, data)
                 return self._add_seals(handle, bits, request.unique)
-            case wire.FS_IOC_GETFLAGS if out_size >= _U32.size:
+            case abi.FS_IOC_GETFLAGS if out_size >= _U32.size:
                 return _ioctl_reply(request.unique, _U32.pack(self._tree.inode(request.nodeid).flags))
-            case wire.FS_IOC_SETFLAGS:
+            case abi.FS_IOC_SETFLAGS:
                 (flags,) = unpack(_U32, data)
                 self._set_flags(request.nodeid, flags)
                 return _ioctl_reply(request.unique)
-            case wire.FS_IOC_FSGETXATTR if out_size >= _FSXATTR.size:
+            case abi.FS_IOC_FSGETXATTR if out_size >= _FSXATTR.size:
                 flags = self._tree.inode(request.nodeid).flags
                 xflags = sum(xflag for flag, xflag in _XFLAGS.items() if flags & flag)
                 return _ioctl_reply(request.unique, _FSXATTR.pack(xflags))

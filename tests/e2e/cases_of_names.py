@@ -293,7 +293,7 @@ def attribute_limits(directory: Path) -> Any:
 
 @case
 def attributes_are_limited(directory: Path) -> Any:
-    """Attributes of files take room (of the inodes', on a tmpfs), so that nobody fills the machine with them."""
+    """Xattrs of files take room (of the inodes', on a tmpfs), so that nobody fills the machine with them."""
     before = os.statvfs(directory).f_ffree
     (directory / "f").touch()
     for number in range(20):

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import trio
 
-from memfs.guest.messages import Ack, Fenced, Hello, InvalidateEnd, Message, Register, Registered
-from memfs.guest.peer import Incoming, Peer, PeerGone, close_all, open_connection
-from memfs.guest.protocol import Role
+from memfs.contract.protocol.connection import Role
+from memfs.contract.protocol.messages import Ack, Fenced, Hello, InvalidateEnd, Message, Register, Registered
+from memfs.contract.protocol.peer import Incoming, Peer, PeerGone, close_all, open_connection
 
 
 class Owner:

@@ -19,13 +19,13 @@ from typing import Any
 
 import trio
 
+from kvmsim.backing import StoreGone
 from kvmsim.engines.program import Load, Program, ProgramEngine, Store, convert
 from kvmsim.exits import Exit
-from kvmsim.store import StoreGone
 from kvmsim.vcpu import VCPU
 from kvmsim.vm import VM, create_vm
-from kvmsim.vmm import Vmm, open_memory
-from memfs.units import PAGE_SIZE, Gpa
+from kvmsim.vmm.vmm import Vmm, open_memory
+from memfs.contract.units import PAGE_SIZE, Gpa
 
 WORD = 8  # bytes at the start and at the end of a page that a value is written to
 

@@ -24,8 +24,8 @@ import struct
 import sys
 import time
 
-from memfs.fuse.wire import IN_HEADER, Opcode, error_reply, reply
-from memfs.libc import mount
+from memfs.contract.sys.libc import mount
+from memfs.fuse.abi import IN_HEADER, Opcode, error_reply, reply
 
 FUSE_READ = 15  # linux/fuse.h
 ROOT = struct.pack("=QQQqqqIIIIIIIIII", 1, 0, 0, *[0] * 6, 0o40755, 2, 0, 0, 0, 4096, 0)

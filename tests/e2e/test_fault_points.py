@@ -24,8 +24,9 @@ from pathlib import Path
 import pytest
 import trio
 
-from memfs.faults import Kind, Point
-from memfs.guest.messages import (
+from memfs.contract.faults import Kind, Point
+from memfs.contract.page_map import PageMapView
+from memfs.contract.protocol.messages import (
     Failed,
     Fallocate,
     GetPfn,
@@ -37,9 +38,8 @@ from memfs.guest.messages import (
     Populate,
     Registered,
 )
-from memfs.guest.page_map import PageMapView
-from memfs.guest.peer import PeerGone, close_all
-from memfs.units import ByteOffset, PageIndex, PageRange
+from memfs.contract.protocol.peer import PeerGone, close_all
+from memfs.contract.units import ByteOffset, PageIndex, PageRange
 
 from .conftest import Memfs, memfs_command, run
 from .owner import Owner, connected, shell

@@ -19,11 +19,11 @@ from pathlib import Path
 import pytest
 import trio
 
-from memfs.guest.messages import Register, Registered
-from memfs.guest.page_map import PageMapView
-from memfs.guest.peer import close_all
-from memfs.libc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
-from memfs.units import PAGE_SIZE, PageIndex, PageRange
+from memfs.contract.page_map import PageMapView
+from memfs.contract.protocol.messages import Register, Registered
+from memfs.contract.protocol.peer import close_all
+from memfs.contract.sys.libc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
+from memfs.contract.units import PAGE_SIZE, PageIndex, PageRange
 
 from .conftest import Memfs, memfs_command, run, start_memfs
 from .owner import connected, shell

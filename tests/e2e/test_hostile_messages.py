@@ -21,8 +21,8 @@ import pytest
 import trio
 import trio.lowlevel
 
-from memfs.guest.clients import MAX_SILENT
-from memfs.guest.messages import (
+from memfs.contract.protocol.connection import MAX_DESCRIPTORS, MAX_MESSAGE
+from memfs.contract.protocol.messages import (
     Ack,
     Done,
     Failed,
@@ -36,9 +36,9 @@ from memfs.guest.messages import (
     Registered,
     Unregister,
 )
-from memfs.guest.protocol import MAX_DESCRIPTORS, MAX_MESSAGE
-from memfs.libc import umount
-from memfs.units import PageIndex, PageRange
+from memfs.contract.sys.libc import umount
+from memfs.contract.units import PageIndex, PageRange
+from memfs.owners.admission import MAX_SILENT
 
 from .conftest import Memfs
 from .owner import Owner, connected, shell

@@ -27,9 +27,9 @@ from kvmsim.uapi import (
 )
 from kvmsim.vm import VM, create_vm
 from kvmsim.vm_type import VmType
-from kvmsim.vmm import UnhandledExit, Vmm, open_memory
-from memfs.libc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
-from memfs.units import PAGE_SIZE, ByteOffset, Gfn, GfnRange, Gpa, PageIndex, PageRange
+from kvmsim.vmm.vmm import UnhandledExit, Vmm, open_memory
+from memfs.contract.sys.libc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
+from memfs.contract.units import PAGE_SIZE, ByteOffset, Gfn, GfnRange, Gpa, PageIndex, PageRange
 
 from .conftest import Memfs, memfs_command
 

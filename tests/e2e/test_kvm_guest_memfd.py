@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from memfs.libc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
-from memfs.units import PAGE_SIZE
+from memfs.contract.sys.libc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
+from memfs.contract.units import PAGE_SIZE
 from tests.model.real_kvm import real_kvm_or_skip
 
 from .conftest import Memfs, memfs_command

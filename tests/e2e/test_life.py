@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from memfs.guest.messages import Fenced, Registered
-from memfs.mountinfo import device_of_mountpoint
+from memfs.contract.protocol.messages import Fenced, Registered
+from memfs.contract.sys.mountinfo import device_of_mountpoint
 
 from .conftest import Memfs, memfs_command, run
 from .owner import connected, shell
@@ -30,8 +30,8 @@ OWNER = f"""
 import os, sys, trio
 from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parents[2])!r})
-from memfs.guest.messages import Ack, GetPfn, InvalidateBegin, InvalidateEnd
-from memfs.units import PageIndex, PageRange
+from memfs.contract.protocol.messages import Ack, GetPfn, InvalidateBegin, InvalidateEnd
+from memfs.contract.units import PageIndex, PageRange
 from tests.e2e.owner import Owner, connected
 
 where, socket, path = sys.argv[1:]
@@ -272,7 +272,9 @@ def test_dead_mount_of_something_else_is_left_alone(tmp_path: Path, can_mount: N
     mountpoint = tmp_path / "mnt"
     mountpoint.mkdir()
     data = f"fd={fuse},rootmode=40000,user_id=0,group_id=0"
-    script = "import sys; from memfs.libc import mount; mount('other', sys.argv[1], 'fuse', 0, sys.argv[2])"
+    script = (
+        "import sys; from memfs.contract.sys.libc import mount; mount('other', sys.argv[1], 'fuse', 0, sys.argv[2])"
+    )
     subprocess.run([sys.executable, "-c", script, mountpoint, data], pass_fds=[fuse], check=True)
     os.close(fuse)
     device = device_of_mountpoint(str(mountpoint))

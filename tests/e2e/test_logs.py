@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from memfs.guest.messages import GetPfn, Hello
-from memfs.units import PAGE_SIZE, PageIndex, PageRange
+from memfs.contract.protocol.messages import GetPfn, Hello
+from memfs.contract.units import PAGE_SIZE, PageIndex, PageRange
 
 from .conftest import Memfs, memfs_command, run
 from .owner import connected, shell

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from memfs.guest.messages import Fallocate, InvalidateBegin, InvalidateEnd
-from memfs.units import PageIndex, PageRange
+from memfs.contract.protocol.messages import Fallocate, InvalidateBegin, InvalidateEnd
+from memfs.contract.units import PageIndex, PageRange
 
 from .conftest import Memfs
 from .owner import connected, shell

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 import trio
 
-from memfs import seals
-from memfs.guest.peer import close_all
-from memfs.libc import fallocate
+from memfs.contract.protocol.peer import close_all
+from memfs.contract.sys.libc import fallocate
+from memfs.store import seals
 
 from .conftest import Memfs
 from .owner import connected, shell

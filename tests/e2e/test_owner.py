@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from memfs.guest.messages import (
+from memfs.contract.page_map import PageMapView
+from memfs.contract.protocol.messages import (
     Done,
     Failed,
     Fallocate,
@@ -28,9 +29,8 @@ from memfs.guest.messages import (
     Registered,
     Unregister,
 )
-from memfs.guest.page_map import PageMapView
-from memfs.guest.peer import close_all
-from memfs.units import PAGE_SIZE, PageIndex, PageRange
+from memfs.contract.protocol.peer import close_all
+from memfs.contract.units import PAGE_SIZE, PageIndex, PageRange
 
 from .conftest import Memfs, memfs_command
 from .owner import connected, shell
@@ -263,7 +263,7 @@ async def test_owner_killed_inside_its_own_punch_is_gone_at_once(memfs: Memfs, g
 import os, sys, threading, trio
 from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parents[2])!r})
-from memfs.libc import fallocate
+from memfs.contract.sys.libc import fallocate
 from tests.e2e.owner import connected
 async def main():
     async with connected({str(memfs.socket)!r}) as owner:

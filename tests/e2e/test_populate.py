@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from memfs.guest.messages import Failed, Fallocate, GetPfn, Launch, Measured, Message, Populate
-from memfs.units import PAGE_SIZE, ByteOffset, PageIndex, PageRange
+from memfs.contract.protocol.messages import Failed, Fallocate, GetPfn, Launch, Measured, Message, Populate
+from memfs.contract.units import PAGE_SIZE, ByteOffset, PageIndex, PageRange
 
 from .conftest import Memfs, memfs_command
 from .owner import Owner, connected

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from memfs.libc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
+from memfs.contract.sys.libc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
 
 from .conftest import Memfs
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from memfs.seals import F_SEAL_GUEST, MEMFS_IOC_ADD_SEALS, MEMFS_IOC_GET_SEALS
+from memfs.store.seals import F_SEAL_GUEST, MEMFS_IOC_ADD_SEALS, MEMFS_IOC_GET_SEALS
 
 from .conftest import Memfs, memfs_command, run
 

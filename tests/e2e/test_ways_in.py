@@ -31,8 +31,8 @@ OWNER = f"""
 import mmap, os, sys, trio
 from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parents[2])!r})
-from memfs.guest.messages import GetPfn
-from memfs.units import PageIndex, PageRange
+from memfs.contract.protocol.messages import GetPfn
+from memfs.contract.units import PageIndex, PageRange
 from tests.e2e.owner import connected
 async def main(socket, path):
     async with connected(socket) as owner:

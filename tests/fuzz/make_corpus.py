@@ -11,11 +11,8 @@ from typing import Final
 
 import numpy as np
 
-from kvmsim.trace_file import RECORD, Trace
-from memfs import seals
-from memfs.fuse import wire
-from memfs.fuse.wire import Opcode
-from memfs.guest.messages import (
+from kvmsim.engines.trace_file import RECORD, Trace
+from memfs.contract.protocol.messages import (
     Ack,
     Done,
     Failed,
@@ -38,7 +35,10 @@ from memfs.guest.messages import (
     Registered,
     Unregister,
 )
-from memfs.units import ByteOffset, PageIndex, PageRange, Pfn
+from memfs.contract.units import ByteOffset, PageIndex, PageRange, Pfn
+from memfs.fuse import abi
+from memfs.fuse.abi import Opcode
+from memfs.store import seals
 
 from .targets import _Mount
 
@@ -90,15 +90,15 @@ def requests() -> dict[str, bytes]:
         return piece(bytes([opcodes.index(opcode), nodeid]) + body, 1)
 
     def fallocate(fh: int, offset: int, length: int, mode: int) -> bytes:
-        return asked(Opcode.FALLOCATE, fh + 1, wire.FALLOCATE_IN.pack(fh, offset, length, mode, 0))
+        return asked(Opcode.FALLOCATE, fh + 1, abi.FALLOCATE_IN.pack(fh, offset, length, mode, 0))
 
     def seek(fh: int, whence: int) -> bytes:
-        return asked(Opcode.LSEEK, fh + 1, wire.LSEEK_IN.pack(fh, 0, whence, 0))
+        return asked(Opcode.LSEEK, fh + 1, abi.LSEEK_IN.pack(fh, 0, whence, 0))
 
     def ioctl(command: int, data: bytes, out: int) -> bytes:
-        return asked(Opcode.IOCTL, 2, wire.IOCTL_IN.pack(1, 0, command, 0, len(data), out) + data)
+        return asked(Opcode.IOCTL, 2, abi.IOCTL_IN.pack(1, 0, command, 0, len(data), out) + data)
 
-    create = wire.CREATE_IN.pack(2, 0o644, 0o22, 0)
+    create = abi.CREATE_IN.pack(2, 0o644, 0o22, 0)
     allocate = [(fh, place, length, mode) for fh in (1, 2) for place, length, mode in ((0, 65536, 0), (4096, 4096, 3))]
     said = {
         "names": [asked(Opcode.LOOKUP, 1, b"file\0"), asked(Opcode.UNLINK, 1, b"file\0")],
@@ -109,28 +109,28 @@ def requests() -> dict[str, bytes]:
         "attributes": [asked(Opcode.GETATTR, 2, bytes(16)), asked(Opcode.STATX, 2, bytes(24))],
         "create": [
             asked(Opcode.CREATE, 4, create + b"new\0"),
-            asked(Opcode.RELEASE, 5, wire.RELEASE_IN.pack(3, 0, 0, 0)),
+            asked(Opcode.RELEASE, 5, abi.RELEASE_IN.pack(3, 0, 0, 0)),
         ],
         "temporary": [asked(Opcode.TMPFILE, 4, create + b"#1\0")],
         "open": [
-            asked(Opcode.OPEN, 2, wire.OPEN_IN.pack(0o1002, 1)),
-            asked(Opcode.OPENDIR, 1, wire.OPEN_IN.pack(0, 0)),
+            asked(Opcode.OPEN, 2, abi.OPEN_IN.pack(0o1002, 1)),
+            asked(Opcode.OPENDIR, 1, abi.OPEN_IN.pack(0, 0)),
         ],
         "allocate": [fallocate(*each) for each in allocate],
         "too much": [fallocate(1, 0, 1 << 62, 0), fallocate(2, 0, 1 << 40, 1), fallocate(1, (1 << 63) - 1, 1 << 63, 3)],
         "seek": [seek(1, 3), seek(2, 4)],
         "seals": [ioctl(seals.MEMFS_IOC_GET_SEALS, b"", 4), ioctl(seals.MEMFS_IOC_ADD_SEALS, b"\4\0\0\0", 0)],
         "flags": [
-            ioctl(wire.FS_IOC_SETFLAGS, b"\x40\0\0\0", 0),
-            ioctl(wire.FS_IOC_GETFLAGS, b"", 4),
-            ioctl(wire.FS_IOC_FSGETXATTR, b"", 28),
+            ioctl(abi.FS_IOC_SETFLAGS, b"\x40\0\0\0", 0),
+            ioctl(abi.FS_IOC_GETFLAGS, b"", 4),
+            ioctl(abi.FS_IOC_FSGETXATTR, b"", 28),
         ],
         "observed": [
             asked(Opcode.SETATTR, 2, struct.pack("=I", 1 << 11)),
-            asked(Opcode.WRITE, 2, wire.WRITE_IN.pack(1, 0, 4, 4, 0, 0, 0) + b"data"),
-            asked(Opcode.INIT, 0, wire.INIT_IN.pack(7, 40, 0, 0xFFFFFFFF, 0xFFFFFFFF)),
+            asked(Opcode.WRITE, 2, abi.WRITE_IN.pack(1, 0, 4, 4, 0, 0, 0) + b"data"),
+            asked(Opcode.INIT, 0, abi.INIT_IN.pack(7, 40, 0, 0xFFFFFFFF, 0xFFFFFFFF)),
         ],
-        "whole": [piece(b"\xff" + wire.IN_HEADER.pack(40, Opcode.GETATTR, 2, 1, 0, 0, 0, 0, 0), 1)],
+        "whole": [piece(b"\xff" + abi.IN_HEADER.pack(40, Opcode.GETATTR, 2, 1, 0, 0, 0, 0, 0), 1)],
     }
     return {name: b"".join(parts) for name, parts in said.items()}
 

@@ -19,22 +19,22 @@ from typing import Any, Final
 
 import trio
 
-from kvmsim.trace_file import Trace, TraceError, read_lackey
-from memfs import seals
-from memfs.attributes import Attributes, Control
-from memfs.backing import MemfdBacking
-from memfs.file import File
+from kvmsim.engines.trace_file import Trace, TraceError, read_lackey
+from memfs.contract.protocol.connection import Connection, RemoteProtocolError, Role, State
+from memfs.contract.protocol.messages import Hello, HelloReply
+from memfs.contract.units import PAGE_SIZE, ByteOffset
+from memfs.fuse.abi import IN_HEADER, Malformed, Request
 from memfs.fuse.names import Names
 from memfs.fuse.observers import Observers
 from memfs.fuse.passthrough import Passthrough, Wanted
 from memfs.fuse.requests import Requests
-from memfs.fuse.wire import IN_HEADER, Malformed, Request
-from memfs.guest.messages import Hello, HelloReply
-from memfs.guest.protocol import Connection, RemoteProtocolError, Role, State
-from memfs.handles import Handles
 from memfs.options import MountOptions, OptionError, RemountOptions
-from memfs.tree import ROOT_INO, Tree
-from memfs.units import PAGE_SIZE, ByteOffset
+from memfs.store import seals
+from memfs.store.backing import MemfdBacking
+from memfs.store.file import File
+from memfs.tree.open_files import OpenFiles
+from memfs.tree.tree import ROOT_INO, Tree
+from memfs.tree.xattrs import Control, Xattrs
 
 Target = Callable[[bytes], None]
 _HEADER: Final = struct.Struct("<HHIQ")
@@ -85,7 +85,7 @@ class _Mount:
     def __init__(self) -> None:
         self.backing = MemfdBacking(1 << 20)
         self.tree = Tree(lambda ino, born_with: File(self.backing, ino, born_with), 16, 0o1777, 0, 0)
-        self.handles = Handles(self.tree)
+        self.handles = OpenFiles(self.tree)
         for name, mode, born_with in (
             (b"file", stat.S_IFREG, 0),
             (b"private", stat.S_IFREG, seals.F_SEAL_GUEST),
@@ -95,7 +95,7 @@ class _Mount:
         for ino in (2, 3):  # fh 1 and 2
             self.handles.open_file(self.tree.regular(ino), os.O_RDWR)
         self.tree.regular(2).file.write(ByteOffset(0), b"content")
-        attributes = Attributes(self.tree, Control("/socket", lambda most: "{}", lambda options: None))
+        attributes = Xattrs(self.tree, Control("/socket", lambda most: "{}", lambda options: None))
         self.handlers = {
             **Names(self.tree, self.handles, attributes, self.backing).handlers,
             **Requests(self.tree, self.handles).handlers,

@@ -1,4 +1,4 @@
-"""memfs.file against a real file on a real tmpfs: after any sequence of operations both say and hold the same.
+"""memfs.store.file against a real file on a real tmpfs: after any sequence of operations both say and hold the same.
 
 On both backings: the tmpfs, where the kernel keeps the limit, and memfds, where the file does.
 """
@@ -17,10 +17,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from memfs.backing import Backing, MemfdBacking, TmpfsBacking
-from memfs.file import File
-from memfs.libc import fallocate, mount, umount
-from memfs.units import PAGE_SIZE, ByteOffset
+from memfs.contract.sys.libc import fallocate, mount, umount
+from memfs.contract.units import PAGE_SIZE, ByteOffset
+from memfs.store.backing import Backing, MemfdBacking, TmpfsBacking
+from memfs.store.file import File
 
 LIMIT = 24 * PAGE_SIZE
 OFFSETS = st.integers(0, 20 * PAGE_SIZE) | st.integers(0, 30).map(lambda pages: pages * PAGE_SIZE)

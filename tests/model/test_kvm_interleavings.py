@@ -23,14 +23,14 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
+from kvmsim.backing import StoreGone
 from kvmsim.mmu.fault import Access
 from kvmsim.mmu.pte import is_private, level_pages
-from kvmsim.store import StoreGone
 from kvmsim.uapi import KVM_MEM_FD, UserspaceMemoryRegion
 from kvmsim.vm import VM
-from memfs.guest.messages import Fallocate, FileId, InvalidateBegin, InvalidateEnd, PfnReply, PfnRun
-from memfs.guest.page_map import ABSENT, ALLOCATED, PageMap
-from memfs.units import PAGE_SIZE, ByteOffset, Gfn, GfnRange, Gpa, PageIndex, PageRange, Pfn
+from memfs.contract.page_map import ABSENT, ALLOCATED, PageMap
+from memfs.contract.protocol.messages import Fallocate, FileId, InvalidateBegin, InvalidateEnd, PfnReply, PfnRun
+from memfs.contract.units import PAGE_SIZE, ByteOffset, Gfn, GfnRange, Gpa, PageIndex, PageRange, Pfn
 
 PAGES = 1024  # two huge pages
 GFN = 5

@@ -13,10 +13,10 @@ from contextlib import asynccontextmanager
 import pytest
 import trio
 
-from kvmsim.store import Store
+from kvmsim.backing import Store
 from kvmsim.uapi import KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, UserspaceMemoryRegion
 from kvmsim.vm import VM
-from memfs.units import PAGE_SIZE, ByteOffset, Gpa
+from memfs.contract.units import PAGE_SIZE, ByteOffset, Gpa
 
 from .real_kvm import RealKvm, real_kvm_or_skip
 

@@ -21,7 +21,7 @@ import trio
 
 from kvmsim.uapi import KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, PreFaultMemory, UserspaceMemoryRegion
 from kvmsim.vm import VM
-from memfs.units import PAGE_SIZE, ByteOffset, Gpa
+from memfs.contract.units import PAGE_SIZE, ByteOffset, Gpa
 
 from .real_kvm import KVM_CAP_PRE_FAULT_MEMORY, RealKvm, real_kvm_or_skip
 

@@ -27,7 +27,7 @@ from kvmsim.mmu.pte import (
     level_pages,
     pte_pfn,
 )
-from memfs.units import ORDER_1G, ORDER_2M, ORDER_4K, Gfn, GfnRange, Pfn
+from memfs.contract.units import ORDER_1G, ORDER_2M, ORDER_4K, Gfn, GfnRange, Pfn
 
 MAX_GFN = 1 << 36
 BLOCK_2M, BLOCK_1G = 1 << ORDER_2M, 1 << ORDER_1G

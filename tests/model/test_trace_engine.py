@@ -18,18 +18,26 @@ import trio
 from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 
+from kvmsim.backing import StoreFile
 from kvmsim.engines.trace import IntegrityError, TraceEngine
+from kvmsim.engines.trace_file import RECORD, Trace
 from kvmsim.exits import HaltExit, MemoryErrorExit
 from kvmsim.mmu.fault import Access
 from kvmsim.mmu.tlb import Tlb
-from kvmsim.store import StoreFile
-from kvmsim.trace_file import RECORD, Trace
 from kvmsim.uapi import KVM_EXIT_MEM_MAP_PRIVATE, KVM_MEM_FD, UserspaceMemoryRegion
 from kvmsim.vm import VM
-from memfs.guest.messages import Fallocate, FileId, InvalidateBegin, InvalidateEnd, PfnReply, PfnRun, Registered
-from memfs.guest.page_map import ABSENT, ALLOCATED, PageMap
-from memfs.libc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
-from memfs.units import PAGE_SIZE, ByteOffset, Gfn, GfnRange, Gpa, PageIndex, PageRange, Pfn
+from memfs.contract.page_map import ABSENT, ALLOCATED, PageMap
+from memfs.contract.protocol.messages import (
+    Fallocate,
+    FileId,
+    InvalidateBegin,
+    InvalidateEnd,
+    PfnReply,
+    PfnRun,
+    Registered,
+)
+from memfs.contract.sys.libc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
+from memfs.contract.units import PAGE_SIZE, ByteOffset, Gfn, GfnRange, Gpa, PageIndex, PageRange, Pfn
 
 PAGES = 6
 SHARED, PRIVATE = 1, 2

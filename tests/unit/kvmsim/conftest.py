@@ -17,7 +17,9 @@ import trio
 
 from kvmsim.uapi import KVM_MEM_FD, UserspaceMemoryRegion
 from kvmsim.vm import VM, create_vm
-from memfs.guest.messages import (
+from memfs.contract.page_map import ABSENT, ALLOCATED, PageMap
+from memfs.contract.protocol.connection import Role
+from memfs.contract.protocol.messages import (
     Ack,
     Done,
     Failed,
@@ -36,10 +38,8 @@ from memfs.guest.messages import (
     Registered,
     Unregister,
 )
-from memfs.guest.page_map import ABSENT, ALLOCATED, PageMap
-from memfs.guest.peer import Incoming, Peer, PeerGone, close_all
-from memfs.guest.protocol import Role
-from memfs.units import PAGE_SIZE, ByteOffset, Gpa, PageIndex, PageRange, Pfn
+from memfs.contract.protocol.peer import Incoming, Peer, PeerGone, close_all
+from memfs.contract.units import PAGE_SIZE, ByteOffset, Gpa, PageIndex, PageRange, Pfn
 
 PAGES = 64
 

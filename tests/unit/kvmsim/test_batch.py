@@ -15,8 +15,8 @@ from kvmsim.mmu.ownership import OwnershipViolation
 from kvmsim.mmu.pte import PTE_A, PTE_D, is_private, pte_pfn
 from kvmsim.uapi import KVM_MEM_FD
 from kvmsim.vm import VM
-from memfs.guest.messages import GetPfn
-from memfs.units import PAGE_SIZE, Gfn, GfnRange, PageIndex, PageRange
+from memfs.contract.protocol.messages import GetPfn
+from memfs.contract.units import PAGE_SIZE, Gfn, GfnRange, PageIndex, PageRange
 
 from .conftest import ScriptedStore, region
 

@@ -10,14 +10,14 @@ import random
 import numpy as np
 import pytest
 
-from kvmsim.dirty import DirtyLog, runs
-from kvmsim.intervals import IntervalIndex
 from kvmsim.mmu.invalidate import InvalidationState
 from kvmsim.mmu.ownership import OwnershipTable, OwnershipViolation
 from kvmsim.mmu.pte import PTE_PRIVATE, PTE_RWX, make_pte
 from kvmsim.mmu.tlb import Tlb
+from kvmsim.slots.dirty import DirtyLog, runs
+from kvmsim.slots.intervals import IntervalIndex
 from kvmsim.vm_type import VmType
-from memfs.units import Gfn, GfnRange, Gpa, Pfn
+from memfs.contract.units import Gfn, GfnRange, Gpa, Pfn
 
 
 def gfns(start: int, end: int) -> GfnRange:
@@ -25,7 +25,8 @@ def gfns(start: int, end: int) -> GfnRange:
 
 
 @pytest.mark.parametrize(
-    "name", ["kvmsim.arrays", "kvmsim.intervals", "kvmsim.mmu.page_table", "kvmsim.mmu.ownership", "kvmsim.vm_type"]
+    "name",
+    ["kvmsim.arrays", "kvmsim.slots.intervals", "kvmsim.mmu.page_table", "kvmsim.mmu.ownership", "kvmsim.vm_type"],
 )
 def test_examples(name: str) -> None:
     outcome = doctest.testmod(importlib.import_module(name))

@@ -17,8 +17,8 @@ from kvmsim.uapi import KVM_MEM_FD, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, P
 from kvmsim.vcpu import VCPU
 from kvmsim.vm import VM
 from kvmsim.vm_type import VmType
-from memfs.guest.messages import GetPfn, InvalidateBegin, InvalidateEnd
-from memfs.units import PAGE_SIZE, Gfn, Gpa, PageIndex, PageRange
+from memfs.contract.protocol.messages import GetPfn, InvalidateBegin, InvalidateEnd
+from memfs.contract.units import PAGE_SIZE, Gfn, Gpa, PageIndex, PageRange
 
 from .conftest import PAGES, ScriptedStore, one, region
 

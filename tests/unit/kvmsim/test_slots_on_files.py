@@ -14,8 +14,8 @@ from kvmsim.exits import MmioExit
 from kvmsim.mmu.fault import Access
 from kvmsim.uapi import KVM_MEM_FD, KVM_MEM_LOG_DIRTY_PAGES
 from kvmsim.vm_type import VmType
-from memfs.guest.messages import InvalidateBegin, InvalidateEnd
-from memfs.units import PAGE_SIZE, Gfn
+from memfs.contract.protocol.messages import InvalidateBegin, InvalidateEnd
+from memfs.contract.units import PAGE_SIZE, Gfn
 
 from .conftest import PAGES, one, region
 

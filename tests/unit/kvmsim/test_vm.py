@@ -10,10 +10,10 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
+from kvmsim.backing import StoreGone
 from kvmsim.exits import MemoryErrorExit, MmioExit
 from kvmsim.mmu.fault import Access
 from kvmsim.mmu.pte import PTE_W, is_private, pte_pfn
-from kvmsim.store import StoreGone
 from kvmsim.uapi import (
     KVM_EXIT_MEM_MAP_PRIVATE,
     KVM_EXIT_MEM_MAP_SHARED,
@@ -22,8 +22,8 @@ from kvmsim.uapi import (
     KVM_MEM_READONLY,
 )
 from kvmsim.vm import VM
-from memfs.guest.messages import Fallocate, GetPfn, InvalidateBegin, InvalidateEnd, Register
-from memfs.units import PAGE_SIZE, Gfn, PageIndex, PageRange
+from memfs.contract.protocol.messages import Fallocate, GetPfn, InvalidateBegin, InvalidateEnd, Register
+from memfs.contract.units import PAGE_SIZE, Gfn, PageIndex, PageRange
 
 from .conftest import PAGES, ScriptedStore, one, region
 

@@ -13,8 +13,8 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from memfs.fuse.channel import Amendment, Channel
-from memfs.fuse.wire import (
+from memfs.contract.logs import current_request
+from memfs.fuse.abi import (
     IN_HEADER,
     OUT_HEADER,
     Malformed,
@@ -25,7 +25,7 @@ from memfs.fuse.wire import (
     reply,
     unpack,
 )
-from memfs.logs import current_request
+from memfs.fuse.channel import Amendment, Channel
 
 GETATTR, AT_ONCE, LATER, SILENT, FAILS, BREAKS, OBSERVED = 3, 200, 201, 202, 203, 204, 205
 AT_ONCE_AFTER_ALL = 206

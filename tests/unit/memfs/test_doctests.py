@@ -7,7 +7,13 @@ import importlib
 
 import pytest
 
-MODULES = ["memfs.units", "memfs.options", "memfs.seals", "memfs.guest.protocol", "memfs.guest.page_map"]
+MODULES = [
+    "memfs.contract.units",
+    "memfs.contract.sizes",
+    "memfs.store.seals",
+    "memfs.contract.protocol.connection",
+    "memfs.contract.page_map",
+]
 MODULES += ["kvmsim.mmu.page_table"]
 
 

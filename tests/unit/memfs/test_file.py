@@ -12,12 +12,12 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from memfs.backing import Backing, MemfdBacking, TmpfsBacking
-from memfs.file import File
-from memfs.guest.page_map import MAX_PAGES
-from memfs.libc import fallocate
-from memfs.seals import F_SEAL_GUEST, F_SEAL_SEAL
-from memfs.units import PAGE_SIZE, ByteOffset, PageIndex, PageRange
+from memfs.contract.page_map import MAX_PAGES
+from memfs.contract.sys.libc import fallocate
+from memfs.contract.units import PAGE_SIZE, ByteOffset, PageIndex, PageRange
+from memfs.store.backing import Backing, MemfdBacking, TmpfsBacking
+from memfs.store.file import File
+from memfs.store.seals import F_SEAL_GUEST, F_SEAL_SEAL
 
 LIMIT = 32 * PAGE_SIZE
 
@@ -101,7 +101,7 @@ async def test_end_follows_begin_also_when_freeing_fails(guest: File, monkeypatc
         raise OSError(errno.EIO, "told to fail")
 
     guest.owner = owner = Recorder(guest)
-    monkeypatch.setattr("memfs.file.fallocate", fail)
+    monkeypatch.setattr("memfs.store.file.fallocate", fail)
     for attempt in (guest.punch(at(0), at(1)), guest.allocate(at(16), at(1), keep_size=False)):
         with pytest.raises(OSError) as caught:
             await attempt
@@ -302,7 +302,7 @@ async def test_write_during_a_long_punch_is_counted(monkeypatch: pytest.MonkeyPa
         if threading.current_thread() is not threading.main_thread():
             trio.from_thread.run_sync(file.write, at(5), b"x")
 
-    monkeypatch.setattr("memfs.file.fallocate", free_and_let_others_go_on)
+    monkeypatch.setattr("memfs.store.file.fallocate", free_and_let_others_go_on)
     await file.punch(at(0), 16 << 20)
     file.check()
     file.write(at(5), b"x")

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from memfs import logs
-from memfs.logs import Formatter, RateLimit, current_request, fields, working_on
+from memfs.contract import logs
+from memfs.contract.logs import Formatter, RateLimit, current_request, fields, working_on
 
 
 def record(message: str, line: int = 1, **values: object) -> logging.LogRecord:

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from memfs.options import _FLAGS, _VALUES, MountOptions, OptionError, RemountOptions, parse_size, total_ram
-from memfs.units import PAGE_SIZE
+from memfs.contract.sizes import parse_size, total_ram
+from memfs.contract.units import PAGE_SIZE
+from memfs.options import _FLAGS, _VALUES, MountOptions, OptionError, RemountOptions
 
 UNDERSTOOD: dict[str, tuple[str, Any]] = {
     "size=64m": ("size", 64 << 20),

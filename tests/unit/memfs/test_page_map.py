@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memfs.guest.page_map import ABSENT, ALLOCATED, MAX_PAGES, PageMap, PageMapView
-from memfs.units import PageIndex, PageRange
+from memfs.contract.page_map import ABSENT, ALLOCATED, MAX_PAGES, PageMap, PageMapView
+from memfs.contract.units import PageIndex, PageRange
 
 SPAN = 3 << 16  # pages of the model: more than it takes for the map to look for extents
 BASES = [0, 12345, MAX_PAGES - SPAN]
@@ -102,7 +102,7 @@ def test_what_is_no_page_map_is_refused() -> None:
 
 def test_no_more_maps_than_there_is_address_space_for(monkeypatch: pytest.MonkeyPatch) -> None:
     with contextlib.closing(PageMap("first")):
-        monkeypatch.setattr("memfs.guest.page_map.MOST_MAPS", PageMap._count + 1)
+        monkeypatch.setattr("memfs.contract.page_map.MOST_MAPS", PageMap._count + 1)
         second = PageMap("second")
         before = len(os.listdir("/proc/self/fd"))
         with pytest.raises(OSError) as caught:

@@ -18,7 +18,16 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from memfs.guest.messages import (
+from memfs.contract.aio.poller import Poller
+from memfs.contract.protocol.connection import (
+    MAX_IN_FLIGHT,
+    MAX_MESSAGE,
+    Connection,
+    LocalProtocolError,
+    RemoteProtocolError,
+    Role,
+)
+from memfs.contract.protocol.messages import (
     Ack,
     Done,
     Failed,
@@ -32,23 +41,14 @@ from memfs.guest.messages import (
     Registered,
     Unregister,
 )
-from memfs.guest.peer import Handler, Incoming, Peer, PeerGone, close_all
-from memfs.guest.protocol import (
-    MAX_IN_FLIGHT,
-    MAX_MESSAGE,
-    Connection,
-    LocalProtocolError,
-    RemoteProtocolError,
-    Role,
-)
-from memfs.lookout import Lookout
-from memfs.units import PageIndex, PageRange
+from memfs.contract.protocol.peer import Handler, Incoming, Peer, PeerGone, close_all
+from memfs.contract.units import PageIndex, PageRange
 
 RANGE = PageRange(PageIndex(0), PageIndex(1))
 
 
 def descriptors() -> set[str]:
-    Lookout.here()  # has one of its own; and so had each of the tests before
+    Poller.here()  # has one of its own; and so had each of the tests before
     gc.collect()
     return set(os.listdir("/proc/self/fd"))
 

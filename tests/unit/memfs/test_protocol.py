@@ -9,7 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memfs.guest.messages import (
+from memfs.contract.protocol.connection import (
+    MAX_IN_FLIGHT,
+    MAX_MESSAGE,
+    Connection,
+    LocalProtocolError,
+    RemoteProtocolError,
+    RequestId,
+    Role,
+    State,
+)
+from memfs.contract.protocol.messages import (
     MAX_ERRNO,
     MESSAGES,
     Ack,
@@ -34,17 +44,7 @@ from memfs.guest.messages import (
     Registered,
     Unregister,
 )
-from memfs.guest.protocol import (
-    MAX_IN_FLIGHT,
-    MAX_MESSAGE,
-    Connection,
-    LocalProtocolError,
-    RemoteProtocolError,
-    RequestId,
-    Role,
-    State,
-)
-from memfs.units import PageIndex, PageRange, Pfn
+from memfs.contract.units import PageIndex, PageRange, Pfn
 
 FILE = FileId(7)
 

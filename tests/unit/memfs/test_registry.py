@@ -12,15 +12,15 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from memfs.backing import MemfdBacking
-from memfs.file import File
-from memfs.guest.messages import Ack, Fallocate, FileId, InvalidateBegin, InvalidateEnd
-from memfs.guest.registry import Notification, Owner, OwnerGone, Registration, Registry
-from memfs.inode import RegularFile
-from memfs.pieces import run_now
-from memfs.seals import F_SEAL_GUEST
-from memfs.tree import ROOT_INO, Tree
-from memfs.units import PAGE_SIZE, ByteOffset, PageIndex, PageRange
+from memfs.contract.protocol.messages import Ack, Fallocate, FileId, InvalidateBegin, InvalidateEnd
+from memfs.contract.units import PAGE_SIZE, ByteOffset, PageIndex, PageRange
+from memfs.owners.registry import Notification, Owner, OwnerGone, Registration, Registry
+from memfs.store.backing import MemfdBacking
+from memfs.store.chunks import run_now
+from memfs.store.file import File
+from memfs.store.seals import F_SEAL_GUEST
+from memfs.tree.inode import RegularFile
+from memfs.tree.tree import ROOT_INO, Tree
 
 MEMORY = 64  # pages
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memfs.units import (
+from memfs.contract.units import (
     MAX_OFFSET,
     PAGE_SIZE,
     ByteOffset,

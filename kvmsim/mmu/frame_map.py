@@ -1,0 +1,48 @@
+"""From a host frame number back to the bytes of host memory that it names: what the hardware does with an address.
+
+memfs allots frame numbers in extents of 1 GiB, each for one aligned gibibyte of one file
+(memfs.contract.frame_numbers), so a look-up per extent is enough to find the file, and the file is mapped in our
+address space. Frames of memory without a store name their own address (kvmsim/slots/hva.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvmsim.backing import StoreFile
+from kvmsim.slots.hva import LOCAL_PFN, LocalMemory
+from memfs.contract.protocol.messages import PfnRun
+from memfs.contract.units import ORDER_1G, ByteOffset, PageIndex, Pfn, page_offset
+
+_EXTENT = 1 << ORDER_1G
+
+
+@dataclass(frozen=True, slots=True)
+class _Extent:
+    file: StoreFile
+    first_page: PageIndex  # the page that the extent's first frame holds; negative if frames are out of step
+
+
+class FrameMap:
+    """Which memory a frame is in."""
+
+    def __init__(self) -> None:
+        self._extents: dict[int, _Extent] = {}
+
+    def learn(self, file: StoreFile, run: PfnRun) -> None:
+        """The store said where pages of a file are."""
+        assert run.pfn is not None
+        number, within = divmod(run.pfn, _EXTENT)
+        self._extents[number] = _Extent(file, PageIndex(run.pages.start - within))
+
+    def locate(self, pfn: Pfn) -> tuple[StoreFile | LocalMemory, ByteOffset]:
+        """What a frame's memory is in, and where in it. Raises KeyError for a frame that was never learnt."""
+        if pfn >= LOCAL_PFN:
+            return LocalMemory(pfn), ByteOffset(0)
+        number, within = divmod(pfn, _EXTENT)
+        extent = self._extents[number]
+        return extent.file, page_offset(PageIndex(extent.first_page + within))
+
+    def forget(self, file: StoreFile) -> None:
+        """The file is not registered any more; its frames may become others'."""
+        self._extents = {number: extent for number, extent in self._extents.items() if extent.file is not file}

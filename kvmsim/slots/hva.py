@@ -1,0 +1,111 @@
+"""Classic memory: host virtual addresses of this process, which is the VMM's (KVM calls them hva).
+
+KVM asks the host's page tables what lies at a hva, and an mmu_notifier tells it when that changes. This process can see
+its own mappings in /proc/self/maps, but nobody tells it of changes, so:
+
+- A shared mapping of a file on memfs is followed to the file: it is registered with memfs, pages are asked for there,
+  and a punch of the file is heard of like any other.
+- All other memory has no store behind it. Its frame number is its own page number with a high bit, above all that memfs
+  ever allots. A VMM that takes such memory away says so to `VM.invalidate_hva`, which stands for the mmu_notifier.
+
+As in KVM, a mapping is looked at when a guest first touches it and not when its slot is made.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from dataclasses import dataclass
+from typing import Final
+
+from memfs.contract.sys.fdinfo import fdinfo
+from memfs.contract.sys.mountinfo import device_of_mount_id, type_of_device
+from memfs.contract.units import (
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    ByteOffset,
+    PageIndex,
+    PageRange,
+    Pfn,
+    page_floor,
+    page_offset,
+)
+
+LOCAL_PFN: Final = 1 << 39  #: frames from here on are memory of this process, without a store
+_MEMFS: Final = "fuse.memfs"
+
+
+@dataclass(frozen=True, slots=True)
+class Mapping:
+    """A line of /proc/self/maps. `pages`: of the address space; `offset`: bytes into the file."""
+
+    pages: PageRange
+    readable: bool
+    writable: bool
+    shared: bool
+    offset: ByteOffset
+    device: str  #: "major:minor" in decimal, as in mountinfo
+    ino: int
+
+    @property
+    def is_memfs(self) -> bool:
+        """Whether changes of a file on some memfs are seen through it."""
+        return self.shared and self.ino != 0 and type_of_device(self.device) == _MEMFS
+
+    def file_page(self, page: PageIndex) -> PageIndex:
+        """The page of the file that is mapped at a page of the address space."""
+        return PageIndex(page - self.pages.start + page_floor(self.offset))
+
+
+def find_mapping(page: PageIndex) -> Mapping | None:
+    """What is mapped at a page of our address space."""
+    with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as lines:
+        for line in lines:
+            span, permissions, offset, device, ino = line.split(None, 5)[:5]
+            start, end = (page_floor(ByteOffset(int(bound, 16))) for bound in span.split("-"))
+            if start <= page < end:
+                major, minor = (int(part, 16) for part in device.split(":"))
+                return Mapping(
+                    PageRange(start, end),
+                    *("r" in permissions, "w" in permissions, "s" in permissions),
+                    ByteOffset(int(offset, 16)),
+                    f"{major}:{minor}",
+                    int(ino),
+                )
+    return None
+
+
+def open_mapped_file(mapping: Mapping) -> int:
+    """A writable descriptor of the file behind a mapping, for the caller to close. Blocking: not for the event loop.
+
+    One that this process has open already, or the one that the kernel offers to root. Raises OSError(EACCES).
+    """
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            info = fdinfo(name)
+            is_it = int(info.get("ino", "0")) == mapping.ino and int(info["flags"], 8) & os.O_ACCMODE == os.O_RDWR
+            if is_it and device_of_mount_id(info["mnt_id"], "self") == mapping.device:
+                return os.dup(int(name))
+        except OSError:  # closed meanwhile, as is the one of the listing
+            continue
+    span = "-".join(f"{page_offset(bound):x}" for bound in (mapping.pages.start, mapping.pages.end))
+    try:
+        return os.open(f"/proc/self/map_files/{span}", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise OSError(errno.EACCES, f"no descriptor of the file mapped at {span}: {error.strerror}") from error
+
+
+def local_pfn(page: PageIndex) -> Pfn:
+    """The frame of a page of our own address space."""
+    return Pfn(LOCAL_PFN | page)
+
+
+class LocalMemory:
+    """One page of this process's own memory."""
+
+    def __init__(self, pfn: Pfn) -> None:
+        assert pfn >= LOCAL_PFN
+        address = (pfn & (LOCAL_PFN - 1)) << PAGE_SHIFT
+        #: its bytes, writable; the page must stay mapped as long as this is used
+        self.memory: Final = memoryview((ctypes.c_ubyte * PAGE_SIZE).from_address(address)).cast("B")

@@ -1,0 +1,1 @@
+"""The VMM side: how exits are answered, and memory converted."""

@@ -1,0 +1,169 @@
+"""Conversions of memory between shared and private, many at a time.
+
+Each conversion is a few system calls that wait for memfs, which waits for KVM, so converting a burst page by page costs
+the burst many round trips. Requests that come while others are being worked on are kept; then neighbours of the same
+direction become one range, and all who asked go on together. In the order that never pays for a page twice:
+
+    to private   punch the range out of the shared file, then fallocate it in the private one
+    to shared    punch it out of the private file; shared pages come with the next faults
+
+The **granule** (4 KiB, 64 KiB, 2 MiB) is how far around what was asked for may be converted as well. A conversion
+destroys content, so it takes in only neighbours that have none: pages that are in neither file. Rejected: rounding
+every request to the granule, which would lose what a guest keeps in the neighbourhood.
+
+Listeners are QEMU's RamDiscardListener: told of what is populated (shared memory that a device may map from now on) and
+what is discarded (before it goes), and of all that is populated already when they register.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+import trio
+
+from memfs.contract.sparse import data_pages
+from memfs.contract.sys.libc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
+from memfs.contract.units import PAGE_SIZE, PageIndex, PageRange
+
+GRANULES: Final = (PAGE_SIZE, 16 * PAGE_SIZE, 512 * PAGE_SIZE)  #: bytes
+_PUNCH: Final = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+
+
+class RamDiscardListener(Protocol):
+    """Who has to know which memory the host may touch (QEMU: include/system/memory.h)."""
+
+    def populate(self, pages: PageRange) -> None:
+        """These pages are shared from now on."""
+
+    def discard(self, pages: PageRange) -> None:
+        """These pages are about to stop being shared: let go of them."""
+
+
+@dataclass(slots=True)
+class _Request:
+    pages: PageRange
+    to_private: bool
+    done: trio.Event = field(default_factory=trio.Event)
+    failure: OSError | None = None
+
+
+class Converter:
+    """Converts pages of the two files behind a slot.
+
+    `is_private(page)` says on which side a page is; `granule` is in bytes. Raises ValueError for another granule.
+    """
+
+    def __init__(
+        self, shared: int, private: int, pages: PageRange, is_private: Callable[[PageIndex], bool], granule: int
+    ) -> None:
+        if granule not in GRANULES:
+            raise ValueError(f"a granule of {granule} bytes; there are {GRANULES}")
+        self._shared: Final = shared
+        self._private: Final = private
+        self._pages: Final = pages
+        self._is_private: Final = is_private
+        self._granule: Final = PageRange.covering(pages.offset, granule).nbytes // PAGE_SIZE
+        self._waiting: list[_Request] = []
+        self._working = False
+        self._listeners: list[RamDiscardListener] = []
+        self.ranges = 0  #: how many were converted: system calls, about
+        self.extra = 0  #: pages that nobody had asked for
+
+    def register(self, listener: RamDiscardListener) -> None:
+        """Tell a listener from now on, and at once of all that is populated."""
+        self._listeners.append(listener)
+        for run in _runs(index for index in _indexes(self._pages) if not self._is_private(index)):
+            listener.populate(run)
+
+    def unregister(self, listener: RamDiscardListener) -> None:
+        """Tell it no more; all that is populated is discarded for it first."""
+        self._listeners.remove(listener)
+        for run in _runs(index for index in _indexes(self._pages) if not self._is_private(index)):
+            listener.discard(run)
+
+    async def convert(self, pages: PageRange, *, to_private: bool) -> None:
+        """Convert pages, and return when that is done. Raises OSError: EINVAL beyond the slot, ENOSPC."""
+        if pages.intersect(self._pages) != pages:
+            raise OSError(errno.EINVAL, "not pages of this memory")
+        request = _Request(pages, to_private)
+        self._waiting.append(request)
+        if not self._working:
+            self._working = True
+            try:
+                with trio.CancelScope(shield=True):  # others wait for what this task has begun
+                    await trio.lowlevel.checkpoint()  # who faults at the same moment comes along
+                    while self._waiting:
+                        await self._work()
+            finally:
+                self._working = False
+        await request.done.wait()
+        if request.failure is not None:
+            raise request.failure
+
+    async def _work(self) -> None:
+        """Do the requests of one direction that are waiting, from the oldest on to the first of the other."""
+        to_private = self._waiting[0].to_private
+        number = next((i for i, each in enumerate(self._waiting) if each.to_private != to_private), len(self._waiting))
+        requests, self._waiting = self._waiting[:number], self._waiting[number:]
+        asked = {index for request in requests for index in _indexes(request.pages)}
+        failure: OSError | None = None
+        try:
+            wanted = asked | (await trio.to_thread.run_sync(self._neighbours, asked) if self._granule > 1 else set())
+            self.extra += len(wanted - asked)
+            for run in _runs(sorted(wanted)):
+                await self._convert(run, to_private)
+        except OSError as error:
+            failure = error
+        for request in requests:
+            request.failure = failure
+            request.done.set()
+
+    async def _convert(self, run: PageRange, to_private: bool) -> None:
+        self.ranges += 1
+        if to_private:
+            for listener in self._listeners:
+                listener.discard(run)
+            try:
+                await trio.to_thread.run_sync(fallocate, self._shared, _PUNCH, run.offset, run.nbytes)
+                await trio.to_thread.run_sync(fallocate, self._private, 0, run.offset, run.nbytes)
+            except OSError:
+                self._populate(run)  # it is shared still
+                raise
+        else:
+            await trio.to_thread.run_sync(fallocate, self._private, _PUNCH, run.offset, run.nbytes)
+            self._populate(run)
+
+    def _populate(self, run: PageRange) -> None:
+        for listener in self._listeners:
+            listener.populate(run)
+
+    def _neighbours(self, asked: Iterable[int]) -> set[PageIndex]:
+        """Pages in the granules of those asked for that are in neither file. Blocking: asks the filesystem."""
+        found: set[PageIndex] = set()
+        for granule in {index // self._granule for index in asked}:
+            start = granule * self._granule
+            block = PageRange(PageIndex(start), PageIndex(start + self._granule)).intersect(self._pages)
+            assert block is not None
+            full = {index for part in data_pages(self._shared, block) for index in _indexes(part)}
+            found |= {index for index in _indexes(block) if index not in full and not self._is_private(index)}
+        return found
+
+
+def _indexes(pages: PageRange) -> Iterable[PageIndex]:
+    return map(PageIndex, range(pages.start, pages.end))
+
+
+def _runs(indexes: Iterable[int]) -> Iterable[PageRange]:
+    """The maximal runs of ascending page indexes."""
+    start = end = -1
+    for index in indexes:
+        if index != end:
+            if start >= 0:
+                yield PageRange(PageIndex(start), PageIndex(end))
+            start = index
+        end = index + 1
+    if start >= 0:
+        yield PageRange(PageIndex(start), PageIndex(end))

@@ -1,0 +1,153 @@
+"""The VMM: owns the files that guest memory lies on, runs vCPUs, and answers their exits.
+
+    KVM_EXIT_MEMORY_ERROR    convert the memory (convert.py), then run the vCPU again. Mainline's KVM_EXIT_MEMORY_FAULT
+                             is another view of the same exit and is answered likewise
+    KVM_EXIT_HYPERCALL       KVM_HC_MAP_GPA_RANGE asks for the same of a range, and is told how it went
+    KVM_EXIT_MMIO            the device at that address, if there is one
+    KVM_EXIT_HLT             the end
+
+Any other exit is one that this VMM has no answer to; it stops and says so, rather than run a guest on that waits.
+
+File operations wait, inside the kernel and memfs, for KVM's own acknowledgement, so they must not be called from the
+thread in which KVM acknowledges: they go to another one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from kvmsim.exits import Exit, HaltExit, HypercallExit, MemoryErrorExit, MemoryFaultExit, MmioExit
+from kvmsim.uapi import (
+    KVM_EINVAL,
+    KVM_ENOSYS,
+    KVM_EXIT_MEM_MAP_PRIVATE,
+    KVM_HC_MAP_GPA_RANGE,
+    KVM_MAP_GPA_RANGE_ENCRYPTED,
+    KVM_MEM_FD,
+    KVM_MEMORY_EXIT_FLAG_PRIVATE,
+    UserspaceMemoryRegion,
+)
+from kvmsim.vcpu import VCPU
+from kvmsim.vm import VM
+from kvmsim.vmm.convert import GRANULES, Converter
+from memfs.contract.units import (
+    ByteOffset,
+    Gpa,
+    PageRange,
+    is_page_aligned,
+    pages_to_bytes,
+)
+
+#: A device: given the offset into its range and, for a store, the bytes; returns what a load reads
+Device = Callable[[int, int, bytes | None], bytes]
+
+
+class UnhandledExit(Exception):
+    """The guest did something that this VMM has no answer to."""
+
+
+class Vmm:
+    """Guest memory from gpa 0 on, laid onto two files from offset 0 on. Use `open_memory`."""
+
+    def __init__(self, shared: int, private: int, size: int, granule: int = GRANULES[0]) -> None:
+        self.shared: Final = shared  #: descriptor of the file of shared memory
+        self.private: Final = private  #: descriptor of the guest-sealed file of private memory
+        self.size: Final = size  #: bytes
+        self.granule: Final = granule
+        self.conversions: Counter[str] = Counter()  #: asked for, by what memory became: private, shared
+        self.converter: Converter | None = None
+        self._devices: list[tuple[Gpa, int, Device]] = []
+
+    @property
+    def region(self) -> UserspaceMemoryRegion:
+        """The memslot for this memory."""
+        return UserspaceMemoryRegion(
+            slot=0,
+            flags=KVM_MEM_FD,
+            guest_phys_addr=Gpa(0),
+            memory_size=self.size,
+            userspace_addr=ByteOffset(0),
+            fd=self.shared,
+            private_fd=self.private,
+        )
+
+    async def add_memory(self, vm: VM) -> Converter:
+        """Make the memslot, and what converts its memory. Raises OSError as `VM.set_user_memory_region` does."""
+        await vm.set_user_memory_region(self.region)
+        slot = vm.mmu.slots.get(0)
+        assert slot is not None
+        assert slot.private is not None
+        self.converter = Converter(self.shared, self.private, slot.pages, slot.private.is_private, self.granule)
+        return self.converter
+
+    def add_device(self, gpa: Gpa, size: int, device: Device) -> None:
+        """Have a device answer MMIO exits of `size` bytes from `gpa` on."""
+        self._devices.append((gpa, size, device))
+
+    async def run(self, vcpu: VCPU) -> None:
+        """Run a vCPU until the guest halts. Raises UnhandledExit, and what VCPU.run raises."""
+        while not isinstance(exit_ := await vcpu.run(), HaltExit):
+            await self.answer(exit_)
+
+    async def answer(self, exit_: Exit | MemoryFaultExit) -> None:
+        """Do what an exit asks for. Raises UnhandledExit, OSError (ENOSPC)."""
+        match exit_:
+            case MemoryErrorExit(wanted, gpa, size):
+                await self._convert(gpa, size, wanted == KVM_EXIT_MEM_MAP_PRIVATE)
+            case MemoryFaultExit(flags, gpa, size):
+                await self._convert(gpa, size, bool(flags & KVM_MEMORY_EXIT_FLAG_PRIVATE))
+            case HypercallExit():
+                exit_.ret = await self._hypercall(exit_)
+            case MmioExit():
+                self._mmio(exit_)
+            case _:
+                raise UnhandledExit(f"{exit_.name} exit: {exit_}")
+
+    async def _hypercall(self, exit_: HypercallExit) -> int:
+        if exit_.nr != KVM_HC_MAP_GPA_RANGE or len(exit_.args) != 3:
+            return -KVM_ENOSYS
+        gpa, pages, attributes = exit_.args
+        size = pages_to_bytes(pages)
+        if not is_page_aligned(gpa) or pages <= 0 or not 0 <= gpa <= self.size - size:
+            return -KVM_EINVAL
+        try:
+            await self._convert(Gpa(gpa), size, bool(attributes & KVM_MAP_GPA_RANGE_ENCRYPTED))
+        except OSError as error:
+            return -(error.errno or KVM_EINVAL)
+        return 0
+
+    def _mmio(self, exit_: MmioExit) -> None:
+        for gpa, size, device in self._devices:
+            if gpa <= exit_.gpa and exit_.gpa + exit_.size <= gpa + size:
+                exit_.data = device(exit_.gpa - gpa, exit_.size, exit_.data if exit_.is_write else None)
+                return
+        raise UnhandledExit(f"MMIO exit: nothing is at gpa {exit_.gpa:#x}, of {exit_.size} bytes")
+
+    async def _convert(self, gpa: Gpa, size: int, to_private: bool) -> None:
+        assert self.converter is not None, "there is no memory yet"
+        pages = PageRange.covering(ByteOffset(gpa), size)
+        await self.converter.convert(pages, to_private=to_private)
+        self.conversions["private" if to_private else "shared"] += 1
+
+
+@contextmanager
+def open_memory(shared: str, private: str, size: int, granule: int = GRANULES[0]) -> Iterator[Vmm]:
+    """Open both files and make them as large as guest memory, `size` bytes. Blocking: before the event loop.
+
+    Raises OSError.
+    """
+    fds: list[int] = []
+    try:
+        for path in (shared, private):
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            fds.append(fd)
+            if os.fstat(fd).st_size < size:
+                os.ftruncate(fd, size)
+        yield Vmm(fds[0], fds[1], size, granule)
+    finally:
+        for fd in fds:
+            os.close(fd)

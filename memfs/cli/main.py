@@ -1,0 +1,295 @@
+"""The command `memfs`: mount a memfs, and create, seal and look at files on one.
+
+Exit codes: 0, 1 for anything that went wrong (one sentence on standard error), 2 for wrong usage (argparse's).
+
+`memfs mount` returns when the mount answers. What serves it is forked off before anything heavy is imported, and
+reports over a pipe: that it is ready and what could not be had, or why it cannot mount.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import logging
+import os
+import stat
+import struct
+import sys
+from collections.abc import Callable, Sequence
+from typing import Final, NoReturn
+
+from memfs.contract import logs
+from memfs.contract.sizes import parse_bytes
+from memfs.contract.sys.mountinfo import real_mountpoint
+from memfs.contract.units import ByteOffset
+from memfs.options import MountOptions, OptionError, RemountOptions
+from memfs.store import seals
+
+_U32: Final = struct.Struct("=I")
+
+
+class CommandError(Exception):
+    """Why a command failed: one sentence."""
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command and exit."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (CommandError, OptionError) as error:
+        sys.exit(f"memfs: {error}")
+    except OSError as error:
+        sys.exit(f"memfs: {error.filename or options.command}: {error.strerror}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="memfs", description="A filesystem that is the memory of virtual machines.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    mount = commands.add_parser("mount", help="mount a memfs on a directory", description=_mount.__doc__)
+    mount.add_argument("mountpoint", metavar="MOUNTPOINT")
+    mount.add_argument(
+        "-o",
+        dest="options",
+        metavar="OPTIONS",
+        action="append",
+        default=[],
+        help="as for tmpfs, separated by commas: size= (bytes, k/m/g/t or %% of RAM; default 50%%), nr_blocks=, "
+        "nr_inodes=, mode= (octal), uid=, gid=, huge=never|always|within_size|advise, mpol=, noswap; ro, noatime, "
+        "suid, dev, noexec, allow_other; passthrough=auto|on|off, backing=tmpfs|memfd, socket=, "
+        "socket_mode= (octal; default 0600), socket_group=, "
+        "notify_timeout= (seconds that an owner may take to answer; default 5)",
+    )
+    mount.add_argument(
+        "--socket",
+        metavar="PATH",
+        help="where owners connect, also as option socket= (default /run/memfs/NAME.sock, NAME from MOUNTPOINT)",
+    )
+    mount.add_argument("-f", "--foreground", action="store_true", help="stay in the foreground and log to stderr")
+    mount.add_argument(
+        "--log-file", metavar="FILE", help="append the log to FILE (default in the background: /run/memfs/NAME.log)"
+    )
+    mount.add_argument("-v", "--verbose", action="store_true", help="log more")
+    mount.add_argument("--check", action="store_true", help="verify every invariant at the end; exit code 1 if broken")
+    mount.set_defaults(run=_mount)
+
+    remount = commands.add_parser("remount", help="change options of a mounted memfs", description=_remount.__doc__)
+    remount.add_argument("path", metavar="PATH", help="the mountpoint, or anything on it")
+    remount.add_argument("-o", dest="options", metavar="OPTIONS", required=True, help="size=, nr_blocks=, nr_inodes=")
+    remount.set_defaults(run=_remount)
+
+    state = commands.add_parser("stat", help="show the state of a mounted memfs", description=_stat.__doc__)
+    state.add_argument("path", metavar="PATH", help="the mountpoint, or anything on it")
+    state.add_argument("--json", action="store_true", help="as JSON")
+    state.set_defaults(run=_stat)
+
+    seal = commands.add_parser("seal", help="add seals to a file", description=_seal.__doc__)
+    seal.add_argument("file", metavar="FILE")
+    seal.add_argument("seals", metavar="SEAL", nargs="+", help=f"one of {', '.join(seals.NAMES)}")
+    seal.set_defaults(run=_seal)
+
+    show = commands.add_parser("seals", help="show a file's seals", description=_show_seals.__doc__)
+    show.add_argument("file", metavar="FILE")
+    show.set_defaults(run=_show_seals)
+
+    create = commands.add_parser("create", help="create a file, sealed from the start", description=_create.__doc__)
+    create.add_argument("file", metavar="FILE")
+    create.add_argument("--seals", metavar="SEAL[,SEAL]", default="", help="seals to create it with, e.g. guest")
+    create.add_argument(
+        "--size",
+        metavar="SIZE",
+        type=_size,
+        default=0,
+        help="its size in bytes, or with k, m, g, t (a hole: no memory used)",
+    )
+    create.add_argument("--allocate", action="store_true", help="give it its memory at once; without, it is a hole")
+    create.set_defaults(run=_create)
+
+    allocate = commands.add_parser("allocate", help="give a file its memory", description=_allocate.__doc__)
+    allocate.add_argument("file", metavar="FILE")
+    allocate.add_argument("--offset", metavar="SIZE", type=_size, default=0, help="from there on (default 0)")
+    allocate.add_argument("--length", metavar="SIZE", type=_size, help="so much (default: to the file's end)")
+    allocate.set_defaults(run=_allocate)
+
+    populate = commands.add_parser("populate", help="fill guest memory with an image", description=_populate.__doc__)
+    populate.add_argument("file", metavar="FILE")
+    populate.add_argument("source", metavar="SOURCE", nargs="?", default="-", help="a file; default: standard input")
+    populate.add_argument(
+        "--offset", metavar="SIZE", type=_size, default=0, help="where in FILE; a multiple of 4k (default 0)"
+    )
+    populate.set_defaults(run=_populate)
+    return parser
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from error
+
+
+def _mount(options: argparse.Namespace) -> None:
+    """Mount a memfs. Returns when the mount answers; ends with umount(8), SIGINT or SIGTERM."""
+    options.parsed = MountOptions.parse(",".join(options.options))
+    options.mountpoint = real_mountpoint(options.mountpoint)
+    for path in ("log_file", "socket"):
+        if getattr(options, path) is not None:
+            setattr(options, path, os.path.abspath(getattr(options, path)))
+    if options.foreground:
+
+        def ready(notes: list[str]) -> None:
+            _print_notes(notes)
+            print(f"memfs: {options.mountpoint} is mounted", flush=True)
+
+        _serve(options, ready)
+        return
+    reader, writer = os.pipe()
+    sys.stdout.flush()
+    if os.fork() == 0:
+        os.close(reader)
+        _detach()
+        _serve_and_report(options, writer)
+    os.close(writer)
+    with os.fdopen(reader) as report:
+        outcome, *lines = report.read().split("\n")
+    if outcome != "ready":
+        raise CommandError(lines[0] if lines else "the daemon died while mounting; --foreground shows why")
+    _print_notes([line for line in lines if line])
+
+
+def _serve_and_report(options: argparse.Namespace, report: int) -> NoReturn:
+    """The daemon's side of `memfs mount`: serve, and tell the parent how it went over a pipe."""
+
+    def tell(outcome: str, lines: list[str]) -> None:
+        os.write(report, "\n".join([outcome, *lines]).encode())
+        os.close(report)
+
+    try:
+        _serve(options, lambda notes: tell("ready", notes))
+    except (CommandError, OSError) as error:
+        tell("failed", [str(error)])
+        os._exit(1)
+    os._exit(0)
+
+
+def _serve(options: argparse.Namespace, ready: Callable[[list[str]], None]) -> None:
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy would start a thread a CPU for nothing
+    import trio
+
+    from memfs.daemon import Settings, default_log_path, default_socket_path, serve
+    from memfs.fuse.mount import MountError
+    from memfs.owners.listener import ListenError, prepare_directory
+
+    log_file, nobody_said = options.log_file, options.log_file is None and not options.foreground
+    if nobody_said:
+        log_file = default_log_path(options.mountpoint)
+        prepare_directory(os.path.dirname(log_file))
+    logs.set_up(log_file, logging.INFO if options.verbose else logging.WARNING, when_needed=nobody_said)
+    socket_path = options.socket or options.parsed.socket or default_socket_path(options.mountpoint)
+    try:
+        trio.run(serve, Settings(options.mountpoint, socket_path, options.parsed, options.check), ready)
+    except (ListenError, MountError, OptionError) as error:
+        raise CommandError(str(error)) from error
+
+
+def _detach() -> None:
+    """Leave the terminal and the directory that we were started from (daemon(7))."""
+    os.setsid()
+    os.chdir("/")
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    os.close(null)
+
+
+def _print_notes(notes: list[str]) -> None:
+    for note in notes:
+        print(f"memfs: {note}", file=sys.stderr)
+
+
+def _remount(options: argparse.Namespace) -> None:
+    """Change how large a mounted memfs may become, in bytes and inodes. Below what is in use: Invalid argument."""
+    RemountOptions.parse(options.options)  # for its clear words; the daemon parses it again
+    os.setxattr(options.path, "user.memfs.remount", options.options.encode())
+
+
+def _stat(options: argparse.Namespace) -> None:
+    """Show the state of a mounted memfs: what it is made of, what is in use, and whether content passes through."""
+    text = os.getxattr(options.path, "user.memfs.stat").decode()
+    if options.json:
+        print(text)
+        return
+    state = json.loads(text)
+    registry = state.pop("registry")
+    width = max(map(len, state))
+    for name, value in state.items():
+        print(f"{name:{width}}  {value}")
+    for owner in registry:
+        files, pending = owner.pop("files"), owner.pop("pending")
+        print("", _line(owner), *(f"  {_line(each)}" for each in (*files, *pending)), sep="\n")
+
+
+def _line(values: dict[str, object]) -> str:
+    return "  ".join(f"{name} {_shown(value)}" for name, value in values.items() if value != "")
+
+
+def _shown(value: object) -> str:
+    """A value for a terminal: what others named themselves may have escape sequences in it."""
+    text = str(value)
+    return text if text.isprintable() else json.dumps(text)
+
+
+def _seal(options: argparse.Namespace) -> None:
+    """Add seals to a file on a memfs. It must be empty and open nowhere for the guest seal."""
+    os.setxattr(options.file, "user.memfs.seals", ",".join(options.seals).encode())
+
+
+def _show_seals(options: argparse.Namespace) -> None:
+    """Print the seals of a file on a memfs, separated by commas; an empty line if it has none."""
+    print(os.getxattr(options.file, "user.memfs.seals").decode())
+
+
+def _create(options: argparse.Namespace) -> None:
+    """Create a file on a memfs. It must not exist."""
+    bits = seals.parse(options.seals)
+    # With O_DIRECT the handle cannot be mapped, so that it does not stand in the way of the guest seal.
+    fd = os.open(options.file, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC, 0o600)
+    try:
+        if bits:
+            fcntl.ioctl(fd, seals.MEMFS_IOC_ADD_SEALS, _U32.pack(bits))
+        os.ftruncate(fd, options.size)
+        if options.allocate and options.size:
+            from memfs.cli import populate
+
+            populate.allocate(options.file, ByteOffset(0), options.size)
+    except OSError:
+        os.unlink(options.file)
+        raise
+    finally:
+        os.close(fd)
+
+
+def _allocate(options: argparse.Namespace) -> None:
+    """Give a file on a memfs its memory, as fallocate(1) does, with a progress bar on a terminal."""
+    from memfs.cli import populate
+
+    populate.allocate(options.file, ByteOffset(options.offset), options.length)
+
+
+def _populate(options: argparse.Namespace) -> None:
+    """Fill a guest-sealed file with its first content, before its guest runs. Prints the measurement: SHA-384 over page
+    index (u64, little-endian) and content of each page in order, of all that was populated so far.
+    """
+    from memfs.cli import populate
+
+    with open(
+        0 if options.source == "-" else options.source, "rb", buffering=0, closefd=options.source != "-"
+    ) as source:
+        status = os.fstat(source.fileno())
+        total = status.st_size if stat.S_ISREG(status.st_mode) else None
+        print(populate.populate(options.file, source, ByteOffset(options.offset), total).hex())

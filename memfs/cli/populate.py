@@ -1,0 +1,143 @@
+"""What takes so long that one wants to see how far it is: giving memory to files, and filling them (memfs allocate,
+memfs populate).
+
+Both talk to a mounted memfs from outside, as any program may: by fallocate(2), and over its socket.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, closing, contextmanager
+from typing import BinaryIO, Final
+
+import trio
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+from memfs.contract.protocol.connection import Role
+from memfs.contract.protocol.messages import Failed, Hello, Measured, Message, Populate
+from memfs.contract.protocol.peer import Incoming, Peer, PeerGone, open_connection
+from memfs.contract.sys.libc import fallocate
+from memfs.contract.units import PAGE_SIZE, ByteOffset, PageRange, pages_to_bytes
+from memfs.tree.xattrs import SOCKET
+
+_STEP: Final = 256 << 20  # bytes that are allocated at a time
+_CHUNK: Final = pages_to_bytes(Populate.MAX_PAGES)
+
+
+def allocate(path: str, offset: ByteOffset, length: int | None) -> None:
+    """Give a file memory from byte `offset` on, `length` bytes or as far as it goes, with a progress bar.
+
+    Raises OSError: ENOSPC, and what had been allocated until then stays.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
+    try:
+        end = os.fstat(fd).st_size if length is None else offset + length
+        if offset >= end:
+            raise OSError(errno.EINVAL, "Nothing to allocate: the file is empty; say how much", path)
+        with _progress("allocate", end - offset) as bar:
+            for start in range(offset, end, _STEP):
+                fallocate(fd, 0, start, min(_STEP, end - start))
+                bar(min(_STEP, end - start))
+    finally:
+        os.close(fd)
+
+
+def populate(path: str, source: BinaryIO, offset: ByteOffset, total: int | None) -> bytes:
+    """Fill a guest-sealed file from byte `offset` on with all that `source` gives, with a progress bar.
+
+    The last page is filled up with zeros. `total` is how many bytes there will be, if that is known. Returns the
+    measurement (store/measurement.py). Raises OSError as `messages.Populate` says.
+    """
+    if offset % PAGE_SIZE:
+        raise OSError(errno.EINVAL, f"The offset must be a multiple of {PAGE_SIZE}", path)
+    return trio.run(_populate, path, source, offset, total)
+
+
+async def _populate(path: str, source: BinaryIO, offset: ByteOffset, total: int | None) -> bytes:
+    fd = os.open(path, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
+    with closing(_Buffer()) as buffer, _progress("populate", total) as bar:
+        try:
+            measurement = b""
+            async with _connected(os.getxattr(path, SOCKET)) as peer:
+                await _ask(peer, Hello(name="populate"))
+                while size := buffer.fill(source):
+                    reply = await _ask(peer, Populate(PageRange.covering(offset, size), ByteOffset(0)), fd, buffer.fd)
+                    assert isinstance(reply, Measured)
+                    measurement = reply.measurement
+                    offset = ByteOffset(offset + size)
+                    bar(size)
+        except PeerGone as error:
+            raise OSError(errno.ECONNRESET, f"memfs has gone: {error}", path) from error
+        finally:
+            os.close(fd)
+    return measurement
+
+
+@asynccontextmanager
+async def _connected(path: bytes) -> AsyncIterator[Peer]:
+    """A connection to the store. What goes wrong within leaves as it is, not in the nursery's ExceptionGroup."""
+    peer = Peer(await open_connection(os.fsdecode(path)), Role.OWNER)
+    failure: Exception | None = None
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_listen, peer)
+        try:
+            yield peer
+        except Exception as error:
+            failure = error
+        peer.close()
+        nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+
+
+async def _ask(peer: Peer, request: Message, *fds: int) -> Message:
+    reply = (await peer.call(request, fds)).message
+    if isinstance(reply, Failed):
+        raise OSError(reply.errno, reply.text)
+    return reply
+
+
+async def _listen(peer: Peer) -> None:
+    def told(_: Incoming) -> None:
+        raise AssertionError("somebody who owns nothing was told something")
+
+    await peer.serve(told)
+
+
+class _Buffer:
+    """A memfd that carries content to the store, a chunk at a time."""
+
+    def __init__(self) -> None:
+        self.fd: Final = os.memfd_create("populate", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(self.fd, _CHUNK)
+        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+        self._map: Final = mmap.mmap(self.fd, _CHUNK)
+
+    def fill(self, source: BinaryIO) -> int:
+        """Read until it is full or the source ends, and round up to whole pages. Returns bytes; 0 at the end."""
+        with memoryview(self._map) as view:
+            size = 0
+            while size < _CHUNK and (more := source.readinto(view[size:])):  # type: ignore[attr-defined]
+                size += more
+            padded = -(-size // PAGE_SIZE) * PAGE_SIZE
+            view[size:padded] = bytes(padded - size)
+        return padded
+
+    def close(self) -> None:
+        self._map.close()
+        os.close(self.fd)
+
+
+@contextmanager
+def _progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, to be told of bytes done."""
+    console = Console(stderr=True)
+    columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(what, *columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda nbytes: progress.advance(task, nbytes)

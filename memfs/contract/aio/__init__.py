@@ -1,0 +1,1 @@
+"""What trio does not have: polling many descriptors in one task, busy polling, and eager tasks."""

@@ -1,0 +1,53 @@
+"""Frame numbers: what get_pfn answers. memfs has no physical memory, so it allots numbers, as firmware does addresses.
+
+A frame number must name one page of one file, for as long as somebody may have it mapped, and huge mappings need
+neighbouring, aligned frames. So numbers are allotted in extents of 1 GiB (2**18 frames): all pages of the same aligned
+gibibyte of a file lie in one extent, each at the same place in it. Pages are then contiguous and aligned in frames as
+far as they are in the file.
+
+A physical address has 52 bits at most, so there are 2**22 extents; frame 0 is never used. An extent belongs to one
+registration and is free again when that ends, when nothing of its owner's can be mapped any more.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Final
+
+from memfs.contract.units import ORDER_1G, ORDER_2M, ORDER_4K, PAGE_SHIFT, PageIndex, PageRange
+
+EXTENT_PAGES: Final = 1 << ORDER_1G
+MAX_EXTENTS: Final = 1 << (52 - PAGE_SHIFT - ORDER_1G)
+
+
+def by_order(pages: PageRange, is_whole: Callable[[PageRange], bool]) -> Iterator[tuple[PageRange, int]]:
+    """Cut a range of allocated pages so that each piece lies in one extent and has one largest order.
+
+    That order is the largest of 18, 9 and 0 for which each page's aligned block of 2**order pages is wholly allocated,
+    which `is_whole` tells of a block.
+    """
+    for extent in cut_at(pages, ORDER_1G):
+        if is_whole(_block(extent.start, ORDER_1G)):
+            yield extent, ORDER_1G
+            continue
+        orders = (
+            (part, ORDER_2M if is_whole(_block(part.start, ORDER_2M)) else ORDER_4K)
+            for part in cut_at(extent, ORDER_2M)
+        )
+        for order, group in itertools.groupby(orders, key=lambda each: each[1]):
+            parts = [part for part, _ in group]
+            yield PageRange(parts[0].start, parts[-1].end), order
+
+
+def cut_at(pages: PageRange, order: int) -> Iterator[PageRange]:
+    """Cut a range at every multiple of 2**order pages."""
+    block = 1 << order
+    edges = [pages.start, *range((pages.start // block + 1) * block, pages.end, block), pages.end]
+    return (PageRange(PageIndex(start), PageIndex(end)) for start, end in itertools.pairwise(edges))
+
+
+def _block(index: PageIndex, order: int) -> PageRange:
+    """The aligned block of 2**order pages around a page."""
+    start = index >> order << order
+    return PageRange(PageIndex(start), PageIndex(start + (1 << order)))

@@ -1,0 +1,218 @@
+"""Which pages of a guest-sealed file are allocated, that is, private: one byte a page in a shared memory object.
+
+This is the truth about private pages. The backing file is not: it holds bytes, and nobody but its owner may look
+whether there are any. The object is a memfd, so that the owner (kvmsim) maps the same memory and asks for a page's
+state with an array look-up instead of a message. The store alone writes: once its own mapping exists the memfd is
+sealed with F_SEAL_FUTURE_WRITE, so the descriptor that an owner gets can be mapped read-only at best.
+
+    byte 0      u64 magic   u32 version   u32 page shift   u64 seq
+    byte 4096   one byte for page 0 (ABSENT or ALLOCATED), one for page 1, ...
+
+`seq` is a sequence lock: odd while a change is being made, and larger by two after it. A reader that must see several
+pages of one moment samples seq, reads, and reads again if seq was odd or has moved. A single byte needs no seq.
+
+The object is as sparse as the file it describes: MAX_PAGES bytes of address space, of which only what was ever
+allocated costs memory (a page of map for 16 MiB of file). Clearing, counting and finding pages in a large range asks
+the object for its data extents first, so no operation costs more than the pages that were ever touched. It never
+grows or shrinks (and is sealed against both), so an owner's mapping of it cannot fault. Address space has an end, too:
+a process can have MOST_MAPS of its own, and then there is no room for another, rather than for anything at all.
+
+Rejected: a bitmap (a byte can be stored without reading its neighbours, so no lock between pages, and numpy slices
+do everything); SEEK_DATA on the backing file (a system call for each look-up, and false for passthrough handles).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+from collections.abc import Callable, Iterator
+from typing import ClassVar, Final, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from memfs.contract.sparse import data_extents
+from memfs.contract.units import ORDER_2M, PAGE_SHIFT, PAGE_SIZE, PageIndex, PageRange
+
+ABSENT: Final = 0
+ALLOCATED: Final = 1
+MAX_PAGES: Final = 1 << 32  #: a guest-sealed file is at most 16 TiB; the largest memslot of KVM is half of that
+
+MOST_MAPS: Final = 24_000  #: three quarters of the 2**47 bytes of address space of a process
+
+_MAGIC: Final = int.from_bytes(b"memfsmap", "little")
+_VERSION: Final = 1
+_HEADER: Final = np.dtype([("magic", "<u8"), ("version", "<u4"), ("page_shift", "<u4"), ("seq", "<u8")])
+_HEADER_BYTES: Final = PAGE_SIZE
+_OBJECT_BYTES: Final = _HEADER_BYTES + MAX_PAGES
+_SPARSE_FROM: Final = 1 << 16  # pages; for shorter ranges asking for the extents costs more than reading them
+_AT_ONCE: Final = 1 << 16  # pages whose runs are found at a time: who wants only the first few does not pay for all
+_TRIES: Final = 10_000  # to read a map that is being changed, which takes the store microseconds
+_F_SEAL_FUTURE_WRITE: Final = 0x0010  # linux/fcntl.h; not in Python's fcntl module
+
+_BLOCK: Final = 1 << ORDER_2M
+
+_Bytes = npt.NDArray[np.uint8]
+_T = TypeVar("_T", bound=np.generic)
+
+
+def _extents(fd: int, pages: PageRange) -> Iterator[PageRange]:
+    """The parts of a range in which the object has data at all; a short range as a whole."""
+    if len(pages) < _SPARSE_FROM:
+        yield pages
+        return
+    for start, end in data_extents(fd, _HEADER_BYTES + pages.start, _HEADER_BYTES + pages.end):
+        yield PageRange(PageIndex(start - _HEADER_BYTES), PageIndex(end - _HEADER_BYTES))
+
+
+class PageMapView:
+    """Read a page map, the store's own or one received with Registered.
+
+    `fd` is duplicated. Raises ValueError if it is not a page map of this version.
+    """
+
+    _access: int = mmap.PROT_READ
+
+    def __init__(self, fd: int) -> None:
+        if os.fstat(fd).st_size != _OBJECT_BYTES:
+            raise ValueError("not a page map: wrong size")
+        self._map = mmap.mmap(fd, _OBJECT_BYTES, prot=self._access)
+        header = np.frombuffer(self._map, _HEADER, 1)[0]
+        self._check_header(header)
+        self._fd = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
+        self._seq: npt.NDArray[np.uint64] = np.frombuffer(
+            self._map, np.uint64, 1, _HEADER.fields["seq"][1] if _HEADER.fields else 0
+        )
+        #: uint8, shape (MAX_PAGES,): ABSENT or ALLOCATED for each page
+        self.pages: _Bytes = np.frombuffer(self._map, np.uint8, MAX_PAGES, _HEADER_BYTES)
+
+    def _check_header(self, header: np.void) -> None:
+        if (header["magic"], header["version"], header["page_shift"]) != (_MAGIC, _VERSION, PAGE_SHIFT):
+            raise ValueError("not a page map of this version")
+
+    @property
+    def seq(self) -> int:
+        """The sequence lock: odd while the store is changing the map."""
+        return int(self._seq[0])
+
+    def is_allocated(self, index: PageIndex) -> bool:
+        """Whether one page is allocated."""
+        return bool(self.pages[index] == ALLOCATED)
+
+    def states(self, indexes: npt.NDArray[np.int64]) -> _Bytes:
+        """ABSENT or ALLOCATED for many pages, as they are at one moment: uint8 of the same shape.
+
+        The store may be changing the map meanwhile; then they are read again. If it does not come to an end with that
+        (it may have died), all are ABSENT.
+        """
+        return self._at_one_moment(lambda: self.pages[indexes], np.full(indexes.shape, ABSENT, np.uint8))
+
+    def whole_blocks(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Which aligned blocks of 2 MiB, by page index / 512, are allocated all over; likewise of one moment."""
+        words = self.pages.view(np.uint64).reshape(-1, _BLOCK // 8)  # eight pages in a word
+        full = np.uint64(int.from_bytes([ALLOCATED] * 8, "little"))
+        return self._at_one_moment(lambda: (words[numbers] == full).all(axis=1), np.zeros(len(numbers), np.bool_))
+
+    def _at_one_moment(self, read: Callable[[], npt.NDArray[_T]], otherwise: npt.NDArray[_T]) -> npt.NDArray[_T]:
+        for _ in range(_TRIES):
+            before = self.seq
+            value = read()
+            if before % 2 == 0 and self.seq == before:
+                return value
+            os.sched_yield()
+        return otherwise
+
+    def count(self, pages: PageRange) -> int:
+        """How many pages of a range are allocated."""
+        if len(pages) < _SPARSE_FROM:
+            return int(np.count_nonzero(self.pages[pages.slice]))
+        return sum(int(np.count_nonzero(self.pages[part.slice])) for part in _extents(self._fd, pages))
+
+    def runs(self, pages: PageRange, state: int = ALLOCATED) -> Iterator[PageRange]:
+        """The maximal runs of pages in a range that are in one state (ALLOCATED or ABSENT), in order."""
+        if state == ABSENT:
+            position = pages.start
+            for run in self.runs(pages):
+                if position < run.start:
+                    yield PageRange(position, run.start)
+                position = run.end
+            if position < pages.end:
+                yield PageRange(position, pages.end)
+            return
+        open_run: PageRange | None = None  # a run may continue in the next part
+        for part in (part for extent in _extents(self._fd, pages) for part in extent.chunks(_AT_ONCE)):
+            edges = np.flatnonzero(np.diff(self.pages[part.slice], prepend=np.uint8(0), append=np.uint8(0)))
+            for start, end in zip((edges[::2] + part.start).tolist(), (edges[1::2] + part.start).tolist(), strict=True):
+                if open_run is not None and open_run.end == start:
+                    open_run = PageRange(open_run.start, end)
+                    continue
+                if open_run is not None:
+                    yield open_run
+                open_run = PageRange(start, end)
+        if open_run is not None:
+            yield open_run
+
+    def close(self) -> None:
+        """Let go of the mapping and the descriptor. Arrays taken from `pages` must be gone."""
+        del self.pages, self._seq
+        self._map.close()
+        os.close(self._fd)
+
+
+class PageMap(PageMapView):
+    """The store's side: an empty map, the only one that can be written.
+
+    Raises OSError: ENOSPC if there are MOST_MAPS, EMFILE.
+
+    >>> page_map = PageMap("guest.mem")
+    >>> page_map.set(PageRange(PageIndex(2), PageIndex(5)), ALLOCATED)
+    >>> page_map.count(PageRange(PageIndex(0), PageIndex(4)))
+    2
+    >>> list(page_map.runs(PageRange(PageIndex(0), PageIndex(9))))
+    [PageRange(start=2, end=5)]
+    >>> page_map.close()
+    """
+
+    _access = mmap.PROT_READ | mmap.PROT_WRITE
+    _count: ClassVar[int] = 0  # of those that there are
+
+    def __init__(self, name: str) -> None:
+        if PageMap._count >= MOST_MAPS:
+            raise OSError(errno.ENOSPC, f"there are {MOST_MAPS} page maps, for which there is address space")
+        fd = os.memfd_create(f"memfs-map:{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(fd, _OBJECT_BYTES)
+            os.fchmod(fd, 0o400)  # so that who gets it for reading cannot open it anew for writing and allocate
+            super().__init__(fd)
+            fcntl.fcntl(
+                fd,
+                fcntl.F_ADD_SEALS,
+                _F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL,
+            )
+        finally:
+            os.close(fd)
+        PageMap._count += 1
+
+    def close(self) -> None:
+        super().close()
+        PageMap._count -= 1
+
+    def _check_header(self, header: np.void) -> None:
+        header["magic"], header["version"], header["page_shift"] = _MAGIC, _VERSION, PAGE_SHIFT
+
+    @property
+    def fd(self) -> int:
+        """The descriptor that owners receive."""
+        return self._fd
+
+    def set(self, pages: PageRange, state: int) -> None:
+        """Put every page of a range into one state, as one change."""
+        self._seq[0] += 1
+        try:
+            parts = _extents(self._fd, pages) if state == ABSENT and len(pages) >= _SPARSE_FROM else [pages]
+            for part in parts:
+                self.pages[part.slice] = state
+        finally:
+            self._seq[0] += 1

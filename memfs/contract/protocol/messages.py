@@ -1,0 +1,437 @@
+"""What memfs and an owner can say to each other: one class a message, with its body on the wire.
+
+Each class packs its own body and unpacks it again, and refuses bytes that are not exactly what it would have packed:
+a flag is 0 or 1, a range is not empty, a text is UTF-8 and bounded, runs cover what they claim to cover. Which message
+may come when is not decided here but in protocol.py.
+
+Little-endian, no pickle, every length bounded. Pages are page indexes, ranges half-open.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Final, NewType, Self
+
+from memfs.contract.units import MAX_OFFSET, ByteOffset, PageIndex, PageRange, Pfn, page_floor
+
+VERSION: Final = 1
+MAX_TEXT: Final = 512  #: bytes of UTF-8 in Hello, Failed and Fenced
+MAX_ERRNO: Final = 4095  #: linux/err.h
+
+_MAX_PAGES: Final = page_floor(ByteOffset(MAX_OFFSET)) + 1
+
+FileId = NewType("FileId", int)  #: names a registered file on one connection; never reused
+
+
+class Malformed(Exception):
+    """Bytes that are not the message they claim to be."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """What can be said. Immutable; `pack` and `unpack` are each other's inverse for the body, without header."""
+
+    TYPE: ClassVar[int]
+    _BODY: ClassVar[struct.Struct]
+    DESCRIPTORS: ClassVar[frozenset[int]] = frozenset({0})  #: how many may travel beside it
+
+    def pack(self) -> bytes:
+        return self._BODY.pack(*self._fields())
+
+    def _fields(self) -> tuple[Any, ...]:
+        return ()
+
+    @classmethod
+    def unpack(cls, body: memoryview) -> Self:
+        if len(body) != cls._BODY.size:
+            raise Malformed(f"a body of {len(body)} bytes instead of {cls._BODY.size}")
+        return cls._from_fields(*cls._BODY.unpack(body))
+
+    @classmethod
+    def _from_fields(cls, *fields: Any) -> Self:
+        return cls(*fields)
+
+
+def _pages(start: int, end: int) -> PageRange:
+    if not start < end <= _MAX_PAGES:
+        raise Malformed(f"[{start}, {end}) is not a range of pages")
+    return PageRange(PageIndex(start), PageIndex(end))
+
+
+def _flag(value: int) -> bool:
+    if value not in (0, 1):
+        raise Malformed(f"{value} is neither true nor false")
+    return bool(value)
+
+
+def _errno(value: int) -> int:
+    if value > MAX_ERRNO:
+        raise Malformed(f"{value} is not an errno")
+    return value
+
+
+def _pack_text(text: str) -> bytes:
+    return text.encode()[:MAX_TEXT].decode(errors="ignore").encode()
+
+
+def _unpack_text(tail: memoryview) -> str:
+    if len(tail) > MAX_TEXT:
+        raise Malformed(f"a text of {len(tail)} bytes; at most {MAX_TEXT}")
+    try:
+        return str(tail, "utf-8")
+    except UnicodeDecodeError as error:
+        raise Malformed("a text that is not UTF-8") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Hello(Message):
+    """Owner: the first message. Which protocol versions it speaks, and a name for logs (not trusted, not unique)."""
+
+    TYPE = 1
+    _BODY = struct.Struct("<HH")
+    min_version: int = VERSION
+    max_version: int = VERSION
+    name: str = ""
+
+    def pack(self) -> bytes:
+        return self._BODY.pack(self.min_version, self.max_version) + _pack_text(self.name)
+
+    @classmethod
+    def unpack(cls, body: memoryview) -> Self:
+        if len(body) < cls._BODY.size:
+            raise Malformed("Hello is cut short")
+        low, high = cls._BODY.unpack_from(body)
+        if low > high:
+            raise Malformed(f"versions {low} to {high} are none")
+        return cls(low, high, _unpack_text(body[cls._BODY.size :]))
+
+
+@dataclass(frozen=True, slots=True)
+class HelloReply(Message):
+    """Store: the version both will speak and the page size in bytes."""
+
+    TYPE = 2
+    _BODY = struct.Struct("<HHI")
+    version: int
+    page_size: int
+
+    def _fields(self) -> tuple[Any, ...]:
+        return self.version, 0, self.page_size
+
+    @classmethod
+    def _from_fields(cls, *fields: Any) -> Self:
+        version, _, page_size = fields
+        return cls(version, page_size)
+
+
+@dataclass(frozen=True, slots=True)
+class Register(Message):
+    """Owner: let me own the file whose descriptor, open for reading and writing, travels with this.
+
+    RFC: memfd_register_guest. Failed with EINVAL: not a regular file of this mount. EACCES: not open for reading and
+    writing. EBADF: an O_PATH descriptor. EPERM: another owner has it, or it is immutable or append-only (chattr(1)).
+    Registering again is fine; it must then be unregistered as often.
+    """
+
+    TYPE = 3
+    _BODY = struct.Struct("<")
+    DESCRIPTORS = frozenset({1})
+
+
+@dataclass(frozen=True, slots=True)
+class Registered(Message):
+    """Store: the file is yours. With it travel the backing file and, if `sealed`, its page map (read-only)."""
+
+    TYPE = 4
+    _BODY = struct.Struct("<QQQQ")
+    DESCRIPTORS = frozenset({1, 2})
+    file: FileId
+    ino: int  #: inode number on the mount
+    size: int  #: bytes
+    seals: int  #: F_SEAL_* bits
+
+    def _fields(self) -> tuple[Any, ...]:
+        return self.file, self.ino, self.size, self.seals
+
+
+@dataclass(frozen=True, slots=True)
+class Unregister(Message):
+    """Owner: undo one Register. The last one lets go of the inode. Failed with EBADF: no such registration."""
+
+    TYPE = 5
+    _BODY = struct.Struct("<Q")
+    file: FileId
+
+    def _fields(self) -> tuple[Any, ...]:
+        return (self.file,)
+
+
+@dataclass(frozen=True, slots=True)
+class _OnPages(Message):
+    """A message about a range of pages of a registered file.
+
+    `cause` is for logs: the number of the request that brought it about, 0 if there is none to name.
+    """
+
+    _BODY = struct.Struct("<QQQQ")
+    file: FileId
+    pages: PageRange
+    cause: int = field(default=0, compare=False)
+
+    def _fields(self) -> tuple[Any, ...]:
+        return self.file, self.pages.start, self.pages.end, self.cause
+
+    @classmethod
+    def _from_fields(cls, *fields: Any) -> Self:
+        file, start, end, cause = fields
+        return cls(file, _pages(start, end), cause)
+
+
+@dataclass(frozen=True, slots=True)
+class GetPfn(Message):
+    """Owner: which frames hold these pages? Lock those that exist (RFC: get_lock_pfn).
+
+    With `alloc`, absent pages are allocated first, all or none (ENOSPC). Without, they are reported absent. Pages
+    past the end of the file: EINVAL. The answer may cover fewer pages than asked for, from the start on; every
+    present page in it is locked against being freed until PutPfn.
+
+    Failed with ENOLCK: pages are locked in too many pieces (page_locks.py); put some first.
+
+    Without `lock` it is as if PutPfn came right behind, in one message: for an owner that makes sure in another way
+    that it maps nothing of what it is told to let go of (kvmsim does: kvmsim/mmu/invalidate.py).
+    """
+
+    TYPE = 6
+    _BODY = struct.Struct("<QQQBB")
+    file: FileId
+    pages: PageRange
+    alloc: bool
+    lock: bool = True
+
+    def _fields(self) -> tuple[Any, ...]:
+        return self.file, self.pages.start, self.pages.end, self.alloc, self.lock
+
+    @classmethod
+    def _from_fields(cls, *fields: Any) -> Self:
+        file, start, end, alloc, lock = fields
+        return cls(file, _pages(start, end), _flag(alloc), _flag(lock))
+
+
+@dataclass(frozen=True, slots=True)
+class PfnRun:
+    """Neighbouring pages in neighbouring frames: page `pages.start + i` is in frame `pfn + i`; or all absent (None).
+
+    `order`: each page lies in a naturally aligned block of 2**order pages that the store holds in one aligned block of
+    frames, so a mapping of up to that order is right as far as the store goes. 0, 9 or 18; 0 for absent pages.
+    """
+
+    pages: PageRange
+    pfn: Pfn | None
+    order: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PfnReply(Message):
+    """Store: the answer to GetPfn: runs that cover `pages` without gap or overlap, in order."""
+
+    TYPE = 7
+    _BODY = struct.Struct("<QQQ")
+    _RUN: ClassVar[struct.Struct] = struct.Struct("<QQQ")  # end, pfn (ABSENT if none), order
+    ABSENT: ClassVar[int] = (1 << 64) - 1
+    MAX_RUNS: ClassVar[int] = 2048
+    ORDERS: ClassVar[frozenset[int]] = frozenset({0, 9, 18})
+    file: FileId
+    pages: PageRange
+    runs: tuple[PfnRun, ...]
+
+    def pack(self) -> bytes:
+        parts = [self._BODY.pack(self.file, self.pages.start, self.pages.end)]
+        parts += [
+            self._RUN.pack(run.pages.end, self.ABSENT if run.pfn is None else run.pfn, run.order) for run in self.runs
+        ]
+        return b"".join(parts)
+
+    @classmethod
+    def unpack(cls, body: memoryview) -> Self:
+        tail = body[cls._BODY.size :]
+        if len(body) < cls._BODY.size or len(tail) % cls._RUN.size or len(tail) > cls.MAX_RUNS * cls._RUN.size:
+            raise Malformed(f"a PfnReply of {len(body)} bytes")
+        file, start, end = cls._BODY.unpack_from(body)
+        pages = _pages(start, end)
+        runs: list[PfnRun] = []
+        for run_end, pfn, order in cls._RUN.iter_unpack(tail):
+            if order not in cls.ORDERS:
+                raise Malformed(f"order {order}")
+            runs.append(PfnRun(_pages(start, run_end), None if pfn == cls.ABSENT else Pfn(pfn), order))
+            start = run_end
+        if start != end:
+            raise Malformed(f"runs that end at page {start} instead of {end}")
+        return cls(file, pages, tuple(runs))
+
+
+@dataclass(frozen=True, slots=True)
+class PutPfn(Message):
+    """Owner: unlock pages locked by GetPfn, and say whether they were written (RFC: put_unlock_pfn).
+
+    Any range of locked pages, not only a range that was got in one go. Failed with EINVAL if a page is not locked.
+    """
+
+    TYPE = 8
+    _BODY = struct.Struct("<QQQB")
+    file: FileId
+    pages: PageRange
+    dirty: bool
+
+    def _fields(self) -> tuple[Any, ...]:
+        return self.file, self.pages.start, self.pages.end, self.dirty
+
+    @classmethod
+    def _from_fields(cls, *fields: Any) -> Self:
+        file, start, end, dirty = fields
+        return cls(file, _pages(start, end), _flag(dirty))
+
+
+@dataclass(frozen=True, slots=True)
+class Populate(Message):
+    """Owner, or whoever loads an image: fill pages of a guest-sealed file with content, and measure it
+    (store/measurement.py).
+
+    Two descriptors travel with this: of the file, open for writing as for Register (it need not be registered), and
+    of a memfd that is sealed against shrinking, where the content is, from byte `source` on. At most MAX_PAGES at a
+    time. Failed with EBUSY: the guest has begun to run. EINVAL: not guest-sealed, past its end, or no such memfd.
+    ENOSPC. Otherwise as Register.
+    """
+
+    TYPE = 16
+    _BODY = struct.Struct("<QQQ")
+    DESCRIPTORS = frozenset({2})
+    MAX_PAGES: ClassVar[int] = 1 << 14
+    pages: PageRange
+    source: ByteOffset
+
+    def _fields(self) -> tuple[Any, ...]:
+        return self.pages.start, self.pages.end, self.source
+
+    @classmethod
+    def _from_fields(cls, *fields: Any) -> Self:
+        start, end, source = fields
+        pages = _pages(start, end)
+        if len(pages) > cls.MAX_PAGES or source > MAX_OFFSET:
+            raise Malformed(f"{len(pages)} pages from byte {source} on; at most {cls.MAX_PAGES}")
+        return cls(pages, ByteOffset(source))
+
+
+@dataclass(frozen=True, slots=True)
+class Launch(Message):
+    """Owner: the guest begins to run, so the file's initial content is what it is. Idempotent. EBADF: not registered.
+
+    KVM_TDX_FINALIZE_VM and KVM_SEV_SNP_LAUNCH_FINISH. The first GetPfn of a guest-sealed file does the same.
+    """
+
+    TYPE = 17
+    _BODY = struct.Struct("<Q")
+    file: FileId
+
+    def _fields(self) -> tuple[Any, ...]:
+        return (self.file,)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured(Message):
+    """Store: the answer to Populate and Launch: the measurement of all that was populated so far."""
+
+    TYPE = 18
+    _BODY = struct.Struct("<48s")
+    measurement: bytes  #: SHA-384
+
+    def _fields(self) -> tuple[Any, ...]:
+        return (self.measurement,)
+
+
+@dataclass(frozen=True, slots=True)
+class Done(Message):
+    """Store: Unregister or PutPfn is done."""
+
+    TYPE = 9
+    _BODY = struct.Struct("<")
+
+
+@dataclass(frozen=True, slots=True)
+class Failed(Message):
+    """Store: a request was refused and changed nothing. `errno` is the kernel's, `text` says it in words."""
+
+    TYPE = 10
+    _BODY = struct.Struct("<I")
+    errno: int
+    text: str
+
+    def pack(self) -> bytes:
+        return self._BODY.pack(self.errno) + _pack_text(self.text)
+
+    @classmethod
+    def unpack(cls, body: memoryview) -> Self:
+        if len(body) < cls._BODY.size:
+            raise Malformed(f"{cls.__name__} is cut short")
+        (errno,) = cls._BODY.unpack_from(body)
+        return cls(_errno(errno), _unpack_text(body[cls._BODY.size :]))
+
+
+@dataclass(frozen=True, slots=True)
+class InvalidateBegin(_OnPages):
+    """Store: these pages are about to go away. After the Ack nothing of the owner maps them, until InvalidateEnd."""
+
+    TYPE = 11
+
+
+@dataclass(frozen=True, slots=True)
+class InvalidateEnd(_OnPages):
+    """Store: the pages of that InvalidateBegin are gone (or, if freeing failed, still there). Faults may go on.
+
+    Not answered: nobody waits for it.
+    """
+
+    TYPE = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Fallocate(_OnPages):
+    """Store: these pages are allocated now. For a guest-sealed file: they are private from now on."""
+
+    TYPE = 13
+
+
+@dataclass(frozen=True, slots=True)
+class Ack(Message):
+    """Owner: an InvalidateBegin or Fallocate has been acted upon; or `errno`, why not (the store logs it)."""
+
+    TYPE = 14
+    _BODY = struct.Struct("<I")
+    errno: int = 0
+
+    def _fields(self) -> tuple[Any, ...]:
+        return (self.errno,)
+
+    @classmethod
+    def _from_fields(cls, *fields: Any) -> Self:
+        return cls(_errno(*fields))
+
+
+@dataclass(frozen=True, slots=True)
+class Fenced(Failed):
+    """Store: you did not answer in time, or the store is going down. All your registrations are gone."""
+
+    TYPE = 15
+
+
+Request = Hello | Register | Unregister | GetPfn | PutPfn | Populate | Launch
+Notification = InvalidateBegin | InvalidateEnd | Fallocate
+
+#: by the number on the wire
+MESSAGES: Final[dict[int, type[Message]]] = {
+    cls.TYPE: cls
+    for cls in (
+        *(Hello, HelloReply, Register, Registered, Unregister, GetPfn, PfnReply, PutPfn, Done, Failed),
+        *(InvalidateBegin, InvalidateEnd, Fallocate, Ack, Fenced, Populate, Launch, Measured),
+    )
+}

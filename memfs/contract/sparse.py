@@ -1,0 +1,34 @@
+"""Where a sparse file has data, without touching what it has not."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+
+from memfs.contract.units import ByteOffset, PageRange, page_offset
+
+
+def data_extents(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """The parts of [start, end) bytes that hold data, by SEEK_DATA and SEEK_HOLE (lseek(2)), as (start, end) in bytes.
+
+    On tmpfs, pages that were allocated and never written count as holes.
+    """
+    position = start
+    while position < end:
+        try:
+            data = os.lseek(fd, position, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # no data from here on
+                return
+            raise
+        if data >= end:
+            return
+        position = min(os.lseek(fd, data, os.SEEK_HOLE), end)
+        yield data, position
+
+
+def data_pages(fd: int, pages: PageRange) -> Iterator[PageRange]:
+    """The parts of a range of pages that hold data."""
+    for start, end in data_extents(fd, pages.offset, page_offset(pages.end)):
+        yield PageRange.covering(ByteOffset(start), end - start)

@@ -1,0 +1,1 @@
+"""Linux through Python: system calls that os lacks, and what /proc says of mounts and descriptors."""

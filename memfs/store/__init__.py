@@ -1,0 +1,1 @@
+"""Where bytes lie: backings, one regular file, its pages, accounts and seals."""

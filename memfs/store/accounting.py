@@ -1,0 +1,92 @@
+"""The pages that a tracked file has, and the account of them.
+
+The page map says which pages there are; the backing, how many there may be in all. Both change together, in here, next
+to the system call that allocates or frees: first room is reserved, then pages are allocated, then they are entered in
+the map; and when pages have been freed, they leave the map and their room is free again.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import Final
+
+from memfs.contract.page_map import ABSENT, ALLOCATED, MAX_PAGES, PageMap
+from memfs.contract.units import ByteOffset, PageIndex, PageRange, page_offset
+from memfs.store.backing import Backing
+
+MAP_END: Final = PageIndex(MAX_PAGES)
+_WHOLE: Final = PageRange(PageIndex(0), MAP_END)
+
+
+class Accounting:
+    """Which pages one file has. Raises OSError(EFBIG) for pages that no map can hold."""
+
+    __slots__ = ("_backing", "page_map")
+
+    def __init__(self, backing: Backing, name: str) -> None:
+        self._backing: Final = backing
+        self.page_map: Final = PageMap(name)
+
+    def reserve(self, pages: PageRange) -> Reservation:
+        """Room for what is absent in a range, within a with statement. Raises OSError(ENOSPC)."""
+        self.check_size(pages.end)
+        return Reservation(self._backing, self.page_map, pages)
+
+    def forget(self, pages: PageRange = _WHOLE) -> None:
+        """These pages were freed."""
+        tracked = pages.intersect(_WHOLE)
+        if tracked is not None:
+            count = self.page_map.count(tracked)
+            self.page_map.set(tracked, ABSENT)
+            self._backing.unreserve(count)
+
+    def room_for(self, offset: ByteOffset, length: int) -> int:
+        """How many of `length` bytes (at least one) from `offset` on can be written before memory runs out."""
+        pages = PageRange.covering(offset, length)
+        self.check_size(pages.end)
+        free = self._backing.free_pages
+        for run in self.page_map.runs(pages, ABSENT):
+            if len(run) > free:
+                return max(0, page_offset(PageIndex(run.start + free)) - offset)
+            free -= len(run)
+        return length
+
+    def check_size(self, pages: PageIndex) -> None:
+        """Raise OSError(EFBIG) if a file of so many pages is larger than a map."""
+        if pages > MAP_END:
+            raise OSError(errno.EFBIG, "larger than a page map")
+
+    def close(self) -> None:
+        """The file is gone, and its pages are free."""
+        self.forget()
+        self.page_map.close()
+
+    def check(self, pages: int) -> None:
+        """Raise AssertionError unless the map says what the file has. Costs time proportional to the file's pages."""
+        mapped = self.page_map.count(_WHOLE)
+        assert mapped == pages, f"{mapped} pages in the map, {pages} in the backing"
+        assert self.page_map.seq % 2 == 0, "page map left in the middle of a change"
+
+
+class Reservation:
+    """Room that was reserved for pages. What is entered with a call stays; the rest is given back at the end."""
+
+    __slots__ = ("_backing", "_left", "_page_map")
+
+    def __init__(self, backing: Backing, page_map: PageMap, pages: PageRange) -> None:
+        self._backing: Final = backing
+        self._page_map: Final = page_map
+        self._left = len(pages) - page_map.count(pages)
+        backing.reserve(self._left)
+
+    def __enter__(self) -> Reservation:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._backing.unreserve(self._left)
+
+    def __call__(self, part: PageRange) -> None:
+        """These pages of it are allocated now."""
+        # A write may have come first to some of them while the call ran in a thread.
+        self._left -= len(part) - self._page_map.count(part)
+        self._page_map.set(part, ALLOCATED)

@@ -1,0 +1,1 @@
+"""The namespace: inodes, names, extended attributes, ACLs and open files."""

@@ -1,0 +1,253 @@
+"""The kinds of inode: what each has, and what stat(2) tells of it.
+
+Times are in nanoseconds since the epoch. A directory's entries carry a cookie that only grows; a reader begins with the
+newest and goes on below the last cookie it saw, so that an entry is neither shown twice nor lost while others come and
+go.
+
+There may be very many inodes, and what each costs is the daemon's own memory. So those that have no use for a time have
+no slot for it, and numbers that are the same in most of them (`_shared`) are one object.
+"""
+
+from __future__ import annotations
+
+import functools
+import stat
+import time
+from dataclasses import dataclass
+from typing import Final, NamedTuple, NewType
+
+from memfs.store.file import File
+from memfs.tree import acl
+
+Ino = NewType("Ino", int)
+
+FOREVER: Final = 3600  #: seconds that the kernel may believe what only it can change
+DOT_COOKIE: Final = 1
+DOTDOT_COOKIE: Final = 2
+_DIRENT_BYTES: Final = 20  # BOGO_DIRENT_SIZE: what tmpfs counts for an entry in a directory's st_size
+_CLOCK_REALTIME_COARSE: Final = 5  # linux/time.h
+_DAY: Final = 24 * 3600 * 1_000_000_000  # nanoseconds
+_CAPABILITY: Final = b"security.capability"
+
+
+def _now() -> int:
+    """The time by the clock that the kernel stamps files with, so that its stamps and ours are in order."""
+    return _shared(time.clock_gettime_ns(_CLOCK_REALTIME_COARSE))
+
+
+@functools.lru_cache(1024)
+def _shared(number: int) -> int:
+    """The same number, and the same object if it was asked for lately."""
+    return number
+
+
+class Stat(NamedTuple):
+    """What stat(2) tells of an inode. Size in bytes, blocks of 512 bytes, times in nanoseconds since the epoch."""
+
+    ino: Ino
+    mode: int
+    nlink: int
+    uid: int
+    gid: int
+    rdev: int
+    size: int
+    blocks: int
+    atime_ns: int
+    mtime_ns: int
+    ctime_ns: int
+    btime_ns: int
+    stable: bool  #: whether nothing but requests through the mount can change it
+
+
+class Inode:
+    """What every kind of file has."""
+
+    __slots__ = ("btime_ns", "flags", "gid", "holds", "ino", "mode", "nlink", "nlookup", "uid", "xattrs")
+
+    def __init__(self, ino: Ino, mode: int, uid: int, gid: int) -> None:
+        self.ino: Final = ino
+        self.mode = _shared(mode)  #: type and permission bits, as st_mode
+        self.uid = _shared(uid)
+        self.gid = _shared(gid)
+        self.nlink = 1
+        self.nlookup = 0  #: how often the kernel looked it up and has not forgotten it
+        self.holds = 0  #: open handles and registrations
+        self.flags = 0  #: FS_*_FL of chattr(1)
+        self.btime_ns = _now()
+        self.xattrs: dict[bytes, bytes] | None = None  # most have none
+
+    @property
+    def is_dir(self) -> bool:
+        return stat.S_ISDIR(self.mode)
+
+    def stat(self) -> Stat:
+        """What stat(2) tells."""
+        raise NotImplementedError
+
+    def changed(self) -> None:
+        """The inode itself was changed: POSIX's ctime."""
+        raise NotImplementedError
+
+    def set_times(self, atime_ns: int | None, mtime_ns: int | None) -> None:
+        """utimensat(2); None leaves a time as it is."""
+        raise NotImplementedError
+
+    def chmod(self, mode: int) -> None:
+        """chmod(2): permission bits, and the access ACL with them."""
+        self.mode = _shared(stat.S_IFMT(self.mode) | stat.S_IMODE(mode))
+        if self.xattrs is not None and acl.ACCESS in self.xattrs:
+            self.xattrs[acl.ACCESS] = acl.after_chmod(self.xattrs[acl.ACCESS], mode)
+
+    def kill_suidgid(self, *, in_group: bool) -> None:
+        """Somebody without CAP_FSETID changed content, or anybody the owner (FUSE_HANDLE_KILLPRIV_V2, linux/fuse.h).
+
+        As the VFS does: drop setuid and file capabilities, and setgid if the group may execute or if whoever did it is
+        not `in_group` (setattr_should_drop_suidgid()).
+        """
+        if self.is_dir:
+            return
+        self.mode &= ~stat.S_ISUID
+        if self.mode & stat.S_IXGRP or not in_group:
+            self.mode &= ~stat.S_ISGID
+        if self.xattrs is not None:
+            self.xattrs.pop(_CAPABILITY, None)
+
+
+class RegularFile(Inode):
+    """A regular file; all but its attributes is in `file`, and its times are its backing's: a passthrough sets them."""
+
+    __slots__ = ("file",)
+
+    def __init__(self, ino: Ino, mode: int, uid: int, gid: int, file: File) -> None:
+        super().__init__(ino, mode, uid, gid)
+        self.file: Final = file
+
+    def changed(self) -> None:
+        self.file.touch_ctime()
+
+    def stat(self) -> Stat:
+        backing = self.file.stat()
+        return Stat(
+            *(self.ino, self.mode, self.nlink, self.uid, self.gid, 0, backing.st_size, backing.st_blocks),
+            *(backing.st_atime_ns, backing.st_mtime_ns, backing.st_ctime_ns, self.btime_ns),
+            # An owner, or a program that writes to a mapping, fills holes, and nobody is told.
+            stable=not backing.st_size,
+        )
+
+    def set_times(self, atime_ns: int | None, mtime_ns: int | None) -> None:
+        now = self.file.stat()
+        self.file.set_times(
+            now.st_atime_ns if atime_ns is None else atime_ns, now.st_mtime_ns if mtime_ns is None else mtime_ns
+        )
+
+
+class TimedInode(Inode):
+    """An inode whose times are kept here."""
+
+    __slots__ = ("atime_ns", "ctime_ns", "mtime_ns")
+
+    def __init__(self, ino: Ino, mode: int, uid: int, gid: int) -> None:
+        super().__init__(ino, mode, uid, gid)
+        self.atime_ns = self.mtime_ns = self.ctime_ns = self.btime_ns
+
+    def stat(self) -> Stat:
+        return self._stat()
+
+    def changed(self) -> None:
+        self.ctime_ns = _now()
+
+    def modified(self) -> None:
+        """The content was changed: POSIX's mtime and ctime."""
+        self.mtime_ns = self.ctime_ns = _now()
+
+    def accessed(self) -> None:
+        """The content was read: POSIX's atime, as relatime has it (mount(8))."""
+        now = _now()
+        if self.atime_ns <= max(self.mtime_ns, self.ctime_ns) or now - self.atime_ns > _DAY:
+            self.atime_ns = now
+
+    def set_times(self, atime_ns: int | None, mtime_ns: int | None) -> None:
+        self.atime_ns = self.atime_ns if atime_ns is None else atime_ns
+        self.mtime_ns = self.mtime_ns if mtime_ns is None else mtime_ns
+
+    def _stat(self, *, size: int = 0, rdev: int = 0) -> Stat:
+        times = self.atime_ns, self.mtime_ns, self.ctime_ns, self.btime_ns
+        return Stat(self.ino, self.mode, self.nlink, self.uid, self.gid, rdev, size, 0, *times, stable=True)
+
+
+class Symlink(TimedInode):
+    """A symbolic link. A long target takes a page of memory, as on tmpfs, and then `page` is a file that has it."""
+
+    __slots__ = ("page", "target")
+
+    def __init__(self, ino: Ino, mode: int, uid: int, gid: int, target: bytes, page: File | None) -> None:
+        super().__init__(ino, mode, uid, gid)
+        self.target: Final = target
+        self.page: Final = page
+
+    def stat(self) -> Stat:
+        blocks = self.page.stat().st_blocks if self.page is not None else 0
+        return self._stat(size=len(self.target))._replace(blocks=blocks)
+
+
+class Special(TimedInode):
+    """A FIFO, a socket or a device: the kernel does everything but remember it."""
+
+    __slots__ = ("rdev",)
+
+    def __init__(self, ino: Ino, mode: int, uid: int, gid: int, rdev: int) -> None:
+        super().__init__(ino, mode, uid, gid)
+        self.rdev: Final = rdev
+
+    def stat(self) -> Stat:
+        return self._stat(rdev=self.rdev)
+
+
+@dataclass(slots=True)
+class Entry:
+    """A name in a directory."""
+
+    name: bytes
+    inode: Inode
+    cookie: int
+
+
+class Directory(TimedInode):
+    """A directory: names in the order they were made."""
+
+    __slots__ = ("_next_cookie", "entries", "parent")
+
+    def __init__(self, ino: Ino, mode: int, uid: int, gid: int, parent: Directory | None) -> None:
+        super().__init__(ino, mode, uid, gid)
+        self.nlink = 2
+        self.parent: Directory = parent or self
+        self.entries: dict[bytes, Entry] = {}
+        self._next_cookie = DOTDOT_COOKIE + 1
+
+    def stat(self) -> Stat:
+        return self._stat(size=(len(self.entries) + 2) * _DIRENT_BYTES)
+
+    def add(self, name: bytes, inode: Inode) -> None:
+        """Enter a name that is not there."""
+        assert name not in self.entries
+        self.entries[name] = Entry(name, inode, self._next_cookie)
+        self._next_cookie += 1
+        self.modified()
+        if inode.is_dir:
+            self.nlink += 1
+
+    def remove(self, name: bytes) -> Inode:
+        """Take a name out and return what it named."""
+        inode = self.entries.pop(name).inode
+        self.modified()
+        if inode.is_dir:
+            self.nlink -= 1
+        return inode
+
+    def snapshot(self) -> list[Entry]:
+        """All entries, the newest first, as tmpfs lists them."""
+        return list(reversed(self.entries.values()))
+
+    def has(self, entry: Entry) -> bool:
+        """Whether an entry is still there, neither removed nor replaced."""
+        return self.entries.get(entry.name) is entry

@@ -1,0 +1,199 @@
+"""Open files and directories: what the kernel's file handles (fh) stand for, and how the content of each is reached.
+
+A handle of a regular file reaches content in one of three ways, and the kernel does not let an inode be open in two of
+them that contradict each other:
+
+- PASSTHROUGH: the kernel asks the backing file itself. All ordinary handles, where it can be had.
+- CACHED: reads and writes come to us through the kernel's page cache. All ordinary handles, where it cannot.
+- DIRECT: every read and write comes to us. Guest-sealed files always; files opened with O_DIRECT while nobody passes
+  through; files sealed against writes and opened for writing.
+
+The first two can be mapped. The kernel tells a FUSE server of open and release, and release comes only after the last
+munmap, but of mmap itself it tells nothing, so each such handle counts as a mapping.
+"""
+
+from __future__ import annotations
+
+import bisect
+import enum
+import errno
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final, NewType, Protocol
+
+from memfs.store import seals
+from memfs.store.file import File
+from memfs.tree.inode import DOTDOT_COOKIE, Directory, Entry, Inode, RegularFile
+from memfs.tree.tree import Tree
+
+Fh = NewType("Fh", int)
+
+
+class BackingIds(Protocol):
+    """What registers backing files with the kernel (fuse/passthrough.py)."""
+
+    def open(self, fd: int) -> int | None:
+        """A number for a backing file, or None if there can be none."""
+
+    def close(self, number: int) -> None:
+        """The number is not used any more."""
+
+
+class Access(enum.Enum):
+    """How a handle reaches content."""
+
+    PASSTHROUGH = "passthrough"
+    CACHED = "cached"
+    DIRECT = "direct"
+
+
+@dataclass(frozen=True, slots=True)
+class OpenFile:
+    """An open regular file."""
+
+    inode: RegularFile
+    flags: int  #: O_* as given to open(2)
+    access: Access
+
+    @property
+    def mappable(self) -> bool:
+        return self.access is not Access.DIRECT
+
+    @property
+    def writable(self) -> bool:
+        return self.flags & os.O_ACCMODE != os.O_RDONLY
+
+
+class OpenDirectory:
+    """An open directory: the names it had when reading began, so that change does not disturb the reader."""
+
+    __slots__ = ("_entries", "flags", "inode")
+
+    def __init__(self, inode: Directory, flags: int) -> None:
+        self.inode: Final = inode
+        self.flags: Final = flags  #: O_* as given to open(2)
+        self._entries: list[Entry] | None = None
+
+    def entries_after(self, cookie: int) -> Iterator[Entry]:
+        """What is left of the entries after a cookie; 0 begins anew (rewinddir(3))."""
+        if cookie == 0 or self._entries is None:
+            self._entries = self.inode.snapshot()
+        first = bisect.bisect_right(self._entries, -cookie, key=_descending) if cookie > DOTDOT_COOKIE else 0
+        for position in range(first, len(self._entries)):
+            if self.inode.has(self._entries[position]):
+                yield self._entries[position]
+
+
+def _descending(entry: Entry) -> int:
+    return -entry.cookie
+
+
+class OpenFiles:
+    """All open handles of a mount. Raises OSError(EBADF) for a number that is none."""
+
+    def __init__(self, tree: Tree, backing_ids: BackingIds | None = None) -> None:
+        self._tree: Final = tree
+        #: who registers backing files; None when the mount is gone, and with it all that were registered
+        self.backing_ids = backing_ids
+        self._next = Fh(1)
+        self._open: dict[Fh, OpenFile | OpenDirectory] = {}
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def open_file(self, inode: RegularFile, flags: int) -> tuple[Fh, OpenFile]:
+        """A handle for an open(2) with these flags.
+
+        Raises OSError: EMFILE, and EBUSY as `_sealed_access` says. What is immutable, the caller has checked: a file
+        that is being made may be opened in any way.
+        """
+        with self._tree.holding(inode):
+            handle = OpenFile(inode, flags, self._access(inode, flags))
+            inode.file.mappable_opens += handle.mappable
+            inode.file.writable_opens += handle.mappable and handle.writable
+            return self._add(inode, handle), handle
+
+    def _access(self, inode: RegularFile, flags: int) -> Access:
+        file, direct = inode.file, bool(flags & os.O_DIRECT)
+        if file.guest:
+            return Access.DIRECT
+        if file.seals & seals.ON_WRITES:
+            return self._sealed_access(file, flags)
+        if file.backing_id is None and not direct and not file.mappable_opens:
+            file.backing_id = self.backing_ids.open(file.fd) if self.backing_ids is not None else None
+        if file.backing_id is not None:
+            return Access.PASSTHROUGH
+        return Access.DIRECT if direct else Access.CACHED
+
+    def _sealed_access(self, file: File, flags: int) -> Access:
+        """A file sealed on writes: whoever could write must come to us. EBUSY while readers pass through."""
+        writes = flags & os.O_ACCMODE != os.O_RDONLY
+        if file.backing_id is not None:
+            if writes:
+                raise OSError(errno.EBUSY, "sealed, and still open from before in a way that excludes this one")
+            return Access.PASSTHROUGH
+        # A writable mapping of the page cache would look as if it had been written.
+        return Access.DIRECT if flags & os.O_DIRECT or (writes and file.seals & seals.NO_WRITES) else Access.CACHED
+
+    def open_directory(self, inode: Directory, flags: int) -> Fh:
+        """A handle for an opendir(3)."""
+        return self._add(inode, OpenDirectory(inode, flags))
+
+    def file(self, fh: int) -> OpenFile:
+        """The open file behind a number."""
+        handle = self._open.get(Fh(fh))
+        if not isinstance(handle, OpenFile):
+            raise OSError(errno.EBADF, f"no open file {fh}")
+        return handle
+
+    def directory(self, fh: int) -> OpenDirectory:
+        """The open directory behind a number."""
+        handle = self._open.get(Fh(fh))
+        if not isinstance(handle, OpenDirectory):
+            raise OSError(errno.EBADF, f"no open directory {fh}")
+        return handle
+
+    def release(self, fh: int) -> None:
+        """The last descriptor and mapping of it are gone."""
+        handle = self._open.pop(Fh(fh), None)
+        if handle is None:
+            raise OSError(errno.EBADF, f"no open handle {fh}")
+        if isinstance(handle, OpenFile) and handle.mappable:
+            file = handle.inode.file
+            file.mappable_opens -= 1
+            file.writable_opens -= handle.writable
+            if not file.mappable_opens and file.backing_id is not None:
+                if self.backing_ids is not None:
+                    self.backing_ids.close(file.backing_id)
+                file.backing_id = None
+        self._tree.release(handle.inode)
+
+    def close(self) -> None:
+        """Release everything; the mount is gone."""
+        for fh in list(self._open):
+            self.release(fh)
+
+    def check(self) -> None:
+        """Raise AssertionError on the first broken invariant."""
+        held: dict[int, list[OpenFile | OpenDirectory]] = {}
+        for handle in self._open.values():
+            held.setdefault(handle.inode.ino, []).append(handle)
+        for inode in self._tree.files():
+            files = [handle for handle in held.get(inode.ino, ()) if isinstance(handle, OpenFile)]
+            mappable = [handle for handle in files if handle.mappable]
+            assert inode.file.mappable_opens == len(mappable), f"inode {inode.ino}: mappable opens"
+            assert inode.file.writable_opens == sum(handle.writable for handle in mappable), f"inode {inode.ino}"
+            accesses = {handle.access for handle in mappable}
+            assert len(accesses) <= 1, f"inode {inode.ino} is open in contradicting ways"
+            passes = inode.file.backing_id is not None
+            assert passes == (Access.PASSTHROUGH in accesses), f"inode {inode.ino}: backing number"
+        for ino, handles in held.items():
+            assert self._tree.inode(ino).holds >= len(handles), f"inode {ino}: fewer holds than handles"
+
+    def _add(self, inode: Inode, handle: OpenFile | OpenDirectory) -> Fh:
+        fh = self._next
+        self._next = Fh(fh + 1)
+        self._open[fh] = handle
+        self._tree.hold(inode)
+        return fh

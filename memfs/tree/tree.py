@@ -1,0 +1,445 @@
+"""Names: inodes, directories, links, extended attributes, and how many inodes there may be. No FUSE in it.
+
+The kernel asks permission questions itself (default_permissions) and has locked the directories involved before it
+asks us, so what is left here is what tmpfs's own inode operations do (mm/shmem.c, fs/libfs.c): keep entries and link
+counts, inherit from setgid directories, refuse what only the filesystem can know (ENOTEMPTY, EEXIST, ENOSPC).
+
+An inode lives as long as anything refers to it: links, the kernel (which counts its look-ups and forgets them again)
+and holds (open handles, and registrations of owners: RFC patch 06 and the reviewers' complaint about unbalanced file
+references). With the last of the three its memory is freed. Inode numbers are never used twice, so a stale number
+means nothing rather than another file.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from memfs.contract.units import ByteOffset
+from memfs.store.file import File
+from memfs.tree import acl, inode_flags
+from memfs.tree.inode import Directory, Ino, Inode, RegularFile, Special, Symlink
+
+ROOT_INO: Final = Ino(1)
+NAME_MAX: Final = 255  # bytes
+_SHORT_SYMLINK: Final = 128  # bytes, the final 0 among them (mm/shmem.c: SHORT_SYMLINK_LEN)
+_INODE_BYTES: Final = 1024  # BOGO_INODE_SIZE: what tmpfs counts for an inode
+_XATTR_SIZE_MAX: Final = 65536  # linux/limits.h
+RENAME_NOREPLACE: Final = 1
+RENAME_EXCHANGE: Final = 2
+RENAME_WHITEOUT: Final = 4
+
+
+class Tree:
+    """All inodes of a mount. Methods raise OSError with the errno that tmpfs gives.
+
+    `new_file` makes the content of a new regular file from its number and the seals it is born with; `nr_inodes` limits
+    how many inodes there are, the root included.
+    """
+
+    def __init__(self, new_file: Callable[[Ino, int], File], nr_inodes: int, mode: int, uid: int, gid: int) -> None:
+        self._new_file: Final = new_file
+        self.nr_inodes = nr_inodes
+        self._user_xattr_bytes = 0
+        self._extra_links = 0  # names of files beyond the first
+        self._next_ino = ROOT_INO
+        self.inodes: dict[Ino, Inode] = {}
+        self.root: Final = Directory(self._new_ino(), stat.S_IFDIR | mode, uid, gid, None)
+        self.inodes[self.root.ino] = self.root
+
+    @property
+    def free_inodes(self) -> int:
+        """How many inodes can still be made. User attributes take room that inodes could have, as on tmpfs."""
+        return self._free_inode_bytes // _INODE_BYTES
+
+    @property
+    def _free_inode_bytes(self) -> int:
+        return (self.nr_inodes - len(self.inodes) - self._extra_links) * _INODE_BYTES - self._user_xattr_bytes
+
+    # -- finding ----------------------------------------------------------------------------------------------------
+
+    def inode(self, ino: int) -> Inode:
+        """The inode with a number. ESTALE if it is gone."""
+        try:
+            return self.inodes[Ino(ino)]
+        except KeyError:
+            raise OSError(errno.ESTALE, f"no inode {ino}") from None
+
+    def directory(self, ino: int) -> Directory:
+        """The directory with a number. ENOTDIR if it is something else."""
+        inode = self.inode(ino)
+        if not isinstance(inode, Directory):
+            raise OSError(errno.ENOTDIR, "not a directory")
+        return inode
+
+    def regular(self, ino: int) -> RegularFile:
+        """The regular file with a number. EINVAL if it is something else."""
+        inode = self.inode(ino)
+        if not isinstance(inode, RegularFile):
+            raise OSError(errno.EINVAL, "not a regular file")
+        return inode
+
+    def lookup(self, parent: int, name: bytes) -> Inode:
+        """What a name in a directory names. ENOENT if nothing."""
+        directory = self.directory(parent)
+        if name == b".":
+            return directory
+        if name == b"..":
+            return directory.parent
+        if len(name) > NAME_MAX:
+            raise OSError(errno.ENAMETOOLONG, "name too long")
+        try:
+            return directory.entries[name].inode
+        except KeyError:
+            raise OSError(errno.ENOENT, "no such entry") from None
+
+    # -- making -----------------------------------------------------------------------------------------------------
+
+    def create(
+        self, parent: int, name: bytes, mode: int, uid: int, gid: int, *, umask: int = 0, rdev: int = 0, seals: int = 0
+    ) -> Inode:
+        """mknod(2), mkdir(2) and the creating half of open(2): a new inode of the type in `mode`.
+
+        A regular file is born with `seals` (F_SEAL_* bits). `umask` counts where there is no default ACL.
+        """
+        directory = self._writable(parent)
+        self._check_new(directory, name)
+        inode = self._make(directory, mode, uid, gid, umask=umask, rdev=rdev, seals=seals)
+        directory.add(name, inode)
+        return inode
+
+    def create_unlinked(self, parent: int, mode: int, uid: int, gid: int, *, umask: int = 0, seals: int = 0) -> Inode:
+        """open(2) with O_TMPFILE: a new regular file that has no name yet. The caller must hold it."""
+        inode = self._make(self._writable(parent), mode, uid, gid, umask=umask, seals=seals)
+        inode.nlink = 0
+        return inode
+
+    def symlink(self, parent: int, name: bytes, target: bytes, uid: int, gid: int) -> Inode:
+        """symlink(2)."""
+        directory = self._writable(parent)
+        self._check_new(directory, name)
+        inode = self._make(directory, stat.S_IFLNK | 0o777, uid, gid, target=target)
+        directory.add(name, inode)
+        return inode
+
+    def link(self, ino: int, parent: int, name: bytes) -> Inode:
+        """link(2)."""
+        inode, directory = self.inode(ino), self._writable(parent)
+        self._check_new(directory, name)
+        inode_flags.check_change(inode)
+        if inode.nlink and self._free_inode_bytes < _INODE_BYTES:  # as on tmpfs, a second name takes an inode's room
+            raise OSError(errno.ENOSPC, f"all {self.nr_inodes} inodes are in use")
+        self._extra_links += bool(inode.nlink)
+        inode.nlink += 1
+        inode.changed()
+        directory.add(name, inode)
+        return inode
+
+    def _make(
+        self,
+        parent: Directory,
+        mode: int,
+        uid: int,
+        gid: int,
+        *,
+        umask: int = 0,
+        rdev: int = 0,
+        seals: int = 0,
+        target: bytes = b"",
+    ) -> Inode:
+        if self._free_inode_bytes < _INODE_BYTES:
+            raise OSError(errno.ENOSPC, f"all {self.nr_inodes} inodes are in use")
+        xattrs: dict[bytes, bytes] = {}
+        if not stat.S_ISLNK(mode):
+            mode, xattrs = _inherit(parent, mode, umask)
+        if parent.mode & stat.S_ISGID:  # inode_init_owner()
+            gid = parent.gid
+            if stat.S_ISDIR(mode):
+                mode |= stat.S_ISGID
+        ino = self._new_ino()
+        inode: Inode
+        if stat.S_ISREG(mode):
+            inode = RegularFile(ino, mode, uid, gid, self._new_file(ino, seals))
+        elif stat.S_ISDIR(mode):
+            inode = Directory(ino, mode, uid, gid, parent)
+        elif stat.S_ISLNK(mode):
+            inode = Symlink(ino, mode, uid, gid, target, self._page_for(ino, target))
+        else:
+            inode = Special(ino, mode, uid, gid, rdev)
+        inode.xattrs = xattrs or None
+        self.inodes[inode.ino] = inode
+        return inode
+
+    def _page_for(self, ino: Ino, target: bytes) -> File | None:
+        """The memory of a symbolic link's target, if it is long. Raises OSError(ENOSPC)."""
+        if len(target) < _SHORT_SYMLINK:
+            return None
+        page = self._new_file(ino, 0)
+        try:
+            with page.held():
+                page.write(ByteOffset(0), target)
+        except OSError:
+            page.close()
+            raise
+        return page
+
+    def _new_ino(self) -> Ino:
+        ino = self._next_ino
+        self._next_ino = Ino(ino + 1)
+        return ino
+
+    def _writable(self, ino: int) -> Directory:
+        directory = self.directory(ino)
+        if directory.nlink == 0:
+            raise OSError(errno.ENOENT, "the directory has been removed")
+        inode_flags.check_add(directory)
+        return directory
+
+    def _check_new(self, directory: Directory, name: bytes) -> None:
+        if len(name) > NAME_MAX:
+            raise OSError(errno.ENAMETOOLONG, "name too long")
+        if name in directory.entries:
+            raise OSError(errno.EEXIST, "the name exists")
+
+    # -- removing and renaming --------------------------------------------------------------------------------------
+
+    def unlink(self, parent: int, name: bytes) -> None:
+        """unlink(2)."""
+        inode, directory = self.lookup(parent, name), self.directory(parent)
+        inode_flags.check_remove(directory, inode)
+        if inode.is_dir:
+            raise OSError(errno.EISDIR, "a directory")
+        directory.remove(name)
+        self._unlinked(inode)
+
+    def rmdir(self, parent: int, name: bytes) -> None:
+        """rmdir(2)."""
+        inode, directory = self.lookup(parent, name), self.directory(parent)
+        inode_flags.check_remove(directory, inode)
+        if not isinstance(inode, Directory):
+            raise OSError(errno.ENOTDIR, "not a directory")
+        self._check_empty(inode)
+        directory.remove(name)
+        self._unlinked(inode)
+
+    def rename(
+        self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int = 0, *, uid: int = 0, gid: int = 0
+    ) -> None:
+        """renameat2(2) with RENAME_NOREPLACE, RENAME_EXCHANGE or RENAME_WHITEOUT (the whiteout is uid's)."""
+        exchange, whiteout = flags & RENAME_EXCHANGE, flags & RENAME_WHITEOUT
+        if flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE | RENAME_WHITEOUT) or (exchange and flags != exchange):
+            raise OSError(errno.EINVAL, f"rename flags {flags:#x}")
+        source, target = self.directory(parent), self._writable(new_parent)
+        inode = self.lookup(parent, name)
+        inode_flags.check_remove(source, inode)
+        if len(new_name) > NAME_MAX:
+            raise OSError(errno.ENAMETOOLONG, "name too long")
+        if exchange:
+            self._exchange(source, name, target, new_name)
+            return
+        existing = target.entries.get(new_name)
+        if existing is not None:
+            if flags & RENAME_NOREPLACE:
+                raise OSError(errno.EEXIST, "the name exists")
+            if existing.inode is inode:
+                return
+            inode_flags.check_remove(target, existing.inode)
+            self._check_replaceable(inode, existing.inode)
+        left_behind = self._make(source, stat.S_IFCHR, uid, gid) if whiteout else None
+        if existing is not None:
+            self._unlinked(target.remove(new_name))
+        self._move(source.remove(name), target, new_name)
+        if left_behind is not None:
+            source.add(name, left_behind)
+
+    def _exchange(self, source: Directory, name: bytes, target: Directory, new_name: bytes) -> None:
+        inode_flags.check_remove(target, self.lookup(target.ino, new_name))  # or ENOENT, before anything changes
+        first, second = source.remove(name), target.remove(new_name)
+        self._move(first, target, new_name)
+        self._move(second, source, name)
+
+    def _move(self, inode: Inode, target: Directory, name: bytes) -> None:
+        target.add(name, inode)
+        inode.changed()
+        if isinstance(inode, Directory):
+            inode.parent = target
+
+    def _check_replaceable(self, inode: Inode, existing: Inode) -> None:
+        if isinstance(existing, Directory):
+            if not inode.is_dir:
+                raise OSError(errno.EISDIR, "a directory")
+            self._check_empty(existing)
+        elif inode.is_dir:
+            raise OSError(errno.ENOTDIR, "not a directory")
+
+    def _check_empty(self, directory: Directory) -> None:
+        if directory.entries:
+            raise OSError(errno.ENOTEMPTY, "the directory is not empty")
+
+    def _unlinked(self, inode: Inode) -> None:
+        inode.nlink -= 2 if inode.is_dir else 1
+        self._extra_links -= bool(inode.nlink)
+        inode.changed()
+        if isinstance(inode, RegularFile) and not inode.nlink and not inode.holds:
+            inode.file.unlinked()
+        self._free_if_unused(inode)
+
+    # -- references -------------------------------------------------------------------------------------------------
+
+    def hold(self, inode: Inode) -> None:
+        """Keep an inode alive until `release`, and a regular file open. Raises OSError(EMFILE), changing nothing."""
+        try:
+            if isinstance(inode, RegularFile):
+                inode.file.hold()
+        except OSError:
+            self._free_if_unused(inode)  # it may have been made to be held
+            raise
+        inode.holds += 1
+
+    def release(self, inode: Inode) -> None:
+        """Undo one `hold`."""
+        assert inode.holds > 0
+        inode.holds -= 1
+        if isinstance(inode, RegularFile):
+            inode.file.release()
+        self._free_if_unused(inode)
+
+    @contextmanager
+    def holding(self, inode: Inode) -> Iterator[None]:
+        """Keep an inode alive for a while."""
+        self.hold(inode)
+        try:
+            yield
+        finally:
+            self.release(inode)
+
+    def forget(self, ino: int, nlookup: int) -> None:
+        """The kernel forgets so many of its look-ups (FUSE_FORGET). Never raises: there is nobody to tell."""
+        inode = self.inodes.get(Ino(ino))
+        if inode is not None and inode is not self.root:
+            inode.nlookup = max(0, inode.nlookup - nlookup)
+            self._free_if_unused(inode)
+
+    def _free_if_unused(self, inode: Inode) -> None:
+        if inode.nlink or inode.nlookup or inode.holds:
+            return
+        del self.inodes[inode.ino]
+        self._user_xattr_bytes -= _user_bytes(inode.xattrs)
+        if isinstance(inode, RegularFile):
+            inode.file.free()
+        else:
+            _close(inode)
+
+    def close(self) -> None:
+        """Free every file; the mount is gone."""
+        for inode in self.inodes.values():
+            _close(inode)
+        self.inodes.clear()
+
+    # -- extended attributes ----------------------------------------------------------------------------------------
+
+    def setxattr(self, ino: int, name: bytes, value: bytes) -> None:
+        """setxattr(2)."""
+        inode = self.inode(ino)
+        inode_flags.check_change(inode)
+        if len(name) > NAME_MAX:
+            raise OSError(errno.ERANGE, "attribute name too long")
+        if len(value) > _XATTR_SIZE_MAX:
+            raise OSError(errno.E2BIG, "attribute too large")
+        xattrs = {**(inode.xattrs or {}), name: value}
+        more = _user_bytes(xattrs) - _user_bytes(inode.xattrs)
+        if more > self._free_inode_bytes:
+            raise OSError(errno.ENOSPC, "no room for attributes")
+        self._user_xattr_bytes += more
+        inode.xattrs = xattrs
+        inode.changed()
+
+    def getxattr(self, ino: int, name: bytes) -> bytes:
+        """getxattr(2)."""
+        try:
+            return (self.inode(ino).xattrs or {})[name]
+        except KeyError:
+            raise OSError(errno.ENODATA, "no such attribute") from None
+
+    def removexattr(self, ino: int, name: bytes) -> None:
+        """removexattr(2)."""
+        inode = self.inode(ino)
+        inode_flags.check_change(inode)
+        self.getxattr(ino, name)
+        assert inode.xattrs is not None
+        before = _user_bytes(inode.xattrs)
+        del inode.xattrs[name]
+        self._user_xattr_bytes -= before - _user_bytes(inode.xattrs)
+        inode.changed()
+
+    def listxattr(self, ino: int) -> list[bytes]:
+        """listxattr(2)."""
+        return list(self.inode(ino).xattrs or ())
+
+    # -- invariants -------------------------------------------------------------------------------------------------
+
+    def files(self) -> Iterator[RegularFile]:
+        """Every regular file, linked or not."""
+        return (inode for inode in self.inodes.values() if isinstance(inode, RegularFile))
+
+    def check(self) -> None:
+        """Raise AssertionError on the first broken invariant."""
+        links: dict[Ino, int] = dict.fromkeys(self.inodes, 0)
+        for inode in self.inodes.values():
+            assert inode.nlink or inode.nlookup or inode.holds, f"inode {inode.ino} should have been freed"
+            if isinstance(inode, RegularFile):
+                inode.file.check()
+            if isinstance(inode, Directory) and inode.nlink:
+                self._check_directory(inode, links)
+        for ino, count in links.items():
+            inode = self.inodes[ino]
+            if not inode.is_dir:
+                assert inode.nlink == count, f"inode {ino}: nlink {inode.nlink}, {count} names"
+        assert self._free_inode_bytes >= 0, "more inodes and attributes than allowed"
+        extra = sum(inode.nlink - 1 for inode in self.inodes.values() if inode.nlink and not inode.is_dir)
+        assert self._extra_links == extra, f"{self._extra_links} extra links counted, {extra} there"
+        in_use = sum(_user_bytes(inode.xattrs) for inode in self.inodes.values())
+        assert self._user_xattr_bytes == in_use, f"{self._user_xattr_bytes} bytes of attributes counted, {in_use} there"
+
+    def _check_directory(self, directory: Directory, links: dict[Ino, int]) -> None:
+        cookies = [entry.cookie for entry in directory.entries.values()]
+        assert cookies == sorted(set(cookies)), f"directory {directory.ino}: cookies do not ascend"
+        subdirectories = 0
+        for name, entry in directory.entries.items():
+            assert self.inodes.get(entry.inode.ino) is entry.inode, f"{os.fsdecode(name)} names a freed inode"
+            links[entry.inode.ino] += 1
+            if isinstance(entry.inode, Directory):
+                subdirectories += 1
+                assert entry.inode.parent is directory, f"{os.fsdecode(name)} does not know its parent"
+        assert directory.nlink == subdirectories + 2, f"directory {directory.ino}: nlink {directory.nlink}"
+
+
+def _inherit(parent: Directory, mode: int, umask: int) -> tuple[int, dict[bytes, bytes]]:
+    """The mode of a new inode, and the ACLs that it gets from its directory."""
+    default = (parent.xattrs or {}).get(acl.DEFAULT)
+    if default is None:
+        return mode & ~umask, {}
+    mode, access = acl.inherited(default, mode)
+    xattrs = {} if access is None else {acl.ACCESS: access}
+    if stat.S_ISDIR(mode):
+        xattrs[acl.DEFAULT] = default
+    return mode, xattrs
+
+
+def _user_bytes(xattrs: dict[bytes, bytes] | None) -> int:
+    """The room that tmpfs counts for attributes in the user namespace (simple_xattr_space())."""
+    if not xattrs:
+        return 0
+    return sum(40 + len(name) + len(value) for name, value in xattrs.items() if name.startswith(b"user."))
+
+
+def _close(inode: Inode) -> None:
+    """Free an inode's memory."""
+    if isinstance(inode, RegularFile):
+        inode.file.close()
+    elif isinstance(inode, Symlink) and inode.page is not None:
+        inode.page.close()

@@ -1,0 +1,134 @@
+"""Extended attributes that memfs gives a meaning, all in the namespace user.memfs; everything else is plain storage.
+
+    user.memfs.seals          of a regular file: its seals by name; setting it adds seals (fcntl(2): F_ADD_SEALS)
+    user.memfs.default_seals  of a directory: seals that regular files made in it are born with
+    user.memfs.socket         of anything, read-only: the socket on which owners talk to this memfs
+    user.memfs.stat           of anything, read-only: the state of the mount, as JSON (`memfs stat`)
+    user.memfs.remount        of anything, write-only, for root and who mounted it: options to change (`memfs remount`)
+
+getfattr -d and cp -a see only those that were set: the seals of a sealed file, the default seals of a directory.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from memfs.options import OptionError, RemountOptions
+from memfs.store import seals
+from memfs.tree import acl, inode_flags
+from memfs.tree.inode import Directory, Inode, RegularFile
+from memfs.tree.tree import Tree
+
+SEALS: Final = b"user.memfs.seals"
+DEFAULT_SEALS: Final = b"user.memfs.default_seals"
+SOCKET: Final = b"user.memfs.socket"
+STAT: Final = b"user.memfs.stat"
+REMOUNT: Final = b"user.memfs.remount"
+_PREFIX: Final = b"user.memfs."
+_XATTR_SIZE_MAX: Final = 65536  # linux/limits.h
+_NAMESPACES: Final = (b"user.", b"trusted.", b"security.")  # those of tmpfs; who may use which the kernel checks
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """What attributes of the mount itself are answered with."""
+
+    socket_path: str
+    describe: Callable[[int], str]  #: as JSON, of at most so many bytes
+    remount: Callable[[RemountOptions], None]
+
+
+class Xattrs:
+    """getxattr(2) and its siblings. Methods raise OSError as the kernel would."""
+
+    def __init__(self, tree: Tree, control: Control) -> None:
+        self._tree: Final = tree
+        self._control: Final = control
+
+    async def set(self, ino: int, name: bytes, value: bytes, *, uid: int) -> None:
+        """setxattr(2) by a user. EOPNOTSUPP: a name in user.memfs that cannot be set here. EINVAL: a bad value."""
+        inode = self._tree.inode(ino)
+        _check_name(name)
+        if name in (SEALS, acl.ACCESS):
+            inode_flags.check_change(inode)
+        if name == SEALS and isinstance(inode, RegularFile):
+            await inode.file.add_seals(seals.parse(_text(value)))
+            inode.changed()
+            return
+        if name == REMOUNT:
+            self._remount(_text(value), uid)
+            return
+        if name == acl.ACCESS:
+            self._set_access_acl(inode, value)
+            return
+        if name == DEFAULT_SEALS and isinstance(inode, Directory):
+            seals.parse(_text(value))
+        elif name.startswith(_PREFIX):
+            raise OSError(errno.EOPNOTSUPP, f"{_text(name)} cannot be set here")
+        self._tree.setxattr(ino, name, value)
+
+    def _set_access_acl(self, inode: Inode, value: bytes) -> None:
+        """An access ACL and the mode say the same; an ACL that says no more than the mode can is not kept."""
+        mode, kept = acl.mode_of(value, inode.mode)
+        if kept is not None:
+            self._tree.setxattr(inode.ino, acl.ACCESS, kept)
+        elif inode.xattrs is not None:
+            inode.xattrs.pop(acl.ACCESS, None)
+        inode.mode = mode
+        inode.changed()
+
+    def _remount(self, options: str, uid: int) -> None:
+        if uid not in (0, os.geteuid()):
+            raise OSError(errno.EPERM, "only for root and who mounted it")
+        try:
+            self._control.remount(RemountOptions.parse(options))
+        except OptionError as error:
+            raise OSError(errno.EINVAL, str(error)) from error
+
+    def get(self, ino: int, name: bytes) -> bytes:
+        """getxattr(2)."""
+        inode = self._tree.inode(ino)
+        _check_name(name)
+        if name == SOCKET:
+            return self._control.socket_path.encode()
+        if name == STAT:
+            return self._control.describe(_XATTR_SIZE_MAX).encode()
+        if name == SEALS and isinstance(inode, RegularFile):
+            return seals.format_seals(inode.file.seals).encode()
+        return self._tree.getxattr(ino, name)
+
+    def list(self, ino: int, *, uid: int) -> list[bytes]:
+        """listxattr(2). Only root is shown the trusted ones (simple_xattr_list() asks for CAP_SYS_ADMIN)."""
+        inode = self._tree.inode(ino)
+        names = [name for name in self._tree.listxattr(ino) if uid == 0 or not name.startswith(b"trusted.")]
+        return [SEALS, *names] if isinstance(inode, RegularFile) and inode.file.seals else names
+
+    def remove(self, ino: int, name: bytes) -> None:
+        """removexattr(2). EPERM for seals: they are for good."""
+        _check_name(name)
+        if name == SEALS and isinstance(self._tree.inode(ino), RegularFile):
+            raise OSError(errno.EPERM, "seals cannot be taken off")
+        self._tree.removexattr(ino, name)
+
+    def default_seals(self, parent: int) -> int:
+        """The seals that a regular file made in a directory is born with, as F_SEAL_* bits."""
+        return seals.parse(_text((self._tree.inode(parent).xattrs or {}).get(DEFAULT_SEALS, b"")))
+
+
+def _check_name(name: bytes) -> None:
+    """As the kernel's xattr_resolve_name(): EOPNOTSUPP for a namespace that is not there, EINVAL for nothing in one."""
+    if name in _NAMESPACES:
+        raise OSError(errno.EINVAL, "an attribute without a name")
+    if not name.startswith(_NAMESPACES) and name not in (acl.ACCESS, acl.DEFAULT):
+        raise OSError(errno.EOPNOTSUPP, "no such namespace of attributes")
+
+
+def _text(value: bytes) -> str:
+    try:
+        return value.rstrip(b"\0").decode()
+    except UnicodeDecodeError:
+        raise OSError(errno.EINVAL, "not text") from None

@@ -1,0 +1,92 @@
+"""Counted page locks against a plain array of counts."""
+
+from __future__ import annotations
+
+import errno
+
+import numpy as np
+import pytest
+import trio
+from hypothesis import given
+from hypothesis import strategies as st
+from trio.testing import wait_all_tasks_blocked
+
+from memfs.contract.units import PageIndex, PageRange
+from memfs.owners.page_locks import MOST_RANGES, PageLocks
+
+SPAN = 12
+
+
+def pages(start: int, end: int) -> PageRange:
+    return PageRange(PageIndex(start), PageIndex(end))
+
+
+ranges = st.tuples(st.integers(0, SPAN - 1), st.integers(1, SPAN)).map(lambda r: pages(r[0], min(SPAN, r[0] + r[1])))
+
+
+@given(st.lists(st.tuples(st.booleans(), ranges), max_size=30))
+def test_locks_are_counted_page_by_page(steps: list[tuple[bool, PageRange]]) -> None:
+    locks, counts = PageLocks(), np.zeros(SPAN, int)
+
+    async def play() -> None:
+        for is_lock, span in steps:
+            if is_lock:
+                locks.lock(span)
+                counts[span.slice] += 1
+            elif counts[span.slice].all():
+                locks.unlock(span)
+                counts[span.slice] -= 1
+            else:
+                with pytest.raises(OSError) as caught:
+                    locks.unlock(span)
+                assert caught.value.errno == errno.EINVAL
+            assert len(locks) == counts.sum()
+            for page in range(SPAN):
+                with trio.CancelScope() as scope:
+                    scope.cancel()
+                    await locks.wait_unlocked(pages(page, page + 1))
+                assert scope.cancelled_caught == bool(counts[page])
+
+    trio.run(play)
+
+
+def test_locks_in_too_many_pieces_are_refused_and_those_there_are_let_go_of() -> None:
+    """Every other page of a range, and then the range at once: that takes no longer than it should."""
+    locks = PageLocks()
+    number = 0
+    while locks.room:
+        locks.lock(pages(2 * number, 2 * number + 1))
+        number += 1
+    with pytest.raises(OSError) as caught:
+        locks.lock(pages(0, 1))
+    assert caught.value.errno == errno.ENOLCK
+    assert number == len(locks) >= MOST_RANGES - 1
+    with pytest.raises(OSError) as caught:
+        locks.unlock(pages(0, 2 * number))
+    assert caught.value.errno == errno.EINVAL
+    assert len(locks) == number
+    for page in range(0, 2 * number, 2):
+        locks.unlock(pages(page, page + 1))
+    assert (len(locks), locks.room) == (0, MOST_RANGES - 1)
+
+
+async def test_who_waits_goes_on_with_the_last_unlock() -> None:
+    locks = PageLocks()
+    locks.lock(pages(0, 4))
+    locks.lock(pages(3, 5))
+    done = []
+
+    async def wait(span: PageRange) -> None:
+        await locks.wait_unlocked(span)
+        done.append(span)
+
+    async with trio.open_nursery() as nursery:
+        for span in (pages(0, 1), pages(3, 4), pages(4, 9), pages(5, 9)):
+            nursery.start_soon(wait, span)
+        await wait_all_tasks_blocked()
+        assert done == [pages(5, 9)]
+        locks.unlock(pages(0, 4))
+        await wait_all_tasks_blocked()
+        assert done == [pages(5, 9), pages(0, 1)]
+        locks.clear()
+    assert len(locks) == 0
