@@ -30,7 +30,8 @@ from memfs.contract.protocol.messages import (
     Unregister,
 )
 from memfs.contract.protocol.peer import close_all
-from memfs.contract.units import PAGE_SIZE, PageIndex, PageRange
+from memfs.contract.units import PAGE_SIZE, PageIndex
+from tests.helpers import pages
 
 from .conftest import Memfs, memfs_command
 from .owner import connected, shell
@@ -44,10 +45,6 @@ def guest_file(memfs: Memfs) -> Path:
     path = memfs.path / "private"
     subprocess.run(memfs_command("create", "--seals", "guest", "--size", str(SIZE), path), check=True)
     return path
-
-
-def pages(start: int, end: int) -> PageRange:
-    return PageRange(PageIndex(start), PageIndex(end))
 
 
 async def test_punch_returns_only_after_the_owner_has_acknowledged(memfs: Memfs, guest_file: Path) -> None:

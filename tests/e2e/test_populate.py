@@ -16,17 +16,14 @@ import pytest
 import trio
 
 from memfs.contract.protocol.messages import Failed, Fallocate, GetPfn, Launch, Measured, Message, Populate
-from memfs.contract.units import PAGE_SIZE, ByteOffset, PageIndex, PageRange
+from memfs.contract.units import PAGE_SIZE, ByteOffset, PageRange
+from tests.helpers import pages
 
 from .conftest import Memfs, memfs_command
 from .owner import Owner, connected
 from .test_kvmsim import RUN
 
 IMAGE = random.Random(5).randbytes(700 * PAGE_SIZE + 5)  # more than is copied at a time, and not whole pages
-
-
-def pages(start: int, end: int) -> PageRange:
-    return PageRange(PageIndex(start), PageIndex(end))
 
 
 def measure(*parts: tuple[int, bytes]) -> str:

@@ -31,14 +31,11 @@ from kvmsim.vm import VM
 from memfs.contract.page_map import ABSENT, ALLOCATED, PageMap
 from memfs.contract.protocol.messages import Fallocate, FileId, InvalidateBegin, InvalidateEnd, PfnReply, PfnRun
 from memfs.contract.units import PAGE_SIZE, ByteOffset, Gfn, GfnRange, Gpa, PageIndex, PageRange, Pfn
+from tests.helpers import one, pages
 
 PAGES = 1024  # two huge pages
 GFN = 5
 SHARED, PRIVATE = FileId(1), FileId(2)
-
-
-def pages(start: int, count: int = 1) -> PageRange:
-    return PageRange(PageIndex(start), PageIndex(start + count))
 
 
 class Scheduler:
@@ -118,7 +115,7 @@ class ModelStore:
     def look_up(self, file: Any, asked: PageRange) -> PfnReply:
         runs = []
         for index in range(asked.start, asked.end):
-            page, block = pages(index), pages(index & -512, 512)
+            page, block = one(index), pages(index & -512, (index & -512) + 512)
             if file.id == PRIVATE and not self.page_map.is_allocated(page.start):
                 runs.append(PfnRun(page, None))
                 continue
@@ -165,23 +162,23 @@ class World:
 
     async def punch(self, index: int, file: FileId = PRIVATE, then_allocate: bool = False) -> None:
         await self.scheduler.step(self.store.name("begin"))
-        self.notify(InvalidateBegin(file, pages(index)))
+        self.notify(InvalidateBegin(file, one(index)))
         await self.scheduler.step(self.store.name("free"))
         if file == PRIVATE:
-            self.store.page_map.set(pages(index), ABSENT)
+            self.store.page_map.set(one(index), ABSENT)
         else:
             self.store.present.discard(index)
         await self.scheduler.step(self.store.name("end"))
-        self.notify(InvalidateEnd(file, pages(index)))
+        self.notify(InvalidateEnd(file, one(index)))
         if then_allocate:
             await self.allocate(index)
 
     async def allocate(self, index: int) -> None:
         await self.scheduler.step(self.store.name("allocate"))
-        self.store.page_map.set(pages(index), ALLOCATED)
+        self.store.page_map.set(one(index), ALLOCATED)
         self.in_transit.add(index)
         await self.scheduler.step(self.store.name("told"))
-        self.notify(Fallocate(PRIVATE, pages(index)))
+        self.notify(Fallocate(PRIVATE, one(index)))
         self.in_transit.discard(index)
 
     async def delete_slot(self) -> None:
@@ -242,19 +239,19 @@ def end(world: World) -> Awaitable[None]:
 
 #: actors; pages that are allocated at first; whether what is allocated is mapped at once
 SCENARIOS: dict[str, tuple[list[Actor], PageRange | None, bool]] = {
-    "fault, punch": ([private_fault, punch], pages(GFN), False),
-    "two faults, punch": ([private_fault, private_fault, punch], pages(GFN), False),
-    "fault, punch and allocate": ([private_fault, punch_and_allocate], pages(GFN), True),
+    "fault, punch": ([private_fault, punch], one(GFN), False),
+    "two faults, punch": ([private_fault, private_fault, punch], one(GFN), False),
+    "fault, punch and allocate": ([private_fault, punch_and_allocate], one(GFN), True),
     "shared fault, allocate": ([shared_fault, allocate], None, True),
     "both faults, allocate": ([shared_fault, private_fault, allocate], None, False),
-    "shared fault, punch": ([shared_fault, private_fault, punch], pages(GFN), False),
+    "shared fault, punch": ([shared_fault, private_fault, punch], one(GFN), False),
     "shared fault, punch of shared memory": ([shared_fault, punch_shared], None, False),
     "huge fault, punch inside": ([fault_beside, private_fault, punch], pages(0, 512), False),
-    "fault, slot delete": ([private_fault, delete_slot], pages(GFN), False),
-    "fault, punch, slot delete": ([private_fault, punch, delete_slot], pages(GFN), False),
+    "fault, slot delete": ([private_fault, delete_slot], one(GFN), False),
+    "fault, punch, slot delete": ([private_fault, punch, delete_slot], one(GFN), False),
     "allocate, slot delete": ([allocate, delete_slot, shared_fault], None, True),
-    "fault, punch, end": ([private_fault, punch, end], pages(GFN), False),
-    "fault, slot delete, end": ([private_fault, delete_slot, end], pages(GFN), False),
+    "fault, punch, end": ([private_fault, punch, end], one(GFN), False),
+    "fault, slot delete, end": ([private_fault, delete_slot, end], one(GFN), False),
 }
 
 

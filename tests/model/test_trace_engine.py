@@ -38,6 +38,7 @@ from memfs.contract.protocol.messages import (
 )
 from memfs.contract.sys.libc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
 from memfs.contract.units import PAGE_SIZE, ByteOffset, Gfn, GfnRange, Gpa, PageIndex, PageRange, Pfn
+from tests.helpers import one
 
 PAGES = 6
 SHARED, PRIVATE = 1, 2
@@ -49,10 +50,6 @@ class OneAtATime(TraceEngine):
     def _run_whole(self, end: int, tlb: Tlb[Any]) -> bool:
         del end, tlb
         return False
-
-
-def one(index: int) -> PageRange:
-    return PageRange(PageIndex(index), PageIndex(index + 1))
 
 
 class DirectStore:

@@ -201,8 +201,3 @@ def new_vm(tmp_path: object) -> Callable[..., object]:
             store.close()
 
     return make
-
-
-def one(index: int) -> PageRange:
-    """One page."""
-    return PageRange(PageIndex(index), PageIndex(index + 1))

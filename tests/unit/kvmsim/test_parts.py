@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import doctest
 import errno
-import importlib
 import random
 
 import numpy as np
@@ -18,20 +16,11 @@ from kvmsim.slots.dirty import DirtyLog, runs
 from kvmsim.slots.intervals import IntervalIndex
 from kvmsim.vm_type import VmType
 from memfs.contract.units import Gfn, GfnRange, Gpa, Pfn
+from tests.helpers import raises
 
 
 def gfns(start: int, end: int) -> GfnRange:
     return GfnRange(Gfn(start), Gfn(end))
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["kvmsim.arrays", "kvmsim.slots.intervals", "kvmsim.mmu.page_table", "kvmsim.mmu.ownership", "kvmsim.vm_type"],
-)
-def test_examples(name: str) -> None:
-    outcome = doctest.testmod(importlib.import_module(name))
-    assert outcome.attempted > 0
-    assert outcome.failed == 0
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -119,9 +108,8 @@ def test_dirty_log_cleans_what_it_is_told_to() -> None:
     assert list(runs(cleaned)) == [(64, 65)]
     assert list(runs(log.bitmap())) == [(0, 1), (63, 64), (99, 100)]
     for first, count in ((1, 64), (0, 36), (0, 101), (128, 1), (64, 0), (-64, 64)):
-        with pytest.raises(OSError, match="whole words") as caught:
+        with raises(errno.EINVAL, match="whole words"):
             log.clear(first, count, np.full(16, 255, np.uint8))
-        assert caught.value.errno == errno.EINVAL
     with pytest.raises(OSError, match="shorter"):
         log.clear(0, 64, np.zeros(7, np.uint8))
     assert list(runs(log.take())) == [(0, 1), (63, 64), (99, 100)]
@@ -135,6 +123,5 @@ def test_vm_types_say_private_in_their_own_ways() -> None:
     for kind, bit in ((VmType.TDX_48, 47), (VmType.TDX_52, 51)):
         assert kind.decode(Gpa(1 << bit | 5)) == (5, False)
         assert kind.decode(Gpa(5)) == (5, True)
-        with pytest.raises(OSError) as caught:
+        with raises(errno.EFAULT):
             kind.decode(Gpa(5), encrypted=True)
-        assert caught.value.errno == errno.EFAULT

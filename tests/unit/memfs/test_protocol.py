@@ -44,13 +44,10 @@ from memfs.contract.protocol.messages import (
     Registered,
     Unregister,
 )
-from memfs.contract.units import PageIndex, PageRange, Pfn
+from memfs.contract.units import Pfn
+from tests.helpers import pages
 
 FILE = FileId(7)
-
-
-def pages(start: int, end: int) -> PageRange:
-    return PageRange(PageIndex(start), PageIndex(end))
 
 
 u64 = st.integers(0, (1 << 64) - 1)

@@ -1,0 +1,38 @@
+"""What the tests of both programs write over and over: ranges of pages, offsets of pages, and a call that must fail."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from memfs.contract.units import PAGE_SIZE, ByteOffset, PageIndex, PageRange
+
+
+def pages(start: int, end: int) -> PageRange:
+    """Return the pages from `start` to `end`, which is not one of them."""
+    return PageRange(PageIndex(start), PageIndex(end))
+
+
+def one(index: int) -> PageRange:
+    """Return the range of one page."""
+    return pages(index, index + 1)
+
+
+def at(page: int) -> ByteOffset:
+    """Return the offset in bytes at which a page begins."""
+    return ByteOffset(page * PAGE_SIZE)
+
+
+@contextmanager
+def raises(*errnos: int, match: str | None = None) -> Iterator[None]:
+    """Expect an OSError with one of these errnos. `match` is searched for in its text, as pytest.raises does."""
+    with pytest.raises(OSError, match=match) as caught:
+        yield
+    assert caught.value.errno in errnos, f"{_name(caught.value.errno)}, not {' or '.join(map(_name, errnos))}"
+
+
+def _name(number: int | None) -> str:
+    return errno.errorcode.get(number or 0, str(number))
