@@ -196,14 +196,13 @@ class Names:
     def _opened(self, inode: RegularFile, flags: int) -> bytes:
         fh, handle = self._handles.open_file(inode, flags)
         if handle.access is Access.PASSTHROUGH:
-            assert inode.file.backing_id is not None
-            return OPEN_OUT.pack(fh, FOPEN_PASSTHROUGH | FOPEN_NOFLUSH, inode.file.backing_id)
+            backing_id = inode.file.opens.backing_id
+            assert backing_id is not None
+            return OPEN_OUT.pack(fh, FOPEN_PASSTHROUGH | FOPEN_NOFLUSH, backing_id)
         if handle.access is Access.DIRECT:
             return OPEN_OUT.pack(fh, FOPEN_DIRECT_IO | FOPEN_NOFLUSH, 0)
         # What the page cache holds is true unless an owner may have written behind its back.
-        keep = not inode.file.was_owned
-        inode.file.was_owned = inode.file.owner is not None
-        return OPEN_OUT.pack(fh, FOPEN_KEEP_CACHE if keep else 0, 0)
+        return OPEN_OUT.pack(fh, 0 if inode.file.take_stale() else FOPEN_KEEP_CACHE, 0)
 
     def _opendir(self, request: Request) -> bytes:
         flags, _ = unpack(OPEN_IN, request.body)

@@ -13,7 +13,6 @@ import trio
 
 from memfs.contract.units import ByteOffset, PageRange, page_ceil
 from memfs.store.file import File
-from memfs.store.measurement import InitialImage
 
 
 async def populate(file: File, pages: PageRange, source: int, start: ByteOffset) -> bytes:
@@ -25,7 +24,7 @@ async def populate(file: File, pages: PageRange, source: int, start: ByteOffset)
     """
     _check_source(source, start, pages.nbytes)
     async with file.locked():
-        image = _image_of(file)
+        image = file.initial_image()
         if image.launched:
             raise OSError(errno.EBUSY, "the guest has been launched")
         if pages.end > page_ceil(ByteOffset(file.size)):
@@ -45,17 +44,9 @@ def launch(file: File) -> bytes:
 
     Returns the measurement, 48 bytes. Raises OSError(EINVAL) if the file is not guest-sealed.
     """
-    image = _image_of(file)
+    image = file.initial_image()
     image.launched = True
     return image.measurement
-
-
-def _image_of(file: File) -> InitialImage:
-    if not file.guest:
-        raise OSError(errno.EINVAL, "not guest-sealed")
-    if file.image is None:
-        file.image = InitialImage()
-    return file.image
 
 
 def _check_source(fd: int, start: ByteOffset, length: int) -> None:

@@ -399,8 +399,7 @@ class Registry:
         registration = Registration(owner, self._tree, inode, FileId(self._last_file), FileFrames(self._frames))
         self._tree.hold(inode)
         owner.registrations[registration.id] = registration
-        inode.file.owner = registration
-        inode.file.was_owned = True
+        inode.file.bind(registration)
         log.info("registered", extra=fields(owner=owner.number, file=registration.id, ino=inode.ino))
         return registration
 
@@ -434,7 +433,7 @@ class Registry:
     def _end_registration(self, registration: Registration) -> None:
         log.info("unregistered", extra=fields(owner=registration.owner.number, file=registration.id))
         del registration.owner.registrations[registration.id]
-        registration.file.owner = None
+        registration.file.unbind()
         registration.end()
         self._tree.release(registration.inode)
 

@@ -295,7 +295,6 @@ class _Session:
                 except OSError:
                     close_all(fds)
                     raise
-                inode.file.given_out = True
                 return Registered(registration.id, inode.ino, inode.file.size, inode.file.seals), fds
 
     async def _populate(self, message: Populate, fds: tuple[int, ...]) -> Message:

@@ -63,6 +63,7 @@ from memfs.store.accounting import MAP_END, Accounting
 from memfs.store.backing import Backing
 from memfs.store.backing_file import Backed
 from memfs.store.measurement import InitialImage
+from memfs.store.opens import Opens
 
 _PUNCH: Final = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 
@@ -91,14 +92,12 @@ class File(Backed):
 
     __slots__ = (
         "_accounting",
-        "backing_id",
-        "given_out",
-        "image",
-        "mappable_opens",
-        "owner",
+        "_image",
+        "_is_given_out",
+        "_is_stale",
+        "_owner",
+        "opens",
         "seals",
-        "was_owned",
-        "writable_opens",
     )
 
     def __init__(self, backing: Backing, number: int, born_with: int = 0) -> None:
@@ -110,18 +109,11 @@ class File(Backed):
         except OSError:
             backing.free(self._content)
             raise
-        #: how many open handles there are through which the file could be mapped, and how many of those can write;
-        #: and the kernel's number for `fd` while they pass through. All three set by tree/open_files.py
-        self.mappable_opens = 0
-        self.writable_opens = 0
-        self.backing_id: int | None = None
-        self.image: InitialImage | None = None  #: its first content; set by owners/populate.py
-        #: who is told when pages come and go; set by owners/registry.py. And whether there was such since the kernel's
-        #: page cache was last emptied; reset by fuse/names.py
-        self.owner: GuestOps | None = None
-        self.was_owned = False
-        #: whether an owner has ever been given a descriptor of the backing; set by owners/server.py
-        self.given_out = False
+        self.opens: Final = Opens()
+        self._image: InitialImage | None = None
+        self._owner: GuestOps | None = None
+        self._is_stale = False
+        self._is_given_out = False  # an owner has been given a descriptor of the backing file
 
     @property
     def guest(self) -> bool:
@@ -132,6 +124,34 @@ class File(Backed):
     def page_map(self) -> PageMap | None:
         """Which pages are allocated; None if that is not tracked."""
         return self._accounting.page_map if self._accounting is not None else None
+
+    @property
+    def owner(self) -> GuestOps | None:
+        """The owner that is notified when pages come and go."""
+        return self._owner
+
+    def bind(self, owner: GuestOps) -> None:
+        """Give the file, which has none, an owner. It receives descriptors of the backing file, if it has not."""
+        assert self._owner is None, f"file {self.number} has two owners"
+        self._owner = owner
+        self._is_stale = self._is_given_out = True
+
+    def unbind(self) -> None:
+        """Take the owner from the file. What it has of descriptors nobody can take back."""
+        self._owner = None
+
+    def take_stale(self) -> bool:
+        """Return whether an owner may have written past the kernel's page cache, which the caller is about to empty."""
+        stale, self._is_stale = self._is_stale, self._owner is not None
+        return stale
+
+    def initial_image(self) -> InitialImage:
+        """Return what the file is populated with before its guest runs. Raises OSError(EINVAL) if not guest-sealed."""
+        if not self.guest:
+            raise OSError(errno.EINVAL, "not guest-sealed")
+        if self._image is None:
+            self._image = InitialImage()
+        return self._image
 
     def hold(self) -> None:
         super().hold()
@@ -383,10 +403,10 @@ class File(Backed):
                 raise OSError(errno.EPERM, "sealed against further seals")
             new = bits & ~self.seals
             # What passes through never asks us; what is cached may be written to through a mapping.
-            unstoppable = seals.ON_WRITES if self.backing_id is not None else seals.NO_WRITES
-            if new & unstoppable and self.writable_opens:
+            unstoppable = seals.ON_WRITES if self.opens.backing_id is not None else seals.NO_WRITES
+            if new & unstoppable and self.opens.writable:
                 raise OSError(errno.EBUSY, "open for writing")
-            if new & seals.NO_WRITES and self.given_out and not self._backing.accounted:
+            if new & seals.NO_WRITES and self._is_given_out and not self._backing.accounted:
                 raise OSError(errno.EBUSY, "an owner was given a descriptor that nobody can take back")
             if new & seals.F_SEAL_GUEST:
                 self._become_guest()
@@ -410,7 +430,7 @@ class File(Backed):
     def _become_guest(self) -> None:
         if self.size != 0:
             raise OSError(errno.EBUSY, "the guest seal is for empty files")
-        if self.mappable_opens:
+        if self.opens.mappable:
             raise OSError(errno.EBUSY, "open in a way that could be mapped; close it, or open it with O_DIRECT")
         if self.owner is not None:
             raise OSError(errno.EBUSY, "registered as shared memory")
@@ -425,7 +445,7 @@ class File(Backed):
         accounting.forget()  # what KEEP_SIZE had allocated, and the next lines free
         self._backing.shut(self.fd)
         self._backing.free(self._content)
-        self._content, self.fd, self._accounting, self.given_out = content, fd, accounting, False
+        self._content, self.fd, self._accounting, self._is_given_out = content, fd, accounting, False
         self.set_times(old.st_atime_ns, old.st_mtime_ns)
 
     def _refuse_if_guest(self, verb: str) -> None:

@@ -110,8 +110,8 @@ class OpenFiles:
         """
         with self._tree.holding(inode):
             handle = OpenFile(inode, flags, self._access(inode, flags))
-            inode.file.mappable_opens += handle.mappable
-            inode.file.writable_opens += handle.mappable and handle.writable
+            if handle.mappable:
+                inode.file.opens.add(writable=handle.writable)
             return self._add(inode, handle), handle
 
     def _access(self, inode: RegularFile, flags: int) -> Access:
@@ -120,16 +120,16 @@ class OpenFiles:
             return Access.DIRECT
         if file.seals & seals.ON_WRITES:
             return self._sealed_access(file, flags)
-        if file.backing_id is None and not direct and not file.mappable_opens:
-            file.backing_id = self.backing_ids.open(file.fd) if self.backing_ids is not None else None
-        if file.backing_id is not None:
+        if not direct and not file.opens.mappable and self.backing_ids is not None:
+            file.opens.pass_through(self.backing_ids.open(file.fd))
+        if file.opens.backing_id is not None:
             return Access.PASSTHROUGH
         return Access.DIRECT if direct else Access.CACHED
 
     def _sealed_access(self, file: File, flags: int) -> Access:
         """A file sealed on writes: whoever could write must come to us. EBUSY while readers pass through."""
         writes = flags & os.O_ACCMODE != os.O_RDONLY
-        if file.backing_id is not None:
+        if file.opens.backing_id is not None:
             if writes:
                 raise OSError(errno.EBUSY, "sealed, and still open from before in a way that excludes this one")
             return Access.PASSTHROUGH
@@ -160,13 +160,9 @@ class OpenFiles:
         if handle is None:
             raise OSError(errno.EBADF, f"no open handle {fh}")
         if isinstance(handle, OpenFile) and handle.mappable:
-            file = handle.inode.file
-            file.mappable_opens -= 1
-            file.writable_opens -= handle.writable
-            if not file.mappable_opens and file.backing_id is not None:
-                if self.backing_ids is not None:
-                    self.backing_ids.close(file.backing_id)
-                file.backing_id = None
+            unused = handle.inode.file.opens.remove(writable=handle.writable)
+            if unused is not None and self.backing_ids is not None:
+                self.backing_ids.close(unused)
         self._tree.release(handle.inode)
 
     def close(self) -> None:
@@ -182,12 +178,12 @@ class OpenFiles:
         for inode in self._tree.files():
             files = [handle for handle in held.get(inode.ino, ()) if isinstance(handle, OpenFile)]
             mappable = [handle for handle in files if handle.mappable]
-            assert inode.file.mappable_opens == len(mappable), f"inode {inode.ino}: mappable opens"
-            assert inode.file.writable_opens == sum(handle.writable for handle in mappable), f"inode {inode.ino}"
+            assert inode.file.opens.mappable == len(mappable), f"inode {inode.ino}: mappable opens"
+            assert inode.file.opens.writable == sum(handle.writable for handle in mappable), f"inode {inode.ino}"
             accesses = {handle.access for handle in mappable}
             assert len(accesses) <= 1, f"inode {inode.ino} is open in contradicting ways"
-            passes = inode.file.backing_id is not None
-            assert passes == (Access.PASSTHROUGH in accesses), f"inode {inode.ino}: backing number"
+            passes = inode.file.opens.backing_id is not None
+            assert passes == (Access.PASSTHROUGH in accesses), f"inode {inode.ino}: backing id"
         for ino, handles in held.items():
             assert self._tree.inode(ino).holds >= len(handles), f"inode {ino}: fewer holds than handles"
 

@@ -70,13 +70,14 @@ def guest(backing: Backing) -> Iterator[File]:
     with file.held():
         yield file
     file.check()
-    file.owner = None
+    file.unbind()
     file.close()
     assert backing.free_pages == backing.total_pages
 
 
 async def test_owner_hears_before_and_after_pages_go(guest: File) -> None:
-    guest.owner = owner = Recorder(guest)
+    owner = Recorder(guest)
+    guest.bind(owner)
     await guest.punch(at(2), at(3))
     await guest.truncate(at(8))
     await guest.allocate(at(2), at(2), keep_size=True)
@@ -93,7 +94,8 @@ async def test_end_follows_begin_also_when_freeing_fails(guest: File, monkeypatc
     def fail(fd: int, mode: int, offset: int, length: int) -> None:
         raise OSError(errno.EIO, "told to fail")
 
-    guest.owner = owner = Recorder(guest)
+    owner = Recorder(guest)
+    guest.bind(owner)
     monkeypatch.setattr("memfs.store.file.fallocate", fail)
     for attempt in (guest.punch(at(0), at(1)), guest.allocate(at(16), at(1), keep_size=False)):
         with raises(errno.EIO):
@@ -103,7 +105,8 @@ async def test_end_follows_begin_also_when_freeing_fails(guest: File, monkeypatc
 
 
 async def test_second_change_waits_for_the_first(guest: File) -> None:
-    guest.owner = owner = Recorder(guest)
+    owner = Recorder(guest)
+    guest.bind(owner)
     owner.may_go_on = trio.Event()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(guest.punch, at(0), at(1))
@@ -116,7 +119,8 @@ async def test_second_change_waits_for_the_first(guest: File) -> None:
 
 
 async def test_who_waits_can_be_interrupted_and_who_runs_cannot(guest: File) -> None:
-    guest.owner = owner = Recorder(guest)
+    owner = Recorder(guest)
+    guest.bind(owner)
     owner.may_go_on = trio.Event()
     async with trio.open_nursery() as nursery:
         running, waiting = trio.CancelScope(), trio.CancelScope()
@@ -141,7 +145,8 @@ async def test_who_waits_can_be_interrupted_and_who_runs_cannot(guest: File) -> 
     ("offset", "length"), [(1, PAGE_SIZE), (0, 1), (PAGE_SIZE, PAGE_SIZE + 1), (PAGE_SIZE - 1, PAGE_SIZE)]
 )
 async def test_unaligned_changes_of_guest_memory_are_refused(guest: File, offset: int, length: int) -> None:
-    guest.owner = owner = Recorder(guest)
+    owner = Recorder(guest)
+    guest.bind(owner)
     for attempt in (
         guest.punch(ByteOffset(offset), length),
         guest.allocate(ByteOffset(offset), length, keep_size=True),
@@ -153,7 +158,8 @@ async def test_unaligned_changes_of_guest_memory_are_refused(guest: File, offset
 
 
 async def test_full_memory_refuses_the_whole_allocation(guest: File, backing: Backing) -> None:
-    guest.owner = owner = Recorder(guest)
+    owner = Recorder(guest)
+    guest.bind(owner)
     with raises(errno.ENOSPC):
         await guest.allocate(at(8), at(40), keep_size=False)
     assert (owner.heard, guest.pages, guest.size) == ([], 16, at(16))
@@ -181,13 +187,14 @@ async def test_guest_seal_takes_an_empty_file_that_nobody_can_have_mapped(backin
     file.hold()
     file.write(at(0), b"content")
     old = file.fd, file.stat().st_ino
-    for prepare in (lambda: None, lambda: setattr(file, "mappable_opens", 1), lambda: setattr(file, "owner", object())):
+    for prepare in (lambda: None, lambda: file.opens.add(writable=False), lambda: file.bind(Recorder(file))):
         prepare()
         with raises(errno.EBUSY):
             await file.add_seals(F_SEAL_GUEST)
         assert (file.seals, (file.fd, file.stat().st_ino)) == (0, old)
         await file.truncate(0)
-    file.mappable_opens, file.owner = 0, None
+    file.opens.remove(writable=False)
+    file.unbind()
     times = file.stat().st_mtime_ns
     keeper = os.dup(file.fd)
     await file.add_seals(F_SEAL_GUEST)
