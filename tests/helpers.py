@@ -5,10 +5,13 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import pytest
 
 from memfs.contract.units import PAGE_SIZE, ByteOffset, PageIndex, PageRange
+
+T = TypeVar("T")
 
 
 def pages(start: int, end: int) -> PageRange:
@@ -24,6 +27,12 @@ def one(index: int) -> PageRange:
 def at(page: int) -> ByteOffset:
     """Return the offset in bytes at which a page begins."""
     return ByteOffset(page * PAGE_SIZE)
+
+
+def not_none(value: T | None) -> T:
+    """Return a value that is there, where its type says that it may not be."""
+    assert value is not None
+    return value
 
 
 @contextmanager

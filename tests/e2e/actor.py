@@ -317,7 +317,8 @@ def _content(path: str) -> list[tuple[int, int, str]] | str:
 
 
 def _runs(fd: int) -> list[tuple[int, int, str]]:
-    position, runs = 0, []
+    position = 0
+    runs: list[tuple[int, int, str]] = []
     while True:
         try:
             start = os.lseek(fd, position, os.SEEK_DATA)

@@ -46,10 +46,10 @@ def users(directory: Path) -> Iterator[dict[str, Process]]:
             process.end()
 
 
-def attempt(call: Callable[[], Any]) -> Any:
-    """What a call returns, or the name of its errno."""
+def attempt(call: Callable[..., Any], *arguments: object) -> Any:
+    """Return what a call returns, or the name of its errno."""
     try:
-        return call()
+        return call(*arguments)
     except OSError as error:
         return errno.errorcode[error.errno or 0]
 

@@ -352,9 +352,9 @@ def who_sees_which_attributes(directory: Path) -> Any:
 
 @case
 def temporary_files(directory: Path) -> Any:
-    answers = []
+    answers: list[Any] = []
     for flags in (os.O_TMPFILE | os.O_RDWR, os.O_TMPFILE | os.O_RDWR | os.O_EXCL, os.O_TMPFILE | os.O_RDONLY):
-        fd = attempt(lambda flags=flags: os.open(directory, flags, 0o640))
+        fd = attempt(os.open, directory, flags, 0o640)
         if isinstance(fd, int):
             os.write(fd, b"content")
             answers.append((os.fstat(fd).st_nlink, stat.filemode(os.fstat(fd).st_mode)))

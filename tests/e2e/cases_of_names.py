@@ -123,8 +123,8 @@ print(sorted(os.listdir(".")))
 @case
 def long_symlinks(directory: Path) -> Any:
     return [
-        (length, attempt(lambda n=length: os.symlink("x" * n, directory / f"{n}")),
-         attempt(lambda n=length: len(os.readlink(directory / f"{n}"))))
+        (length, attempt(lambda n: os.symlink("x" * n, directory / f"{n}"), length),
+         attempt(lambda n: len(os.readlink(directory / f"{n}")), length))
         for length in (1, 127, 128, 4094, 4095, 4096)
     ]  # fmt: skip
 
@@ -137,7 +137,7 @@ def loops_and_other_filesystems(directory: Path) -> Any:
     (directory / "d" / "e").mkdir(parents=True)
     elsewhere = Path("/dev/shm") / f"memfs-test-{os.getpid()}"
     return [
-        *(attempt(lambda n=number: os.stat(directory / f"{n}").st_size) for number in (0, 4, 5, 6, 10)),
+        *(attempt(lambda n: os.stat(directory / f"{n}").st_size, number) for number in (0, 4, 5, 6, 10)),
         attempt(lambda: os.rename(directory / "45", elsewhere)),
         attempt(lambda: os.link(directory / "45", elsewhere)),
         attempt(lambda: os.rename(directory / "d", directory / "d" / "e" / "f")),
@@ -280,9 +280,9 @@ def attribute_limits(directory: Path) -> Any:
     path.touch()
     answers: list[Any] = []
     for size in (0, 1, 1000, 65535, 65536, 65537):
-        answers.append(attempt(lambda n=size: os.setxattr(path, "user.a", bytes(n))))
+        answers.append(attempt(os.setxattr, path, "user.a", bytes(size)))
         answers.append(attempt(lambda: len(os.getxattr(path, "user.a"))))
-    answers += [attempt(lambda n=length: os.setxattr(path, "user." + "n" * n, b"")) for length in (249, 250, 251)]
+    answers += [attempt(os.setxattr, path, "user." + "n" * length, b"") for length in (249, 250, 251)]
     many = 0
     with contextlib.suppress(OSError):
         for many in range(2000):

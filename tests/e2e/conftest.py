@@ -12,9 +12,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 
@@ -106,8 +107,15 @@ def can_mount(tmp_path_factory: pytest.TempPathFactory) -> None:
     memfs.stop()
 
 
+class MountMemfs(Protocol):
+    """The fixture `mount_memfs`."""
+
+    def __call__(self, options: str = "size=64m", *extra: str) -> Memfs:
+        """Mount a memfs with options of mount(8) and further arguments."""
+
+
 @pytest.fixture
-def mount_memfs(can_mount: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Memfs]]:
+def mount_memfs(can_mount: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MountMemfs]:
     """A function that mounts memfs's with options; they are unmounted, and checked, after the test."""
     mounted: list[Memfs] = []
 
@@ -127,7 +135,7 @@ def mount_memfs(can_mount: None, tmp_path_factory: pytest.TempPathFactory) -> It
 
 
 @pytest.fixture
-def memfs(mount_memfs: Callable[..., Memfs]) -> Memfs:
+def memfs(mount_memfs: MountMemfs) -> Memfs:
     """A memfs of 64 MiB."""
     return mount_memfs()
 

@@ -440,7 +440,7 @@ def sides(request: pytest.FixtureRequest, can_mount: None) -> Iterator[tuple[Sid
 
 def _run(sides: tuple[Side, Side], examples: int, steps: int, number: int, *, shrink: bool) -> None:
     Differential.sides = sides
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(
         seed(number)(Differential),
         settings=settings(
             max_examples=examples,

@@ -16,7 +16,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +41,7 @@ from memfs.contract.protocol.messages import (
 from memfs.contract.protocol.peer import PeerGone, close_all
 from memfs.contract.units import ByteOffset, PageIndex, PageRange
 
-from .conftest import Memfs, memfs_command, run
+from .conftest import Memfs, MountMemfs, memfs_command, run
 from .owner import Owner, connected, shell
 
 PAGE = 4096
@@ -170,9 +170,7 @@ async def look(memfs: Memfs, path: Path, view: PageMapView | None) -> int:
 
 @pytest.mark.parametrize("mount", ["", "backing=memfd"])
 @pytest.mark.parametrize("guest", [True, False], ids=["guest", "ordinary"])
-async def test_every_point_of_memfs(
-    mount_memfs: Callable[..., Memfs], in_memfs: Injection, mount: str, guest: bool
-) -> None:
+async def test_every_point_of_memfs(mount_memfs: MountMemfs, in_memfs: Injection, mount: str, guest: bool) -> None:
     """Failing and waiting; one after the other on one mount, whose invariants are verified at its end."""
     memfs = mount_memfs(f"size=64m,{mount}".rstrip(","))
     memfs.expected += ["could not be told", "cannot be heard"]
@@ -223,7 +221,7 @@ ASKED = [
 @pytest.mark.parametrize("mount", ["", "backing=memfd"])
 @pytest.mark.parametrize("ask", ["get_pfn", "populate", "get_pfn of shared memory"])
 async def test_every_point_of_what_an_owner_asks_for(
-    mount_memfs: Callable[..., Memfs], in_memfs: Injection, mount: str, ask: str
+    mount_memfs: MountMemfs, in_memfs: Injection, mount: str, ask: str
 ) -> None:
     """Pages that an owner has allocated for it: what it is answered is what is accounted for."""
     memfs = mount_memfs(f"size=64m,{mount}".rstrip(","))
@@ -283,7 +281,7 @@ def content_for(path: Path) -> tuple[int, int]:
     return os.open(path, os.O_RDWR), source
 
 
-async def test_memfs_dies_at_every_point(mount_memfs: Callable[..., Memfs], in_memfs: Injection) -> None:
+async def test_memfs_dies_at_every_point(mount_memfs: MountMemfs, in_memfs: Injection) -> None:
     """The system call fails, the owner is told, and memfs is mounted again over what is left, empty."""
     memfs = mount_memfs("size=64m")
     mount = [*memfs_command("mount", memfs.path, "--socket", memfs.socket), "-o", "size=64m"]

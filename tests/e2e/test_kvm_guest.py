@@ -8,14 +8,15 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from typing import Any
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Protocol
 
 import numpy as np
 import pytest
 import trio
 
+from kvmsim.backing import StoreFile
 from kvmsim.engines.program import Hypercall, Load, Program, ProgramEngine, Store, convert
 from kvmsim.exits import HypercallExit, MemoryErrorExit
 from kvmsim.mmu.fault import Access
@@ -30,13 +31,21 @@ from kvmsim.vm_type import VmType
 from kvmsim.vmm.vmm import UnhandledExit, Vmm, open_memory
 from memfs.contract.sys.libc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
 from memfs.contract.units import PAGE_SIZE, ByteOffset, Gfn, GfnRange, Gpa, PageIndex, PageRange
-from tests.helpers import raises
+from tests.helpers import not_none, raises
 
 from .conftest import Memfs, memfs_command
 
 SIZE = 8 << 20
 PUNCH = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
-Guest = Callable[..., Any]
+
+
+class Guest(Protocol):
+    """The fixture `guest`."""
+
+    def __call__(
+        self, granule: int = PAGE_SIZE, *, vm_type: VmType = VmType.SNP
+    ) -> AbstractAsyncContextManager[tuple[VM, Vmm]]:
+        """Make a VM, and its VMM that converts `granule` bytes at a time."""
 
 
 @pytest.fixture
@@ -44,14 +53,14 @@ def guest(memfs: Memfs) -> Guest:
     """A context manager: a VM of 8 MiB on two files of a memfs, and its VMM."""
 
     @asynccontextmanager
-    async def make(granule: int = PAGE_SIZE, **options: Any) -> AsyncIterator[tuple[VM, Vmm]]:
+    async def make(granule: int = PAGE_SIZE, *, vm_type: VmType = VmType.SNP) -> AsyncIterator[tuple[VM, Vmm]]:
         shared, private = memfs.path / "shared", memfs.path / "private"
         memfs.run("touch", "shared")
         memfs.run(*memfs_command("create", "--seals", "guest", private))
         memory = open_memory(str(shared), str(private), SIZE, granule)
         vmm = await trio.to_thread.run_sync(memory.__enter__)
         try:
-            async with create_vm(str(memfs.socket), **options) as vm:
+            async with create_vm(str(memfs.socket), vm_type=vm_type) as vm:
                 await vmm.add_memory(vm)
                 yield vm, vmm
                 vm.check()
@@ -66,6 +75,18 @@ async def run(vm: VM, vmm: Vmm, program: Program, vcpu_id: int = 0) -> dict[str,
     vcpu = vm.create_vcpu(vcpu_id, ProgramEngine(program))
     await vmm.run(vcpu)
     return dict(vcpu.exits)
+
+
+def shared_of(vm: VM) -> StoreFile:
+    """The shared file of slot 0."""
+    file = not_none(vm.mmu.slots.get(0)).shared
+    assert isinstance(file, StoreFile)
+    return file
+
+
+def private_of(vm: VM) -> StoreFile:
+    """The private file of slot 0."""
+    return not_none(not_none(vm.mmu.slots.get(0)).private)
 
 
 # -- conversions -----------------------------------------------------------------------------------------
@@ -102,7 +123,7 @@ async def test_tdx_guest_says_shared_with_an_address_bit(guest: Guest) -> None:
 
     async with guest(vm_type=VmType.TDX_48) as (vm, vmm):
         exits = await run(vm, vmm, program())
-        content = os.pread(vm.mmu.slots.get(0).shared.fd, 6, 0x4000)
+        content = os.pread(shared_of(vm).fd, 6, 0x4000)
     assert seen == [b"secret", b"public", bytes(6)]
     assert content == b"public"
     assert exits == {"MAP_PRIVATE": 1, "MAP_SHARED": 1, "HLT": 1}
@@ -164,7 +185,7 @@ async def test_burst_of_neighbours_is_one_range(guest: Guest) -> None:
         for page in range(8):
             nursery.start_soon(run, vm, vmm, program(page), page)
     assert vmm.conversions["private"] == 8
-    assert vmm.converter.ranges < 8, "each page was converted by itself"
+    assert not_none(vmm.converter).ranges < 8, "each page was converted by itself"
 
 
 async def test_granule_takes_empty_neighbours_along_and_loses_nothing(guest: Guest) -> None:
@@ -178,10 +199,10 @@ async def test_granule_takes_empty_neighbours_along_and_loses_nothing(guest: Gue
 
     async with guest(granule=1 << 16) as (vm, vmm):
         exits = await run(vm, vmm, program())
-        assert vm.mmu.slots.get(0).private.page_map.count(PageRange(PageIndex(0), PageIndex(32))) == 15
+        assert not_none(private_of(vm).page_map).count(PageRange(PageIndex(0), PageIndex(32))) == 15
     assert seen == [b"mine"]
     assert exits == {"MAP_PRIVATE": 1, "HLT": 1}
-    assert vmm.converter.extra == 14
+    assert not_none(vmm.converter).extra == 14
 
 
 class Recorder:
@@ -200,7 +221,7 @@ class Recorder:
 
 async def test_listeners_hear_what_is_shared_from_the_beginning(guest: Guest) -> None:
     async with guest() as (_, vmm):
-        converter, late, early = vmm.converter, Recorder(), Recorder()
+        converter, late, early = not_none(vmm.converter), Recorder(), Recorder()
         converter.register(early)
         assert early.populated == set(range(SIZE // PAGE_SIZE))
         await converter.convert(PageRange(PageIndex(3), PageIndex(5)), to_private=True)

@@ -7,20 +7,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from .conftest import Memfs, memfs_command, run
+from .conftest import Memfs, MountMemfs, memfs_command, run
 
 KVMSIM = [sys.executable, "-m", "kvmsim"]
 RUN = [*KVMSIM, "run", "--shared", "shared", "--private", "private", "--mem", "4M"]
 
 
 @pytest.fixture(params=["auto", "off"])
-def guest(mount_memfs: Callable[..., Memfs], request: pytest.FixtureRequest) -> Memfs:
+def guest(mount_memfs: MountMemfs, request: pytest.FixtureRequest) -> Memfs:
     """A memfs, with and without passthrough, on which the files of a guest of 4 MiB lie."""
     memfs = mount_memfs(f"size=64m,passthrough={request.param}")
     memfs.run("touch", "shared")

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ import trio
 from memfs.contract.protocol.messages import Fenced, Registered
 from memfs.contract.sys.mountinfo import device_of_mountpoint
 
-from .conftest import Memfs, memfs_command, run
+from .conftest import Memfs, MountMemfs, memfs_command, run
 from .owner import connected, shell
 from .test_kvmsim import RUN, guest, running  # noqa: F401  (a fixture)
 from .test_unprivileged import Home, home  # noqa: F401  (a fixture)
@@ -104,9 +103,7 @@ async def test_owner_is_killed(memfs: Memfs, where: str) -> None:
 
 
 @pytest.mark.parametrize("passthrough", ["auto", "off"])
-def test_stopped_kvmsim_is_fenced_and_says_so_when_it_goes_on(
-    mount_memfs: Callable[..., Memfs], passthrough: str
-) -> None:
+def test_stopped_kvmsim_is_fenced_and_says_so_when_it_goes_on(mount_memfs: MountMemfs, passthrough: str) -> None:
     memfs = mount_memfs(f"size=64m,notify_timeout=1,passthrough={passthrough}")
     memfs.expected.append("is fenced: no answer within 1 s")
     memfs.run("touch", "shared")
@@ -141,7 +138,7 @@ done >/dev/null 2>&1
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("passthrough", ["auto", "off"])
-def test_told_to_stop_under_load(mount_memfs: Callable[..., Memfs], passthrough: str, number: signal.Signals) -> None:
+def test_told_to_stop_under_load(mount_memfs: MountMemfs, passthrough: str, number: signal.Signals) -> None:
     memfs = mount_memfs(f"size=64m,passthrough={passthrough}")
     memfs.run("touch", "shared")
     assert memfs.run(*memfs_command("create", "--seals", "guest", "private")).returncode == 0
@@ -160,7 +157,7 @@ def test_told_to_stop_under_load(mount_memfs: Callable[..., Memfs], passthrough:
         assert output.splitlines()[-1].startswith("kvmsim: memfs")
 
 
-async def test_told_to_stop_while_something_waits_for_an_owner(mount_memfs: Callable[..., Memfs]) -> None:
+async def test_told_to_stop_while_something_waits_for_an_owner(mount_memfs: MountMemfs) -> None:
     """However long it might have waited."""
     memfs = mount_memfs("size=64m,notify_timeout=600")
     await shell("fallocate", "-l", "1M", "file", cwd=memfs.path)
@@ -198,7 +195,7 @@ FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
 
 @pytest.mark.skipif(FAKETIME is None, reason="needs libfaketime, to set the clock of one process only")
 async def test_clock_jumps_while_an_owner_is_waited_for(
-    mount_memfs: Callable[..., Memfs], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mount_memfs: MountMemfs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody is fenced because it is next year, and nobody is waited for because it is last year."""
     clock = tmp_path / "clock"

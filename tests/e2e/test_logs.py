@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ import trio
 from memfs.contract.protocol.messages import GetPfn, Hello
 from memfs.contract.units import PAGE_SIZE, PageIndex, PageRange
 
-from .conftest import Memfs, memfs_command, run
+from .conftest import Memfs, MountMemfs, memfs_command, run
 from .owner import connected, shell
 from .test_hostile_messages import CUT_OFF, Client, packed, settled
 from .test_kvmsim import running
@@ -41,9 +40,7 @@ def followed(by: str, notifications: list[str]) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("how", ["punch", "allocate", "truncate"])
-def test_one_conversion_is_followed_across_both_processes(
-    mount_memfs: Callable[..., Memfs], tmp_path: Path, how: str
-) -> None:
+def test_one_conversion_is_followed_across_both_processes(mount_memfs: MountMemfs, tmp_path: Path, how: str) -> None:
     memfs = mount_memfs("size=64m", "-v")
     memfs.expected.append("level=info")
     memfs.run("touch", "shared")

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ import trio
 from memfs.contract.protocol.messages import Fallocate, InvalidateBegin, InvalidateEnd
 from memfs.contract.units import PageIndex, PageRange
 
-from .conftest import Memfs
+from .conftest import Memfs, MountMemfs
 from .owner import connected, shell
 
 SIZE = "1g"
@@ -24,7 +23,7 @@ TRIES = 20  # the memory may be there before we can send a signal
 
 
 @pytest.fixture(params=["", ",backing=memfd"], ids=["tmpfs", "memfd"])
-def large(request: pytest.FixtureRequest, mount_memfs: Callable[..., Memfs]) -> Memfs:
+def large(request: pytest.FixtureRequest, mount_memfs: MountMemfs) -> Memfs:
     return mount_memfs(f"size=1100m{request.param}")
 
 

@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 import pytest
 import trio
 
-from .conftest import Memfs, memfs_command
+from .conftest import Memfs, MountMemfs, memfs_command
 from .owner import shell
 from .test_leaks import resident
 
@@ -267,7 +267,7 @@ class Machine:
 
     async def check(self) -> int:
         """See that it is well. Returns how many pages its files have."""
-        blocks = (await self.ask({"do": "check"}))["blocks"]
+        blocks: list[int] = (await self.ask({"do": "check"}))["blocks"]
         private = sum(page.private is not None for page in self.pages)
         assert blocks[1] == private * 8, f"VM {self.number} has {blocks[1] // 8} private pages, not {private}"
         return sum(blocks) // 8
@@ -288,7 +288,8 @@ class Machine:
 
 def allocated(path: Path, size: int) -> list[int]:
     """Which pages of a guest-sealed file are allocated; that much an outsider may know."""
-    found, at = [], 0
+    found: list[int] = []
+    at = 0
     fd = os.open(path, os.O_RDONLY)
     try:
         while at < size * PAGE:
@@ -480,7 +481,7 @@ async def together(doing: Iterable[Callable[[], Awaitable[object]]]) -> None:
 
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize("way", WAYS)
-async def test_many_vms(mount_memfs: Callable[..., Memfs], way: str, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_many_vms(mount_memfs: MountMemfs, way: str, capsys: pytest.CaptureFixture[str]) -> None:
     memfs = mount_memfs(f"size=200m,notify_timeout={NOTIFY_TIMEOUT:g},{WAYS[way]}")
     memfs.expected += ["logger=memfs.state", "is fenced", "broke the protocol", "is hung up", "log lines like this"]
     soak = Soak(memfs, random.Random(SEED), time.monotonic() + SECONDS)

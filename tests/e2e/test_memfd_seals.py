@@ -22,7 +22,7 @@ from memfs.contract.sys.libc import fallocate
 from memfs.store import seals
 from tests.helpers import raises
 
-from .conftest import Memfs
+from .conftest import Memfs, MountMemfs
 from .owner import connected, shell
 
 SIZE = 3 * 4096
@@ -77,9 +77,7 @@ SETS = [names for count in (0, 1, 2) for names in itertools.combinations(KERNEL_
 
 
 @pytest.mark.parametrize("options", ["backing=tmpfs", "backing=memfd", "passthrough=off"])
-def test_each_operation_answers_as_on_a_memfd(
-    mount_memfs: Callable[..., Memfs], options: str, subtests: pytest.Subtests
-) -> None:
+def test_each_operation_answers_as_on_a_memfd(mount_memfs: MountMemfs, options: str, subtests: pytest.Subtests) -> None:
     memfs = mount_memfs(f"size=64m,{options}")
     for number, (names, what) in enumerate(itertools.product(SETS, OPERATIONS)):
         with subtests.test(f"{'+'.join(names) or 'none'}: {what}"):
@@ -112,7 +110,7 @@ def test_adding_seals_answers_as_on_a_memfd(memfs: Memfs) -> None:
     assert os.getxattr(path, "user.memfs.seals") == b"seal,shrink"
 
 
-async def test_seal_that_the_kernel_refuses_is_not_there(mount_memfs: Callable[..., Memfs]) -> None:
+async def test_seal_that_the_kernel_refuses_is_not_there(mount_memfs: MountMemfs) -> None:
     """An owner has a memfd mapped for writing; and nothing of what was to be added with it is there either."""
     memfs = mount_memfs("size=1m,backing=memfd")
     path = memfs.path / "file"

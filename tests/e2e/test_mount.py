@@ -16,7 +16,7 @@ import pytest
 
 from tests.helpers import raises
 
-from .conftest import Memfs, memfs_command, run
+from .conftest import Memfs, MountMemfs, memfs_command, run
 
 
 @contextmanager
@@ -175,7 +175,7 @@ def test_socket_in_use_is_refused_and_a_stale_one_replaced(memfs: Memfs, tmp_pat
         until(lambda: not stale.exists())
 
 
-def test_options_take_effect(mount_memfs: Callable[..., Memfs]) -> None:
+def test_options_take_effect(mount_memfs: MountMemfs) -> None:
     memfs = mount_memfs("size=3m,nr_inodes=5,mode=751,uid=12,gid=34,noatime,noexec")
     assert memfs.run("stat", "-c", "%a %u %g", ".").stdout == "751 12 34\n"
     assert memfs.run("df", "--output=size", ".").stdout.split()[-1] == "3072"
@@ -187,7 +187,7 @@ def test_options_take_effect(mount_memfs: Callable[..., Memfs]) -> None:
     assert {"nosuid", "nodev", "noexec", "noatime"} <= set(options.strip().split(","))
 
 
-def test_read_only_mount(mount_memfs: Callable[..., Memfs]) -> None:
+def test_read_only_mount(mount_memfs: MountMemfs) -> None:
     memfs = mount_memfs("size=3m,ro")
     assert "Read-only file system" in memfs.run("touch", "file").stderr
 
@@ -203,7 +203,7 @@ def test_remount_changes_limits_but_not_below_usage(memfs: Memfs) -> None:
         assert memfs.run("df", "--output=size,itotal", ".").stdout.split()[-2:] == [str(100 << 10), "10"]
 
 
-def test_stat_says_whether_content_passes_through(mount_memfs: Callable[..., Memfs]) -> None:
+def test_stat_says_whether_content_passes_through(mount_memfs: MountMemfs) -> None:
     off = run(*memfs_command("stat", mount_memfs("passthrough=off").path)).stdout
     assert "off: switched off" in off
     memfd = run(*memfs_command("stat", mount_memfs("backing=memfd").path)).stdout

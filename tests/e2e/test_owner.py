@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,7 +32,7 @@ from memfs.contract.protocol.peer import close_all
 from memfs.contract.units import PAGE_SIZE, PageIndex
 from tests.helpers import pages
 
-from .conftest import Memfs, memfs_command
+from .conftest import Memfs, MountMemfs, memfs_command
 from .owner import connected, shell
 
 SIZE = 4 << 20
@@ -179,7 +178,7 @@ async def test_descriptor_that_will_not_do(memfs: Memfs, prepare: str, flags: in
         assert (state["registered files"], state["open handles"]) == (0, 0)
 
 
-async def test_descriptor_of_something_else(memfs: Memfs, mount_memfs: Callable[..., Memfs], tmp_path: Path) -> None:
+async def test_descriptor_of_something_else(memfs: Memfs, mount_memfs: MountMemfs, tmp_path: Path) -> None:
     other = mount_memfs()
     await shell("touch", "file", cwd=other.path)
     (tmp_path / "file").touch()
@@ -238,9 +237,10 @@ async def main():
 trio.run(main)
 """
     process = await trio.lowlevel.open_process([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    stdout = process.stdout
+    assert stdout is not None
     try:
-        assert process.stdout is not None
-        assert (await process.stdout.receive_some()).startswith(b"registered")
+        assert (await stdout.receive_some()).startswith(b"registered")
         async with trio.open_nursery() as nursery:
             # It never acknowledges, so this waits until it is dead.
             nursery.start_soon(lambda: shell("fallocate", "-l", "4K", guest_file, cwd=memfs.path))
@@ -249,7 +249,7 @@ trio.run(main)
     finally:
         process.kill()
         await process.wait()
-        await process.stdout.aclose()
+        await stdout.aclose()
     async with connected(memfs.socket) as owner:
         assert isinstance(await owner.register(guest_file), Registered)
 
@@ -276,9 +276,10 @@ async def main():
 trio.run(main)
 """
     process = await trio.lowlevel.open_process([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    stdout = process.stdout
+    assert stdout is not None
     try:
-        assert process.stdout is not None
-        assert (await process.stdout.receive_some()).startswith(b"asked")
+        assert (await stdout.receive_some()).startswith(b"asked")
         process.send_signal(signal.SIGKILL)
         async with connected(memfs.socket) as owner:
             with trio.fail_after(3):  # less than the timeout that would end it otherwise
@@ -287,7 +288,7 @@ trio.run(main)
     finally:
         process.kill()
         await process.wait()
-        await process.stdout.aclose()
+        await stdout.aclose()
 
 
 async def test_unlinked_file_lives_until_its_owner_lets_go(memfs: Memfs) -> None:
@@ -317,7 +318,7 @@ async def test_broken_peer_is_cut_off_and_others_are_not(memfs: Memfs, guest_fil
         assert len(owner.heard) == 1
 
 
-async def test_owner_that_never_answers_is_fenced(mount_memfs: Callable[..., Memfs]) -> None:
+async def test_owner_that_never_answers_is_fenced(mount_memfs: MountMemfs) -> None:
     memfs = mount_memfs("size=64m,notify_timeout=1")
     memfs.expected.append("is fenced: no answer within 1 s")
     await shell("fallocate", "-l", "1M", "file", cwd=memfs.path)

@@ -8,9 +8,10 @@ import hashlib
 import os
 import random
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -19,7 +20,7 @@ from memfs.contract.protocol.messages import Failed, Fallocate, GetPfn, Launch, 
 from memfs.contract.units import PAGE_SIZE, ByteOffset, PageRange
 from tests.helpers import pages
 
-from .conftest import Memfs, memfs_command
+from .conftest import Memfs, MountMemfs, memfs_command
 from .owner import Owner, connected
 from .test_kvmsim import RUN
 
@@ -135,7 +136,7 @@ async def test_measurement_of_nothing(memfs: Memfs, guest: Path) -> None:
             os.close(fd)
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[int, dict[str, Any]]] = {
     "past the end": (errno.EINVAL, {"where": pages(4095, 4097)}),
     "descriptor only to read": (errno.EACCES, {"flags": os.O_RDONLY}),
     "source too short": (errno.EINVAL, {"content": bytes(PAGE_SIZE + 5)}),
@@ -145,7 +146,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-async def test_refusal_changes_nothing(mount_memfs: Callable[..., Memfs], name: str) -> None:
+async def test_refusal_changes_nothing(mount_memfs: MountMemfs, name: str) -> None:
     expected, changes = REFUSED[name]
     where: PageRange = changes.get("where", pages(0, 2))
     memfs = await trio.to_thread.run_sync(mount_memfs, "size=8m")

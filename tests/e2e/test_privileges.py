@@ -6,14 +6,13 @@ import os
 import signal
 import subprocess
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from memfs.privileges import KEPT
 
-from .conftest import Memfs, memfs_command, run, start_memfs
+from .conftest import Memfs, MountMemfs, memfs_command, run, start_memfs
 from .test_unprivileged import Home, home  # noqa: F401  (a fixture)
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="without root there is nothing to give up")
@@ -43,7 +42,7 @@ def test_oom_killer_takes_others_first(memfs: Memfs) -> None:
     assert Path(f"/proc/{memfs.process.pid}/oom_score_adj").read_text() == "-1000\n"
 
 
-def test_what_is_left_is_enough(mount_memfs: Callable[..., Memfs]) -> None:
+def test_what_is_left_is_enough(mount_memfs: MountMemfs) -> None:
     memfs = mount_memfs("size=8m")
     assert memfs.run(*memfs_command("create", "--seals", "guest", "--size", "4m", "private")).returncode == 0
     assert memfs.run("fallocate", "-l", "4m", "private").returncode == 0

@@ -11,14 +11,13 @@ import mmap
 import os
 import random
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from memfs.contract.sys.libc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
 
-from .conftest import Memfs
+from .conftest import MountMemfs
 
 MODES = ("passthrough=auto", "passthrough=off", "backing=memfd")
 LARGEST = 300_000  # bytes of the file: not a multiple of the page
@@ -114,7 +113,7 @@ class Exerciser:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_no_byte_is_wrong(mount_memfs: Callable[..., Memfs], mode: str, request: pytest.FixtureRequest) -> None:
+def test_no_byte_is_wrong(mount_memfs: MountMemfs, mode: str, request: pytest.FixtureRequest) -> None:
     seed = int(os.environ.get("MEMFS_SOAK_SEED", "0")) or 1
     memfs = mount_memfs(f"size=64m,{mode}")
     exerciser = Exerciser(memfs.path / "f", seed)
@@ -133,7 +132,7 @@ def test_no_byte_is_wrong(mount_memfs: Callable[..., Memfs], mode: str, request:
 @pytest.mark.skipif(shutil.which("fio") is None, reason="fio is not installed")
 @pytest.mark.parametrize("engine", ["psync", "mmap"])
 @pytest.mark.parametrize("mode", MODES)
-def test_fio_reads_what_it_wrote(mount_memfs: Callable[..., Memfs], mode: str, engine: str) -> None:
+def test_fio_reads_what_it_wrote(mount_memfs: MountMemfs, mode: str, engine: str) -> None:
     memfs = mount_memfs(f"size=128m,{mode}")
     common = [
         "--directory=.",
@@ -159,7 +158,7 @@ STRESSORS = (
 
 @pytest.mark.skipif(shutil.which("stress-ng") is None, reason="stress-ng is not installed")
 @pytest.mark.parametrize("mode", MODES)
-def test_stress_ng_finds_nothing_wrong(mount_memfs: Callable[..., Memfs], mode: str) -> None:
+def test_stress_ng_finds_nothing_wrong(mount_memfs: MountMemfs, mode: str) -> None:
     """All of them at once; for MEMFS_SOAK_MINUTES if that is set."""
     memfs = mount_memfs(f"size=256m,{mode}")
     seconds = max(2, round(60 * float(os.environ.get("MEMFS_SOAK_MINUTES", "0"))))

@@ -18,7 +18,7 @@ import pytest
 from memfs.store.seals import F_SEAL_GUEST, MEMFS_IOC_ADD_SEALS, MEMFS_IOC_GET_SEALS
 from tests.helpers import raises
 
-from .conftest import Memfs, memfs_command, run
+from .conftest import Memfs, MountMemfs, memfs_command, run
 
 PASSTHROUGH = pytest.mark.parametrize("passthrough", ["auto", "off"])
 
@@ -59,7 +59,7 @@ WAYS = [by_setfattr, by_command, by_create, by_default_seals, by_ioctl]
 @PASSTHROUGH
 @pytest.mark.parametrize("seal", WAYS)
 def test_sealed_file_is_closed_to_the_host(
-    mount_memfs: Callable[..., Memfs], passthrough: str, seal: Callable[[Path], None]
+    mount_memfs: MountMemfs, passthrough: str, seal: Callable[[Path], None]
 ) -> None:
     if seal is by_setfattr and run("sh", "-c", "command -v setfattr").returncode:
         pytest.skip("setfattr is not installed (Debian package attr)")
@@ -135,7 +135,7 @@ def test_file_that_is_not_empty_cannot_be_sealed(memfs: Memfs) -> None:
 
 
 @PASSTHROUGH
-def test_file_that_could_be_mapped_cannot_be_sealed(mount_memfs: Callable[..., Memfs], passthrough: str) -> None:
+def test_file_that_could_be_mapped_cannot_be_sealed(mount_memfs: MountMemfs, passthrough: str) -> None:
     path = mount_memfs(f"size=64m,passthrough={passthrough}").path / "file"
     fd = os.open(path, os.O_CREAT | os.O_RDWR)
     os.ftruncate(fd, 4096)

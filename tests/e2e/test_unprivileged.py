@@ -41,7 +41,7 @@ class Home:
     def run(self, *command: str | Path) -> subprocess.CompletedProcess[str]:
         """Run a command as the user, in the namespace, in the directory above the mount."""
         enter = ["nsenter", f"--target={self._namespace.pid}", "--mount"]
-        there = ["sh", "-c", 'cd "$0" && exec "$@"', self.path]
+        there: list[str | Path] = ["sh", "-c", 'cd "$0" && exec "$@"', self.path]
         environment = {**os.environ, "HOME": str(self.path), "XDG_RUNTIME_DIR": str(self.path)}
         return run(*enter, *there, *DROP, *command, env=environment)
 

@@ -66,7 +66,8 @@ class RealKvm:
 
     def create_guest_memfd(self, size: int) -> int:
         """A guest_memfd's descriptor. Raises OSError (ENOTTY where the kernel has none)."""
-        return fcntl.ioctl(self.vm, KVM_CREATE_GUEST_MEMFD, bytearray(struct.pack("=QQ48x", size, 0)))
+        fd: int = fcntl.ioctl(self.vm, KVM_CREATE_GUEST_MEMFD, bytearray(struct.pack("=QQ48x", size, 0)))
+        return fd
 
     def close(self) -> None:
         os.close(self.vm)

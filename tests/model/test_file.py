@@ -81,7 +81,10 @@ class FileMachine(RuleBasedStateMachine):
 
     @rule(offset=OFFSETS, length=LENGTHS)
     def punch(self, offset: int, length: int) -> None:
-        self.both(lambda: trio.run(self.file.punch, offset, length), lambda: fallocate(self.real, 3, offset, length))
+        self.both(
+            lambda: trio.run(self.file.punch, ByteOffset(offset), length),
+            lambda: fallocate(self.real, 3, offset, length),
+        )
 
     @precondition(lambda self: isinstance(self.backing, TmpfsBacking))  # elsewhere holes are what is not allocated
     @rule(offset=OFFSETS, whence=st.sampled_from([os.SEEK_DATA, os.SEEK_HOLE]))

@@ -75,7 +75,7 @@ async def test_same_answers_as_the_real_kvm(real: RealKvm, memory: int) -> None:
     try:
         async with trio.open_nursery() as nursery:
             vm = VM(store, nursery)
-            vcpu = vm.create_vcpu(0, SimpleNamespace())  # type: ignore[arg-type]
+            vcpu = vm.create_vcpu(0, SimpleNamespace())
             for slot, flags, gfn, page, pages in SLOTS:
                 where = (gfn * PAGE_SIZE, pages * PAGE_SIZE, memory + page * PAGE_SIZE)
                 assert real.set_region(slot, flags, *where) == 0

@@ -9,14 +9,18 @@ import itertools
 import os
 import socket
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypedDict, Unpack
 
 import pytest
 import trio
 
+from kvmsim.mmu.ownership import OwnershipTable
 from kvmsim.uapi import KVM_MEM_FD, UserspaceMemoryRegion
 from kvmsim.vm import VM, create_vm
+from kvmsim.vm_type import VmType
 from memfs.contract.page_map import ABSENT, ALLOCATED, PageMap
 from memfs.contract.protocol.connection import Role
 from memfs.contract.protocol.messages import (
@@ -168,14 +172,32 @@ def region(shared: int, private: int = -1, **changes: int) -> UserspaceMemoryReg
     )
 
 
+class VmOptions(TypedDict, total=False):
+    """What create_vm takes by name."""
+
+    map_on_fallocate: bool
+    vm_type: VmType
+    levels: int
+    fault_around: int
+    ownership: OwnershipTable | None
+
+
+class NewVm(Protocol):
+    """The fixture `new_vm`."""
+
+    def __call__(self, **options: Unpack[VmOptions]) -> AbstractAsyncContextManager[tuple[VM, ScriptedStore]]:
+        """Make a VM and the scripted store that it is connected to; a fault asks for its own page, if nothing else."""
+
+
 @pytest.fixture
-def new_vm(tmp_path: object) -> Callable[..., object]:
+def new_vm(tmp_path: Path) -> NewVm:
     """A context manager: a VM and the scripted store that it is connected to."""
 
     numbers = itertools.count()
 
     @asynccontextmanager
-    async def make(*, fault_around: int = 1, **options: bool) -> AsyncIterator[tuple[VM, ScriptedStore]]:
+    async def make(**options: Unpack[VmOptions]) -> AsyncIterator[tuple[VM, ScriptedStore]]:
+        options.setdefault("fault_around", 1)
         path = f"{tmp_path}/store-{next(numbers)}.sock"
         listener = trio.socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         await listener.bind(path)
@@ -190,7 +212,7 @@ def new_vm(tmp_path: object) -> Callable[..., object]:
                     await store.serve()
 
                 nursery.start_soon(accept)
-                async with create_vm(path, fault_around=fault_around, **options) as vm:
+                async with create_vm(path, **options) as vm:
                     yield vm, store
                     vm.check()
                 nursery.cancel_scope.cancel()

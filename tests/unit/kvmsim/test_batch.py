@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import random
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,9 +17,8 @@ from memfs.contract.protocol.messages import GetPfn
 from memfs.contract.units import PAGE_SIZE, Gfn, GfnRange, PageIndex, PageRange
 from tests.helpers import raises
 
-from .conftest import ScriptedStore, region
+from .conftest import NewVm, ScriptedStore, region
 
-NewVm = Callable[..., Any]
 PAGES = 2048
 
 

@@ -25,7 +25,8 @@ def gfns(start: int, end: int) -> GfnRange:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_interval_index_finds_what_a_scan_finds(seed: int) -> None:
-    random_, index, every = random.Random(seed), IntervalIndex[object](), []
+    random_, index = random.Random(seed), IntervalIndex[object]()
+    every: list[tuple[int, int, object]] = []
     for _ in range(400):
         if every and random_.random() < 0.3:
             interval = every.pop(random_.randrange(len(every)))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,9 +19,7 @@ from memfs.contract.protocol.messages import GetPfn, InvalidateBegin, Invalidate
 from memfs.contract.units import PAGE_SIZE, Gfn, Gpa
 from tests.helpers import one, raises
 
-from .conftest import PAGES, ScriptedStore, region
-
-NewVm = Callable[..., Any]
+from .conftest import PAGES, NewVm, ScriptedStore, region
 
 
 def memory(gfn: int, count: int, flags: int = 0) -> PreFaultMemory:
@@ -36,7 +32,7 @@ async def with_memory(vm: VM, store: ScriptedStore, **changes: int) -> tuple[VCP
     for index in range(0, PAGES, 3):
         store.allocate(private, one(index))
     await vm.set_user_memory_region(region(shared, private, **changes))
-    return vm.create_vcpu(0, SimpleNamespace()), shared, private  # type: ignore[arg-type]
+    return vm.create_vcpu(0, SimpleNamespace()), shared, private
 
 
 async def test_every_page_is_mapped_on_its_side_and_counts_as_untouched(new_vm: NewVm) -> None:

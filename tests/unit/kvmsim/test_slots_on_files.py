@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import trio
@@ -17,9 +15,8 @@ from memfs.contract.protocol.messages import InvalidateBegin, InvalidateEnd
 from memfs.contract.units import PAGE_SIZE, Gfn
 from tests.helpers import one, raises
 
-from .conftest import PAGES, region
+from .conftest import PAGES, NewVm, region
 
-NewVm = Callable[..., Any]
 LOGGED = KVM_MEM_FD | KVM_MEM_LOG_DIRTY_PAGES
 
 

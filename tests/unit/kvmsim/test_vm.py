@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from kvmsim.backing import StoreGone
+from kvmsim.backing import StoreFile, StoreGone
 from kvmsim.exits import MemoryErrorExit, MmioExit
 from kvmsim.mmu.fault import Access
 from kvmsim.mmu.pte import PTE_W, is_private, pte_pfn
@@ -23,12 +22,10 @@ from kvmsim.uapi import (
 )
 from kvmsim.vm import VM
 from memfs.contract.protocol.messages import Fallocate, GetPfn, InvalidateBegin, InvalidateEnd, Register
-from memfs.contract.units import PAGE_SIZE, Gfn, PageIndex, PageRange
+from memfs.contract.units import PAGE_SIZE, Gfn, Gpa, PageIndex, PageRange
 from tests.helpers import one, raises
 
-from .conftest import PAGES, ScriptedStore, region
-
-NewVm = Callable[..., Any]
+from .conftest import PAGES, NewVm, ScriptedStore, region
 
 
 def access(gfn: int, *, write: bool = False, private: bool = False) -> Access:
@@ -52,6 +49,7 @@ async def test_shared_fault_maps_the_page_of_the_shared_file(new_vm: NewVm) -> N
         assert not is_private(pte)
         assert pte & PTE_W
         file, offset = vm.mmu.frames.locate(pte_pfn(pte))
+        assert isinstance(file, StoreFile)
         assert (file.id, offset) == (store.by_fd(shared).id, 5 * PAGE_SIZE)
 
 
@@ -59,7 +57,7 @@ async def test_private_fault_on_an_absent_page_asks_to_convert(new_vm: NewVm) ->
     async with new_vm() as (vm, store):
         await with_slot(vm, store)
         assert await vm.fault(access(5, private=True)) == MemoryErrorExit(
-            KVM_EXIT_MEM_MAP_PRIVATE, 5 * PAGE_SIZE, PAGE_SIZE
+            KVM_EXIT_MEM_MAP_PRIVATE, Gpa(5 * PAGE_SIZE), PAGE_SIZE
         )
         assert vm.mmu.table.mapped == 0
 
@@ -68,7 +66,7 @@ async def test_shared_fault_on_a_private_page_asks_to_convert(new_vm: NewVm) -> 
     async with new_vm() as (vm, store):
         _, private = await with_slot(vm, store)
         store.allocate(private, one(5))
-        assert await vm.fault(access(5)) == MemoryErrorExit(KVM_EXIT_MEM_MAP_SHARED, 5 * PAGE_SIZE, PAGE_SIZE)
+        assert await vm.fault(access(5)) == MemoryErrorExit(KVM_EXIT_MEM_MAP_SHARED, Gpa(5 * PAGE_SIZE), PAGE_SIZE)
         assert await vm.fault(access(5, private=True)) is None
         assert is_private(vm.mmu.table.lookup(Gfn(5)))
 
@@ -76,13 +74,13 @@ async def test_shared_fault_on_a_private_page_asks_to_convert(new_vm: NewVm) -> 
 async def test_fault_outside_of_slots_is_mmio(new_vm: NewVm) -> None:
     async with new_vm() as (vm, store):
         await with_slot(vm, store)
-        assert await vm.fault(access(PAGES, write=True)) == MmioExit(PAGES * PAGE_SIZE, PAGE_SIZE, True)
+        assert await vm.fault(access(PAGES, write=True)) == MmioExit(Gpa(PAGES * PAGE_SIZE), PAGE_SIZE, True)
 
 
 async def test_write_to_a_readonly_slot_is_mmio(new_vm: NewVm) -> None:
     async with new_vm() as (vm, store):
         await vm.set_user_memory_region(region(store.file(), flags=KVM_MEM_FD | KVM_MEM_READONLY))
-        assert await vm.fault(access(1, write=True)) == MmioExit(PAGE_SIZE, PAGE_SIZE, True)
+        assert await vm.fault(access(1, write=True)) == MmioExit(Gpa(PAGE_SIZE), PAGE_SIZE, True)
         assert await vm.fault(access(1)) is None
         assert not vm.mmu.table.lookup(Gfn(1)) & PTE_W
 
@@ -130,7 +128,7 @@ async def test_fault_waits_for_an_invalidation_that_began_while_it_looked(
         store.free(private, one(7))
         await store.notify(InvalidateEnd(file, one(7)))
         await wait_all_tasks_blocked()
-        assert outcome == [MemoryErrorExit(KVM_EXIT_MEM_MAP_PRIVATE, 7 * PAGE_SIZE, PAGE_SIZE)]
+        assert outcome == [MemoryErrorExit(KVM_EXIT_MEM_MAP_PRIVATE, Gpa(7 * PAGE_SIZE), PAGE_SIZE)]
         assert vm.mmu.retries == 1
 
 
@@ -152,7 +150,7 @@ async def test_fault_starts_again_after_an_invalidation_that_came_and_went(new_v
         await store.notify(InvalidateEnd(file, one(7)))
         store.held.set()
         await wait_all_tasks_blocked()
-        assert outcome == [MemoryErrorExit(KVM_EXIT_MEM_MAP_PRIVATE, 7 * PAGE_SIZE, PAGE_SIZE)]
+        assert outcome == [MemoryErrorExit(KVM_EXIT_MEM_MAP_PRIVATE, Gpa(7 * PAGE_SIZE), PAGE_SIZE)]
         assert vm.mmu.table.mapped == 0
 
 
@@ -171,7 +169,7 @@ async def test_shared_fault_that_decided_before_a_conversion_does_not_map(new_vm
         await store.notify(Fallocate(store.by_fd(private).id, one(7)))
         store.held.set()
         await wait_all_tasks_blocked()
-        assert outcome == [MemoryErrorExit(KVM_EXIT_MEM_MAP_SHARED, 7 * PAGE_SIZE, PAGE_SIZE)]
+        assert outcome == [MemoryErrorExit(KVM_EXIT_MEM_MAP_SHARED, Gpa(7 * PAGE_SIZE), PAGE_SIZE)]
         assert vm.mmu.table.mapped == 0
 
 
@@ -297,7 +295,7 @@ async def test_deleted_slot_unmaps_and_unregisters(new_vm: NewVm) -> None:
         await vm.set_user_memory_region(region(-1, size=0))
         assert vm.mmu.table.mapped == 0
         assert [store.by_fd(fd).registered for fd in (shared, private)] == [0, 0]
-        assert await vm.fault(access(1)) == MmioExit(PAGE_SIZE, PAGE_SIZE, False)
+        assert await vm.fault(access(1)) == MmioExit(Gpa(PAGE_SIZE), PAGE_SIZE, False)
         await vm.set_user_memory_region(region(shared, private))  # and it may be made again
 
 
@@ -315,7 +313,7 @@ async def test_slot_deleted_under_a_fault_is_not_mapped(new_vm: NewVm) -> None:
         await vm.set_user_memory_region(region(-1, size=0))
         store.held.set()
         await wait_all_tasks_blocked()
-        assert outcome == [MmioExit(PAGE_SIZE, PAGE_SIZE, False)]
+        assert outcome == [MmioExit(Gpa(PAGE_SIZE), PAGE_SIZE, False)]
         assert vm.mmu.table.mapped == 0
 
 

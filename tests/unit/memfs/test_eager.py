@@ -133,7 +133,7 @@ async def test_loop_may_run_more_in_its_turn_after_one_that_waited(nursery: trio
 
 def run_once(loop: Callable[[Turn], Awaitable[None]], nursery: trio.Nursery) -> None:
     """Run the first turn of a loop only."""
-    begun = []
+    begun: list[Turn] = []
 
     async def first(turn: Turn) -> None:
         if not begun:

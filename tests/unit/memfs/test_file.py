@@ -6,7 +6,7 @@ import errno
 import os
 import resource
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import trio
@@ -187,7 +187,12 @@ async def test_guest_seal_takes_an_empty_file_that_nobody_can_have_mapped(backin
     file.hold()
     file.write(at(0), b"content")
     old = file.fd, file.stat().st_ino
-    for prepare in (lambda: None, lambda: file.opens.add(writable=False), lambda: file.bind(Recorder(file))):
+    in_the_way: tuple[Callable[[], object], ...] = (
+        lambda: None,
+        lambda: file.opens.add(writable=False),
+        lambda: file.bind(Recorder(file)),
+    )
+    for prepare in in_the_way:
         prepare()
         with raises(errno.EBUSY):
             await file.add_seals(F_SEAL_GUEST)

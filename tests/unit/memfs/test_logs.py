@@ -7,7 +7,6 @@ import sys
 
 import pytest
 
-from memfs.contract import logs
 from memfs.contract.logs import Formatter, RateLimit, current_request, fields, working_on
 
 
@@ -55,7 +54,7 @@ def test_request_is_said_while_it_is_worked_on() -> None:
 
 def test_lines_from_one_place_are_limited_and_those_left_out_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr(logs.time, "monotonic", lambda: now)
+    monkeypatch.setattr("memfs.contract.logs.time.monotonic", lambda: now)
     limit = RateLimit()
     assert [limit.filter(record("flood")) for _ in range(25)] == [True] * 10 + [False] * 15
     assert limit.filter(record("another", line=2))

@@ -313,7 +313,7 @@ async def test_who_does_not_read_the_answers_is_asked_no_more_questions() -> Non
                 same.send(datagram(Unregister.TYPE, struct.pack("<Q", 1), number=sent + 2), socket.MSG_DONTWAIT)
                 sent += 1
                 assert sent < 10_000
-        received = []
+        received: list[int] = []
         while len(received) < sent:
             received.append(struct.unpack_from("<HHIQ", await ours.recv(1024))[3])
         assert received == list(range(2, sent + 2))

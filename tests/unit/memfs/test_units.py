@@ -34,7 +34,7 @@ def test_floor_and_ceil_enclose(offset: ByteOffset) -> None:
     assert page_offset(page_floor(offset)) <= offset <= page_offset(page_ceil(offset))
     assert page_ceil(offset) - page_floor(offset) == (not is_page_aligned(offset))
     assert page_offset(page_floor(offset)) + offset_in_page(offset) == offset
-    assert gfn_to_gpa(gpa_to_gfn(Gpa(offset))) == page_offset(page_floor(offset))
+    assert int(gfn_to_gpa(gpa_to_gfn(Gpa(offset)))) == page_offset(page_floor(offset))
 
 
 @given(offsets, lengths)
@@ -76,4 +76,5 @@ def test_what_is_no_range_cannot_be_made(start: int, end: int) -> None:
 
 def test_a_range_contains_numbers_only() -> None:
     assert "1" not in PageRange(PageIndex(0), PageIndex(9))
-    assert PageRange(PageIndex(0), PageIndex(9)) != GfnRange(Gfn(0), Gfn(9))
+    gfns: object = GfnRange(Gfn(0), Gfn(9))
+    assert PageRange(PageIndex(0), PageIndex(9)) != gfns
