@@ -257,8 +257,12 @@ class Tree:
             source.add(name, left_behind)
 
     def _exchange(self, source: Directory, name: bytes, target: Directory, new_name: bytes) -> None:
-        inode_flags.check_remove(target, self.lookup(target.ino, new_name))  # or ENOENT, before anything changes
-        first, second = source.remove(name), target.remove(new_name)
+        first, second = self.lookup(source.ino, name), self.lookup(target.ino, new_name)  # or ENOENT
+        inode_flags.check_remove(target, second)
+        if first is second:
+            return
+        source.remove(name)
+        target.remove(new_name)
         self._move(first, target, new_name)
         self._move(second, source, name)
 
