@@ -176,21 +176,21 @@ class Names:
         kept = dataclasses.replace(request, body=memoryview(bytes(request.body)))
 
         async def make_later() -> bytes:
-            await self._backing.reaper.settled()
+            await self._backing.reaper.drain()
             return make(kept)
 
         return make_later()
 
     async def _wait_and_open(self, unique: int, inode: RegularFile, flags: int) -> bytes:
         with self._tree.holding(inode):  # it may be unlinked meanwhile
-            await self._backing.reaper.settled()
+            await self._backing.reaper.drain()
             return reply(unique, self._opened(inode, flags))
 
     async def _truncate_and_open(self, unique: int, inode: RegularFile, flags: int) -> bytes:
         with self._tree.holding(inode):
             await inode.file.truncate(0)
             if self._is_room_coming():
-                await self._backing.reaper.settled()
+                await self._backing.reaper.drain()
             return reply(unique, self._opened(inode, flags))
 
     def _opened(self, inode: RegularFile, flags: int) -> bytes:

@@ -111,7 +111,7 @@ class Operations(pyfuse3.Operations):
 
     @_translated
     async def statfs(self, ctx: RequestContext) -> pyfuse3.StatvfsData:
-        await self._backing.reaper.settled()
+        await self._backing.reaper.drain()
         reply = pyfuse3.StatvfsData()
         reply.f_bsize = reply.f_frsize = PAGE_SIZE
         reply.f_blocks = self._backing.total_pages

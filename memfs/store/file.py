@@ -302,7 +302,7 @@ class File(Backed):
         try:
             await self._allocate_now(offset, length, mode, done)
         except OSError as error:
-            if error.errno != errno.ENOSPC or not await self._backing.reaper.settled():
+            if error.errno != errno.ENOSPC or not await self._backing.reaper.drain():
                 raise
             await self._allocate_now(offset, length, mode, done)
 

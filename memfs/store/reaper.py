@@ -1,17 +1,17 @@
-"""Large files that nobody has any more: emptied in pieces, one after the other, beside everything else.
+"""Large files that nobody refers to any more: freed in chunks, one after the other, beside everything else.
 
-To free a gibibyte takes the kernel a tenth of a second, and it does that wherever the last reference goes: when a name
+Freeing a gibibyte takes the kernel a tenth of a second, and it does that wherever the last reference goes: when a name
 is removed, a handle is closed or an owner dies. In the event loop that would hold up everybody. So a large file is
-emptied first (file.py does that in threads), and closing it is then nothing.
+emptied first (pages.py does that in threads), and closing it is then nothing.
 
-Until then its memory is in use, which on tmpfs it is not when unlink(2) has returned. So whom that concerns waits
-(`settled`): who asks how much there is (statfs(2)), who finds no room to allocate, and who opens a file to write to
-while more is being freed than there is. Only who has one open already, and writes to it past us, may find no room for
+Until then its memory is in use, which on tmpfs it is not when unlink(2) has returned. So callers that depend on free
+space wait in `drain`: statfs(2), an allocation that found no space, and open(2) for writing while more is being freed
+than there is. Only a program that has a file open already, and writes to it in passthrough mode, may find no space for
 that moment.
 
-The kernel forgets a file after unlink(2) has returned, and may ask for other things first. So a file that loses its
-last name and that nobody has open is expected, and waiting for what is being freed begins with waiting for that; not
-for long, since it may be kept in ways that no FUSE server hears of (O_PATH).
+The kernel forgets a file after unlink(2) has returned, and may send other requests first. So a file that loses its
+last name and that nobody has open is expected, and `drain` waits for it to come; not for long, since a file may be kept
+in ways that no FUSE server hears of (O_PATH).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from collections import deque
 from typing import Final, Protocol
 
 import trio
+from trio.lowlevel import ParkingLot
 
 log = logging.getLogger(__name__)
 
@@ -28,87 +29,96 @@ _PATIENCE: Final = 0.1  # seconds: many times what the kernel takes to forget
 
 
 class Freeable(Protocol):
-    """A file that nobody has any more."""
+    """A file that nobody refers to any more."""
 
     @property
     def pages(self) -> int:
-        """How many it has left."""
+        """How many pages it has left."""
 
     async def empty(self) -> None:
-        """Free its memory in pieces. Raises OSError if it cannot be."""
+        """Free its memory in chunks. Raises OSError if it cannot be."""
 
     def close(self) -> None:
-        """Free what there is of it."""
+        """Free what is left of it."""
 
 
 class Reaper:
-    """The files of one backing that are being freed. `run` does it; without it nothing is taken."""
+    """The files of one backing that are being freed, in the order in which they came.
+
+    `run` frees them; while it does not run no file is taken.
+    """
 
     def __init__(self) -> None:
         self._files: Final[deque[Freeable]] = deque()  # the first is being emptied
         self._expected: Final[set[Freeable]] = set()
-        self._came = trio.Event()  # replaced when one of those has
-        self._arrived = trio.Event()
-        self._settled = trio.Event()  # replaced when something comes
+        self._freed = 0  # how many files, ever
+        self._arrival: Final = ParkingLot()  # `run` waits for a file to be taken
+        self._change: Final = ParkingLot()  # `drain` waits for a file to be freed, or not to be expected any more
         self._is_running = False
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing is being freed, nor expected."""
+        """Whether no file is being freed, nor expected."""
         return not self._files and not self._expected
 
     @property
     def pages(self) -> int:
-        """How many are being freed, or expected."""
+        """How many pages are being freed, or expected to be."""
         return sum(file.pages for file in (*self._files, *self._expected))
 
     def expect(self, file: Freeable) -> None:
-        """A large file will probably come soon."""
+        """Expect a large file to be taken soon."""
         if self._is_running:
             self._expected.add(file)
 
     def forget(self, file: Freeable) -> None:
-        """It came, or will not."""
+        """Do not expect a file any more."""
         if file in self._expected:
             self._expected.remove(file)
-            self._came.set()
-            self._came = trio.Event()
+            self._change.unpark_all()
 
     def take(self, file: Freeable) -> bool:
         """Free a file from now on. Returns whether that is possible."""
         if self._is_running:
             self._files.append(file)
-            self._settled = trio.Event()
-            self._arrived.set()
+            self._arrival.unpark_all()
             self.forget(file)
         return self._is_running
 
-    async def settled(self) -> bool:
-        """Wait until nothing is being freed. Returns whether anything was."""
+    async def drain(self) -> bool:
+        """Wait until the files are freed that are expected or being freed now. Returns whether there were any.
+
+        Files that come meanwhile are not waited for: programs that go on removing files must not hold up the caller.
+        """
+        expected = set(self._expected)
         with trio.move_on_after(_PATIENCE):
-            while self._expected:
-                await self._came.wait()
+            while expected & self._expected:
+                await self._change.park()
         if not self._files:
             return False
-        await self._settled.wait()
+        last = self._freed + len(self._files)
+        while self._freed < last:
+            await self._change.park()
         return True
 
     async def run(self) -> None:
-        """Free what comes. When cancelled, what is left is closed at once."""
+        """Free what is taken, until cancelled; then what is left is freed immediately."""
         self._is_running = True
         try:
             while True:
-                await self._arrived.wait()
-                self._arrived = trio.Event()
                 while self._files:
                     try:
                         await self._files[0].empty()
                     except OSError as error:
                         log.warning("a large file is freed in one piece: %s", error.strerror)
-                    self._files.popleft().close()
-                self._settled.set()
+                    self._close_first()
+                await self._arrival.park()
         finally:
             self._is_running = False
             while self._files:
-                self._files.popleft().close()
-            self._settled.set()
+                self._close_first()
+
+    def _close_first(self) -> None:
+        self._files.popleft().close()
+        self._freed += 1
+        self._change.unpark_all()

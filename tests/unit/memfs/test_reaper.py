@@ -1,0 +1,113 @@
+"""Large files that are freed beside everything else, and who waits for their space."""
+
+from __future__ import annotations
+
+import errno
+
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from memfs.store.reaper import Reaper
+
+
+class Large:
+    """A file that takes as long to free as the test wants."""
+
+    pages = 4096
+
+    def __init__(self) -> None:
+        self.may_be_empty = trio.Event()
+        self.closed = False
+
+    async def empty(self) -> None:
+        await self.may_be_empty.wait()
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Stubborn(Large):
+    """A file that cannot be freed in chunks."""
+
+    async def empty(self) -> None:
+        raise OSError(errno.EIO, "told to fail")
+
+
+async def test_waiting_ends_with_what_was_being_freed_when_it_began() -> None:
+    reaper, first, second = Reaper(), Large(), Large()
+    drained: list[bool] = []
+
+    async def drain() -> None:
+        drained.append(await reaper.drain())
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(reaper.run)
+        await wait_all_tasks_blocked()
+        assert reaper.take(first)
+        await wait_all_tasks_blocked()
+        nursery.start_soon(drain)
+        await wait_all_tasks_blocked()
+        assert reaper.take(second)  # while somebody waits for the first
+        first.may_be_empty.set()
+        await wait_all_tasks_blocked()
+        assert (drained, first.closed, second.closed) == ([True], True, False)
+        nursery.start_soon(drain)
+        await wait_all_tasks_blocked()
+        assert drained == [True]
+        second.may_be_empty.set()
+        await wait_all_tasks_blocked()
+        assert (drained, reaper.is_idle) == ([True, True], True)
+        assert not await reaper.drain()
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_file_that_is_expected_is_waited_for_and_not_for_long(autojump_clock: trio.testing.MockClock) -> None:
+    reaper, file = Reaper(), Large()
+    file.may_be_empty.set()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(reaper.run)
+        await wait_all_tasks_blocked()
+        reaper.expect(file)
+        began = trio.current_time()
+        assert not await reaper.drain()  # somebody keeps it in a way that nobody hears of
+        assert 0 < trio.current_time() - began < 1
+
+        async def come() -> None:
+            await trio.sleep(0.01)
+            assert reaper.take(file)
+
+        nursery.start_soon(come)
+        assert await reaper.drain()
+        assert file.closed
+        nursery.cancel_scope.cancel()
+
+
+async def test_what_cannot_be_freed_in_chunks_is_freed_all_the_same() -> None:
+    reaper, file = Reaper(), Stubborn()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(reaper.run)
+        await wait_all_tasks_blocked()
+        assert reaper.take(file)
+        assert await reaper.drain()
+        assert file.closed
+        nursery.cancel_scope.cancel()
+
+
+async def test_at_the_end_all_is_freed_and_nobody_waits() -> None:
+    reaper, files = Reaper(), [Large(), Large()]
+    assert not reaper.take(files[0])  # it does not run yet
+    async with trio.open_nursery() as nursery:
+        running = trio.CancelScope()
+
+        async def run() -> None:
+            with running:
+                await reaper.run()
+
+        nursery.start_soon(run)
+        await wait_all_tasks_blocked()
+        assert all(reaper.take(file) for file in files)
+        nursery.start_soon(reaper.drain)
+        await wait_all_tasks_blocked()
+        running.cancel()
+    assert all(file.closed for file in files)
+    assert (reaper.is_idle, reaper.take(Large())) == (True, False)
