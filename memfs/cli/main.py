@@ -181,10 +181,12 @@ def _serve(options: argparse.Namespace, ready: Callable[[list[str]], None]) -> N
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy would start a thread a CPU for nothing
     import trio
 
+    from memfs import fault_points
     from memfs.daemon import Settings, default_log_path, default_socket_path, serve
     from memfs.fuse.mount import MountError
     from memfs.owners.listener import ListenError, prepare_directory
 
+    fault_points.install_faults()
     log_file, nobody_said = options.log_file, options.log_file is None and not options.foreground
     if nobody_said:
         log_file = default_log_path(options.mountpoint)

@@ -30,7 +30,7 @@ async def populate(file: File, pages: PageRange, source: int, start: ByteOffset)
         if pages.end > page_ceil(ByteOffset(file.size)):
             raise OSError(errno.EINVAL, "past the end of the file")
         with trio.CancelScope(shield=True):
-            await file.make_present(pages)
+            await file.ensure_allocated(pages)
             try:
                 await trio.to_thread.run_sync(image.copy_in, pages, file.fd, source, start)
             finally:  # they are there

@@ -214,7 +214,7 @@ class Registration:
                 if self.file.guest:
                     launch(self.file)
                 if alloc:
-                    await self.file.make_present(pages)
+                    await self.file.ensure_allocated(pages)
                 return self._reply(pages, alloc, lock)
 
     def _reply(self, pages: PageRange, alloc: bool, lock: bool) -> PfnReply:
@@ -226,7 +226,7 @@ class Registration:
 
     def _runs(self, pages: PageRange, alloc: bool) -> list[PfnRun]:
         runs: list[PfnRun] = []
-        for run, is_present in [(pages, True)] if alloc else self.file.present(pages):
+        for run, is_present in [(pages, True)] if alloc else self.file.allocation_runs(pages):
             if not is_present:
                 runs.append(PfnRun(run, None))
             else:

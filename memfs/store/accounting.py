@@ -1,8 +1,8 @@
 """The pages that a tracked file has, and the account of them.
 
 The page map says which pages there are; the backing, how many there may be in all. Both change together, in here, next
-to the system call that allocates or frees: first room is reserved, then pages are allocated, then they are entered in
-the map; and when pages have been freed, they leave the map and their room is free again.
+to the system call that allocates or frees: first space is reserved, then pages are allocated, then the reservation is
+committed, which enters them in the map; and when pages have been freed, they leave the map and their space is free.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ class Accounting:
         self.page_map: Final = PageMap(name)
 
     def reserve(self, pages: PageRange) -> Reservation:
-        """Room for what is absent in a range, within a with statement. Raises OSError(ENOSPC)."""
+        """Reserve space for the absent pages of a range, within a with statement. Raises OSError(ENOSPC)."""
         self.check_size(pages.end)
         return Reservation(self._backing, self.page_map, pages)
 
     def forget(self, pages: PageRange = _WHOLE) -> None:
-        """These pages were freed."""
+        """Account for pages that were freed."""
         tracked = pages.intersect(_WHOLE)
         if tracked is not None:
             count = self.page_map.count(tracked)
             self.page_map.set(tracked, ABSENT)
             self._backing.unreserve(count)
 
-    def room_for(self, offset: ByteOffset, length: int) -> int:
-        """How many of `length` bytes (at least one) from `offset` on can be written before memory runs out."""
+    def space_for(self, offset: ByteOffset, length: int) -> int:
+        """Return how many of `length` bytes (at least one) from `offset` on can be written before memory runs out."""
         pages = PageRange.covering(offset, length)
         self.check_size(pages.end)
         free = self._backing.free_pages
@@ -57,7 +57,7 @@ class Accounting:
             raise OSError(errno.EFBIG, "larger than a page map")
 
     def close(self) -> None:
-        """The file is gone, and its pages are free."""
+        """Account for a file that was freed."""
         self.forget()
         self.page_map.close()
 
@@ -69,7 +69,7 @@ class Accounting:
 
 
 class Reservation:
-    """Room that was reserved for pages. What is entered with a call stays; the rest is given back at the end."""
+    """Space that was reserved for pages. What is committed stays; the rest is unreserved at the end."""
 
     __slots__ = ("_backing", "_left", "_page_map")
 
@@ -85,8 +85,8 @@ class Reservation:
     def __exit__(self, *_: object) -> None:
         self._backing.unreserve(self._left)
 
-    def __call__(self, part: PageRange) -> None:
-        """These pages of it are allocated now."""
+    def commit(self, pages: PageRange) -> None:
+        """Account for some of the pages, which are allocated now."""
         # A write may have come first to some of them while the call ran in a thread.
-        self._left -= len(part) - self._page_map.count(part)
-        self._page_map.set(part, ALLOCATED)
+        self._left -= len(pages) - self._page_map.count(pages)
+        self._page_map.set(pages, ALLOCATED)

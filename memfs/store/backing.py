@@ -66,8 +66,8 @@ class Backing(Protocol):
     def unreserve(self, pages: int) -> None:
         """Give room back for pages that were freed, or reserved and not allocated."""
 
-    def promised(self, pages: int) -> AbstractContextManager[bool]:
-        """While pages of an untracked file are being allocated in pieces: whether there is room for all of them."""
+    def earmarked(self, pages: int) -> AbstractContextManager[bool]:
+        """Earmark space for pages of an untracked file while they are allocated; true if there is enough."""
 
     @property
     def total_pages(self) -> int:
@@ -100,7 +100,7 @@ class TmpfsBacking:
         self._total = bytes_to_pages(size)
         self._guest_used = 0  # pages that guest-sealed files have
         self._guest_share = 0  # pages that the ordinary tmpfs is smaller by
-        self._promised = 0  # pages that are being allocated
+        self._earmarked = 0  # pages that are being allocated
         self.reaper = Reaper()
         self._root: Final = _mount_tmpfs(size, options or {}, noatime)
         self._guest_root, self._guest_pinned = self._root, True
@@ -150,12 +150,12 @@ class TmpfsBacking:
                 self._set_guest_share(self._guest_used + self._STEP)
 
     @contextmanager
-    def promised(self, pages: int) -> Iterator[bool]:
-        self._promised += pages  # some of it is there already, so this errs on the safe side
+    def earmarked(self, pages: int) -> Iterator[bool]:
+        self._earmarked += pages  # some of it is there already, so this errs on the safe side
         try:
-            yield self._promised <= self.free_pages
+            yield self._earmarked <= self.free_pages
         finally:
-            self._promised -= pages
+            self._earmarked -= pages
 
     def _set_guest_share(self, pages: int) -> None:
         """Raises OSError(ENOSPC), changing nothing, if ordinary files have the room."""
@@ -242,7 +242,7 @@ class MemfdBacking:
         self._used -= pages
 
     @contextmanager
-    def promised(self, pages: int) -> Iterator[bool]:
+    def earmarked(self, pages: int) -> Iterator[bool]:
         yield True  # they have been reserved
 
     @property

@@ -1,20 +1,15 @@
-"""What of a file lies in the backing: size and times, a descriptor while it is held, and the inode lock.
+"""What of a file lies in the backing: its size, times and blocks, and a descriptor while the file is held.
 
 Size and times belong to the backing file; nothing here caches them, because with kernel passthrough they change without
-us. A descriptor is open while the file is **held**: by an open handle, a registration, or a change that is being made.
-Of a file that merely exists everything can be said without one, so there can be more files than descriptors.
-
-Whoever has the inode lock holds the file, so a lock need not outlive the descriptor, and most files have none.
+us. A descriptor is open while the file is **held**: by an open handle, a registration, or a change that is in progress.
+A file that nobody holds is looked up by its path in the backing, so there can be more files than descriptors.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from typing import Final
-
-import trio
 
 from memfs.contract.units import SECTORS_PER_PAGE
 from memfs.store.backing import Backing, Content
@@ -22,18 +17,20 @@ from memfs.store.backing import Backing, Content
 _CLOSED: Final = -1
 
 
-class Backed:
-    """A file of a backing. `number` is the file's for ever, and no other's there. All methods raise OSError."""
+class BackingFile:
+    """A file of a backing, empty at first. `number` is this file's for ever. All methods raise OSError.
 
-    __slots__ = ("_backing", "_content", "_holds", "_lock", "fd", "number")
+    `guest` as for `Backing.create`.
+    """
 
-    def __init__(self, backing: Backing, number: int, content: Content) -> None:
+    __slots__ = ("_backing", "_content", "fd", "holds", "number")
+
+    def __init__(self, backing: Backing, number: int, *, guest: bool) -> None:
         self._backing: Final = backing
-        self._content = content
         self.number: Final = number
-        self.fd = _CLOSED  #: of the backing file, while the file is held
-        self._holds = 0
-        self._lock: trio.Lock | None = None
+        self._content: Content = backing.create(number, guest=guest)
+        self.fd = _CLOSED  #: the file's descriptor while it is held
+        self.holds = 0  #: how many `hold` there are without their `release`
 
     @property
     def size(self) -> int:
@@ -42,11 +39,11 @@ class Backed:
 
     @property
     def pages(self) -> int:
-        """How many pages are allocated, beyond the file's size included."""
+        """How many pages are allocated, those beyond the file's size included."""
         return self.stat().st_blocks // SECTORS_PER_PAGE
 
     def stat(self) -> os.stat_result:
-        """Size, blocks and times, as the backing file has them. Nothing else in it is the file's."""
+        """Return size, blocks and times. The other fields are not those of the memfs file."""
         path, dir_fd = self._locate()
         return os.stat(path, dir_fd=dir_fd)
 
@@ -56,7 +53,7 @@ class Backed:
         os.utime(path, ns=(atime_ns, mtime_ns), dir_fd=dir_fd)
 
     def touch_ctime(self) -> None:
-        """The inode was changed: bring the backing's ctime up to date, which is the file's."""
+        """Set the ctime to now."""
         path, dir_fd = self._locate()
         os.chmod(path, 0o600, dir_fd=dir_fd)
 
@@ -65,58 +62,34 @@ class Backed:
 
     def hold(self) -> None:
         """Keep `fd` open until `release`. Can be nested. Raises OSError(EMFILE), changing nothing."""
-        if not self._holds:
+        if not self.holds:
             self.fd = self._backing.open(self._content)
-        self._holds += 1
+        self.holds += 1
 
     def release(self) -> None:
         """Undo one `hold`."""
-        self._holds -= 1
-        if not self._holds:
+        self.holds -= 1
+        if not self.holds:
             self._backing.shut(self.fd)
             self.fd = _CLOSED
-            self._lock = None  # nobody waits for it: whoever does holds the file
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Hold the file for a while."""
-        self.hold()
-        try:
-            yield
-        finally:
-            self.release()
+    def replace_with_guest(self) -> None:
+        """Take an empty guest file in place of this one, with its times, and free this one. Call while it is held.
 
-    def locked(self) -> _Locked:
-        """Have the inode lock, within an async with statement."""
-        self._lock = self._lock or trio.Lock()
-        return _Locked(self, self._lock)
+        A descriptor of the old one that somebody has kept leads nowhere then. On OSError nothing has changed.
+        """
+        old = self.stat()
+        with ExitStack() as undo:
+            content = self._backing.create(self.number, guest=True)
+            undo.callback(self._backing.free, content)
+            fd = self._backing.open(content)
+            undo.pop_all()
+        self._backing.shut(self.fd)
+        self._backing.free(self._content)
+        self._content, self.fd = content, fd
+        self.set_times(old.st_atime_ns, old.st_mtime_ns)
 
-    @property
-    def is_locked(self) -> bool:
-        """Whether somebody has the inode lock."""
-        return self._lock is not None and self._lock.locked()
-
-
-class _Locked:
-    """`Backed.locked`. Does not yield if the lock is free."""
-
-    __slots__ = ("_file", "_lock")
-
-    def __init__(self, file: Backed, lock: trio.Lock) -> None:
-        self._file: Final = file
-        self._lock: Final = lock
-
-    async def __aenter__(self) -> None:
-        self._file.hold()
-        try:
-            self._lock.acquire_nowait()
-        except trio.WouldBlock:
-            try:
-                await self._lock.acquire()
-            except BaseException:
-                self._file.release()
-                raise
-
-    async def __aexit__(self, *_: object) -> None:
-        self._lock.release()
-        self._file.release()
+    def free(self) -> None:
+        """Free the file and its memory. Nobody may hold it."""
+        assert not self.holds, f"file {self.number} is freed while held"
+        self._backing.free(self._content)

@@ -16,6 +16,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 # linux/falloc.h
 FALLOC_FL_KEEP_SIZE: Final = 0x01
 FALLOC_FL_PUNCH_HOLE: Final = 0x02
+PUNCH_HOLE: Final = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE  #: the one mode in which there is a punch
 
 # linux/mount.h
 MS_RDONLY: Final = 1

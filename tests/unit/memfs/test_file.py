@@ -96,7 +96,7 @@ async def test_end_follows_begin_also_when_freeing_fails(guest: File, monkeypatc
 
     owner = Recorder(guest)
     guest.bind(owner)
-    monkeypatch.setattr("memfs.store.file.fallocate", fail)
+    monkeypatch.setattr("memfs.store.pages.fallocate", fail)
     for attempt in (guest.punch(at(0), at(1)), guest.allocate(at(16), at(1), keep_size=False)):
         with raises(errno.EIO):
             await attempt
@@ -177,9 +177,10 @@ async def test_content_of_guest_memory_is_out_of_reach(guest: File) -> None:
 async def test_present_says_what_is_allocated(guest: File) -> None:
     await guest.punch(at(3), at(2))
     async with guest.locked():
-        assert list(guest.present(pages(2, 7))) == [(pages(2, 3), True), (pages(3, 5), False), (pages(5, 7), True)]
-        await guest.make_present(pages(3, 4))
-        assert list(guest.present(pages(3, 5))) == [(pages(3, 4), True), (pages(4, 5), False)]
+        runs = list(guest.allocation_runs(pages(2, 7)))
+        assert runs == [(pages(2, 3), True), (pages(3, 5), False), (pages(5, 7), True)]
+        await guest.ensure_allocated(pages(3, 4))
+        assert list(guest.allocation_runs(pages(3, 5))) == [(pages(3, 4), True), (pages(4, 5), False)]
 
 
 async def test_guest_seal_takes_an_empty_file_that_nobody_can_have_mapped(backing: Backing) -> None:
@@ -301,7 +302,7 @@ async def test_write_during_a_long_punch_is_counted(monkeypatch: pytest.MonkeyPa
         if threading.current_thread() is not threading.main_thread():
             trio.from_thread.run_sync(file.write, at(5), b"x")
 
-    monkeypatch.setattr("memfs.store.file.fallocate", free_and_let_others_go_on)
+    monkeypatch.setattr("memfs.store.pages.fallocate", free_and_let_others_go_on)
     await file.punch(at(0), 16 << 20)
     file.check()
     file.write(at(5), b"x")

@@ -1,0 +1,20 @@
+"""The steps of memfs that tests can make fail, wait or die (contract/faults.py)."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from memfs.contract.faults import Point, Step, install
+
+STEPS: Final = {
+    "memfs.store.pages:Pages._allocate_chunk": Step((Point.BEFORE_ALLOCATE,), (Point.AFTER_ACCOUNT,)),
+    "memfs.store.pages:Pages._free": Step((Point.BEFORE_FREE,), (Point.AFTER_ACCOUNT,)),
+    # The pages are there, or are gone, so that is accounted for in any case.
+    "memfs.store.pages:Pages._account_allocated": Step((Point.AFTER_ALLOCATE, Point.BEFORE_ACCOUNT), always=True),
+    "memfs.store.pages:Pages._account_freed": Step((Point.AFTER_FREE, Point.BEFORE_ACCOUNT), always=True),
+}
+
+
+def install_faults() -> None:
+    """Make it possible to inject faults, if the environment asks for that (MEMFS_INJECT)."""
+    install(STEPS)

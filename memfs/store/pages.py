@@ -1,0 +1,241 @@
+"""The pages of a file: the one order in which they are allocated and freed, accounted for and an owner is notified.
+
+Freeing:
+
+    begin (the owner unmaps, acknowledges, has no page locked) -> free -> account -> end
+
+and end comes on every path once begin was sent, also when freeing fails. Allocating: reserve -> allocate -> account ->
+notify the owner; when allocating fails the kernel has freed what the call had allocated (shmem_fallocate), and the
+reservation ends.
+
+What takes long is done in chunks, in a thread, so that other requests are answered meanwhile. An operation can be
+cancelled (a system call interrupted by a signal gets EINTR) between two chunks. The chunks that are done stay done,
+accounted for and told to the owner, as on ext4: a caller that tries again gets further each time, and undoing them
+could destroy what others have written to them since.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Final, Protocol
+
+import trio
+
+from memfs.contract.page_map import PageMap
+from memfs.contract.sparse import data_pages
+from memfs.contract.sys.libc import FALLOC_FL_KEEP_SIZE, PUNCH_HOLE, fallocate
+from memfs.contract.units import ByteOffset, PageRange, page_ceil, page_offset
+from memfs.store import chunks
+from memfs.store.accounting import MAP_END, Accounting, Reservation
+from memfs.store.backing import Backing
+from memfs.store.backing_file import BackingFile
+
+
+class GuestOps(Protocol):
+    """How an owner is notified (RFC patch 01: guest_ops).
+
+    Each method returns when the owner has acted, or has been fenced, and cannot be cancelled before.
+    """
+
+    async def invalidate_begin(self, pages: PageRange) -> None:
+        """Have the owner unmap these pages, map none of them until the end, and keep none locked."""
+
+    async def invalidate_end(self, pages: PageRange) -> None:
+        """Notify the owner that the invalidation of these pages is over."""
+
+    async def fallocate(self, pages: PageRange) -> None:
+        """Notify the owner that these pages are allocated."""
+
+
+class Pages:
+    """The pages of one file, for as long as the caller has its inode lock. Raises OSError as the kernel would.
+
+    `accounting` is None for an untracked file, `owner` for a file without one.
+    """
+
+    __slots__ = ("_accounting", "_backing", "_file", "_guest", "_owner")
+
+    def __init__(
+        self, backing: Backing, file: BackingFile, accounting: Accounting | None, owner: GuestOps | None, *, guest: bool
+    ) -> None:
+        self._backing: Final = backing
+        self._file: Final = file
+        self._accounting: Final = accounting
+        self._owner: Final = owner
+        self._guest: Final = guest
+
+    @property
+    def _page_map(self) -> PageMap | None:
+        return self._accounting.page_map if self._accounting is not None else None
+
+    def runs(self, pages: PageRange) -> Iterator[tuple[PageRange, bool]]:
+        """Split a range into runs of pages that are allocated (True) or absent (False), in order.
+
+        Of an untracked file, pages that were allocated and never written count as absent (as SEEK_HOLE has it).
+        """
+        page_map = self._page_map
+        position = pages.start
+        for run in page_map.runs(pages) if page_map is not None else data_pages(self._file.fd, pages):
+            if position < run.start:
+                yield PageRange(position, run.start), False
+            yield run, True
+            position = run.end
+        if position < pages.end:
+            yield PageRange(position, pages.end), False
+
+    # -- allocating -------------------------------------------------------------------------------------------------
+
+    def write(self, offset: ByteOffset, data: bytes) -> int:
+        """Write as much as there is space for and return its length. Raises OSError(ENOSPC) if there is none."""
+        if self._accounting is None or not data:
+            return os.pwrite(self._file.fd, data, offset)
+        data = data[: self._accounting.space_for(offset, len(data))]
+        if not data:
+            raise OSError(errno.ENOSPC, "no space")
+        pages = PageRange.covering(offset, len(data))
+        with self._accounting.reserve(pages) as reservation:
+            written = os.pwrite(self._file.fd, data, offset)
+            reservation.commit(pages)
+            return written
+
+    async def allocate(self, offset: ByteOffset, length: int, *, keep_size: bool) -> None:
+        """Allocate every page that [offset, offset + length) touches, and notify the owner of those.
+
+        On ENOSPC nothing was allocated; a call that is cancelled has allocated a part, from the start on.
+        """
+        allocated: list[PageRange] = []
+        try:
+            await self._allocate(offset, length, FALLOC_FL_KEEP_SIZE if keep_size else 0, allocated)
+        finally:
+            if self._owner is not None and allocated:
+                await self._owner.fallocate(PageRange(allocated[0].start, allocated[-1].end))
+
+    async def ensure_allocated(self, pages: PageRange) -> None:
+        """Allocate the absent pages of a range within the file's size, all or none. The owner is not notified."""
+        await self._allocate(pages.offset, pages.nbytes, FALLOC_FL_KEEP_SIZE, [])
+
+    async def _allocate(self, offset: ByteOffset, length: int, mode: int, allocated: list[PageRange]) -> None:
+        """Allocate in chunks and append those to `allocated`; if there is no space, wait for files being freed."""
+        try:
+            await self._allocate_in_chunks(offset, length, mode, allocated)
+        except OSError as error:
+            if error.errno != errno.ENOSPC or not await self._backing.reaper.drain():
+                raise
+            await self._allocate_in_chunks(offset, length, mode, allocated)
+
+    async def _allocate_in_chunks(self, offset: ByteOffset, length: int, mode: int, allocated: list[PageRange]) -> None:
+        pages = PageRange.covering(offset, length)
+        with self._reserve(pages) as reservation:
+            account = functools.partial(self._account_allocated, reservation, allocated)
+            if length <= chunks.LONG:
+                await self._allocate_chunk(functools.partial(self._fallocate, mode, offset, length), pages, account)
+                return
+            with self._backing.earmarked(len(pages)) as has_space:
+                in_chunks = has_space or self._accounting is not None
+                # Where space may run out it is one call, for the kernel frees what a single call has allocated.
+                for chunk in pages.chunks(chunks.CHUNK) if in_chunks else [pages]:
+                    if chunk.start > pages.start:
+                        await trio.lowlevel.checkpoint_if_cancelled()
+                    start, stop = max(offset, chunk.offset), min(offset + length, page_offset(chunk.end))
+                    allocate = functools.partial(self._fallocate, mode, start, stop - start)
+                    await self._allocate_chunk(allocate, chunk, account)
+
+    def _reserve(self, pages: PageRange) -> AbstractContextManager[Reservation | None]:
+        return self._accounting.reserve(pages) if self._accounting is not None else nullcontext()
+
+    async def _fallocate(self, mode: int, offset: ByteOffset, length: int) -> None:
+        await chunks.system_call(functools.partial(fallocate, self._file.fd, mode, offset, length), length)
+
+    async def _allocate_chunk(
+        self, allocate: Callable[[], Awaitable[None]], chunk: PageRange, account: Callable[[PageRange], None]
+    ) -> None:
+        await allocate()
+        account(chunk)
+
+    def _account_allocated(self, reservation: Reservation | None, allocated: list[PageRange], chunk: PageRange) -> None:
+        allocated.append(chunk)
+        if reservation is not None:
+            reservation.commit(chunk)
+
+    # -- freeing ----------------------------------------------------------------------------------------------------
+
+    async def punch(self, offset: ByteOffset, length: int) -> None:
+        """Free the whole pages in [offset, offset + length) and zero the rest. Cancelled, frees a part."""
+        pages = PageRange.inside(offset, length)
+        await self._free_in_order(functools.partial(self._punch, offset, length), notified=pages, freed=pages)
+
+    def _punch(self, offset: ByteOffset, length: int) -> None:
+        fallocate(self._file.fd, PUNCH_HOLE, offset, length)
+
+    async def truncate(self, size: int, *, by_path: bool) -> None:
+        """Set the size in bytes; `by_path` as truncate(2), which leaves the times alone if the size stays.
+
+        Raises OSError(EFBIG) if the file would be larger than memfs can track.
+        """
+        old, first = self._file.size, page_ceil(ByteOffset(size))
+        fd = self._file.fd
+        truncate = functools.partial(os.truncate, f"/proc/self/fd/{fd}" if by_path else fd, size)
+        if size > old:
+            if self._accounting is not None:
+                self._accounting.check_size(first)
+            truncate()
+            return
+        end = page_ceil(ByteOffset(old))
+        notified = PageRange(first, end) if first < end else None
+        # Pages beyond the old size (FALLOC_FL_KEEP_SIZE allocates such) go as well, even if the size stays, but no
+        # owner can have those.
+        freed = PageRange(first, MAP_END) if first < MAP_END else None
+        await self._free_in_order(truncate, notified=notified, freed=freed)
+
+    async def _free_in_order(
+        self, free_rest: Callable[[], None], *, notified: PageRange | None, freed: PageRange | None
+    ) -> None:
+        """Free pages, in the one order in which that may be done.
+
+        The owner is `notified` of these pages, and the `freed` ones leave the page map; None is no whole page. If the
+        range is long most of it is freed in chunks; `free_rest` is the system call that frees what is left, or all.
+        """
+        await self._begin(notified)
+        try:
+            await self._free(free_rest, notified, freed)
+        finally:
+            await self._end(notified)
+
+    async def _begin(self, pages: PageRange | None) -> None:
+        if self._owner is not None and pages is not None:
+            await self._owner.invalidate_begin(pages)
+
+    async def _free(self, free_rest: Callable[[], None], notified: PageRange | None, freed: PageRange | None) -> None:
+        if notified is not None:
+            await self.free_in_chunks(notified)
+        free_rest()
+        self._account_freed(freed)
+
+    async def _end(self, pages: PageRange | None) -> None:
+        if self._owner is not None and pages is not None:
+            await self._owner.invalidate_end(pages)
+
+    async def free_in_chunks(self, pages: PageRange) -> None:
+        """Free a range of many pages, so that the one call for all of it finds little left to do; of few pages none.
+
+        Where writes are accounted for, not in a thread: a write could come during a chunk, and nobody could say whether
+        the pages that it allocated were freed again.
+        """
+        if len(pages) <= chunks.LONG_PAGES or self._file.pages <= chunks.LONG_PAGES:
+            return
+        for chunk in chunks.to_free(pages, self._page_map, guest=self._guest):
+            punch = functools.partial(self._punch, chunk.offset, chunk.nbytes)
+            if self._accounting is None or self._guest:
+                await chunks.system_call(punch, chunk.nbytes)
+            else:
+                punch()
+            self._account_freed(chunk)
+            await trio.lowlevel.checkpoint()
+
+    def _account_freed(self, pages: PageRange | None) -> None:
+        if self._accounting is not None and pages is not None:
+            self._accounting.forget(pages)
