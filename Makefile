@@ -1,5 +1,5 @@
 # Two commands on a fresh machine: `make demo` and `make test`. Everything they need, they install: Python packages into
-# .venv, and libfuse3's headers and fusermount3 through apt-get where it exists.
+# .venv; a compiler, headers and fusermount3, and for `make test` the programs that tests run, through apt-get where it exists.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,7 +15,8 @@ help: ## Show this list
 demo: $(STAMP) ## See memory converted while a guest runs (30 s, no trace left)
 	@$(BIN)/python -m demo
 
-test: lint ## Lint, then all tests
+test: lint ## Lint, then all tests (six minutes on two cores; root for those that mount)
+	@./install-system-packages test
 	$(BIN)/pytest
 
 bench: $(STAMP) ## Measure memfs beside tmpfs and an ordinary pyfuse3 filesystem (15 min; bench/out/bench.json)
@@ -49,4 +50,4 @@ $(STAMP): pyproject.toml | system
 	@touch $@
 
 system:
-	@./install-system-packages
+	@PYTHON=$(PYTHON) ./install-system-packages build

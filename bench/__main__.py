@@ -13,11 +13,13 @@ import json
 import os
 import pkgutil
 import platform
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 
 from rich.console import Console
 from rich.table import Table
@@ -84,6 +86,27 @@ def _print(rows: list[Row], conditions: list[str]) -> None:
     Console(width=None if console.is_terminal else 200).print(table)
 
 
+def _clean_up_on_signals() -> None:
+    """Have SIGINT, SIGTERM and SIGHUP unwind the stack as an exception does, so that nothing stays mounted.
+
+    Only the first one does: those that follow must not interrupt the cleaning up. A signal that is ignored, as by
+    nohup(1) or in the background of a script, stays ignored.
+    """
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    process = os.getpid()
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        if os.getpid() != process:  # a child that has not yet, or never, executed a program: the stack is its parent's
+            os._exit(128 + number)
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)
+        sys.exit(128 + number)
+
+    for number in numbers:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, end)
+
+
 def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m bench", description="Measure memfs beside its references.")
@@ -92,6 +115,7 @@ def main() -> None:
     options = parser.parse_args()
     if os.geteuid() != 0:
         sys.exit("bench: mounts a tmpfs to measure beside, so it needs root")
+    _clean_up_on_signals()
     modules = _modules()
     only = options.only
     if only in modules:

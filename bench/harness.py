@@ -240,7 +240,8 @@ def _served(command: Sequence[str], path: Path) -> Iterator[Mounted]:
             raise BenchError(f"{command[0]}: {process.stderr.read().strip()}")
         yield Mounted(path, process)
     finally:
-        subprocess.run(["umount", str(path)], check=False, capture_output=True)
+        if subprocess.run(["umount", str(path)], check=False, capture_output=True).returncode:
+            process.terminate()  # it has not mounted yet, or somebody still uses the mount
         try:
             process.wait(_MOUNT_TIMEOUT)
         except subprocess.TimeoutExpired:

@@ -40,12 +40,14 @@ def pages_per_second(pages: int, server_cpu: int) -> float:
             child = os.fork()
             if child == 0:
                 _serve(uffd, server_cpu)
-            started = time.perf_counter()
-            for at in range(0, pages * PAGE, PAGE):
-                area[at] = 1
-            taken = time.perf_counter() - started
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
+            try:
+                started = time.perf_counter()
+                for at in range(0, pages * PAGE, PAGE):
+                    area[at] = 1
+                taken = time.perf_counter() - started
+            finally:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
         finally:
             del hold
             os.close(uffd)

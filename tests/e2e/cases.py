@@ -13,6 +13,7 @@ from typing import Any
 
 from .conftest import run
 from .process import USERS, Process
+from .tools import skip_without, tools_in
 
 PAGE = 4096
 SIZE = 16 << 20  # of both filesystems, in bytes
@@ -63,6 +64,8 @@ def child(script: str, directory: Path) -> tuple[int, str]:
 
 
 def shell(script: str, directory: Path) -> tuple[str, str, int]:
+    """Return what a shell script prints and its exit code. Skips where a program that it calls is missing."""
+    skip_without(*tools_in(script))
     environment = {"LC_ALL": "C", "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
     result = run("bash", "-c", script, cwd=directory, env=environment)
     return result.stdout, result.stderr.replace(str(directory), "."), result.returncode

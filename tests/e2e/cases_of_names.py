@@ -6,13 +6,13 @@ import contextlib
 import ctypes
 import errno
 import os
-import shutil
 import stat
 from pathlib import Path
 from typing import Any
 
 from .cases import CASES, PAGE, Case, attempt, case, child, libc, shell, users
 from .conftest import run
+from .tools import skip_without
 
 # -- directories -----------------------------------------------------------------------------------------------
 
@@ -257,14 +257,12 @@ def _acl(name: str) -> Case:
     return lambda directory: shell(ACL_SCRIPTS[name], directory)
 
 
-if shutil.which("setfacl"):
-    CASES.update({name: _acl(name) for name in ACL_SCRIPTS})
+CASES.update({name: _acl(name) for name in ACL_SCRIPTS})
 
 
 @case
 def acl_decides(directory: Path) -> Any:
-    if not shutil.which("setfacl"):
-        return "no setfacl here"
+    skip_without("setfacl")
     with users(directory) as who:
         answers = [who["root"]("open", 0, "f", os.O_CREAT | os.O_RDWR, 0o600), who["bob"]("open", 0, "f", os.O_RDWR, 0)]
         set_ = [run("setfacl", "-m", "u:12002:rw", directory / "f").returncode]

@@ -73,6 +73,11 @@ def run(*command: str | Path, **options: object) -> subprocess.CompletedProcess[
     return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload,no-any-return]
 
 
+def interruptible() -> None:
+    """Have SIGINT end a child; for its `preexec_fn`. Tests in the background of a script inherit that it is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def memfs_command(*arguments: str | Path) -> list[str]:
     """The command line of `memfs`, run with the interpreter that runs the tests."""
     return [sys.executable, "-m", "memfs", *map(str, arguments)]

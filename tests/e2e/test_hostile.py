@@ -8,7 +8,6 @@ import errno
 import fcntl
 import mmap
 import os
-import shutil
 import stat
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from tests.helpers import raises
 
 from .conftest import Memfs, memfs_command, run, start_memfs
 from .owner import connected, shell
+from .tools import skip_without
 
 SIZE = 1 << 20
 NOBODY, GROUP = 65534, 13000
@@ -64,8 +64,7 @@ def open_directory() -> Iterator[Path]:
     """A directory where every user gets to."""
     if os.geteuid() != 0:
         pytest.skip("becoming another user takes root")
-    if shutil.which("setpriv") is None:
-        pytest.skip("setpriv is not installed")
+    skip_without("setpriv")
     with tempfile.TemporaryDirectory(prefix="memfs-test-") as name:
         Path(name).chmod(0o755)
         yield Path(name)

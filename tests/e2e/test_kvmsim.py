@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import Memfs, MountMemfs, memfs_command, run
+from .conftest import Memfs, MountMemfs, interruptible, memfs_command, run
+from .tools import needs
 
 KVMSIM = [sys.executable, "-m", "kvmsim"]
 RUN = [*KVMSIM, "run", "--shared", "shared", "--private", "private", "--mem", "4M"]
@@ -92,7 +93,12 @@ def test_private_ranges_decide_who_is_private(guest: Memfs) -> None:
 def running(memfs: Memfs, *options: str) -> Iterator[subprocess.Popen[str]]:
     """kvmsim in the background; over when the block is."""
     process = subprocess.Popen(
-        [*RUN, "-v", *options], cwd=memfs.path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*RUN, "-v", *options],
+        cwd=memfs.path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=interruptible,
     )
     try:
         deadline = time.monotonic() + 20
@@ -175,9 +181,8 @@ def test_what_is_refused_is_said_in_a_sentence(guest: Memfs, name: str) -> None:
     assert result.stderr.count("\n") == 1, result.stderr
 
 
+@needs("valgrind")
 def test_trace_made_from_lackey(tmp_path: Path) -> None:
-    if run("sh", "-c", "command -v valgrind").returncode:
-        pytest.skip("valgrind is not installed")
     lackey, trace = tmp_path / "lackey", tmp_path / "true.npz"
     assert run("valgrind", "--tool=lackey", "--trace-mem=yes", f"--log-file={lackey}", "true").returncode == 0
     made = run(*KVMSIM, "convert", lackey, trace, "--command", "true")

@@ -19,6 +19,7 @@ from .conftest import Memfs, MountMemfs, memfs_command, run
 from .owner import connected, shell
 from .test_kvmsim import RUN, guest, running  # noqa: F401  (a fixture)
 from .test_unprivileged import Home, home  # noqa: F401  (a fixture)
+from .tools import FAKETIME
 
 SIZE = 4 << 20
 
@@ -190,10 +191,8 @@ async def test_unmounted_owners_are_told(memfs: Memfs) -> None:
 
 # -- the clock jumps ---------------------------------------------------------------------------------------------------
 
-FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
 
-
-@pytest.mark.skipif(FAKETIME is None, reason="needs libfaketime, to set the clock of one process only")
+@pytest.mark.skipif(FAKETIME is None, reason="not installed: libfaketime, which sets the clock of one process only")
 async def test_clock_jumps_while_an_owner_is_waited_for(
     mount_memfs: MountMemfs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

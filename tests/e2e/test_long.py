@@ -14,7 +14,7 @@ import trio
 from memfs.contract.protocol.messages import Fallocate, InvalidateBegin, InvalidateEnd
 from memfs.contract.units import PageIndex, PageRange
 
-from .conftest import Memfs, MountMemfs
+from .conftest import Memfs, MountMemfs, interruptible
 from .owner import connected, shell
 
 SIZE = "1g"
@@ -88,7 +88,7 @@ def test_a_signal_ends_it_and_what_there_is_is_accounted_for(large: Memfs, guest
     for attempt in range(TRIES):
         path = large.path / f"file-{attempt}"
         path.touch()
-        process = subprocess.Popen(["fallocate", "--length", SIZE, path.name], cwd=large.path)
+        process = subprocess.Popen(["fallocate", "--length", SIZE, path.name], cwd=large.path, preexec_fn=interruptible)
         time.sleep(0.01 * (attempt % 10 + 1))
         process.send_signal(number)
         if process.wait() == -number and settled(large.path) < FULL:

@@ -24,6 +24,7 @@ from tests.helpers import raises
 
 from .conftest import Memfs, MountMemfs
 from .owner import connected, shell
+from .tools import needs
 
 SIZE = 3 * 4096
 KERNEL_SEALS = {"seal": 1, "shrink": 2, "grow": 4, "write": 8, "future_write": 16}
@@ -110,6 +111,7 @@ def test_adding_seals_answers_as_on_a_memfd(memfs: Memfs) -> None:
     assert os.getxattr(path, "user.memfs.seals") == b"seal,shrink"
 
 
+@needs("setfattr")
 async def test_seal_that_the_kernel_refuses_is_not_there(mount_memfs: MountMemfs) -> None:
     """An owner has a memfd mapped for writing; and nothing of what was to be added with it is there either."""
     memfs = mount_memfs("size=1m,backing=memfd")

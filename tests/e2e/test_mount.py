@@ -56,6 +56,19 @@ def test_signal_unmounts(memfs: Memfs, number: signal.Signals) -> None:
     memfs.see_end()
 
 
+def test_sigint_unmounts_also_where_it_is_started_in_the_background_of_a_script(
+    mount_memfs: MountMemfs,
+) -> None:
+    """A shell starts such a program with SIGINT ignored. A daemon that was sent one is meant all the same."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        memfs = mount_memfs()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    memfs.process.send_signal(signal.SIGINT)
+    memfs.see_end()
+
+
 def test_signal_ends_it_also_when_the_mount_is_in_use(memfs: Memfs) -> None:
     fd = os.open(memfs.path / "file", os.O_CREAT | os.O_RDWR)
     try:

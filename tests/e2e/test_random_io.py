@@ -10,7 +10,6 @@ from __future__ import annotations
 import mmap
 import os
 import random
-import shutil
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ import pytest
 from memfs.contract.sys.libc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
 
 from .conftest import MountMemfs
+from .tools import needs
 
 MODES = ("passthrough=auto", "passthrough=off", "backing=memfd")
 LARGEST = 300_000  # bytes of the file: not a multiple of the page
@@ -129,7 +129,7 @@ def test_no_byte_is_wrong(mount_memfs: MountMemfs, mode: str, request: pytest.Fi
     (memfs.path / "f").unlink()
 
 
-@pytest.mark.skipif(shutil.which("fio") is None, reason="fio is not installed")
+@needs("fio")
 @pytest.mark.parametrize("engine", ["psync", "mmap"])
 @pytest.mark.parametrize("mode", MODES)
 def test_fio_reads_what_it_wrote(mount_memfs: MountMemfs, mode: str, engine: str) -> None:
@@ -156,7 +156,7 @@ STRESSORS = (
 )
 
 
-@pytest.mark.skipif(shutil.which("stress-ng") is None, reason="stress-ng is not installed")
+@needs("stress-ng")
 @pytest.mark.parametrize("mode", MODES)
 def test_stress_ng_finds_nothing_wrong(mount_memfs: MountMemfs, mode: str) -> None:
     """All of them at once; for MEMFS_SOAK_MINUTES if that is set."""

@@ -19,6 +19,7 @@ from memfs.store.seals import F_SEAL_GUEST, MEMFS_IOC_ADD_SEALS, MEMFS_IOC_GET_S
 from tests.helpers import raises
 
 from .conftest import Memfs, MountMemfs, memfs_command, run
+from .tools import skip_without
 
 PASSTHROUGH = pytest.mark.parametrize("passthrough", ["auto", "off"])
 
@@ -61,8 +62,8 @@ WAYS = [by_setfattr, by_command, by_create, by_default_seals, by_ioctl]
 def test_sealed_file_is_closed_to_the_host(
     mount_memfs: MountMemfs, passthrough: str, seal: Callable[[Path], None]
 ) -> None:
-    if seal is by_setfattr and run("sh", "-c", "command -v setfattr").returncode:
-        pytest.skip("setfattr is not installed (Debian package attr)")
+    if seal is by_setfattr:
+        skip_without("setfattr")
     memfs = mount_memfs(f"size=64m,passthrough={passthrough}")
     path = memfs.path / "file"
     seal(path)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from .conftest import Memfs, run
+from .tools import skip_without, tools_in
 
 SCRIPTS = {
     "fallocate": "fallocate -l 4M f; stat -c '%s %b' f; du -k f",
@@ -53,6 +54,7 @@ def outcome(directory: Path, script: str) -> tuple[str, str, int]:
 def test_tools_do_what_they_do_on_tmpfs(memfs: Memfs, tmpfs: Path, subtests: pytest.Subtests) -> None:
     for number, (name, script) in enumerate(SCRIPTS.items()):
         with subtests.test(name):
+            skip_without(*tools_in(script))
             expected = outcome(tmpfs / str(number), script)
             assert outcome(memfs.path / str(number), script) == expected
             assert expected[0] or expected[1], "a script that says nothing compares nothing"

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from .conftest import run
+from .tools import skip_without
 
 NOBODY = 65534
 DROP = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
@@ -56,9 +57,7 @@ def home() -> Iterator[Home]:
     """A mounted memfs of 16 MiB in mnt, below a directory of the unprivileged user's."""
     if os.geteuid() != 0:
         pytest.skip("becoming another user takes root")
-    for tool in ("setpriv", "fusermount3", "unshare", "nsenter"):
-        if shutil.which(tool) is None:
-            pytest.skip(f"{tool} is not installed")
+    skip_without("setpriv", "fusermount3", "unshare", "nsenter")
     home = Home(Path(tempfile.gettempdir()) / f"memfs-test-{os.getpid()}")  # pytest's own are closed to others
     try:
         if not home.ready:

@@ -11,7 +11,6 @@ import errno
 import json
 import mmap
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ import pytest
 from tests.helpers import raises
 
 from .conftest import Memfs, memfs_command, run, start_memfs
+from .tools import skip_without
 from .ways_in import BY_PATH, BY_PROCESS, SIZE
 
 SECRET = b"THE SECRET OF THE GUEST"
@@ -61,8 +61,9 @@ class Place:
 @pytest.fixture(scope="module", params=["passthrough=auto", "passthrough=off", "backing=memfd"])
 def place(can_mount: None, request: pytest.FixtureRequest) -> Iterator[Place]:
     """Where all users get to."""
-    if os.geteuid() != 0 or shutil.which("setpriv") is None:
-        pytest.skip("acting as root and as another user takes root and setpriv")
+    if os.geteuid() != 0:
+        pytest.skip("acting as another user takes root")
+    skip_without("setpriv")
     with tempfile.TemporaryDirectory(prefix="memfs-test-") as name:
         directory = Path(name)
         directory.chmod(0o755)

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e import tools
+
 ROOT = Path(__file__).parents[2]
+
+
+def test_make_test_installs_the_tools_that_tests_need() -> None:
+    installed = re.findall(r"\|\| echo ([\w-]+)", (ROOT / "install-system-packages").read_text())
+    of_the_build = {"fuse3", "util-linux"}  # installed to build memfs, or part of every Debian
+    assert set(installed) == {*tools.PACKAGES.values(), "libfaketime"} - of_the_build
 
 
 def test_threats_names_tests_that_exist() -> None:

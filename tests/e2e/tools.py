@@ -1,0 +1,53 @@
+"""Programs that tests run on a mount and that a machine may lack; a test skips, with the reason, where one is missing.
+
+`install-system-packages test` installs them, so that `make test` skips nothing on Debian.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+#: Program -> the Debian package it is in
+PACKAGES: Final = {
+    "getfacl": "acl",
+    "setfacl": "acl",
+    "getfattr": "attr",
+    "setfattr": "attr",
+    "fio": "fio",
+    "fusermount3": "fuse3",
+    "stress-ng": "stress-ng",
+    "nsenter": "util-linux",
+    "setpriv": "util-linux",
+    "unshare": "util-linux",
+    "valgrind": "valgrind",
+}
+
+#: The library that sets the clock of one process only (Debian package libfaketime)
+FAKETIME: Final = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
+
+
+def missing(*tools: str) -> str:
+    """Return which of the programs are not installed, as a sentence; empty if all are."""
+    absent = [f"{tool} (Debian package {PACKAGES[tool]})" for tool in tools if shutil.which(tool) is None]
+    return f"not installed: {', '.join(absent)}" if absent else ""
+
+
+def needs(*tools: str) -> pytest.MarkDecorator:
+    """Return the mark that skips a test where one of the programs it runs is missing."""
+    return pytest.mark.skipif(bool(missing(*tools)), reason=missing(*tools))
+
+
+def skip_without(*tools: str) -> None:
+    """Skip the test that is running if one of the programs is missing."""
+    if reason := missing(*tools):
+        pytest.skip(reason)
+
+
+def tools_in(script: str) -> list[str]:
+    """Return which of the programs a shell script calls."""
+    return [tool for tool in PACKAGES if re.search(rf"(?<![\w-]){tool}(?![\w-])", script)]
