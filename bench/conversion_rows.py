@@ -31,6 +31,7 @@ from bench import uffd
 from bench.harness import BenchError, Row, Run, Sample, alone, compare, measure, memfs, now, placements, tmpfs, work
 from bench.owner import add_slot, make_files
 from kvmsim.mmu.fault import Access
+from kvmsim.side import Side
 from kvmsim.vm import VM, create_vm
 from memfs.contract.sys.libc import fallocate
 from memfs.contract.units import PAGE_SIZE, Gfn, GfnRange
@@ -213,7 +214,7 @@ async def _fault_samples(run: Run, ours: Path, theirs: Path, name: str) -> dict[
             await trio.to_thread.run_sync(_prepare, pair, number, pages)
             await add_slot(vm, number, pair, pages)
             if number < 2:
-                assert await vm.fault(Access(Gfn(number * pages), write=False, private=True)) is None
+                assert await vm.fault(Access(Gfn(number * pages), write=False, side=Side.PRIVATE)) is None
         for repetition in range(run.repetitions + 1):
             found = {
                 "whole": _private(vm, order, pages),

@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Final, NoReturn
@@ -24,10 +24,11 @@ from kvmsim.backing import Notification, StoreGone, socket_of
 from kvmsim.engines.trace import IntegrityError, TraceEngine
 from kvmsim.engines.trace_file import Trace, TraceError, read_lackey
 from kvmsim.memory_map import draw
+from kvmsim.side import Side
 from kvmsim.slots.memslots import Memslot
 from kvmsim.uapi import PreFaultMemory
 from kvmsim.vcpu import VCPU
-from kvmsim.vm import VM, create_vm
+from kvmsim.vm import VM, Listener, create_vm
 from kvmsim.vmm.vmm import UnhandledExit, Vmm, open_memory
 from memfs.contract import logs
 from memfs.contract.sizes import parse_size
@@ -195,13 +196,12 @@ async def _show_progress(progress: Progress, engine: TraceEngine) -> None:
         await trio.sleep(0.1)
 
 
-def _printer(console: Console) -> Callable[[Notification, Memslot, GfnRange, bool], None]:
+def _printer(console: Console) -> Listener:
     started = time.monotonic()
 
-    def print_notification(message: Notification, slot: Memslot, gfns: GfnRange, private: bool) -> None:
-        side = "private" if private else "shared"
+    def print_notification(message: Notification, slot: Memslot, gfns: GfnRange, side: Side) -> None:
         name = type(message).__name__
-        console.print(f"  {time.monotonic() - started:7.3f}s  {name:15} {side:7} pages {message.pages}")
+        console.print(f"  {time.monotonic() - started:7.3f}s  {name:15} {side!s:7} pages {message.pages}")
 
     return print_notification
 
@@ -213,14 +213,14 @@ def _report(
     heard = vm.store.counters
     rows = {
         "accesses": f"{engine.accesses:,} in {seconds:.2f} s, {engine.passes} passes of the trace",
-        "faults": f"{vm.faults['private']:,} private, {vm.faults['shared']:,} shared, {vm.mmu.retries:,} retried",
+        "faults": f"{vm.faults[Side.PRIVATE]:,} private, {vm.faults[Side.SHARED]:,} shared, {vm.mmu.retries:,} retried",
         "exits": ", ".join(f"{count:,} {name}" for name, count in sorted(vcpu.exits.items())) or "none",
-        "conversions": f"{vmm.conversions['private']:,} to private, {vmm.conversions['shared']:,} to shared",
+        "conversions": f"{vmm.conversions[Side.PRIVATE]:,} to private, {vmm.conversions[Side.SHARED]:,} to shared",
         "notifications": f"{heard.invalidate_begin:,} invalidate begin, {heard.invalidate_end:,} end, "
         f"{heard.fallocate:,} fallocate",
         "TLB": f"{vcpu.tlb.hits:,} hits, {vcpu.tlb.misses:,} misses, {vcpu.tlb.flushes:,} flushes",
-        "mapped pages": f"{vm.mmu.table.count(everything, private=True):,} private, "
-        f"{vm.mmu.table.count(everything, private=False):,} shared, in {vm.mmu.table.nr_tables} tables",
+        "mapped pages": f"{vm.mmu.table.count(everything, Side.PRIVATE):,} private, "
+        f"{vm.mmu.table.count(everything, Side.SHARED):,} shared, in {vm.mmu.table.nr_tables} tables",
         "integrity": "every byte was as stored" if failure is None else f"FAILED: {failure}",
     }
     for name, value in rows.items():

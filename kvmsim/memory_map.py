@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvmsim.side import Side
 from kvmsim.slots.memslots import Memslot
 from kvmsim.vm import VM
 from memfs.contract.units import PAGE_SIZE, Gfn, GfnRange
@@ -13,7 +14,7 @@ _MAX_ROWS = 16
 
 def state_of(vm: VM, slot: Memslot, gfn: Gfn) -> str:
     """PRIVATE if allocated in the private file, else SHARED if mapped, else ABSENT."""
-    if slot.private is not None and slot.private.is_private(slot.page(gfn)):
+    if slot.side(gfn) is Side.PRIVATE:
         return PRIVATE
     return SHARED if vm.mmu.table.lookup(gfn) else ABSENT
 

@@ -35,7 +35,8 @@ from kvmsim.mmu.fault_around import DEFAULT_PAGES, FaultAround
 from kvmsim.mmu.mmu import Mmu
 from kvmsim.mmu.ownership import OwnershipTable, OwnershipViolation
 from kvmsim.mmu.page_table import PageTable
-from kvmsim.mmu.pte import is_private, level_pages, pte_pfn
+from kvmsim.mmu.pte import level_pages, pte_pfn, side_of
+from kvmsim.side import Side
 from kvmsim.slots.dirty import Bitmap, DirtyLog, runs
 from kvmsim.slots.memslots import AddressSpace, Memslot
 from kvmsim.slots.rules import Change, check_files, check_reach, check_region, gfn_range
@@ -51,8 +52,8 @@ from kvmsim.vm_type import VmType
 from memfs.contract.protocol.messages import Fallocate, FileId, InvalidateBegin, InvalidateEnd
 from memfs.contract.units import Gfn, GfnRange, Gpa, PageRange, gfn_to_gpa, gpa_to_gfn
 
-#: Told of each notification, slot by slot, after it has been acted upon; `private`: it is about private memory
-Listener = Callable[[Notification, Memslot, GfnRange, bool], None]
+#: Called with each notification, slot by slot, after it has been acted upon, and the side of memory that it is about
+Listener = Callable[[Notification, Memslot, GfnRange, Side], None]
 
 
 class VM:
@@ -77,7 +78,7 @@ class VM:
         )
         self.vcpus: dict[int, VCPU] = {}
         self.listeners: list[Listener] = []
-        self.faults: Counter[str] = Counter()  #: by kind: private, shared
+        self.faults: Counter[Side] = Counter()
         self.dead = False  #: it has lost its memory, and does not run again
         self.manual_dirty_log_protect = False  #: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2
         self._to_launch: dict[FileId, StoreFile] = {}  # private files, until a vCPU runs
@@ -242,12 +243,12 @@ class VM:
 
     def decode(self, gpa: Gpa, *, write: bool, encrypted: bool = False) -> Access:
         """What an access of the guest means, by the VM's type. Raises OSError(EFAULT) as `VmType.decode` does."""
-        address, private = self.type.decode(gpa, encrypted=encrypted)
-        return Access(gpa_to_gfn(address), write, private)
+        address, side = self.type.decode(gpa, encrypted=encrypted)
+        return Access(gpa_to_gfn(address), write, side)
 
     async def fault(self, access: Access) -> Exit | None:
         """Handle a fault of a vCPU. Raises OSError as `handle_fault` says, StoreGone if memfs is."""
-        self.faults["private" if access.private else "shared"] += 1
+        self.faults[access.side] += 1
         return await handle_fault(self.mmu, access)
 
     def fault_in(self, gfns: npt.NDArray[np.int64], *, write: bool = False) -> npt.NDArray[np.bool_]:
@@ -255,7 +256,7 @@ class VM:
         self.check_alive()
         before = self.mmu.table.mapped
         served = fault_in_private(self.mmu, gfns, write=write)
-        self.faults["private"] += self.mmu.table.mapped - before
+        self.faults[Side.PRIVATE] += self.mmu.table.mapped - before
         return served
 
     async def fault_in_shared(self, gfns: npt.NDArray[np.int64], *, write: bool = False) -> npt.NDArray[np.bool_]:
@@ -263,7 +264,7 @@ class VM:
         self.check_alive()
         before = self.mmu.table.mapped
         served = await fault_in_shared(self.mmu, gfns, write=write)
-        self.faults["shared"] += self.mmu.table.mapped - before
+        self.faults[Side.SHARED] += self.mmu.table.mapped - before
         return served
 
     async def launch(self) -> None:
@@ -300,14 +301,14 @@ class VM:
             self.mmu.invalidations.end(key)
         for window, gfns in touched:
             if isinstance(message, InvalidateBegin):
-                self.mmu.unmap(gfns, private=window.private)
-            elif isinstance(message, Fallocate) and window.private:
-                self.mmu.unmap(gfns, private=False)
+                self.mmu.unmap(gfns, window.side)
+            elif isinstance(message, Fallocate) and window.side is Side.PRIVATE:
+                self.mmu.unmap(gfns, Side.SHARED)
                 self.mmu.invalidations.conversion()
                 if self.map_on_fallocate and not self._map_at_once(window.slot, gfns):
                     self._nursery.start_soon(self._map_private, window.slot, gfns)
             for listener in self.listeners:
-                listener(message, window.slot, gfns, window.private)
+                listener(message, window.slot, gfns, window.side)
 
     def _map_at_once(self, slot: Memslot, gfns: GfnRange) -> bool:
         """Map what was allocated, if it is known where that is. Whether it has been dealt with."""
@@ -322,7 +323,7 @@ class VM:
         try:
             while rest is not None:
                 seq = self.mmu.invalidations.sample()
-                done = await map_gfns(self.mmu, slot, rest, private=True, seq=seq)
+                done = await map_gfns(self.mmu, slot, rest, side=Side.PRIVATE, seq=seq)
                 if done is None:
                     return
                 rest = GfnRange(done.end, rest.end) if done.end < rest.end else None
@@ -343,15 +344,13 @@ class VM:
             pages = level_pages(leaves.level)
             for position in leaves.ptes.nonzero()[0].tolist():
                 pte, start = int(leaves.ptes[position]), leaves.gfns.start + position * pages
-                block, private = GfnRange(Gfn(start), Gfn(start + pages)), is_private(pte)
+                block, side = GfnRange(Gfn(start), Gfn(start + pages)), side_of(pte)
                 slot = self.mmu.slots.find(block.start)
                 assert slot is not None, f"gfn {start:#x} is mapped outside of all slots"
                 assert slot.gfns.intersect(block) == block, f"a leaf at gfn {start:#x} goes beyond its slot"
-                assert self.mmu.is_uniform(slot, block, private=private), (
-                    f"gfn {start:#x} is mapped from the wrong side"
-                )
-                owner = self.mmu.ownership.owner(pte_pfn(pte)) if private else None
-                assert not private or owner == (self.mmu.vm, start), f"gfn {start:#x} maps a frame that is not its own"
+                assert self.mmu.is_uniform(slot, block, side), f"gfn {start:#x} is mapped from the wrong side"
+                owns = side is Side.SHARED or self.mmu.ownership.owner(pte_pfn(pte)) == (self.mmu.vm, start)
+                assert owns, f"gfn {start:#x} maps a frame that is not its own"
 
 
 @asynccontextmanager

@@ -12,6 +12,7 @@ from __future__ import annotations
 import enum
 import errno
 
+from kvmsim.side import Side
 from memfs.contract.units import Gpa
 
 
@@ -32,18 +33,18 @@ class VmType(enum.Enum):
         """The mask of the shared bit; 0 if there is none."""
         return 1 << self.value if isinstance(self.value, int) else 0
 
-    def decode(self, gpa: Gpa, *, encrypted: bool = False) -> tuple[Gpa, bool]:
-        """The gpa without the shared bit, and whether the access is private.
+    def decode(self, gpa: Gpa, *, encrypted: bool = False) -> tuple[Gpa, Side]:
+        """Return the gpa without the shared bit, and which memory the access is to.
 
         `encrypted` is the attribute that only SNP has. Raises OSError(EFAULT) if another type's guest claims it.
 
         >>> VmType.TDX_48.decode(Gpa(1 << 47 | 0x1000))
-        (4096, False)
+        (4096, <Side.SHARED: 1>)
         >>> VmType.TDX_48.decode(Gpa(0x1000))
-        (4096, True)
+        (4096, <Side.PRIVATE: 2>)
         """
         if encrypted and self is not VmType.SNP:
             raise OSError(errno.EFAULT, "only an SNP guest has the C-bit")
         if self.shared_bit:
-            return Gpa(gpa & ~self.shared_bit), not gpa & self.shared_bit
-        return gpa, encrypted
+            return Gpa(gpa & ~self.shared_bit), Side.of(not gpa & self.shared_bit)
+        return gpa, Side.of(encrypted)

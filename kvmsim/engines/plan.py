@@ -20,6 +20,7 @@ from typing import Any, Final, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from kvmsim.side import Side
 from memfs.contract.units import PAGE_SHIFT, PAGE_SIZE, Gfn, offset_in_page
 
 MIXER: Final = 0x9E3779B97F4A7C15  # odd, so that no two stores within 2**64 write the same 8 bytes
@@ -37,7 +38,7 @@ class Translation(Protocol):
     @property
     def offset(self) -> int: ...
     @property
-    def private(self) -> bool: ...
+    def side(self) -> Side: ...
 
 
 def stored_value(number: int, size: int) -> bytes:
@@ -135,9 +136,9 @@ class Plan:
         """Whether it was placed at that version of the TLB."""
         return self._placed_at == version
 
-    def place(self, version: int, translations: Sequence[Translation], shadows: dict[bool, Bytes]) -> None:
+    def place(self, version: int, translations: Sequence[Translation], shadows: dict[Side, Bytes]) -> None:
         """Find out where its bytes are, given the translations of its `pages`."""
-        keys = [(id(each.memory), each.private) for each in translations]
+        keys = [(id(each.memory), each.side) for each in translations]
         groups = {key: number for number, key in enumerate(dict.fromkeys(keys))}
         first = self.pages[0][0]
         span = self.pages[-1][0] - first + 1

@@ -2,7 +2,7 @@
 
     def guest():
         yield Store(Gpa(0x1000), b"hello", encrypted=True)
-        yield convert(Gpa(0x1000), 1, to_private=False)
+        yield convert(Gpa(0x1000), 1, Side.SHARED)
         assert (yield Load(Gpa(0x1000), 5)) == bytes(5)
 
 A trace says what a program did; this says what a guest does about what it finds, which tests of conversions need. An
@@ -19,7 +19,8 @@ import trio
 
 from kvmsim.exits import HALT, Exit, HypercallExit, MmioExit
 from kvmsim.mmu.fault import Access
-from kvmsim.mmu.pte import PTE_A, PTE_D, PTE_W, is_private, pte_pfn
+from kvmsim.mmu.pte import PTE_A, PTE_D, PTE_W, pte_pfn, side_of
+from kvmsim.side import Side
 from kvmsim.uapi import KVM_HC_MAP_GPA_RANGE, KVM_MAP_GPA_RANGE_ENCRYPTED
 from kvmsim.vcpu import VCPU
 from memfs.contract.units import PAGE_SIZE, Gpa, gfn_to_gpa, offset_in_page
@@ -55,15 +56,15 @@ Operation = Load | Store | Hypercall
 Program = Generator[Operation, Any, None]
 
 
-def convert(gpa: Gpa, pages: int, *, to_private: bool) -> Hypercall:
+def convert(gpa: Gpa, pages: int, to: Side) -> Hypercall:
     """The hypercall that asks for a conversion (KVM_HC_MAP_GPA_RANGE)."""
-    return Hypercall(KVM_HC_MAP_GPA_RANGE, (gpa, pages, KVM_MAP_GPA_RANGE_ENCRYPTED if to_private else 0))
+    return Hypercall(KVM_HC_MAP_GPA_RANGE, (gpa, pages, KVM_MAP_GPA_RANGE_ENCRYPTED if to is Side.PRIVATE else 0))
 
 
 @dataclass(frozen=True, slots=True)
 class _Translation:
     pte: int
-    private: bool
+    side: Side
 
 
 class ProgramEngine:
@@ -139,14 +140,14 @@ def _size(operation: Load | Store) -> int:
 def _walk(vcpu: VCPU, access: Access) -> int:
     """The PTE that allows an access, from the TLB or the page table; 0: a fault."""
     cached = vcpu.tlb.entries.get(access.gfn)
-    if cached is not None and cached.private == access.private and (not access.write or cached.pte & PTE_D):
+    if cached is not None and cached.side is access.side and (not access.write or cached.pte & PTE_D):
         vcpu.tlb.hits += 1
         return int(cached.pte)
     table = vcpu.vm.mmu.table
     pte = table.lookup(access.gfn)
-    if not pte or is_private(pte) != access.private or (access.write and not pte & PTE_W):
+    if not pte or side_of(pte) is not access.side or (access.write and not pte & PTE_W):
         return 0
     table.set_flags(access.gfn, PTE_A | (PTE_D if access.write else 0))
     pte = table.lookup(access.gfn)
-    vcpu.tlb.fill(access.gfn, _Translation(pte, access.private))
+    vcpu.tlb.fill(access.gfn, _Translation(pte, access.side))
     return pte

@@ -30,8 +30,9 @@ from kvmsim.engines.plan import Plan, stored_value
 from kvmsim.engines.trace_file import Trace
 from kvmsim.exits import HALT, Exit
 from kvmsim.mmu.fault import Access
-from kvmsim.mmu.pte import PTE_A, PTE_D, PTE_W, is_private, pte_pfn
+from kvmsim.mmu.pte import PTE_A, PTE_D, PTE_W, pte_pfn, side_of
 from kvmsim.mmu.tlb import Tlb
+from kvmsim.side import Side
 from kvmsim.slots.memslots import Memslot
 from kvmsim.vcpu import VCPU
 from kvmsim.vm import VM
@@ -63,7 +64,7 @@ class _Translation:
 
     memory: mmap.mmap | memoryview
     offset: int
-    private: bool
+    side: Side
     dirty: bool  # whether the dirty bit is set, so that a store may use it
     shadow: mmap.mmap
 
@@ -81,8 +82,8 @@ class TraceEngine:
         self._gpas: Final = trace.records["gpa"].astype(np.int64)
         self._sizes: Final = trace.records["size"].astype(np.int64)
         self._writes: Final = np.ascontiguousarray(trace.records["write"])
-        self._private: Final = [
-            any(Gfn(gfn) in gfns for gfns in private) for gfn in range(trace.memory_size // PAGE_SIZE)
+        self._sides: Final = [
+            Side.of(any(Gfn(gfn) in gfns for gfns in private)) for gfn in range(trace.memory_size // PAGE_SIZE)
         ]
         self._block: Final = block
         self._plans: dict[int, Plan] = {}  # of whole blocks, by their first access
@@ -95,7 +96,7 @@ class TraceEngine:
         self._deadline: Final = trio.current_time() + repeat_for
         self._shadows: Final = {
             side: mmap.mmap(-1, max(trace.memory_size, PAGE_SIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            for side in (False, True)
+            for side in Side
         }
         self._shadow_bytes: Final = {side: np.frombuffer(shadow, np.uint8) for side, shadow in self._shadows.items()}
         self._pages: Final = max(trace.memory_size // PAGE_SIZE, 1)
@@ -188,7 +189,7 @@ class TraceEngine:
 
     def _hit(self, tlb: Tlb[_Translation], gfn: Gfn, write: bool) -> _Translation | None:
         hit = tlb.entries.get(gfn)
-        return hit if hit is not None and hit.private == self._private[gfn] and (hit.dirty or not write) else None
+        return hit if hit is not None and hit.side is self._sides[gfn] and (hit.dirty or not write) else None
 
     def _run_singly(self, end: int, tlb: Tlb[_Translation]) -> Access | None:
         """The same as `_run_to`, one access at a time. Raises IntegrityError."""
@@ -200,9 +201,9 @@ class TraceEngine:
                 gfn = gpa_to_gfn(Gpa(gpa))
                 hit = self._hit(tlb, gfn, write)
                 if hit is None:
-                    hit = self._walk(tlb, gfn, write=write, private=self._private[gfn])
+                    hit = self._walk(tlb, gfn, write=write, side=self._sides[gfn])
                     if hit is None:
-                        return Access(gfn, write, self._private[gfn])
+                        return Access(gfn, write, self._sides[gfn])
                 at = hit.offset + offset_in_page(gpa)
                 if write:
                     self._stored += 1
@@ -218,40 +219,39 @@ class TraceEngine:
             tlb.hits += position - start - (tlb.misses - misses)
         return None
 
-    def _walk(self, tlb: Tlb[_Translation], gfn: Gfn, *, write: bool, private: bool) -> _Translation | None:
+    def _walk(self, tlb: Tlb[_Translation], gfn: Gfn, *, write: bool, side: Side) -> _Translation | None:
         """Translate through the page table, setting accessed and dirty bits; None: a fault."""
         table = self._vm.mmu.table
         pte = table.lookup(gfn)
-        if not pte or is_private(pte) != private or (write and not pte & PTE_W):
+        if not pte or side_of(pte) is not side or (write and not pte & PTE_W):
             return None
         table.set_flags(gfn, PTE_A | (PTE_D if write else 0))
         file, offset = self._vm.mmu.frames.locate(pte_pfn(pte))
-        hit = _Translation(file.memory, offset, private, write, self._shadows[private])
+        hit = _Translation(file.memory, offset, side, write, self._shadows[side])
         tlb.fill(gfn, hit)
         return hit
 
     def _fail(self, hit: _Translation, gpa: Gpa, at: int, size: int) -> None:
         found, expected = hit.memory[at : at + size], hit.shadow[gpa : gpa + size]
-        side = "private" if hit.private else "shared"
-        raise IntegrityError(f"{side} memory at gpa {gpa:#x} holds {found.hex()} instead of {expected.hex()}")
+        raise IntegrityError(f"{hit.side} memory at gpa {gpa:#x} holds {found.hex()} instead of {expected.hex()}")
 
     # -- what should be there ---------------------------------------------------------------------------------------
 
     def _adopt(self, slot: Memslot) -> None:
         """Content that was there before us is what should be there."""
-        for file, private in ((slot.shared, False), (slot.private, True)):
+        for side in Side:
+            file, pages = slot.file(side), slot.pages
             if file is None:
                 continue
-            pages = slot.pages_of(slot.gfns)
             for extent in data_pages(file.fd, pages):
                 gfns = slot.gfns_of(extent)
                 if gfns is not None and gfns.start < self._pages:
                     at = gfn_to_gpa(gfns.start)
                     content = os.pread(file.fd, min(extent.nbytes, self._pages * PAGE_SIZE - at), extent.offset)
-                    self._shadows[private][at : at + len(content)] = content
+                    self._shadows[side][at : at + len(content)] = content
 
-    def _notified(self, message: Notification, slot: Memslot, gfns: GfnRange, private: bool) -> None:
+    def _notified(self, message: Notification, slot: Memslot, gfns: GfnRange, side: Side) -> None:
         mine = gfns.intersect(GfnRange(Gfn(0), Gfn(self._pages)))
         if isinstance(message, InvalidateBegin) and mine is not None:
             start = gfn_to_gpa(mine.start)
-            self._shadows[private].madvise(mmap.MADV_DONTNEED, start, gfn_to_gpa(mine.end) - start)
+            self._shadows[side].madvise(mmap.MADV_DONTNEED, start, gfn_to_gpa(mine.end) - start)

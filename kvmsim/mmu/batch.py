@@ -23,6 +23,7 @@ from kvmsim.backing import StoreGone
 from kvmsim.mmu.fault import map_gfns
 from kvmsim.mmu.mmu import Mmu
 from kvmsim.mmu.pte import PTE_PRIVATE, PTE_R, PTE_W, Ptes
+from kvmsim.side import Side
 from kvmsim.slots.memslots import Memslot
 from memfs.contract.frame_numbers import cut_at
 from memfs.contract.page_map import ABSENT
@@ -69,7 +70,7 @@ async def fault_in_shared(mmu: Mmu, gfns: Gfns, *, write: bool = False) -> npt.N
     async def ask() -> None:
         for slot, part in parts:
             if not mmu.invalidations.is_active(part) and mmu.slots.is_current(slot):
-                await map_gfns(mmu, slot, part, private=False, seq=mmu.invalidations.sample(), write=write)
+                await map_gfns(mmu, slot, part, side=Side.SHARED, seq=mmu.invalidations.sample(), write=write)
 
     failure: OSError | StoreGone | None = None
     try:
@@ -146,7 +147,7 @@ def _map(mmu: Mmu, slot: Memslot, gfns: Gfns, write: bool) -> npt.NDArray[np.boo
             assert pfn is not None
             assert part is not None
             mmu.frames.learn(file, PfnRun(pages, pfn))
-            mmu.install(slot, part, pfn, private=True, write=write, order=ORDER_1G)
+            mmu.install(slot, part, pfn, side=Side.PRIVATE, write=write, order=ORDER_1G)
     if len(whole):
         alone = np.repeat(~np.isin(blocks[first], whole), np.diff(first, append=gfns.size))
         gfns, pfns = gfns[alone], pfns[alone]

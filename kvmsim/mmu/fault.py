@@ -26,6 +26,7 @@ from kvmsim.backing import StoreFile, StoreGone
 from kvmsim.exits import Exit, MemoryErrorExit, MmioExit
 from kvmsim.mmu.mmu import Mmu
 from kvmsim.mmu.ownership import OwnershipViolation
+from kvmsim.side import Side
 from kvmsim.slots.hva import Mapping, find_mapping, local_pfn, open_mapped_file
 from kvmsim.slots.memslots import AddressSpace, Memslot, Window
 from kvmsim.uapi import KVM_EXIT_MEM_MAP_PRIVATE, KVM_EXIT_MEM_MAP_SHARED
@@ -45,11 +46,11 @@ from memfs.contract.units import (
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """What the guest tried. `private`: it meant private memory (TDX: shared bit clear; SNP: C-bit set)."""
+    """What the guest tried. `side`: which memory it meant (PRIVATE if TDX's shared bit is clear, SNP's C-bit set)."""
 
     gfn: Gfn
     write: bool
-    private: bool
+    side: Side
 
 
 async def handle_fault(mmu: Mmu, access: Access) -> Exit | None:
@@ -65,19 +66,18 @@ async def handle_fault(mmu: Mmu, access: Access) -> Exit | None:
         slot = mmu.slots.find(access.gfn)
         if slot is None or (access.write and slot.readonly):
             return MmioExit(gfn_to_gpa(access.gfn), PAGE_SIZE, access.write)
-        if access.private and slot.private is None:
+        if access.side is Side.PRIVATE and slot.private is None:
             raise OSError(errno.EFAULT, "a private access to a slot without private memory")
         seq = mmu.invalidations.sample()
-        allocated = slot.private is not None and slot.private.is_private(slot.page(access.gfn))
-        if access.private != allocated:
-            wanted = KVM_EXIT_MEM_MAP_PRIVATE if access.private else KVM_EXIT_MEM_MAP_SHARED
+        if access.side is not slot.side(access.gfn):
+            wanted = KVM_EXIT_MEM_MAP_PRIVATE if access.side is Side.PRIVATE else KVM_EXIT_MEM_MAP_SHARED
             return MemoryErrorExit(wanted, gfn_to_gpa(access.gfn), PAGE_SIZE)
-        if access.write and mmu.make_writable(slot, access.gfn, access.private):
+        if access.write and mmu.make_writable(slot, access.gfn, access.side):
             return None
         try:
             if slot.is_classic:
                 done = await _map_classic(mmu, slot, access, seq)
-            elif access.private:
+            elif access.side is Side.PRIVATE:
                 done = await _map_private(mmu, slot, access, seq)
             else:
                 done = await _map_shared(mmu, slot, access, seq)
@@ -94,7 +94,7 @@ async def _map_private(mmu: Mmu, slot: Memslot, access: Access, seq: int) -> boo
     gfns = GfnRange(access.gfn, Gfn(access.gfn + 1))
     if map_known(mmu, slot, gfns, write=access.write):
         return True
-    return await map_gfns(mmu, slot, gfns, private=True, seq=seq, write=access.write) is not None
+    return await map_gfns(mmu, slot, gfns, side=Side.PRIVATE, seq=seq, write=access.write) is not None
 
 
 def map_known(mmu: Mmu, slot: Memslot, gfns: GfnRange, *, write: bool = False) -> bool:
@@ -102,35 +102,35 @@ def map_known(mmu: Mmu, slot: Memslot, gfns: GfnRange, *, write: bool = False) -
     assert slot.private is not None
     reply = slot.private.known(slot.pages_of(gfns))
     seq = mmu.invalidations.sample()
-    return reply is not None and _install(mmu, slot, slot.private, reply, gfns, private=True, write=write, seq=seq)
+    return reply is not None and _install(mmu, slot, slot.private, reply, gfns, side=Side.PRIVATE, write=write, seq=seq)
 
 
 async def _map_shared(mmu: Mmu, slot: Memslot, access: Access, seq: int) -> bool:
     """Map the page of a shared access, and those around it; False: something came in between."""
     window = mmu.fault_around.window(slot, access.gfn, mmu.invalidations)
     try:
-        return await map_gfns(mmu, slot, window, private=False, seq=seq, write=access.write) is not None
+        return await map_gfns(mmu, slot, window, side=Side.SHARED, seq=seq, write=access.write) is not None
     except OSError:
         if len(window) == 1:
             raise
     # The file has become shorter, or there is no room for all.
     single = GfnRange(access.gfn, Gfn(access.gfn + 1))
-    return await map_gfns(mmu, slot, single, private=False, seq=seq, write=access.write) is not None
+    return await map_gfns(mmu, slot, single, side=Side.SHARED, seq=seq, write=access.write) is not None
 
 
 async def map_gfns(
-    mmu: Mmu, slot: Memslot, gfns: GfnRange, *, private: bool, seq: int, write: bool = False
+    mmu: Mmu, slot: Memslot, gfns: GfnRange, *, side: Side, seq: int, write: bool = False
 ) -> GfnRange | None:
     """Map gfns of a slot to one side's memory, allocating on the shared side, if what was decided at `seq` still holds.
 
     Returns the part that was dealt with, from the start on (absent private pages are left unmapped); None if an
     invalidation came in between. Raises OwnershipViolation, and OSError as the store does.
     """
-    file = slot.private if private else slot.shared
+    file = slot.file(side)
     assert file is not None
-    reply = await mmu.store.get_pfn(file, slot.pages_of(gfns), alloc=not private)
+    reply = await mmu.store.get_pfn(file, slot.pages_of(gfns), alloc=side is Side.SHARED)
     # Under the MMU lock: nothing from here to the end of the installation awaits.
-    installed = _install(mmu, slot, file, reply, gfns, private=private, write=write, seq=seq)
+    installed = _install(mmu, slot, file, reply, gfns, side=side, write=write, seq=seq)
     return GfnRange(gfns.start, Gfn(gfns.start + len(reply.pages))) if installed else None
 
 
@@ -141,7 +141,7 @@ def _install(
     reply: PfnReply,
     gfns: GfnRange,
     *,
-    private: bool,
+    side: Side,
     write: bool,
     seq: int,
 ) -> bool:
@@ -156,20 +156,20 @@ def _install(
                 return False  # the one page that was asked for has gone meanwhile
             continue
         part = GfnRange(Gfn(run.pages.start + shift), Gfn(run.pages.end + shift))
-        if not mmu.is_uniform(slot, part, private=private):
+        if not mmu.is_uniform(slot, part, side):
             return False  # converted, and the store has not come to telling us
         mmu.frames.learn(file, run)
         if len(part) > 1:
             order = ORDER_4K if slot.logs_dirty else run.order
-            mmu.install(slot, part, run.pfn, private=private, write=write, order=order)
+            mmu.install(slot, part, run.pfn, side=side, write=write, order=order)
             continue
-        block, order = _largest(mmu, slot, part.start, run, private=private)
+        block, order = _largest(mmu, slot, part.start, run, side)
         pfn = type(run.pfn)(run.pfn - (part.start - block.start))
-        mmu.install(slot, block, pfn, private=private, write=write, order=order)
+        mmu.install(slot, block, pfn, side=side, write=write, order=order)
     return True
 
 
-def _largest(mmu: Mmu, slot: Memslot, gfn: Gfn, run: PfnRun, *, private: bool) -> tuple[GfnRange, int]:
+def _largest(mmu: Mmu, slot: Memslot, gfn: Gfn, run: PfnRun, side: Side) -> tuple[GfnRange, int]:
     """The largest block around a gfn that one leaf may map."""
     assert run.pfn is not None
     for order in (ORDER_1G, ORDER_2M):
@@ -182,7 +182,7 @@ def _largest(mmu: Mmu, slot: Memslot, gfn: Gfn, run: PfnRun, *, private: bool) -
             and (gfn - run.pfn) % pages == 0
             and slot.gfns.intersect(block) == block
             and not mmu.invalidations.is_active(block)
-            and mmu.is_uniform(slot, block, private=private)
+            and mmu.is_uniform(slot, block, side)
         ):
             return block, order
     return GfnRange(gfn, Gfn(gfn + 1)), ORDER_4K
@@ -195,14 +195,14 @@ async def _map_classic(mmu: Mmu, slot: Memslot, access: Access, seq: int) -> boo
     if mapping is None or not mapping.readable or (access.write and not mapping.writable):
         raise OSError(errno.EFAULT, "nothing is mapped at the hva, or not for that access")
     if not mapping.is_memfs:
-        mmu.install(slot, gfns, local_pfn(page), private=False, write=access.write, order=ORDER_4K)
+        mmu.install(slot, gfns, local_pfn(page), side=Side.SHARED, write=access.write, order=ORDER_4K)
         return True
     file = await _file_behind(mmu, slot, page, mapping)
     if file is None:
         return False
     file_page = mapping.file_page(page)
     reply = await mmu.store.get_pfn(file, PageRange(file_page, PageIndex(file_page + 1)), alloc=True)
-    return _install(mmu, slot, file, reply, gfns, private=False, write=access.write, seq=seq)
+    return _install(mmu, slot, file, reply, gfns, side=Side.SHARED, write=access.write, seq=seq)
 
 
 async def _file_behind(mmu: Mmu, slot: Memslot, page: PageIndex, mapping: Mapping) -> StoreFile | None:
@@ -226,5 +226,5 @@ async def _file_behind(mmu: Mmu, slot: Memslot, page: PageIndex, mapping: Mappin
     gfns = slot.gfns_of(pages)
     assert gfns is not None
     served = PageRange(first, PageIndex(first + len(pages)))
-    mmu.slots.add_window(Window(slot, file.id, served, gfns.start, private=False))
+    mmu.slots.add_window(Window(slot, file.id, served, gfns.start, Side.SHARED))
     return file

@@ -18,8 +18,9 @@ from kvmsim.mmu.frame_map import FrameMap
 from kvmsim.mmu.invalidate import InvalidationState
 from kvmsim.mmu.ownership import OwnershipTable
 from kvmsim.mmu.page_table import PageTable
-from kvmsim.mmu.pte import PTE_PRIVATE, PTE_R, PTE_W, PTE_X, is_private, level_pages, pte_pfn, select
+from kvmsim.mmu.pte import PTE_PRIVATE, PTE_R, PTE_W, PTE_X, is_private, level_pages, pte_pfn, select, side_of
 from kvmsim.mmu.tlb import Tlb
+from kvmsim.side import Side
 from kvmsim.slots.memslots import Memslot, Memslots
 from memfs.contract.units import Gfn, GfnRange, Pfn
 
@@ -40,7 +41,7 @@ class Mmu:
     retries: int = 0  #: faults that had to start again
     tlb_flushes: int = 0
 
-    def install(self, slot: Memslot, gfns: GfnRange, pfn: Pfn, *, private: bool, write: bool, order: int) -> None:
+    def install(self, slot: Memslot, gfns: GfnRange, pfn: Pfn, *, side: Side, write: bool, order: int) -> None:
         """Map gfns of a slot to neighbouring frames, with leaves of at most 2**order pages.
 
         `write`: the guest is about to store. In a slot whose dirty pages are logged, only then is it let.
@@ -49,7 +50,7 @@ class Mmu:
         flags = PTE_R | PTE_X
         if not slot.readonly and (write or not slot.logs_dirty):
             flags |= PTE_W
-        if private:
+        if side is Side.PRIVATE:
             flags |= PTE_PRIVATE
             self.ownership.assign(self.vm, gfns, pfn)
         if write:
@@ -68,10 +69,10 @@ class Mmu:
         self.ownership.assign_pages(self.vm, gfns, pfns)
         self.table.map_pages(gfns, pfns, PTE_R | PTE_X | PTE_PRIVATE | (0 if slot.readonly else PTE_W))
 
-    def make_writable(self, slot: Memslot, gfn: Gfn, private: bool) -> bool:
+    def make_writable(self, slot: Memslot, gfn: Gfn, side: Side) -> bool:
         """Handle a store to a page that is mapped read-only, if that is all that is wrong (fast_page_fault)."""
         pte = self.table.lookup(gfn)
-        if not pte or pte & PTE_W or bool(pte & PTE_PRIVATE) != private or slot.readonly:
+        if not pte or pte & PTE_W or side_of(pte) is not side or slot.readonly:
             return False
         gfns = GfnRange(gfn, Gfn(gfn + 1))
         self.mark_dirty(slot, gfns)
@@ -84,13 +85,13 @@ class Mmu:
             for gfn in range(gfns.start, gfns.end):
                 slot.dirty.mark(gfn - slot.gfns.start)
 
-    def unmap(self, gfns: GfnRange, private: bool | None = None) -> int:
-        """Drop the mappings of a range, of one side unless None. Returns how many pages were mapped."""
+    def unmap(self, gfns: GfnRange, side: Side = Side.BOTH) -> int:
+        """Unmap what a range maps of a side. Returns how many pages that were."""
         if self.table.mapped == 0:
             return 0
-        if private is not False and self.ownership.owned:
+        if side is not Side.SHARED and self.ownership.owned:
             self._release(gfns)
-        count = self.table.unmap_range(gfns, private)
+        count = self.table.unmap_range(gfns, side)
         if count:
             self.flush_tlbs(gfns)
         return count
@@ -103,7 +104,7 @@ class Mmu:
                 self.ownership.release_run(pte_pfn(pte), 1)
             return
         for leaves in self.table.leaves(gfns):
-            ptes = leaves.ptes[select(leaves.ptes, True)]
+            ptes = leaves.ptes[select(leaves.ptes, Side.PRIVATE)]
             if not len(ptes):
                 continue
             if len(leaves.gfns) == len(leaves.ptes) * level_pages(leaves.level):
@@ -123,10 +124,10 @@ class Mmu:
         for tlb in self.tlbs:
             tlb.flush(gfns)
 
-    def is_uniform(self, slot: Memslot, gfns: GfnRange, *, private: bool) -> bool:
-        """Whether all pages that serve a range are on one side, as the page map has it now."""
+    def is_uniform(self, slot: Memslot, gfns: GfnRange, side: Side) -> bool:
+        """Return whether all pages that serve a range are on one side, as the page map has it now."""
         if slot.private is None or slot.private.page_map is None:
-            return not private
+            return side is Side.SHARED
         pages = slot.pages_of(gfns)
         allocated = slot.private.page_map.count(pages)
-        return allocated == (len(gfns) if private else 0)
+        return allocated == (len(gfns) if side is Side.PRIVATE else 0)

@@ -30,16 +30,17 @@ from kvmsim.mmu.pte import (
     PTE_W,
     Ptes,
     entry_index,
-    is_private,
     level_of_order,
     level_pages,
     level_shift,
     make_pte,
     pte_pfn,
     select,
+    side_of,
 )
 from kvmsim.mmu.radix import Radix, entries_of, present
 from kvmsim.mmu.tables import Numbers
+from kvmsim.side import Side
 from memfs.contract.units import PAGE_SHIFT, Gfn, GfnRange, Pfn
 
 
@@ -243,31 +244,31 @@ class PageTable(Radix):
 
     # -- unmapping --------------------------------------------------------------------------------------------------
 
-    def unmap_range(self, gfns: GfnRange, private: bool | None = None) -> int:
-        """Unmap a range; private or shared mappings only, unless None. Returns how many gfns were unmapped."""
+    def unmap_range(self, gfns: GfnRange, side: Side = Side.BOTH) -> int:
+        """Unmap what a range maps of a side. Returns how many gfns were unmapped."""
         before = self.mapped
         tables = self._tables_to(self._clip(gfns))
         if tables:
             level = self.levels - len(tables) + 1
-            self._unmap(tables[-1], level, gfns.start & -level_pages(level + 1), gfns, private)
+            self._unmap(tables[-1], level, gfns.start & -level_pages(level + 1), gfns, side)
             while len(tables) > 1 and not self._used[tables[-1]]:
                 tables.pop()
                 level += 1
                 self._free_child(tables[-1], entry_index(gfns.start, level))
         return before - self.mapped
 
-    def _unmap(self, table: int, level: int, base: int, gfns: GfnRange, private: bool | None) -> None:
+    def _unmap(self, table: int, level: int, base: int, gfns: GfnRange, side: Side) -> None:
         first, last = entries_of(gfns, base, level)
         if level == PG_LEVEL_4K:
             if last - first == 1:
                 at = table << ENTRIES_SHIFT | first
                 pte = self._words[at]
-                number = int(pte != 0 and (private is None or is_private(pte) == private))
+                number = int(pte != 0 and (side is Side.BOTH or side_of(pte) is side))
                 if number:
                     self._words[at] = 0
             else:
                 ptes = self._entries[table, first:last]
-                gone = select(ptes, private)
+                gone = select(ptes, side)
                 number = int(np.count_nonzero(gone))
                 ptes[gone] = 0
             self._used[table] -= number
@@ -277,18 +278,18 @@ class PageTable(Radix):
         whole = range(-(-(gfns.start - base) // pages), (gfns.end - base) // pages)
         at_once = level == PG_LEVEL_2M and len(whole) > 1
         if at_once:
-            self._unmap_whole(table, whole, private)
+            self._unmap_whole(table, whole, side)
         for index in present(self._entries[table], first, last):
             entry, start = int(self._entries[table, index]), base + index * pages
             part = gfns.intersect(GfnRange(Gfn(start), Gfn(start + pages)))
             assert part is not None
-            if entry & PTE_HUGE and private is not None and is_private(entry) != private:
+            if entry & PTE_HUGE and side is not Side.BOTH and side_of(entry) is not side:
                 continue
-            if len(part) == pages and (entry & PTE_HUGE or private is None):
+            if len(part) == pages and (entry & PTE_HUGE or side is Side.BOTH):
                 self._drop_one(table, level, index)
             elif not at_once or index not in whole:
                 child = self._descend(table, level, index)
-                self._unmap(child, level - 1, start, part, private)
+                self._unmap(child, level - 1, start, part, side)
                 if not self._used[child]:
                     self._free_child(table, index)
 
@@ -299,18 +300,18 @@ class PageTable(Radix):
         self._words[at] = 0
         self._used[table] -= 1
 
-    def _unmap_whole(self, table: int, whole: range, private: bool | None) -> None:
+    def _unmap_whole(self, table: int, whole: range, side: Side) -> None:
         """Unmap what is under neighbouring entries of a table of level 2."""
-        if private is None:
+        if side is Side.BOTH:
             self._drop(table, PG_LEVEL_2M, whole.start, whole.stop)
             return
         entries = self._entries[table, whole.start : whole.stop]
         is_huge = (entries & PTE_HUGE) != 0
-        self._drop_huge(table, PG_LEVEL_2M, entries, is_huge & select(entries, private))
+        self._drop_huge(table, PG_LEVEL_2M, entries, is_huge & select(entries, side))
         indexes = np.flatnonzero((entries != 0) & ~is_huge)
         children = (entries[indexes] & PFN_MASK) >> PAGE_SHIFT
         ptes = self._entries[children]
-        gone = select(ptes, private)
+        gone = select(ptes, side)
         numbers = np.count_nonzero(gone, axis=1)
         ptes[gone] = 0
         self._entries[children] = ptes

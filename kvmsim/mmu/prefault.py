@@ -51,8 +51,7 @@ async def prefault(mmu: Mmu, gfns: GfnRange) -> int:
 
 async def _prefault_one(mmu: Mmu, slot: Memslot, gfn: Gfn) -> None:
     while True:
-        private = slot.private is not None and slot.private.is_private(slot.page(gfn))
-        exit_ = await handle_fault(mmu, Access(gfn, False, private))
+        exit_ = await handle_fault(mmu, Access(gfn, False, slot.side(gfn)))
         if exit_ is None:
             return
         if isinstance(exit_, MmioExit) or not mmu.slots.is_current(slot):

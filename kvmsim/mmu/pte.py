@@ -18,6 +18,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from kvmsim.side import Side
 from memfs.contract.units import PAGE_SHIFT, Gfn, Pfn
 
 PTE_R: Final = 1 << 0
@@ -84,8 +85,13 @@ def entry_index(gfn: Gfn, level: int) -> int:
     return gfn >> level_shift(level) & (ENTRIES - 1)
 
 
-def select(ptes: Ptes, private: bool | None) -> npt.NDArray[np.bool_]:
-    """Which entries are present; only private or only shared ones, unless None. Same shape."""
-    wanted = PTE_R if not private else PTE_R | PTE_PRIVATE
-    chosen: npt.NDArray[np.bool_] = ptes != 0 if private is None else (ptes & (PTE_R | PTE_PRIVATE)) == wanted
+def side_of(pte: int) -> Side:
+    """Return whether a present PTE maps private or shared memory."""
+    return Side.PRIVATE if pte & PTE_PRIVATE else Side.SHARED
+
+
+def select(ptes: Ptes, side: Side) -> npt.NDArray[np.bool_]:
+    """Return which entries are present and map memory of a side. Same shape."""
+    wanted = PTE_R | PTE_PRIVATE if side is Side.PRIVATE else PTE_R
+    chosen: npt.NDArray[np.bool_] = ptes != 0 if side is Side.BOTH else (ptes & (PTE_R | PTE_PRIVATE)) == wanted
     return chosen

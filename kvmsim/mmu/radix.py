@@ -36,6 +36,7 @@ from kvmsim.mmu.pte import (
     select,
 )
 from kvmsim.mmu.tables import NULL_TABLE, Tables
+from kvmsim.side import Side
 from memfs.contract.units import PAGE_SHIFT, Gfn, GfnRange
 
 _BLOCK: Final = 8192  # gfns translated at a time: their intermediate arrays stay in the cache
@@ -228,10 +229,10 @@ class Radix:
             else:
                 yield from self._leaves(pte_pfn(int(entries[start])), level - 1, base + start * pages, part)
 
-    def count(self, gfns: GfnRange, private: bool | None = None) -> int:
-        """How many gfns of a range are mapped; private or shared ones only, unless None."""
+    def count(self, gfns: GfnRange, side: Side = Side.BOTH) -> int:
+        """Return how many gfns of a range are mapped to memory of a side."""
         return sum(
-            int(np.count_nonzero(select(leaves.ptes, private))) * (len(leaves.gfns) // len(leaves.ptes))
+            int(np.count_nonzero(select(leaves.ptes, side))) * (len(leaves.gfns) // len(leaves.ptes))
             for leaves in self.leaves(gfns)
         )
 

@@ -16,12 +16,13 @@ from __future__ import annotations
 import bisect
 import enum
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from kvmsim.backing import StoreFile
+from kvmsim.side import Side
 from kvmsim.slots.dirty import DirtyLog
 from kvmsim.slots.intervals import IntervalIndex
 from kvmsim.uapi import KVM_MEM_FD, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY
@@ -73,6 +74,14 @@ class Memslot:
         """What it keeps registered, apart from files behind mappings."""
         return tuple(file for file in (self.shared, self.private) if file is not None)
 
+    def file(self, side: Side) -> StoreFile | None:
+        """Return the file that serves one side; None if none does."""
+        return self.private if side is Side.PRIVATE else self.shared
+
+    def side(self, gfn: Gfn) -> Side:
+        """Return on which side a gfn is: PRIVATE iff its page is allocated in the private file."""
+        return Side.of(self.private is not None and self.private.is_private(self.page(gfn)))
+
     @property
     def shift(self) -> int:
         """How much larger the index of the page that serves a gfn is than the gfn."""
@@ -97,11 +106,11 @@ class Memslot:
     def windows(self) -> Iterator[Window]:
         """Those that it has from the beginning."""
         if self.is_classic:
-            yield Window(self, AddressSpace.HVA, self.pages, self.gfns.start, private=False)
+            yield Window(self, AddressSpace.HVA, self.pages, self.gfns.start, Side.SHARED)
         if self.shared is not None:
-            yield Window(self, self.shared.id, self.pages, self.gfns.start, private=False)
+            yield Window(self, self.shared.id, self.pages, self.gfns.start, Side.SHARED)
         if self.private is not None:
-            yield Window(self, self.private.id, self.pages, self.gfns.start, private=True)
+            yield Window(self, self.private.id, self.pages, self.gfns.start, Side.PRIVATE)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -112,7 +121,7 @@ class Window:
     space: Space
     pages: PageRange
     gfn: Gfn
-    private: bool = field(kw_only=True)  #: the space is the slot's private file
+    side: Side  #: PRIVATE: the space is the slot's private file
 
     def gfns_of(self, pages: PageRange) -> GfnRange:
         """The gfns that pages of the space serve through this window, which they touch."""

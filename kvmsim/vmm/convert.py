@@ -24,6 +24,7 @@ from typing import Final, Protocol
 
 import trio
 
+from kvmsim.side import Side
 from memfs.contract.sparse import data_pages
 from memfs.contract.sys.libc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
 from memfs.contract.units import PAGE_SIZE, PageIndex, PageRange
@@ -45,7 +46,7 @@ class RamDiscardListener(Protocol):
 @dataclass(slots=True)
 class _Request:
     pages: PageRange
-    to_private: bool
+    to: Side
     done: trio.Event = field(default_factory=trio.Event)
     failure: OSError | None = None
 
@@ -84,11 +85,11 @@ class Converter:
         for run in _runs(index for index in _indexes(self._pages) if not self._is_private(index)):
             listener.discard(run)
 
-    async def convert(self, pages: PageRange, *, to_private: bool) -> None:
+    async def convert(self, pages: PageRange, to: Side) -> None:
         """Convert pages, and return when that is done. Raises OSError: EINVAL beyond the slot, ENOSPC."""
         if pages.intersect(self._pages) != pages:
             raise OSError(errno.EINVAL, "not pages of this memory")
-        request = _Request(pages, to_private)
+        request = _Request(pages, to)
         self._waiting.append(request)
         if not self._working:
             self._working = True
@@ -105,8 +106,8 @@ class Converter:
 
     async def _work(self) -> None:
         """Do the requests of one direction that are waiting, from the oldest on to the first of the other."""
-        to_private = self._waiting[0].to_private
-        number = next((i for i, each in enumerate(self._waiting) if each.to_private != to_private), len(self._waiting))
+        to = self._waiting[0].to
+        number = next((i for i, each in enumerate(self._waiting) if each.to is not to), len(self._waiting))
         requests, self._waiting = self._waiting[:number], self._waiting[number:]
         asked = {index for request in requests for index in _indexes(request.pages)}
         failure: OSError | None = None
@@ -114,16 +115,16 @@ class Converter:
             wanted = asked | (await trio.to_thread.run_sync(self._neighbours, asked) if self._granule > 1 else set())
             self.extra += len(wanted - asked)
             for run in _runs(sorted(wanted)):
-                await self._convert(run, to_private)
+                await self._convert(run, to)
         except OSError as error:
             failure = error
         for request in requests:
             request.failure = failure
             request.done.set()
 
-    async def _convert(self, run: PageRange, to_private: bool) -> None:
+    async def _convert(self, run: PageRange, to: Side) -> None:
         self.ranges += 1
-        if to_private:
+        if to is Side.PRIVATE:
             for listener in self._listeners:
                 listener.discard(run)
             try:

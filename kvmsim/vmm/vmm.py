@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from typing import Final
 
 from kvmsim.exits import Exit, HaltExit, HypercallExit, MemoryErrorExit, MemoryFaultExit, MmioExit
+from kvmsim.side import Side
 from kvmsim.uapi import (
     KVM_EINVAL,
     KVM_ENOSYS,
@@ -58,7 +59,7 @@ class Vmm:
         self.private: Final = private  #: descriptor of the guest-sealed file of private memory
         self.size: Final = size  #: bytes
         self.granule: Final = granule
-        self.conversions: Counter[str] = Counter()  #: asked for, by what memory became: private, shared
+        self.conversions: Counter[Side] = Counter()  #: asked for, by what memory became
         self.converter: Converter | None = None
         self._devices: list[tuple[Gpa, int, Device]] = []
 
@@ -97,9 +98,9 @@ class Vmm:
         """Do what an exit asks for. Raises UnhandledExit, OSError (ENOSPC)."""
         match exit_:
             case MemoryErrorExit(wanted, gpa, size):
-                await self._convert(gpa, size, wanted == KVM_EXIT_MEM_MAP_PRIVATE)
+                await self._convert(gpa, size, Side.of(wanted == KVM_EXIT_MEM_MAP_PRIVATE))
             case MemoryFaultExit(flags, gpa, size):
-                await self._convert(gpa, size, bool(flags & KVM_MEMORY_EXIT_FLAG_PRIVATE))
+                await self._convert(gpa, size, Side.of(bool(flags & KVM_MEMORY_EXIT_FLAG_PRIVATE)))
             case HypercallExit():
                 exit_.ret = await self._hypercall(exit_)
             case MmioExit():
@@ -115,7 +116,7 @@ class Vmm:
         if not is_page_aligned(gpa) or pages <= 0 or not 0 <= gpa <= self.size - size:
             return -KVM_EINVAL
         try:
-            await self._convert(Gpa(gpa), size, bool(attributes & KVM_MAP_GPA_RANGE_ENCRYPTED))
+            await self._convert(Gpa(gpa), size, Side.of(bool(attributes & KVM_MAP_GPA_RANGE_ENCRYPTED)))
         except OSError as error:
             return -(error.errno or KVM_EINVAL)
         return 0
@@ -127,11 +128,11 @@ class Vmm:
                 return
         raise UnhandledExit(f"MMIO exit: nothing is at gpa {exit_.gpa:#x}, of {exit_.size} bytes")
 
-    async def _convert(self, gpa: Gpa, size: int, to_private: bool) -> None:
+    async def _convert(self, gpa: Gpa, size: int, to: Side) -> None:
         assert self.converter is not None, "there is no memory yet"
         pages = PageRange.covering(ByteOffset(gpa), size)
-        await self.converter.convert(pages, to_private=to_private)
-        self.conversions["private" if to_private else "shared"] += 1
+        await self.converter.convert(pages, to)
+        self.conversions[to] += 1
 
 
 @contextmanager

@@ -22,6 +22,7 @@ import trio
 from kvmsim.backing import StoreGone
 from kvmsim.engines.program import Load, Program, ProgramEngine, Store, convert
 from kvmsim.exits import Exit
+from kvmsim.side import Side
 from kvmsim.vcpu import VCPU
 from kvmsim.vm import VM, create_vm
 from kvmsim.vmm.vmm import Vmm, open_memory
@@ -54,7 +55,7 @@ def load(pages: list[int], values: list[int], *, private: bool) -> Program:
 
 
 def ask(pages: list[int], returned: list[int], *, private: bool) -> Program:
-    returned.append((yield convert(Gpa(pages[0] * PAGE_SIZE), len(pages), to_private=private)))
+    returned.append((yield convert(Gpa(pages[0] * PAGE_SIZE), len(pages), Side.of(private))))
 
 
 async def act(vm: VM, vmm: Vmm, vcpu: VCPU, guest: Guest, command: dict[str, Any]) -> Any:

@@ -21,6 +21,7 @@ from kvmsim.engines.program import Hypercall, Load, Program, ProgramEngine, Stor
 from kvmsim.exits import HypercallExit, MemoryErrorExit
 from kvmsim.mmu.fault import Access
 from kvmsim.mmu.pte import PG_LEVEL_2M
+from kvmsim.side import Side
 from kvmsim.uapi import (
     KVM_MEM_LOG_DIRTY_PAGES,
     KVM_MEMORY_EXIT_FLAG_PRIVATE,
@@ -98,16 +99,16 @@ async def test_guest_converts_by_hypercall_and_by_touching(guest: Guest) -> None
     def program() -> Program:
         yield Store(Gpa(0x1800), b"x" * PAGE_SIZE, encrypted=True)  # two pages, each converted by the fault
         seen.append((yield Load(Gpa(0x1FFE), 4, encrypted=True)))
-        seen.append((yield convert(Gpa(0x1000), 2, to_private=False)))
+        seen.append((yield convert(Gpa(0x1000), 2, Side.SHARED)))
         seen.append((yield Load(Gpa(0x1800), 4)))  # shared memory, and nothing of what was private
-        seen.append((yield convert(Gpa(0x1000), 2, to_private=True)))
+        seen.append((yield convert(Gpa(0x1000), 2, Side.PRIVATE)))
         seen.append((yield Load(Gpa(0x1800), 4, encrypted=True)))
 
     async with guest() as (vm, vmm):
         exits = await run(vm, vmm, program())
     assert seen == [b"xxxx", 0, bytes(4), 0, bytes(4)]
     assert exits == {"MAP_PRIVATE": 2, "HYPERCALL": 2, "HLT": 1}
-    assert vmm.conversions == {"private": 3, "shared": 1}
+    assert vmm.conversions == {Side.PRIVATE: 3, Side.SHARED: 1}
 
 
 async def test_tdx_guest_says_shared_with_an_address_bit(guest: Guest) -> None:
@@ -133,9 +134,9 @@ async def test_hypercalls_that_are_refused_change_nothing(guest: Guest) -> None:
     seen: list[object] = []
 
     def program() -> Program:
-        seen.append((yield convert(Gpa(0x1001), 1, to_private=True)))
-        seen.append((yield convert(Gpa(SIZE), 1, to_private=True)))
-        seen.append((yield convert(Gpa(0), 0, to_private=True)))
+        seen.append((yield convert(Gpa(0x1001), 1, Side.PRIVATE)))
+        seen.append((yield convert(Gpa(SIZE), 1, Side.PRIVATE)))
+        seen.append((yield convert(Gpa(0), 0, Side.PRIVATE)))
         seen.append((yield Hypercall(99, ())))
 
     async with guest() as (vm, vmm):
@@ -147,7 +148,7 @@ async def test_hypercalls_that_are_refused_change_nothing(guest: Guest) -> None:
 
 async def test_exit_for_who_knows_mainline_only(guest: Guest) -> None:
     async with guest() as (vm, vmm):
-        exit_ = await vm.fault(Access(Gfn(3), write=False, private=True))
+        exit_ = await vm.fault(Access(Gfn(3), write=False, side=Side.PRIVATE))
         assert isinstance(exit_, MemoryErrorExit)
         fault = exit_.memory_fault
         assert (fault.reason, fault.flags, fault.gpa, fault.size) == (
@@ -155,7 +156,7 @@ async def test_exit_for_who_knows_mainline_only(guest: Guest) -> None:
             *(3 * PAGE_SIZE, PAGE_SIZE),
         )
         await vmm.answer(fault)
-        assert await vm.fault(Access(Gfn(3), write=False, private=True)) is None
+        assert await vm.fault(Access(Gfn(3), write=False, side=Side.PRIVATE)) is None
 
 
 async def test_devices_answer_mmio_and_nothing_else_does(guest: Guest) -> None:
@@ -184,7 +185,7 @@ async def test_burst_of_neighbours_is_one_range(guest: Guest) -> None:
     async with guest() as (vm, vmm), trio.open_nursery() as nursery:
         for page in range(8):
             nursery.start_soon(run, vm, vmm, program(page), page)
-    assert vmm.conversions["private"] == 8
+    assert vmm.conversions[Side.PRIVATE] == 8
     assert not_none(vmm.converter).ranges < 8, "each page was converted by itself"
 
 
@@ -224,15 +225,15 @@ async def test_listeners_hear_what_is_shared_from_the_beginning(guest: Guest) ->
         converter, late, early = not_none(vmm.converter), Recorder(), Recorder()
         converter.register(early)
         assert early.populated == set(range(SIZE // PAGE_SIZE))
-        await converter.convert(PageRange(PageIndex(3), PageIndex(5)), to_private=True)
+        await converter.convert(PageRange(PageIndex(3), PageIndex(5)), Side.PRIVATE)
         converter.register(late)
         assert late.populated == early.populated == set(range(SIZE // PAGE_SIZE)) - {3, 4}
-        await converter.convert(PageRange(PageIndex(4), PageIndex(5)), to_private=False)
+        await converter.convert(PageRange(PageIndex(4), PageIndex(5)), Side.SHARED)
         assert late.calls[-1] == ("populate", PageRange(PageIndex(4), PageIndex(5)))
         converter.unregister(late)
         assert late.populated == set()
         with pytest.raises(OSError, match="not pages of this memory"):
-            await converter.convert(PageRange(PageIndex(0), PageIndex(1 << 20)), to_private=True)
+            await converter.convert(PageRange(PageIndex(0), PageIndex(1 << 20)), Side.PRIVATE)
         assert 0 in early.populated
 
 
@@ -243,7 +244,7 @@ async def test_conversion_inside_a_huge_page_splits_it_and_back_again_it_is_one(
     async with guest() as (vm, vmm):
         private, huge = vmm.private, vm.mmu.table.huge
         await trio.to_thread.run_sync(fallocate, private, 0, 0, 4 << 20)
-        assert await vm.fault(Access(Gfn(700), write=True, private=True)) is None
+        assert await vm.fault(Access(Gfn(700), write=True, side=Side.PRIVATE)) is None
         assert huge[PG_LEVEL_2M] >= 1
         await trio.to_thread.run_sync(fallocate, private, PUNCH, 700 * PAGE_SIZE, PAGE_SIZE)
         assert huge[PG_LEVEL_2M] <= 1
@@ -251,7 +252,7 @@ async def test_conversion_inside_a_huge_page_splits_it_and_back_again_it_is_one(
         vm.check()
         await trio.to_thread.run_sync(fallocate, private, 0, 700 * PAGE_SIZE, PAGE_SIZE)
         vm.mmu.unmap(GfnRange(Gfn(512), Gfn(1024)))
-        assert await vm.fault(Access(Gfn(701), write=True, private=True)) is None
+        assert await vm.fault(Access(Gfn(701), write=True, side=Side.PRIVATE)) is None
         assert vm.mmu.table.walk(Gfn(700)).level == PG_LEVEL_2M
 
 
@@ -320,7 +321,7 @@ async def test_classic_slot_over_ordinary_memory(guest: Guest) -> None:
         hole = UserspaceMemoryRegion(2, 0, Gpa(2 << 30), PAGE_SIZE, ByteOffset(PAGE_SIZE))
         await vm.set_user_memory_region(hole)
         with raises(errno.EFAULT):
-            await vm.fault(Access(Gfn(2 << 18), write=False, private=False))
+            await vm.fault(Access(Gfn(2 << 18), write=False, side=Side.SHARED))
     assert seen == [b"here"]
 
 

@@ -26,6 +26,7 @@ from trio.testing import wait_all_tasks_blocked
 from kvmsim.backing import StoreGone
 from kvmsim.mmu.fault import Access
 from kvmsim.mmu.pte import is_private, level_pages
+from kvmsim.side import Side
 from kvmsim.uapi import KVM_MEM_FD, UserspaceMemoryRegion
 from kvmsim.vm import VM
 from memfs.contract.page_map import ABSENT, ALLOCATED, PageMap
@@ -156,7 +157,7 @@ class World:
     async def fault(self, gfn: int, *, private: bool) -> None:
         await self.scheduler.step(self.store.name("faults"))
         try:
-            self.outcomes.append(await self.vm.fault(Access(Gfn(gfn), True, private)))
+            self.outcomes.append(await self.vm.fault(Access(Gfn(gfn), True, Side.of(private))))
         except StoreGone as gone:
             self.outcomes.append(gone)
 

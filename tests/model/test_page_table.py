@@ -23,10 +23,11 @@ from kvmsim.mmu.pte import (
     PTE_PRIVATE,
     PTE_RWX,
     PTE_W,
-    is_private,
     level_pages,
     pte_pfn,
+    side_of,
 )
+from kvmsim.side import Side
 from memfs.contract.units import ORDER_1G, ORDER_2M, ORDER_4K, Gfn, GfnRange, Pfn
 
 MAX_GFN = 1 << 36
@@ -40,7 +41,7 @@ RANGES = st.builds(
     st.integers(0, 40),
     st.integers(1, 1100),
 )
-SIDES = st.sampled_from([None, True, False])
+SIDES = st.sampled_from([Side.BOTH, Side.PRIVATE, Side.SHARED])
 
 
 def gfn_range(start: int, length: int) -> GfnRange:
@@ -62,12 +63,8 @@ class PageTableMachine(RuleBasedStateMachine):
             {gfn: ((pfn + gfn - gfns.start) << 12) | flags for gfn in range(gfns.start, gfns.end)},
         )
 
-    def mapped(self, gfns: GfnRange, private: bool | None = None) -> list[int]:
-        return [
-            gfn
-            for gfn in range(gfns.start, gfns.end)
-            if gfn in self.model and private in (None, is_private(self.model[gfn]))
-        ]
+    def mapped(self, gfns: GfnRange, side: Side = Side.BOTH) -> list[int]:
+        return [gfn for gfn in range(gfns.start, gfns.end) if gfn in self.model and side_of(self.model[gfn]) in side]
 
     @rule(gfns=RANGES, pfn=st.integers(0, 1 << 39), private=st.booleans())
     def map_anywhere(self, gfns: GfnRange, pfn: int, private: bool) -> None:
@@ -88,11 +85,11 @@ class PageTableMachine(RuleBasedStateMachine):
             with pytest.raises(ValueError, match="is mapped"):
                 self.table.map_pages(np.array(mapped[:1]), np.array([1]), PTE_RWX)
 
-    @rule(gfns=RANGES, private=SIDES)
-    def unmap_range(self, gfns: GfnRange, private: bool | None) -> None:
-        gone = self.mapped(gfns, private)
-        assert self.table.count(gfns, private) == len(gone)
-        assert self.table.unmap_range(gfns, private) == len(gone)
+    @rule(gfns=RANGES, side=SIDES)
+    def unmap_range(self, gfns: GfnRange, side: Side) -> None:
+        gone = self.mapped(gfns, side)
+        assert self.table.count(gfns, side) == len(gone)
+        assert self.table.unmap_range(gfns, side) == len(gone)
         for gfn in gone:
             del self.model[gfn]
 
@@ -229,7 +226,7 @@ def test_part_of_a_huge_leaf_loses_a_permission() -> None:
 def test_side_that_is_not_meant_does_not_split_a_huge_leaf() -> None:
     table = PageTable()
     table.map_range(gfn_range(0, BLOCK_2M), Pfn(0), PTE_RWX | PTE_PRIVATE, ORDER_2M)
-    assert table.unmap_range(gfn_range(3, 2), private=False) == 0
+    assert table.unmap_range(gfn_range(3, 2), Side.SHARED) == 0
     assert table.huge[PG_LEVEL_2M] == 1
 
 

@@ -153,7 +153,7 @@ class World:
             self.seen.append(str(error))
         self.seen.append((self.vm.faults, vcpu.exits, self.turns))
         self.seen.append((tlb.hits, tlb.misses, tlb.flushes, tlb.flushed))
-        self.seen.append([(gfn, hit.private, hit.dirty) for gfn, hit in tlb.entries.items()])
+        self.seen.append([(gfn, hit.side, hit.dirty) for gfn, hit in tlb.entries.items()])
         self.seen.append((engine.accesses, engine.passes, engine.progress, engine._stored))
         self.seen.append(self.vm.mmu.table.translate(np.arange(PAGES)).tolist())
         self.seen.append([bytes(self.store.files[file].memory[:]) for file in (SHARED, PRIVATE)])

@@ -11,6 +11,7 @@ import pytest
 from kvmsim.mmu.fault import Access
 from kvmsim.mmu.ownership import OwnershipViolation
 from kvmsim.mmu.pte import PTE_A, PTE_D, is_private, pte_pfn
+from kvmsim.side import Side
 from kvmsim.uapi import KVM_MEM_FD
 from kvmsim.vm import VM
 from memfs.contract.protocol.messages import GetPfn
@@ -30,7 +31,7 @@ async def with_memory(
     await vm.set_user_memory_region(region(shared, private, size=PAGES * PAGE_SIZE, gpa=gpa, flags=flags))
     first = PageRange(PageIndex(0), PageIndex(1))
     store.allocate(private, first)
-    assert await vm.fault(Access(Gfn(gpa // PAGE_SIZE), False, True)) is None
+    assert await vm.fault(Access(Gfn(gpa // PAGE_SIZE), False, Side.PRIVATE)) is None
     vm.mmu.unmap(GfnRange(Gfn(0), Gfn(1 << 20)))
     store.free(private, first)
     for pages in allocated:
@@ -54,7 +55,7 @@ async def test_as_one_after_the_other(new_vm: NewVm, seed: int, gpa: int, write:
         await with_memory(vm, store, allocated, gpa=gpa)
         await with_memory(other, other_store, allocated, gpa=gpa)
         served = vm.fault_in(gfns, write=write)
-        one_by_one = [await other.fault(Access(Gfn(gfn), write, True)) is None for gfn in gfns.tolist()]
+        one_by_one = [await other.fault(Access(Gfn(gfn), write, Side.PRIVATE)) is None for gfn in gfns.tolist()]
         assert served.tolist() == one_by_one
         everything = np.arange(first, first + PAGES)
         hardware = ~(PTE_A | PTE_D)
@@ -131,6 +132,6 @@ async def test_foreign_frame_is_refused_and_nothing_is_mapped(new_vm: NewVm) -> 
 async def test_mapped_shared_stays_so(new_vm: NewVm) -> None:
     async with new_vm() as (vm, store):
         await with_memory(vm, store, [])
-        assert await vm.fault(Access(Gfn(4), False, False)) is None
+        assert await vm.fault(Access(Gfn(4), False, Side.SHARED)) is None
         assert vm.fault_in(np.array([4])).tolist() == [False]
         assert not is_private(vm.mmu.table.lookup(Gfn(4)))

@@ -12,6 +12,7 @@ from kvmsim.mmu.invalidate import InvalidationState
 from kvmsim.mmu.ownership import OwnershipTable, OwnershipViolation
 from kvmsim.mmu.pte import PTE_PRIVATE, PTE_RWX, make_pte
 from kvmsim.mmu.tlb import Tlb
+from kvmsim.side import Side
 from kvmsim.slots.dirty import DirtyLog, runs
 from kvmsim.slots.intervals import IntervalIndex
 from kvmsim.vm_type import VmType
@@ -118,11 +119,11 @@ def test_dirty_log_cleans_what_it_is_told_to() -> None:
 
 
 def test_vm_types_say_private_in_their_own_ways() -> None:
-    assert VmType.SNP.decode(Gpa(5), encrypted=True) == (5, True)
-    assert VmType.SNP.decode(Gpa(5)) == (5, False)
-    assert VmType.DEFAULT.decode(Gpa(1 << 47)) == (1 << 47, False)
+    assert VmType.SNP.decode(Gpa(5), encrypted=True) == (5, Side.PRIVATE)
+    assert VmType.SNP.decode(Gpa(5)) == (5, Side.SHARED)
+    assert VmType.DEFAULT.decode(Gpa(1 << 47)) == (1 << 47, Side.SHARED)
     for kind, bit in ((VmType.TDX_48, 47), (VmType.TDX_52, 51)):
-        assert kind.decode(Gpa(1 << bit | 5)) == (5, False)
-        assert kind.decode(Gpa(5)) == (5, True)
+        assert kind.decode(Gpa(1 << bit | 5)) == (5, Side.SHARED)
+        assert kind.decode(Gpa(5)) == (5, Side.PRIVATE)
         with raises(errno.EFAULT):
             kind.decode(Gpa(5), encrypted=True)

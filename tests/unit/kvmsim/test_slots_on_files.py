@@ -9,6 +9,7 @@ import trio
 
 from kvmsim.exits import MmioExit
 from kvmsim.mmu.fault import Access
+from kvmsim.side import Side
 from kvmsim.uapi import KVM_MEM_FD, KVM_MEM_LOG_DIRTY_PAGES
 from kvmsim.vm_type import VmType
 from memfs.contract.protocol.messages import InvalidateBegin, InvalidateEnd
@@ -21,7 +22,7 @@ LOGGED = KVM_MEM_FD | KVM_MEM_LOG_DIRTY_PAGES
 
 
 def write(gfn: int) -> Access:
-    return Access(Gfn(gfn), True, False)
+    return Access(Gfn(gfn), True, Side.SHARED)
 
 
 async def test_slot_without_private_memory_can_be_moved(new_vm: NewVm) -> None:
@@ -47,7 +48,7 @@ async def test_dirty_log_of_a_slot_on_files(new_vm: NewVm) -> None:
         with raises(errno.ENOENT):
             vm.get_dirty_log(0)
         await vm.set_user_memory_region(region(shared, flags=LOGGED))
-        await vm.fault(Access(Gfn(2), False, False))
+        await vm.fault(Access(Gfn(2), False, Side.SHARED))
         await vm.fault(write(5))
         await vm.fault(write(9))
         bits = np.unpackbits(vm.get_dirty_log(0), bitorder="little")[:PAGES]

@@ -13,6 +13,7 @@ from kvmsim.backing import StoreFile, StoreGone
 from kvmsim.exits import MemoryErrorExit, MmioExit
 from kvmsim.mmu.fault import Access
 from kvmsim.mmu.pte import PTE_W, is_private, pte_pfn
+from kvmsim.side import Side
 from kvmsim.uapi import (
     KVM_EXIT_MEM_MAP_PRIVATE,
     KVM_EXIT_MEM_MAP_SHARED,
@@ -29,7 +30,7 @@ from .conftest import PAGES, NewVm, ScriptedStore, region
 
 
 def access(gfn: int, *, write: bool = False, private: bool = False) -> Access:
-    return Access(Gfn(gfn), write, private)
+    return Access(Gfn(gfn), write, Side.of(private))
 
 
 async def with_slot(vm: VM, store: ScriptedStore, **changes: int) -> tuple[int, int]:
@@ -346,13 +347,13 @@ async def test_fault_on_an_allocated_private_page_asks_nobody(new_vm: NewVm) -> 
         shared, private = store.file(), store.file(guest=True)
         await vm.set_user_memory_region(region(shared, private))
         store.allocate(private, PageRange(PageIndex(0), PageIndex(8)))
-        assert await vm.fault(Access(Gfn(0), False, True)) is None  # learns where the gibibyte is
+        assert await vm.fault(Access(Gfn(0), False, Side.PRIVATE)) is None  # learns where the gibibyte is
         await wait_all_tasks_blocked()
         before = len(store.requests)
         for gfn in range(1, 8):
-            assert await vm.fault(Access(Gfn(gfn), True, True)) is None
+            assert await vm.fault(Access(Gfn(gfn), True, Side.PRIVATE)) is None
             assert pte_pfn(vm.mmu.table.lookup(Gfn(gfn))) == (store.by_fd(private).id << 18) + gfn
-        assert isinstance(await vm.fault(Access(Gfn(8), False, True)), MemoryErrorExit)
+        assert isinstance(await vm.fault(Access(Gfn(8), False, Side.PRIVATE)), MemoryErrorExit)
         await wait_all_tasks_blocked()
         assert len(store.requests) == before
 
@@ -362,13 +363,13 @@ async def test_fault_around_asks_for_a_window_of_one_side(new_vm: NewVm) -> None
         shared, private = store.file(), store.file(guest=True)
         await vm.set_user_memory_region(region(shared, private))
         store.allocate(private, one(3))
-        assert await vm.fault(Access(Gfn(5), True, False)) is None
+        assert await vm.fault(Access(Gfn(5), True, Side.SHARED)) is None
         await wait_all_tasks_blocked()
         asked = [message for message in store.requests if isinstance(message, GetPfn)]
         assert [message.pages for message in asked] == [PageRange(PageIndex(4), PageIndex(8))]
         assert vm.mmu.table.mapped == 4
         # From where it ended on, twice as much.
-        assert await vm.fault(Access(Gfn(8), True, False)) is None
+        assert await vm.fault(Access(Gfn(8), True, Side.SHARED)) is None
         await wait_all_tasks_blocked()
         asked = [message for message in store.requests if isinstance(message, GetPfn)]
         assert asked[-1].pages == PageRange(PageIndex(8), PageIndex(24))
