@@ -30,7 +30,7 @@ import trio
 from bench import uffd
 from bench.harness import BenchError, Row, Run, Sample, alone, compare, measure, memfs, now, placements, tmpfs, work
 from bench.owner import add_slot, make_files
-from kvmsim.mmu.fault import Access
+from kvmsim.mmu.page_fault import Access
 from kvmsim.side import Side
 from kvmsim.vm import VM, create_vm
 from memfs.contract.sys.libc import fallocate

@@ -30,10 +30,11 @@ import trio
 from kvmsim.backing import Notification, Store, StoreFile, StoreGone, connect
 from kvmsim.exits import Exit
 from kvmsim.mmu.batch import fault_in_private, fault_in_shared
-from kvmsim.mmu.fault import Access, handle_fault, map_gfns, map_known
+from kvmsim.mmu.fault import handle_fault, map_gfns, map_known
 from kvmsim.mmu.fault_around import DEFAULT_PAGES, FaultAround
 from kvmsim.mmu.mmu import Mmu
 from kvmsim.mmu.ownership import OwnershipTable, OwnershipViolation
+from kvmsim.mmu.page_fault import Access, PageFault
 from kvmsim.mmu.page_table import PageTable
 from kvmsim.mmu.pte import level_pages, pte_pfn, side_of
 from kvmsim.side import Side
@@ -313,17 +314,20 @@ class VM:
     def _map_at_once(self, slot: Memslot, gfns: GfnRange) -> bool:
         """Map what was allocated, if it is known where that is. Whether it has been dealt with."""
         try:
-            return map_known(self.mmu, slot, gfns)
+            return map_known(self.mmu, self._fault_of(slot, gfns))
         except OwnershipViolation:
             return True
+
+    def _fault_of(self, slot: Memslot, gfns: GfnRange) -> PageFault:
+        """Return a fault as if the guest had read private memory that was just allocated."""
+        return PageFault(gfns, False, Side.PRIVATE, slot, self.mmu.invalidations.sample())
 
     async def _map_private(self, slot: Memslot, gfns: GfnRange) -> None:
         """The same by asking. A mere optimisation: whatever comes in between, a fault will do it later."""
         rest: GfnRange | None = gfns
         try:
             while rest is not None:
-                seq = self.mmu.invalidations.sample()
-                done = await map_gfns(self.mmu, slot, rest, side=Side.PRIVATE, seq=seq)
+                done = await map_gfns(self.mmu, self._fault_of(slot, rest))
                 if done is None:
                     return
                 rest = GfnRange(done.end, rest.end) if done.end < rest.end else None

@@ -18,7 +18,7 @@ from typing import Any, Final
 import trio
 
 from kvmsim.exits import HALT, Exit, HypercallExit, MmioExit
-from kvmsim.mmu.fault import Access
+from kvmsim.mmu.page_fault import Access
 from kvmsim.mmu.pte import PTE_A, PTE_D, PTE_W, pte_pfn, side_of
 from kvmsim.side import Side
 from kvmsim.uapi import KVM_HC_MAP_GPA_RANGE, KVM_MAP_GPA_RANGE_ENCRYPTED

@@ -29,7 +29,7 @@ from kvmsim.backing import Notification
 from kvmsim.engines.plan import Plan, stored_value
 from kvmsim.engines.trace_file import Trace
 from kvmsim.exits import HALT, Exit
-from kvmsim.mmu.fault import Access
+from kvmsim.mmu.page_fault import Access
 from kvmsim.mmu.pte import PTE_A, PTE_D, PTE_W, pte_pfn, side_of
 from kvmsim.mmu.tlb import Tlb
 from kvmsim.side import Side

@@ -22,6 +22,7 @@ from kvmsim.arrays import at_numbers, distinct, firsts
 from kvmsim.backing import StoreGone
 from kvmsim.mmu.fault import map_gfns
 from kvmsim.mmu.mmu import Mmu
+from kvmsim.mmu.page_fault import PageFault
 from kvmsim.mmu.pte import PTE_PRIVATE, PTE_R, PTE_W, Ptes
 from kvmsim.side import Side
 from kvmsim.slots.memslots import Memslot
@@ -70,7 +71,7 @@ async def fault_in_shared(mmu: Mmu, gfns: Gfns, *, write: bool = False) -> npt.N
     async def ask() -> None:
         for slot, part in parts:
             if not mmu.invalidations.is_active(part) and mmu.slots.is_current(slot):
-                await map_gfns(mmu, slot, part, side=Side.SHARED, seq=mmu.invalidations.sample(), write=write)
+                await map_gfns(mmu, PageFault(part, write, Side.SHARED, slot, mmu.invalidations.sample()))
 
     failure: OSError | StoreGone | None = None
     try:
@@ -129,6 +130,7 @@ def _map(mmu: Mmu, slot: Memslot, gfns: Gfns, write: bool) -> npt.NDArray[np.boo
     """Map gfns of one slot, which are in order and absent. Returns which are served by that."""
     file = slot.private
     assert file is not None
+    fault = PageFault(slot.gfns, write, Side.PRIVATE, slot, mmu.invalidations.sample())
     active = mmu.invalidations.active(slot.gfns)
     pfns = file.pfns_of(gfns + slot.shift)
     can = pfns >= 0
@@ -147,7 +149,7 @@ def _map(mmu: Mmu, slot: Memslot, gfns: Gfns, write: bool) -> npt.NDArray[np.boo
             assert pfn is not None
             assert part is not None
             mmu.frames.learn(file, PfnRun(pages, pfn))
-            mmu.install(slot, part, pfn, side=Side.PRIVATE, write=write, order=ORDER_1G)
+            mmu.install(fault, part, pfn, ORDER_1G)
     if len(whole):
         alone = np.repeat(~np.isin(blocks[first], whole), np.diff(first, append=gfns.size))
         gfns, pfns = gfns[alone], pfns[alone]

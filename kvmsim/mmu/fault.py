@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import errno
 import os
-from dataclasses import dataclass
 
 import trio
 
@@ -26,6 +25,7 @@ from kvmsim.backing import StoreFile, StoreGone
 from kvmsim.exits import Exit, MemoryErrorExit, MmioExit
 from kvmsim.mmu.mmu import Mmu
 from kvmsim.mmu.ownership import OwnershipViolation
+from kvmsim.mmu.page_fault import Access, PageFault
 from kvmsim.side import Side
 from kvmsim.slots.hva import Mapping, find_mapping, local_pfn, open_mapped_file
 from kvmsim.slots.memslots import AddressSpace, Memslot, Window
@@ -40,17 +40,9 @@ from memfs.contract.units import (
     GfnRange,
     PageIndex,
     PageRange,
+    Pfn,
     gfn_to_gpa,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Access:
-    """What the guest tried. `side`: which memory it meant (PRIVATE if TDX's shared bit is clear, SNP's C-bit set)."""
-
-    gfn: Gfn
-    write: bool
-    side: Side
 
 
 async def handle_fault(mmu: Mmu, access: Access) -> Exit | None:
@@ -68,19 +60,19 @@ async def handle_fault(mmu: Mmu, access: Access) -> Exit | None:
             return MmioExit(gfn_to_gpa(access.gfn), PAGE_SIZE, access.write)
         if access.side is Side.PRIVATE and slot.private is None:
             raise OSError(errno.EFAULT, "a private access to a slot without private memory")
-        seq = mmu.invalidations.sample()
+        fault = PageFault(gfns, access.write, access.side, slot, mmu.invalidations.sample())
         if access.side is not slot.side(access.gfn):
             wanted = KVM_EXIT_MEM_MAP_PRIVATE if access.side is Side.PRIVATE else KVM_EXIT_MEM_MAP_SHARED
             return MemoryErrorExit(wanted, gfn_to_gpa(access.gfn), PAGE_SIZE)
-        if access.write and mmu.make_writable(slot, access.gfn, access.side):
+        if access.write and mmu.make_writable(fault):
             return None
         try:
             if slot.is_classic:
-                done = await _map_classic(mmu, slot, access, seq)
+                done = await _map_classic(mmu, fault)
             elif access.side is Side.PRIVATE:
-                done = await _map_private(mmu, slot, access, seq)
+                done = map_known(mmu, fault) or await map_gfns(mmu, fault) is not None
             else:
-                done = await _map_shared(mmu, slot, access, seq)
+                done = await _map_shared(mmu, fault)
         except OwnershipViolation as violation:
             raise OSError(errno.EPERM, str(violation)) from violation
         if done:
@@ -89,65 +81,48 @@ async def handle_fault(mmu: Mmu, access: Access) -> Exit | None:
         await mmu.invalidations.wait_idle(gfns)
 
 
-async def _map_private(mmu: Mmu, slot: Memslot, access: Access, seq: int) -> bool:
-    """Map the page of a private access; False: it has gone, or something came in between."""
-    gfns = GfnRange(access.gfn, Gfn(access.gfn + 1))
-    if map_known(mmu, slot, gfns, write=access.write):
-        return True
-    return await map_gfns(mmu, slot, gfns, side=Side.PRIVATE, seq=seq, write=access.write) is not None
+def map_known(mmu: Mmu, fault: PageFault) -> bool:
+    """Map pages of the private file, if all are allocated and their frames are known without asking the store.
+
+    Returns whether they are mapped. Raises OwnershipViolation.
+    """
+    file = fault.slot.private
+    assert file is not None
+    reply = file.known(fault.pages)
+    return reply is not None and _install(mmu, fault, file, reply)
 
 
-def map_known(mmu: Mmu, slot: Memslot, gfns: GfnRange, *, write: bool = False) -> bool:
-    """Map gfns of a slot whose pages are all private, if it is known where they are. Raises OwnershipViolation."""
-    assert slot.private is not None
-    reply = slot.private.known(slot.pages_of(gfns))
-    seq = mmu.invalidations.sample()
-    return reply is not None and _install(mmu, slot, slot.private, reply, gfns, side=Side.PRIVATE, write=write, seq=seq)
-
-
-async def _map_shared(mmu: Mmu, slot: Memslot, access: Access, seq: int) -> bool:
-    """Map the page of a shared access, and those around it; False: something came in between."""
-    window = mmu.fault_around.window(slot, access.gfn, mmu.invalidations)
+async def _map_shared(mmu: Mmu, fault: PageFault) -> bool:
+    """Map the page of a shared access, and those around it; False: an invalidation came in between."""
+    window = mmu.fault_around.window(fault.slot, fault.gfns.start, mmu.invalidations)
     try:
-        return await map_gfns(mmu, slot, window, side=Side.SHARED, seq=seq, write=access.write) is not None
+        return await map_gfns(mmu, fault.with_gfns(window)) is not None
     except OSError:
         if len(window) == 1:
             raise
-    # The file has become shorter, or there is no room for all.
-    single = GfnRange(access.gfn, Gfn(access.gfn + 1))
-    return await map_gfns(mmu, slot, single, side=Side.SHARED, seq=seq, write=access.write) is not None
+    # The file has become shorter, or there is no space for all.
+    return await map_gfns(mmu, fault) is not None
 
 
-async def map_gfns(
-    mmu: Mmu, slot: Memslot, gfns: GfnRange, *, side: Side, seq: int, write: bool = False
-) -> GfnRange | None:
-    """Map gfns of a slot to one side's memory, allocating on the shared side, if what was decided at `seq` still holds.
+async def map_gfns(mmu: Mmu, fault: PageFault) -> GfnRange | None:
+    """Map gfns to one side's memory, allocating on the shared side, if what the fault was decided on still holds.
 
     Returns the part that was dealt with, from the start on (absent private pages are left unmapped); None if an
     invalidation came in between. Raises OwnershipViolation, and OSError as the store does.
     """
-    file = slot.file(side)
+    file = fault.slot.file(fault.side)
     assert file is not None
-    reply = await mmu.store.get_pfn(file, slot.pages_of(gfns), alloc=side is Side.SHARED)
+    reply = await mmu.store.get_pfn(file, fault.pages, alloc=fault.side is Side.SHARED)
     # Under the MMU lock: nothing from here to the end of the installation awaits.
-    installed = _install(mmu, slot, file, reply, gfns, side=side, write=write, seq=seq)
-    return GfnRange(gfns.start, Gfn(gfns.start + len(reply.pages))) if installed else None
+    if not _install(mmu, fault, file, reply):
+        return None
+    return GfnRange(fault.gfns.start, Gfn(fault.gfns.start + len(reply.pages)))
 
 
-def _install(
-    mmu: Mmu,
-    slot: Memslot,
-    file: StoreFile,
-    reply: PfnReply,
-    gfns: GfnRange,
-    *,
-    side: Side,
-    write: bool,
-    seq: int,
-) -> bool:
-    """Map what the store said about the first pages of `gfns`, if that still holds."""
-    gfns = GfnRange(gfns.start, Gfn(gfns.start + len(reply.pages)))
-    if not mmu.slots.is_current(slot) or mmu.invalidations.must_retry(seq, gfns):
+def _install(mmu: Mmu, fault: PageFault, file: StoreFile, reply: PfnReply) -> bool:
+    """Map what the store said about the first pages of a fault, if that still holds. Returns whether it does."""
+    gfns = GfnRange(fault.gfns.start, Gfn(fault.gfns.start + len(reply.pages)))
+    if not mmu.slots.is_current(fault.slot) or mmu.invalidations.must_retry(fault.seq, gfns):
         return False
     shift = gfns.start - reply.pages.start
     for run in reply.runs:
@@ -156,22 +131,21 @@ def _install(
                 return False  # the one page that was asked for has gone meanwhile
             continue
         part = GfnRange(Gfn(run.pages.start + shift), Gfn(run.pages.end + shift))
-        if not mmu.is_uniform(slot, part, side):
+        if not mmu.is_uniform(fault.slot, part, fault.side):
             return False  # converted, and the store has not come to telling us
         mmu.frames.learn(file, run)
         if len(part) > 1:
-            order = ORDER_4K if slot.logs_dirty else run.order
-            mmu.install(slot, part, run.pfn, side=side, write=write, order=order)
+            mmu.install(fault, part, run.pfn, ORDER_4K if fault.slot.logs_dirty else run.order)
             continue
-        block, order = _largest(mmu, slot, part.start, run, side)
-        pfn = type(run.pfn)(run.pfn - (part.start - block.start))
-        mmu.install(slot, block, pfn, side=side, write=write, order=order)
+        block, order = _largest(mmu, fault, part.start, run)
+        mmu.install(fault, block, Pfn(run.pfn - (part.start - block.start)), order)
     return True
 
 
-def _largest(mmu: Mmu, slot: Memslot, gfn: Gfn, run: PfnRun, side: Side) -> tuple[GfnRange, int]:
-    """The largest block around a gfn that one leaf may map."""
+def _largest(mmu: Mmu, fault: PageFault, gfn: Gfn, run: PfnRun) -> tuple[GfnRange, int]:
+    """Return the largest block around a gfn that one leaf may map, and its order."""
     assert run.pfn is not None
+    slot = fault.slot
     for order in (ORDER_1G, ORDER_2M):
         pages = 1 << order
         start = gfn & -pages
@@ -182,27 +156,27 @@ def _largest(mmu: Mmu, slot: Memslot, gfn: Gfn, run: PfnRun, side: Side) -> tupl
             and (gfn - run.pfn) % pages == 0
             and slot.gfns.intersect(block) == block
             and not mmu.invalidations.is_active(block)
-            and mmu.is_uniform(slot, block, side)
+            and mmu.is_uniform(slot, block, fault.side)
         ):
             return block, order
     return GfnRange(gfn, Gfn(gfn + 1)), ORDER_4K
 
 
-async def _map_classic(mmu: Mmu, slot: Memslot, access: Access, seq: int) -> bool:
+async def _map_classic(mmu: Mmu, fault: PageFault) -> bool:
     """Map one page of a classic slot; False: an invalidation came in between."""
-    gfns, page = GfnRange(access.gfn, Gfn(access.gfn + 1)), slot.page(access.gfn)
+    page = fault.pages.start
     mapping = find_mapping(page)
-    if mapping is None or not mapping.readable or (access.write and not mapping.writable):
+    if mapping is None or not mapping.readable or (fault.write and not mapping.writable):
         raise OSError(errno.EFAULT, "nothing is mapped at the hva, or not for that access")
     if not mapping.is_memfs:
-        mmu.install(slot, gfns, local_pfn(page), side=Side.SHARED, write=access.write, order=ORDER_4K)
+        mmu.install(fault, fault.gfns, local_pfn(page), ORDER_4K)
         return True
-    file = await _file_behind(mmu, slot, page, mapping)
+    file = await _file_behind(mmu, fault.slot, page, mapping)
     if file is None:
         return False
     file_page = mapping.file_page(page)
     reply = await mmu.store.get_pfn(file, PageRange(file_page, PageIndex(file_page + 1)), alloc=True)
-    return _install(mmu, slot, file, reply, gfns, side=Side.SHARED, write=access.write, seq=seq)
+    return _install(mmu, fault, file, reply)
 
 
 async def _file_behind(mmu: Mmu, slot: Memslot, page: PageIndex, mapping: Mapping) -> StoreFile | None:

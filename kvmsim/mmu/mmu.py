@@ -17,12 +17,13 @@ from kvmsim.mmu.fault_around import FaultAround
 from kvmsim.mmu.frame_map import FrameMap
 from kvmsim.mmu.invalidate import InvalidationState
 from kvmsim.mmu.ownership import OwnershipTable
+from kvmsim.mmu.page_fault import PageFault
 from kvmsim.mmu.page_table import PageTable
 from kvmsim.mmu.pte import PTE_PRIVATE, PTE_R, PTE_W, PTE_X, is_private, level_pages, pte_pfn, select, side_of
 from kvmsim.mmu.tlb import Tlb
 from kvmsim.side import Side
 from kvmsim.slots.memslots import Memslot, Memslots
-from memfs.contract.units import Gfn, GfnRange, Pfn
+from memfs.contract.units import GfnRange, Pfn
 
 
 @dataclass(slots=True)
@@ -41,19 +42,19 @@ class Mmu:
     retries: int = 0  #: faults that had to start again
     tlb_flushes: int = 0
 
-    def install(self, slot: Memslot, gfns: GfnRange, pfn: Pfn, *, side: Side, write: bool, order: int) -> None:
-        """Map gfns of a slot to neighbouring frames, with leaves of at most 2**order pages.
+    def install(self, fault: PageFault, gfns: GfnRange, pfn: Pfn, order: int) -> None:
+        """Map gfns of a fault, or the block around them, to neighbouring frames, with leaves of at most 2**order pages.
 
-        `write`: the guest is about to store. In a slot whose dirty pages are logged, only then is it let.
-        Raises OwnershipViolation, changing nothing.
+        In a slot whose dirty pages are logged, only a store makes them writable. Raises OwnershipViolation, changing
+        nothing.
         """
-        flags = PTE_R | PTE_X
-        if not slot.readonly and (write or not slot.logs_dirty):
+        slot, flags = fault.slot, PTE_R | PTE_X
+        if not slot.readonly and (fault.write or not slot.logs_dirty):
             flags |= PTE_W
-        if side is Side.PRIVATE:
+        if fault.side is Side.PRIVATE:
             flags |= PTE_PRIVATE
             self.ownership.assign(self.vm, gfns, pfn)
-        if write:
+        if fault.write:
             self.mark_dirty(slot, gfns)
         before = self.table.mapped
         self.table.map_range(gfns, pfn, flags, order)
@@ -69,14 +70,13 @@ class Mmu:
         self.ownership.assign_pages(self.vm, gfns, pfns)
         self.table.map_pages(gfns, pfns, PTE_R | PTE_X | PTE_PRIVATE | (0 if slot.readonly else PTE_W))
 
-    def make_writable(self, slot: Memslot, gfn: Gfn, side: Side) -> bool:
+    def make_writable(self, fault: PageFault) -> bool:
         """Handle a store to a page that is mapped read-only, if that is all that is wrong (fast_page_fault)."""
-        pte = self.table.lookup(gfn)
-        if not pte or pte & PTE_W or side_of(pte) is not side or slot.readonly:
+        pte = self.table.lookup(fault.gfns.start)
+        if not pte or pte & PTE_W or side_of(pte) is not fault.side or fault.slot.readonly:
             return False
-        gfns = GfnRange(gfn, Gfn(gfn + 1))
-        self.mark_dirty(slot, gfns)
-        self.table.protect_range(gfns, add=PTE_W)
+        self.mark_dirty(fault.slot, fault.gfns)
+        self.table.protect_range(fault.gfns, add=PTE_W)
         return True
 
     def mark_dirty(self, slot: Memslot, gfns: GfnRange) -> None:

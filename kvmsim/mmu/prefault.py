@@ -15,9 +15,10 @@ import numpy as np
 
 from kvmsim.exits import MmioExit
 from kvmsim.mmu.batch import fault_in_private, fault_in_shared
-from kvmsim.mmu.fault import Access, handle_fault
+from kvmsim.mmu.fault import handle_fault
 from kvmsim.mmu.mmu import Mmu
 from kvmsim.mmu.ownership import OwnershipViolation
+from kvmsim.mmu.page_fault import Access
 from kvmsim.slots.memslots import Memslot
 from memfs.contract.page_map import ALLOCATED
 from memfs.contract.units import Gfn, GfnRange

@@ -19,7 +19,7 @@ import trio
 from kvmsim.backing import StoreFile
 from kvmsim.engines.program import Hypercall, Load, Program, ProgramEngine, Store, convert
 from kvmsim.exits import HypercallExit, MemoryErrorExit
-from kvmsim.mmu.fault import Access
+from kvmsim.mmu.page_fault import Access
 from kvmsim.mmu.pte import PG_LEVEL_2M
 from kvmsim.side import Side
 from kvmsim.uapi import (

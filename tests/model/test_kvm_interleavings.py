@@ -24,7 +24,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from kvmsim.backing import StoreGone
-from kvmsim.mmu.fault import Access
+from kvmsim.mmu.page_fault import Access
 from kvmsim.mmu.pte import is_private, level_pages
 from kvmsim.side import Side
 from kvmsim.uapi import KVM_MEM_FD, UserspaceMemoryRegion

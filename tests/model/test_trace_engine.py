@@ -22,7 +22,7 @@ from kvmsim.backing import StoreFile
 from kvmsim.engines.trace import IntegrityError, TraceEngine
 from kvmsim.engines.trace_file import RECORD, Trace
 from kvmsim.exits import HaltExit, MemoryErrorExit
-from kvmsim.mmu.fault import Access
+from kvmsim.mmu.page_fault import Access
 from kvmsim.mmu.tlb import Tlb
 from kvmsim.uapi import KVM_EXIT_MEM_MAP_PRIVATE, KVM_MEM_FD, UserspaceMemoryRegion
 from kvmsim.vm import VM

@@ -8,8 +8,8 @@ import random
 import numpy as np
 import pytest
 
-from kvmsim.mmu.fault import Access
 from kvmsim.mmu.ownership import OwnershipViolation
+from kvmsim.mmu.page_fault import Access
 from kvmsim.mmu.pte import PTE_A, PTE_D, is_private, pte_pfn
 from kvmsim.side import Side
 from kvmsim.uapi import KVM_MEM_FD

@@ -8,7 +8,7 @@ import numpy as np
 import trio
 
 from kvmsim.exits import MmioExit
-from kvmsim.mmu.fault import Access
+from kvmsim.mmu.page_fault import Access
 from kvmsim.side import Side
 from kvmsim.uapi import KVM_MEM_FD, KVM_MEM_LOG_DIRTY_PAGES
 from kvmsim.vm_type import VmType

@@ -11,7 +11,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from kvmsim.backing import StoreFile, StoreGone
 from kvmsim.exits import MemoryErrorExit, MmioExit
-from kvmsim.mmu.fault import Access
+from kvmsim.mmu.page_fault import Access
 from kvmsim.mmu.pte import PTE_W, is_private, pte_pfn
 from kvmsim.side import Side
 from kvmsim.uapi import (
