@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections import Counter
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
 
@@ -31,7 +31,7 @@ class VCPU:
     def __init__(self, vm: VM, vcpu_id: int, engine: Engine) -> None:
         self.id: Final = vcpu_id
         self.vm: Final = vm
-        self.tlb: Final[Tlb[Any]] = Tlb()
+        self.tlb: Final = Tlb()
         self._engine: Final = engine
         self.exits: Counter[str] = Counter()  #: by name
 

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
+from kvmsim.mmu.tlb import TlbEntry
 from kvmsim.side import Side
 from memfs.contract.units import PAGE_SHIFT, PAGE_SIZE, Gfn, offset_in_page
 
@@ -28,17 +29,6 @@ MASK: Final = (1 << 64) - 1
 
 Indexes = npt.NDArray[np.int64]
 Bytes = npt.NDArray[np.uint8]
-
-
-class Translation(Protocol):
-    """Where a page lies, as far as a plan has to know."""
-
-    @property
-    def memory(self) -> Any: ...
-    @property
-    def offset(self) -> int: ...
-    @property
-    def side(self) -> Side: ...
 
 
 def stored_value(number: int, size: int) -> bytes:
@@ -136,7 +126,7 @@ class Plan:
         """Whether it was placed at that version of the TLB."""
         return self._placed_at == version
 
-    def place(self, version: int, translations: Sequence[Translation], shadows: dict[Side, Bytes]) -> None:
+    def place(self, version: int, translations: Sequence[TlbEntry], shadows: dict[Side, Bytes]) -> None:
         """Find out where its bytes are, given the translations of its `pages`."""
         keys = [(id(each.memory), each.side) for each in translations]
         groups = {key: number for number, key in enumerate(dict.fromkeys(keys))}

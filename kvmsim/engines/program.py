@@ -18,8 +18,7 @@ from typing import Any, Final
 import trio
 
 from kvmsim.exits import HALT, Exit, HypercallExit, MmioExit
-from kvmsim.mmu.page_fault import Access
-from kvmsim.mmu.pte import PTE_A, PTE_D, PTE_W, pte_pfn, side_of
+from kvmsim.mmu.walk import translate
 from kvmsim.side import Side
 from kvmsim.uapi import KVM_HC_MAP_GPA_RANGE, KVM_MAP_GPA_RANGE_ENCRYPTED
 from kvmsim.vcpu import VCPU
@@ -59,12 +58,6 @@ Program = Generator[Operation, Any, None]
 def convert(gpa: Gpa, pages: int, to: Side) -> Hypercall:
     """The hypercall that asks for a conversion (KVM_HC_MAP_GPA_RANGE)."""
     return Hypercall(KVM_HC_MAP_GPA_RANGE, (gpa, pages, KVM_MAP_GPA_RANGE_ENCRYPTED if to is Side.PRIVATE else 0))
-
-
-@dataclass(frozen=True, slots=True)
-class _Translation:
-    pte: int
-    side: Side
 
 
 class ProgramEngine:
@@ -108,18 +101,17 @@ class ProgramEngine:
         size = min(_size(operation) - len(self._done), PAGE_SIZE - offset_in_page(gpa))
         write = isinstance(operation, Store)
         access = vcpu.vm.decode(gpa, write=write, encrypted=operation.encrypted)
-        pte = _walk(vcpu, access)
-        if not pte:
+        entry = translate(vcpu.vm.mmu, vcpu.tlb, access)
+        if entry is None:
             exit_ = await vcpu.vm.fault(access)
             if isinstance(exit_, MmioExit):  # a device is told of the bytes, not of the page
                 data = operation.data[len(self._done) : len(self._done) + size] if isinstance(operation, Store) else b""
                 return MmioExit(Gpa(gfn_to_gpa(access.gfn) + offset_in_page(gpa)), size, write, data)
             return exit_
-        file, offset = vcpu.vm.mmu.frames.locate(pte_pfn(pte))
-        at = offset + offset_in_page(gpa)
+        at = entry.offset + offset_in_page(gpa)
         if isinstance(operation, Store):
-            file.memory[at : at + size] = operation.data[len(self._done) : len(self._done) + size]
-        self._done += bytes(file.memory[at : at + size])
+            entry.memory[at : at + size] = operation.data[len(self._done) : len(self._done) + size]
+        self._done += bytes(entry.memory[at : at + size])
         return None
 
     def _after_mmio(self, exit_: MmioExit) -> bytes | None:
@@ -135,19 +127,3 @@ class ProgramEngine:
 
 def _size(operation: Load | Store) -> int:
     return operation.size if isinstance(operation, Load) else len(operation.data)
-
-
-def _walk(vcpu: VCPU, access: Access) -> int:
-    """The PTE that allows an access, from the TLB or the page table; 0: a fault."""
-    cached = vcpu.tlb.entries.get(access.gfn)
-    if cached is not None and cached.side is access.side and (not access.write or cached.pte & PTE_D):
-        vcpu.tlb.hits += 1
-        return int(cached.pte)
-    table = vcpu.vm.mmu.table
-    pte = table.lookup(access.gfn)
-    if not pte or side_of(pte) is not access.side or (access.write and not pte & PTE_W):
-        return 0
-    table.set_flags(access.gfn, PTE_A | (PTE_D if access.write else 0))
-    pte = table.lookup(access.gfn)
-    vcpu.tlb.fill(access.gfn, _Translation(pte, access.side))
-    return pte

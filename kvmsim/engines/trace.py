@@ -19,7 +19,6 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -30,8 +29,8 @@ from kvmsim.engines.plan import Plan, stored_value
 from kvmsim.engines.trace_file import Trace
 from kvmsim.exits import HALT, Exit
 from kvmsim.mmu.page_fault import Access
-from kvmsim.mmu.pte import PTE_A, PTE_D, PTE_W, pte_pfn, side_of
-from kvmsim.mmu.tlb import Tlb
+from kvmsim.mmu.tlb import Tlb, TlbEntry
+from kvmsim.mmu.walk import walk
 from kvmsim.side import Side
 from kvmsim.slots.memslots import Memslot
 from kvmsim.vcpu import VCPU
@@ -56,17 +55,6 @@ _PLANS: Final = 512 << 20  # bytes that may be spent on keeping plans for the ne
 
 class IntegrityError(Exception):
     """Memory held something else than what was stored there."""
-
-
-@dataclass(slots=True)
-class _Translation:
-    """A cached translation of one page, and the shadow of its side."""
-
-    memory: mmap.mmap | memoryview
-    offset: int
-    side: Side
-    dirty: bool  # whether the dirty bit is set, so that a store may use it
-    shadow: mmap.mmap
 
 
 class TraceEngine:
@@ -130,7 +118,7 @@ class TraceEngine:
             await trio.lowlevel.checkpoint()
             vm.check_alive()
 
-    def _run_to(self, end: int, tlb: Tlb[_Translation]) -> Access | None:
+    def _run_to(self, end: int, tlb: Tlb) -> Access | None:
         """Make accesses until position `end`, or until one faults: then that. Does not await."""
         while self._position < end:
             ahead = self._hits_ahead(end, tlb)
@@ -144,7 +132,7 @@ class TraceEngine:
             self._steps = min(2 * self._steps, self._block)
         return None
 
-    def _hits_ahead(self, end: int, tlb: Tlb[_Translation]) -> int:
+    def _hits_ahead(self, end: int, tlb: Tlb) -> int:
         """How many accesses from here on, of a block that ends at `end`, hit the TLB."""
         start = self._position
         plan = self._plan(end)
@@ -153,12 +141,12 @@ class TraceEngine:
         first = plan.pages[0][0]
         misses = np.zeros(plan.pages[-1][0] - first + 1, np.uint8)  # 1: stores do, 3: loads do as well
         for gfn, write in plan.pages:
-            if self._hit(tlb, gfn, write) is None:
-                misses[gfn - first] = 3 if self._hit(tlb, gfn, False) is None else 1
+            if tlb.lookup(gfn, self._sides[gfn], write) is None:
+                misses[gfn - first] = 3 if tlb.lookup(gfn, self._sides[gfn], False) is None else 1
         found = misses[(self._gpas[start:end] >> PAGE_SHIFT) - first] & np.where(self._writes[start:end], 1, 2) != 0
         return int(found.argmax()) if found.any() else end - start
 
-    def _run_whole(self, end: int, tlb: Tlb[_Translation]) -> bool:
+    def _run_whole(self, end: int, tlb: Tlb) -> bool:
         """Make accesses until position `end` as a whole, all of which hit; False: a byte is wrong."""
         start = self._position
         is_block = start % self._block == 0 and (end - start == self._block or end == len(self._gpas))
@@ -187,30 +175,28 @@ class TraceEngine:
     def _make_plan(self, start: int, end: int) -> Plan:
         return Plan.make(self._gpas[start:end], self._sizes[start:end], self._writes[start:end])
 
-    def _hit(self, tlb: Tlb[_Translation], gfn: Gfn, write: bool) -> _Translation | None:
-        hit = tlb.entries.get(gfn)
-        return hit if hit is not None and hit.side is self._sides[gfn] and (hit.dirty or not write) else None
-
-    def _run_singly(self, end: int, tlb: Tlb[_Translation]) -> Access | None:
+    def _run_singly(self, end: int, tlb: Tlb) -> Access | None:
         """The same as `_run_to`, one access at a time. Raises IntegrityError."""
         start, misses = self._position, tlb.misses
         columns = (column[start:end].tolist() for column in (self._gpas, self._sizes, self._writes))
-        position = start
+        position, sides, lookup = start, self._sides, tlb.lookup
         try:
             for gpa, size, write in zip(*columns, strict=True):
                 gfn = gpa_to_gfn(Gpa(gpa))
-                hit = self._hit(tlb, gfn, write)
+                side = sides[gfn]
+                hit = lookup(gfn, side, write)
                 if hit is None:
-                    hit = self._walk(tlb, gfn, write=write, side=self._sides[gfn])
+                    access = Access(gfn, write, side)
+                    hit = walk(self._vm.mmu, tlb, access)
                     if hit is None:
-                        return Access(gfn, write, self._sides[gfn])
-                at = hit.offset + offset_in_page(gpa)
+                        return access
+                at, shadow = hit.offset + offset_in_page(gpa), self._shadows[side]
                 if write:
                     self._stored += 1
                     value = stored_value(self._stored, size)
                     hit.memory[at : at + size] = value
-                    hit.shadow[gpa : gpa + size] = value
-                elif hit.memory[at : at + size] != hit.shadow[gpa : gpa + size]:
+                    shadow[gpa : gpa + size] = value
+                elif hit.memory[at : at + size] != shadow[gpa : gpa + size]:
                     self._fail(hit, Gpa(gpa), at, size)
                 position += 1
         finally:
@@ -219,20 +205,8 @@ class TraceEngine:
             tlb.hits += position - start - (tlb.misses - misses)
         return None
 
-    def _walk(self, tlb: Tlb[_Translation], gfn: Gfn, *, write: bool, side: Side) -> _Translation | None:
-        """Translate through the page table, setting accessed and dirty bits; None: a fault."""
-        table = self._vm.mmu.table
-        pte = table.lookup(gfn)
-        if not pte or side_of(pte) is not side or (write and not pte & PTE_W):
-            return None
-        table.set_flags(gfn, PTE_A | (PTE_D if write else 0))
-        file, offset = self._vm.mmu.frames.locate(pte_pfn(pte))
-        hit = _Translation(file.memory, offset, side, write, self._shadows[side])
-        tlb.fill(gfn, hit)
-        return hit
-
-    def _fail(self, hit: _Translation, gpa: Gpa, at: int, size: int) -> None:
-        found, expected = hit.memory[at : at + size], hit.shadow[gpa : gpa + size]
+    def _fail(self, hit: TlbEntry, gpa: Gpa, at: int, size: int) -> None:
+        found, expected = hit.memory[at : at + size], self._shadows[hit.side][gpa : gpa + size]
         raise IntegrityError(f"{hit.side} memory at gpa {gpa:#x} holds {found.hex()} instead of {expected.hex()}")
 
     # -- what should be there ---------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ Everything here is called under the MMU lock, that is: nothing awaits (invalidat
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +37,7 @@ class Mmu:
     frames: FrameMap = field(default_factory=FrameMap)
     invalidations: InvalidationState = field(default_factory=InvalidationState)
     fault_around: FaultAround = field(default_factory=FaultAround)
-    tlbs: list[Tlb[Any]] = field(default_factory=list)  #: of all vCPUs
+    tlbs: list[Tlb] = field(default_factory=list)  #: of all vCPUs
     retries: int = 0  #: faults that had to start again
     tlb_flushes: int = 0
 

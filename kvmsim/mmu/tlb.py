@@ -4,26 +4,37 @@ What is in it may be used without looking at the page table, so whoever takes a 
 it in the same critical section; that is the whole of its correctness. A range is flushed by gfn as long as that is
 cheaper than forgetting everything, which is how the kernel decides, too (kvm_flush_remote_tlbs_range).
 
-What an entry holds is the engine's choice: usually what the PTE led to. The oldest entry makes room for a new one.
+An entry holds what the PTE led to. The oldest entry makes space for a new one.
 """
 
 from __future__ import annotations
 
-from typing import Final, Generic, TypeVar
+import mmap
+from dataclasses import dataclass
+from typing import Final
 
+from kvmsim.side import Side
 from memfs.contract.units import Gfn, GfnRange
 
 TLB_ENTRIES: Final = 1536  #: as many as the second-level TLB of a Skylake core has
 
-_T = TypeVar("_T")
+
+@dataclass(slots=True)
+class TlbEntry:
+    """The translation of one page."""
+
+    memory: mmap.mmap | memoryview
+    offset: int  #: of the page in that memory, in bytes
+    side: Side
+    dirty: bool  #: the PTE is writable and marked as dirty, so that a store needs no walk
 
 
-class Tlb(Generic[_T]):
-    """Translations by gfn. `entries` may be read directly: an engine's loop has no time for a call."""
+class Tlb:
+    """Translations by gfn."""
 
     def __init__(self, capacity: int = TLB_ENTRIES) -> None:
         self.capacity: Final = capacity
-        self.entries: Final[dict[int, _T]] = {}
+        self.entries: Final[dict[int, TlbEntry]] = {}
         self.hits = 0
         self.misses = 0
         self.flushes = 0  #: how often something was taken out of it
@@ -34,8 +45,13 @@ class Tlb(Generic[_T]):
         """A number that is another one after each change of the entries."""
         return self.misses + self.flushes
 
-    def fill(self, gfn: Gfn, entry: _T) -> None:
-        """A walk was made after a miss."""
+    def lookup(self, gfn: Gfn, side: Side, write: bool) -> TlbEntry | None:
+        """Return the entry that allows an access. Does not count as a hit yet."""
+        entry = self.entries.get(gfn)
+        return entry if entry is not None and entry.side is side and (entry.dirty or not write) else None
+
+    def fill(self, gfn: Gfn, entry: TlbEntry) -> None:
+        """Put in what a walk after a miss came to."""
         self.misses += 1
         self.entries.pop(gfn, None)
         if len(self.entries) >= self.capacity:

@@ -47,7 +47,7 @@ SHARED, PRIVATE = 1, 2
 class OneAtATime(TraceEngine):
     """The reference."""
 
-    def _run_whole(self, end: int, tlb: Tlb[Any]) -> bool:
+    def _run_whole(self, end: int, tlb: Tlb) -> bool:
         del end, tlb
         return False
 
@@ -128,7 +128,7 @@ class World:
 
     async def run(self, engine: TraceEngine, capacity: int) -> None:
         vcpu = self.vm.create_vcpu(0, engine)
-        tlb = Tlb[Any](capacity)
+        tlb = Tlb(capacity)
         vcpu.tlb = tlb  # type: ignore[misc]
         self.vm.mmu.tlbs[:] = [tlb]
         fault = self.vm.fault
@@ -248,7 +248,7 @@ def test_in_blocks_as_one_at_a_time(
     whole: list[int] = []
 
     class Counted(TraceEngine):
-        def _run_whole(self, end: int, tlb: Tlb[Any]) -> bool:
+        def _run_whole(self, end: int, tlb: Tlb) -> bool:
             done = super()._run_whole(end, tlb)
             whole.append(done)
             return done

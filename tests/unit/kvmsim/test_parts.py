@@ -11,7 +11,7 @@ import pytest
 from kvmsim.mmu.invalidate import InvalidationState
 from kvmsim.mmu.ownership import OwnershipTable, OwnershipViolation
 from kvmsim.mmu.pte import PTE_PRIVATE, PTE_RWX, make_pte
-from kvmsim.mmu.tlb import Tlb
+from kvmsim.mmu.tlb import Tlb, TlbEntry
 from kvmsim.side import Side
 from kvmsim.slots.dirty import DirtyLog, runs
 from kvmsim.slots.intervals import IntervalIndex
@@ -92,9 +92,9 @@ def test_private_frame_has_one_owner() -> None:
 
 @pytest.mark.parametrize("span", [(3, 5), (0, 1 << 40)])
 def test_tlb_forgets_a_range_and_counts(span: tuple[int, int]) -> None:
-    tlb = Tlb[str](capacity=4)
+    tlb, memory = Tlb(capacity=4), memoryview(bytes(6))
     for gfn in range(6):
-        tlb.fill(Gfn(gfn), f"{gfn}")
+        tlb.fill(Gfn(gfn), TlbEntry(memory, gfn, Side.SHARED, dirty=False))
     assert list(tlb.entries) == [2, 3, 4, 5]
     tlb.flush(gfns(*span))
     assert list(tlb.entries) == [gfn for gfn in (2, 3, 4, 5) if not span[0] <= gfn < span[1]]

@@ -7,13 +7,14 @@ import errno
 import numpy as np
 import trio
 
-from kvmsim.exits import MmioExit
+from kvmsim.engines.program import Hypercall, Load, Program, ProgramEngine, Store
+from kvmsim.exits import HALT, HypercallExit, MmioExit
 from kvmsim.mmu.page_fault import Access
 from kvmsim.side import Side
 from kvmsim.uapi import KVM_MEM_FD, KVM_MEM_LOG_DIRTY_PAGES
 from kvmsim.vm_type import VmType
 from memfs.contract.protocol.messages import InvalidateBegin, InvalidateEnd
-from memfs.contract.units import PAGE_SIZE, Gfn
+from memfs.contract.units import PAGE_SIZE, Gfn, Gpa
 from tests.helpers import one, raises
 
 from .conftest import PAGES, NewVm, region
@@ -39,6 +40,22 @@ async def test_slot_without_private_memory_can_be_moved(new_vm: NewVm) -> None:
         assert isinstance(await vm.fault(write(3)), MmioExit)
         assert await vm.fault(write((1 << 19) + 3)) is None
         assert store.by_fd(shared).registered == 1
+
+
+async def test_store_to_a_page_that_was_loaded_since_the_log_was_taken_is_in_the_next(new_vm: NewVm) -> None:
+    def program() -> Program:
+        yield Store(Gpa(0), b"first")
+        yield Hypercall(0, ())
+        assert (yield Load(Gpa(0), 5)) == b"first"  # caches a PTE that is marked as dirty, and read-only
+        yield Store(Gpa(0), b"again")
+
+    async with new_vm() as (vm, store):
+        await vm.set_user_memory_region(region(store.file(), flags=LOGGED))
+        vcpu = vm.create_vcpu(0, ProgramEngine(program()))
+        assert isinstance(await vcpu.run(), HypercallExit)
+        assert vm.get_dirty_log(0)[0] == 1
+        assert await vcpu.run() == HALT
+        assert vm.get_dirty_log(0)[0] == 1
 
 
 async def test_dirty_log_of_a_slot_on_files(new_vm: NewVm) -> None:
