@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 import stat
+import struct
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -26,6 +28,8 @@ SIZE: Final = 1 << 20  #: bytes of memory
 NR_INODES: Final = 20  #: the root included
 AT_FDCWD: Final = -100
 AT_SYMLINK_FOLLOW: Final = 0x400
+
+_FS_IOC_SETFLAGS: Final = 0x40086602  # linux/fs.h
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.renameat2.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
@@ -152,6 +156,10 @@ class Place(ABC):
     @abstractmethod
     def listxattr(self, path: str) -> list[str]:
         """listxattr(2), as root."""
+
+    @abstractmethod
+    def set_flags(self, path: str, flags: int) -> None:
+        """Set the FS_*_FL of chattr(1) that an inode has."""
 
     @abstractmethod
     def check(self) -> None:
@@ -288,6 +296,9 @@ class OnTree(Place):
     def listxattr(self, path: str) -> list[str]:
         return [os.fsdecode(name) for name in self.xattrs.list(self.inode(path).ino, uid=0)]
 
+    def set_flags(self, path: str, flags: int) -> None:
+        self.inode(path).flags = flags
+
     def check(self) -> None:
         self.tree.check()
 
@@ -392,16 +403,23 @@ class OnTmpfs(Place):
         return os.statvfs(self._root).f_bfree
 
     def setxattr(self, path: str, name: str, value: bytes) -> None:
-        os.setxattr(self._root / path, name, value)
+        os.setxattr(self._root / path, name, value, follow_symlinks=False)
 
     def getxattr(self, path: str, name: str) -> bytes:
-        return os.getxattr(self._root / path, name)
+        return os.getxattr(self._root / path, name, follow_symlinks=False)
 
     def removexattr(self, path: str, name: str) -> None:
-        os.removexattr(self._root / path, name)
+        os.removexattr(self._root / path, name, follow_symlinks=False)
 
     def listxattr(self, path: str) -> list[str]:
-        return os.listxattr(self._root / path)
+        return os.listxattr(self._root / path, follow_symlinks=False)
+
+    def set_flags(self, path: str, flags: int) -> None:
+        fd = os.open(self._root / path, os.O_RDONLY)
+        try:
+            fcntl.ioctl(fd, _FS_IOC_SETFLAGS, struct.pack("=I", flags))
+        finally:
+            os.close(fd)
 
     def check(self) -> None:
         """The kernel's is well."""
