@@ -26,11 +26,11 @@ import pyfuse3
 import trio
 
 from memfs import privileges
+from memfs.contract.aio.nurseries import open_flat_nursery
 from memfs.contract.logs import fields
-from memfs.contract.sys.mountinfo import device_of_mountpoint
 from memfs.contract.units import SECTORS_PER_PAGE, pages_to_bytes
 from memfs.fuse.channel import Channel
-from memfs.fuse.mount import MountError, mount_fuse, unmount_fuse
+from memfs.fuse.mount import FuseMount, MountError, mount_fuse
 from memfs.fuse.names import Names
 from memfs.fuse.observers import Observers
 from memfs.fuse.operations import Operations
@@ -78,19 +78,17 @@ async def serve(settings: Settings, ready: Callable[[list[str]], None]) -> None:
     backing, no_tmpfs = open_backing(settings.options)
     options = settings.options
     with listening(settings.socket_path, options.socket_mode, options.socket_group) as listener:
-        fuse_fd, no_root = mount_fuse(settings.mountpoint, settings.options)
-        notes = [note for note in (no_root, no_tmpfs) if note]
+        mount = mount_fuse(settings.mountpoint, settings.options)
+        notes = [note for note in (mount.note, no_tmpfs) if note]
         unable = None
         if backing.accounted:
             unable = "files live on memfds, whose limit memfs can only keep if every write goes by it"
-        passthrough = Passthrough(fuse_fd, Wanted(settings.options.passthrough), unable)
-        memfs = _Memfs(settings, backing, passthrough)
+        passthrough = Passthrough(mount.fuse_fd, Wanted(settings.options.passthrough), unable)
+        memfs = _Memfs(settings, mount, backing, passthrough)
         try:
-            privileges.drop(setuid_helper=no_root is not None)
-            await memfs.run(fuse_fd, listener, lambda: ready(notes))
+            privileges.drop(setuid_helper=mount.note is not None)
+            await memfs.run(listener, lambda: ready(notes))
         finally:
-            with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(unmount_fuse, settings.mountpoint)
             try:
                 if settings.check:
                     memfs.check()
@@ -104,9 +102,10 @@ async def serve(settings: Settings, ready: Callable[[list[str]], None]) -> None:
 class _Memfs:
     """The parts of one mount."""
 
-    def __init__(self, settings: Settings, backing: Backing, passthrough: Passthrough) -> None:
+    def __init__(self, settings: Settings, mount: FuseMount, backing: Backing, passthrough: Passthrough) -> None:
         options = settings.options
         self._settings: Final = settings
+        self._mount: Final = mount
         self._backing: Final = backing
         self._passthrough: Final = passthrough
         self._tree: Final = Tree(self._new_file, options.nr_inodes, options.mode, options.uid, options.gid)
@@ -119,25 +118,22 @@ class _Memfs:
     def _new_file(self, ino: Ino, seals: int) -> File:
         return File(self._backing, ino, seals)
 
-    async def run(self, fuse_fd: int, listener: trio.socket.SocketType, ready: Callable[[], None]) -> None:
-        """Serve the mounted /dev/fuse descriptor and the socket, until either the mount or we are to end."""
+    async def run(self, listener: trio.socket.SocketType, ready: Callable[[], None]) -> None:
+        """Serve the mount and the socket, until either the mount or we are to end."""
         initialized, unmounted = trio.Event(), trio.Event()
         handlers = {
             **Names(self._tree, self._handles, self._attributes, self._backing).handlers,
             **Requests(self._tree, self._handles).handlers,
         }
         observers = Observers(self._tree, self._passthrough, initialized.set)
-        channel = Channel(fuse_fd, handlers, observers.observers)
+        channel = Channel(self._mount.fuse_fd, handlers, observers.observers)
         observers.max_message = channel.max_message
         noatime = self._settings.options.atime == "noatime"
         operations = Operations(self._tree, self._handles, self._attributes, self._backing, noatime=noatime)
         pyfuse3.init(operations, f"/dev/fd/{channel.hand_over()}", options=set())
-        device = device_of_mountpoint(self._settings.mountpoint)
-        if device is None:
-            raise MountError(f"{self._settings.mountpoint} was unmounted at once")
-        server = Server(listener, self._clients, self._registry, self._tree, device)
+        server = Server(listener, self._clients, self._registry, self._tree, self._mount.device)
         try:
-            async with trio.open_nursery() as nursery:
+            async with open_flat_nursery() as nursery:
                 nursery.start_soon(pyfuse3.main)
                 nursery.start_soon(channel.run, unmounted.set)
                 nursery.start_soon(self._unmount_on_signal, unmounted, server)
@@ -146,17 +142,16 @@ class _Memfs:
                 nursery.start_soon(self._end, unmounted, server, nursery.cancel_scope)
                 await initialized.wait()
                 if self._passthrough.wanted is Wanted.ON and not self._passthrough.in_force:
-                    nursery.cancel_scope.cancel()
-                else:
-                    nursery.start_soon(server.run)
-                    ready()
+                    raise MountError(f"option passthrough=on: {self._passthrough.why_not}")
+                await _in_a_thread(self._mount.attach)
+                nursery.start_soon(server.run)
+                ready()
         finally:
+            self._mount.unmount()
             self._handles.backing_ids = None
             pyfuse3.terminate()
             pyfuse3.close(unmount=False)
             channel.close()
-        if self._passthrough.wanted is Wanted.ON and not self._passthrough.in_force:
-            raise MountError(f"option passthrough=on: {self._passthrough.why_not}")
 
     def describe(self) -> dict[str, Any]:
         """The state of the mount, for `memfs stat`."""
@@ -235,8 +230,7 @@ class _Memfs:
             async for number in signals:
                 log.info("%s: unmounting", signal.Signals(number).name)
                 await server.end()  # so that nothing waits for an owner any more
-                # In a thread, because the kernel may have to ask us something before it can let go.
-                await trio.to_thread.run_sync(unmount_fuse, self._settings.mountpoint)
+                await _in_a_thread(self._mount.unmount)  # fusermount3 may ask us something before it lets go
                 unmounted.set()  # or hidden, while somebody still uses it: that one gets errors from now on
 
     async def _end(self, unmounted: trio.Event, server: Server, scope: trio.CancelScope) -> None:
@@ -262,6 +256,11 @@ class _Memfs:
         self._handles.close()
         self._tree.close()
         self._backing.close()
+
+
+async def _in_a_thread(function: Callable[[], None]) -> None:
+    """Call what may block in a thread, however many of those that there may be are held up."""
+    await trio.to_thread.run_sync(function, limiter=trio.CapacityLimiter(1))
 
 
 def _raise_descriptor_limit() -> None:

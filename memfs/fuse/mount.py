@@ -1,32 +1,57 @@
-"""Getting a mounted /dev/fuse descriptor, with root's rights or without, and getting rid of the mount again.
+"""Mounting FUSE on a directory, with root's rights or without, and unmounting that mount and no other.
 
-With CAP_SYS_ADMIN we open /dev/fuse and call mount(2) ourselves. Without, the setuid helper fusermount3 does both and
-passes the descriptor back over a socket whose number it finds in the environment variable _FUSE_COMMFD.
+With CAP_SYS_ADMIN we open /dev/fuse and make the mount ourselves (fsopen(2), fsmount(2)). It is nowhere at first, and
+is attached to its directory when it answers, so nobody ever waits for it to be served. What a killed memfs left on the
+directory hides the directory until then: we attach ours beneath it and then detach the dead one, so at no moment does
+the path lead to the directory itself, where others would write their files to the disk.
+
+Without CAP_SYS_ADMIN the setuid helper fusermount3 opens /dev/fuse, mounts, and passes the descriptor back over a
+socket whose number it finds in the environment variable _FUSE_COMMFD. It does not mount on what is dead, so that is
+unmounted first, and for a moment there is the directory.
+
+Whose mount it is. When we end, our path may lead to a mount of somebody else. Our mount is known by its id and device
+number, and it lies where /proc/self/mountinfo says, wherever it was moved. It is detached by a descriptor of its root,
+so not even a mount that takes its place at that moment is meant. Ids and device numbers are given to others again when
+the filesystem is gone; while /dev/fuse is connected, it is not gone. A mount that somebody attached on top of ours
+would go with it, so then ours stays, dead, until somebody unmounts both.
+
+Rejected: umount(2) without MNT_DETACH (it unmounts whatever is on top when it is called, and fails while we hold a
+descriptor that says which); MNT_EXPIRE (of a mount that is in use it unmounts nothing); a descriptor of the mount for
+as long as we live (umount(8) by anybody would find the mount busy).
 """
 
 from __future__ import annotations
 
 import errno
+import logging
 import os
+import select
 import shutil
 import socket
 import subprocess
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import Final
 
 from memfs.contract.sys.libc import (
     MNT_DETACH,
-    MS_NOATIME,
-    MS_NODEV,
-    MS_NOEXEC,
-    MS_NOSUID,
-    MS_RDONLY,
-    MS_RELATIME,
-    mount,
+    MOUNT_ATTR_NOATIME,
+    MOUNT_ATTR_NODEV,
+    MOUNT_ATTR_NOEXEC,
+    MOUNT_ATTR_NOSUID,
+    MOUNT_ATTR_RDONLY,
+    attach_mount,
+    attach_mount_beneath,
+    mount_detached,
+    mount_of,
     umount,
 )
-from memfs.contract.sys.mountinfo import device_of_mountpoint, type_of_device
+from memfs.contract.sys.mountinfo import mountpoint_of, mounts_on, type_of_device
 from memfs.options import MountOptions
+
+log = logging.getLogger(__name__)
 
 _HELPER: Final = "fusermount3"
 _FSTYPE: Final = "fuse.memfs"
@@ -38,35 +63,110 @@ class MountError(Exception):
     """Why a filesystem cannot be mounted: one sentence for people."""
 
 
-def mount_fuse(mountpoint: str, options: MountOptions) -> tuple[int, str | None]:
-    """Mount a FUSE filesystem on a directory. Returns the descriptor of /dev/fuse, and what could not be had or None.
+@dataclass(slots=True)
+class FuseMount:
+    """A mount of ours. Its methods may block: not for the event loop."""
 
-    The mount answers once somebody serves the descriptor. Raises MountError, with nothing mounted.
+    mountpoint: str
+    fuse_fd: int  #: the descriptor of /dev/fuse, for the channel to serve and to close
+    mount_id: str
+    device: str  #: device number, "major:minor"
+    root: int = -1  #: a descriptor of the root while the mount is attached nowhere
+    note: str | None = None  #: what could not be had; then fusermount3 has mounted it
+    _is_over: bool = False
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def attach(self) -> None:
+        """Let the mount be seen, in place of what a killed memfs left on the directory. Raises MountError."""
+        with self._lock:
+            if self.root < 0:
+                return
+            try:
+                self._attach()
+            except OSError as error:
+                raise MountError(f"cannot mount on {self.mountpoint}: {error.strerror}") from error
+            self._close_root()
+
+    def _attach(self) -> None:
+        while _is_dead(self.mountpoint):
+            with _opened(self.mountpoint) as dead:
+                below = mounts_on(self.mountpoint)[1:]
+                if not below or type_of_device(below[0][1]) != _FSTYPE:
+                    self._replace(dead)
+                    return
+                _detach(dead)  # the next one, which hides the directory, may be dead as well
+        attach_mount(self.root, self.mountpoint)
+
+    def _replace(self, dead: int) -> None:
+        try:
+            attach_mount_beneath(self.root, dead)
+        except OSError:  # EINVAL: before Linux 6.5, or of other mount namespaces with which this one shares
+            _detach(dead)
+            attach_mount(self.root, self.mountpoint)
+        else:
+            _detach(dead)
+
+    def unmount(self) -> None:
+        """Unmount it, so that it vanishes now and ends with its last user. /dev/fuse must still be open.
+
+        Nothing happens the second time, and if somebody else has unmounted it.
+        """
+        with self._lock:
+            if not self._is_over:
+                self._is_over = True
+                if self.root >= 0:
+                    self._close_root()  # and with it goes the mount
+                elif (path := mountpoint_of(self.mount_id, self.device)) is not None:
+                    try:
+                        with _opened(path) as root:
+                            self._unmount(path, root)
+                    except OSError as error:
+                        log.warning("%s stays: %s", path, error.strerror)
+
+    def _close_root(self) -> None:
+        os.close(self.root)
+        self.root = -1
+
+    def _unmount(self, path: str, root: int) -> None:
+        if mount_of(root) != (self.mount_id, self.device):
+            log.warning("%s stays: another filesystem is mounted on it", path)
+        elif _is_connected(self.fuse_fd):
+            if self.note is None:
+                _detach(root)
+            else:
+                _detach_by_helper(path)
+
+
+def mount_fuse(mountpoint: str, options: MountOptions) -> FuseMount:
+    """Mount a FUSE filesystem for a directory, on which `FuseMount.attach` then lets it be seen.
+
+    It answers once somebody serves its descriptor of /dev/fuse. Raises MountError, with nothing mounted. Blocking.
     """
-    _clear_stale(mountpoint)
-    if not os.path.isdir(mountpoint):
+    if not _is_dead(mountpoint) and not os.path.isdir(mountpoint):
         raise MountError(f"{mountpoint}: not a directory to mount on")
     if not os.path.exists("/dev/fuse"):
         raise MountError("there is no /dev/fuse: load the fuse module (modprobe fuse)")
     try:
-        return _mount_directly(mountpoint, options), None
+        return _mount_directly(mountpoint, options)
     except PermissionError:
-        return _mount_by_helper(mountpoint, options), f"mounted by {_HELPER}, without CAP_SYS_ADMIN: no passthrough"
+        _unmount_dead(mountpoint)
+        return _mount_by_helper(mountpoint, options)
     except OSError as error:
         raise MountError(f"cannot mount on {mountpoint}: {error.strerror}") from error
 
 
-def _clear_stale(mountpoint: str) -> None:
-    """Unmount what a killed memfs left on a directory. Raises MountError for what is not a memfs's."""
-    while (device := device_of_mountpoint(mountpoint)) is not None:
-        kind = type_of_device(device) or ""
-        if not kind.startswith("fuse") or _is_alive(mountpoint):
-            return
-        if kind != _FSTYPE:
-            raise MountError(f"{mountpoint}: what is mounted there is dead and not a memfs; unmount it first")
-        unmount_fuse(mountpoint)
-        if device_of_mountpoint(mountpoint) == device:
-            raise MountError(f"{mountpoint}: a memfs that has died is mounted there, and may not be unmounted by you")
+def _is_dead(mountpoint: str) -> bool:
+    """Whether what is mounted on a directory is a memfs that was killed.
+
+    Raises MountError if it is dead and not a memfs, or does not answer.
+    """
+    mounts = mounts_on(mountpoint)
+    kind = type_of_device(mounts[0][1]) if mounts else None
+    if kind is None or not kind.startswith("fuse") or _is_alive(mountpoint):
+        return False
+    if kind != _FSTYPE:
+        raise MountError(f"{mountpoint}: what is mounted there is dead and not a memfs; unmount it first")
+    return True
 
 
 def _is_alive(mountpoint: str) -> bool:
@@ -89,25 +189,74 @@ def _is_alive(mountpoint: str) -> bool:
     return answer[0]
 
 
-def _mount_directly(mountpoint: str, options: MountOptions) -> int:
-    flags = (
-        (MS_RDONLY if options.ro else 0)
-        | (0 if options.suid else MS_NOSUID)
-        | (0 if options.dev else MS_NODEV)
-        | (0 if options.exec else MS_NOEXEC)
-        | (MS_NOATIME if options.atime == "noatime" else MS_RELATIME)
-    )
-    fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+def _unmount_dead(mountpoint: str) -> None:
+    """Unmount, without root, what killed memfs left on a directory. Raises MountError."""
+    while _is_dead(mountpoint):
+        dead = mounts_on(mountpoint)
+        _detach_by_helper(mountpoint)
+        if mounts_on(mountpoint) == dead:
+            raise MountError(f"{mountpoint}: a memfs that has died is mounted there, and may not be unmounted by you")
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[int]:
+    """A descriptor of a directory, or of the root of what is mounted on it, which is not asked."""
+    fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        data = f"fd={fd},rootmode=40000,user_id={os.geteuid()},group_id={os.getegid()},default_permissions"
-        mount(_SOURCE, mountpoint, _FSTYPE, flags, data + ",allow_other" * options.allow_other)
-    except OSError:
+        yield fd
+    finally:
         os.close(fd)
+
+
+def _is_connected(fuse_fd: int) -> bool:
+    """Return whether the filesystem that a descriptor of /dev/fuse serves is still there."""
+    poll = select.poll()
+    poll.register(fuse_fd, 0)
+    return not poll.poll(0)  # an error is told unasked
+
+
+def _detach(root: int) -> None:
+    """Unmount, even if it is in use, the mount of whose root this is a descriptor. Raises OSError."""
+    umount(f"/proc/self/fd/{root}", MNT_DETACH)
+
+
+def _detach_by_helper(mountpoint: str) -> None:
+    helper = shutil.which(_HELPER)
+    if helper is not None:
+        with suppress(subprocess.TimeoutExpired):
+            command = [helper, "-u", "-z", "-q", "--", mountpoint]
+            subprocess.run(command, check=False, capture_output=True, timeout=_PATIENCE)
+
+
+def _mount_directly(mountpoint: str, options: MountOptions) -> FuseMount:
+    fuse_fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+    settings: dict[str, str | None] = {
+        "source": _SOURCE,
+        "subtype": "memfs",
+        "fd": str(fuse_fd),
+        "rootmode": "40000",
+        "user_id": str(os.geteuid()),
+        "group_id": str(os.getegid()),
+        "default_permissions": None,
+        **({"allow_other": None} if options.allow_other else {}),
+        **({"ro": None} if options.ro else {}),
+    }
+    attributes = (
+        (MOUNT_ATTR_RDONLY if options.ro else 0)
+        | (0 if options.suid else MOUNT_ATTR_NOSUID)
+        | (0 if options.dev else MOUNT_ATTR_NODEV)
+        | (0 if options.exec else MOUNT_ATTR_NOEXEC)
+        | (MOUNT_ATTR_NOATIME if options.atime == "noatime" else 0)
+    )
+    try:
+        root = mount_detached("fuse", settings, attributes=attributes)
+    except OSError:
+        os.close(fuse_fd)
         raise
-    return fd
+    return FuseMount(mountpoint, fuse_fd, *mount_of(root), root=root)
 
 
-def _mount_by_helper(mountpoint: str, options: MountOptions) -> int:
+def _mount_by_helper(mountpoint: str, options: MountOptions) -> FuseMount:
     if options.suid or options.dev:
         raise MountError(f"option {'suid' if options.suid else 'dev'} is for root: {_HELPER} mounts without it")
     helper = shutil.which(_HELPER)
@@ -138,22 +287,10 @@ def _mount_by_helper(mountpoint: str, options: MountOptions) -> int:
         said = result.stderr.strip().removeprefix(f"{os.path.basename(helper)}: ") or "no reason given"
         raise MountError(f"no permission to mount on {mountpoint}: {_HELPER} says: {said}")
     os.set_inheritable(fds[0], False)
-    return fds[0]
-
-
-def unmount_fuse(mountpoint: str) -> None:
-    """Unmount; if the mount is in use, so that it vanishes now and ends with its last user. Blocking: not for the loop.
-
-    Nothing happens if it is not mounted any more.
-    """
-    for flags in (0, MNT_DETACH):
-        try:
-            umount(mountpoint, flags)
-        except PermissionError:
-            helper = shutil.which(_HELPER)
-            if helper is not None:
-                subprocess.run([helper, "-u", "-z", "-q", "--", mountpoint], check=False, capture_output=True)
-            return
-        except OSError:
-            continue
-        return
+    mounts = mounts_on(mountpoint)
+    if not mounts:
+        os.close(fds[0])
+        raise MountError(f"{mountpoint} was unmounted immediately")
+    return FuseMount(
+        mountpoint, fds[0], *mounts[0], note=f"mounted by {_HELPER}, without CAP_SYS_ADMIN: no passthrough"
+    )

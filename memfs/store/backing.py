@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import ClassVar, Final, NewType, Protocol
 
-from memfs.contract.sys.libc import mount_detached, remount_detached
+from memfs.contract.sys.libc import MOUNT_ATTR_NOATIME, mount_detached, remount_detached
 from memfs.contract.units import bytes_to_pages, pages_to_bytes
 from memfs.options import MountOptions, OptionError
 from memfs.store.reaper import Reaper
@@ -199,7 +199,8 @@ class TmpfsBacking:
 
 def _mount_tmpfs(size: int, options: dict[str, str | None], noatime: bool) -> int:
     # Inodes are limited by the tree, which also counts directories; the backing must never be the first to run out.
-    return mount_detached("tmpfs", {"size": str(size), "nr_inodes": "0", **options}, noatime=noatime)
+    attributes = MOUNT_ATTR_NOATIME if noatime else 0
+    return mount_detached("tmpfs", {"size": str(size), "nr_inodes": "0", **options}, attributes=attributes)
 
 
 class MemfdBacking:

@@ -1,14 +1,15 @@
 """The system calls that Python's os module lacks, through ctypes, with its manners: bytes in, OSError out.
 
-fallocate(2) with modes, mount(2) and umount2(2) go through libc; the mount API of Linux 5.2 (fsopen, fsconfig, fsmount,
-fspick) has no libc wrapper on older systems and goes through syscall(2). ctypes releases the GIL during a call, so a
-long fallocate in a thread holds up nobody.
+fallocate(2) with modes, mount(2), umount2(2) and statx(2) go through libc; the mount API of Linux 5.2 (fsopen,
+fsconfig, fsmount, move_mount, fspick) has no libc wrapper on older systems and goes through syscall(2). ctypes releases
+the GIL during a call, so a long fallocate in a thread holds up nobody.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import struct
 from typing import Final
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -19,16 +20,25 @@ FALLOC_FL_PUNCH_HOLE: Final = 0x02
 PUNCH_HOLE: Final = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE  #: the one mode in which there is a punch
 
 # linux/mount.h
-MS_RDONLY: Final = 1
-MS_NOSUID: Final = 2
-MS_NODEV: Final = 4
-MS_NOEXEC: Final = 8
-MS_NOATIME: Final = 1024
-MS_RELATIME: Final = 1 << 21
 MNT_DETACH: Final = 2
-_MOUNT_ATTR_NOATIME: Final = 0x10
+MOUNT_ATTR_RDONLY: Final = 0x01
+MOUNT_ATTR_NOSUID: Final = 0x02
+MOUNT_ATTR_NODEV: Final = 0x04
+MOUNT_ATTR_NOEXEC: Final = 0x08
+MOUNT_ATTR_NOATIME: Final = 0x10
+_MOVE_MOUNT_F_EMPTY_PATH: Final = 0x04
+_MOVE_MOUNT_T_EMPTY_PATH: Final = 0x40
+_MOVE_MOUNT_BENEATH: Final = 0x200
+_AT_FDCWD: Final = -100
 
-_SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT, _SYS_FSPICK = 430, 431, 432, 433  # the same on every architecture
+# linux/stat.h
+_AT_EMPTY_PATH: Final = 0x1000
+_AT_STATX_DONT_SYNC: Final = 0x4000
+_STATX_MNT_ID: Final = 0x1000
+_STATX: Final = struct.Struct("=136xIIQ104x")  # of struct statx: stx_dev_major, stx_dev_minor, stx_mnt_id
+
+_SYS_MOVE_MOUNT: Final = 429  # these are the same on every architecture
+_SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT, _SYS_FSPICK = 430, 431, 432, 433
 _FSOPEN_CLOEXEC = _FSMOUNT_CLOEXEC = _FSPICK_CLOEXEC = 1
 _FSPICK_EMPTY_PATH = 8
 _FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE, _FSCONFIG_CMD_RECONFIGURE = 0, 1, 6, 7
@@ -36,6 +46,7 @@ _FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE, _FSCONFIG_CMD_RE
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 _libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
 _libc.umount2.argtypes = [ctypes.c_char_p, ctypes.c_int]
+_libc.statx.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_char_p]
 _libc.syscall.restype = ctypes.c_long
 
 
@@ -73,17 +84,48 @@ def _fsconfig(fs: int, options: dict[str, str | None], command: int) -> None:
     _checked(_libc.syscall(_SYS_FSCONFIG, fs, command, None, None, 0))
 
 
-def mount_detached(fstype: str, options: dict[str, str | None], *, noatime: bool = False) -> int:
+def mount_detached(fstype: str, options: dict[str, str | None], *, attributes: int = 0) -> int:
     """Mount a filesystem nowhere: a descriptor of its root, which is all that keeps it alive (fsopen(2), fsmount(2)).
 
-    An option whose value is None is a flag. Raises OSError; for a refused option its filename is the option's name.
+    `attributes` are MOUNT_ATTR_* bits. An option whose value is None is a flag. Raises OSError; for a refused option
+    its filename is the option's name.
     """
     fs = _checked(_libc.syscall(_SYS_FSOPEN, fstype.encode(), _FSOPEN_CLOEXEC))
     try:
         _fsconfig(fs, options, _FSCONFIG_CMD_CREATE)
-        return _checked(_libc.syscall(_SYS_FSMOUNT, fs, _FSMOUNT_CLOEXEC, _MOUNT_ATTR_NOATIME if noatime else 0))
+        return _checked(_libc.syscall(_SYS_FSMOUNT, fs, _FSMOUNT_CLOEXEC, attributes))
     finally:
         os.close(fs)
+
+
+def attach_mount(root: int, target: str) -> None:
+    """Attach a mount that is nowhere, by the descriptor of its root, to a directory (move_mount(2)). Raises OSError.
+
+    It comes on top of what is mounted there.
+    """
+    _checked(
+        _libc.syscall(_SYS_MOVE_MOUNT, root, b"", _AT_FDCWD, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH), target
+    )
+
+
+def attach_mount_beneath(root: int, top: int) -> None:
+    """Attach a mount that is nowhere beneath another, by descriptors of their roots, so that it shows when that goes.
+
+    Raises OSError: EINVAL before Linux 6.5.
+    """
+    flags = _MOVE_MOUNT_F_EMPTY_PATH | _MOVE_MOUNT_T_EMPTY_PATH | _MOVE_MOUNT_BENEATH
+    _checked(_libc.syscall(_SYS_MOVE_MOUNT, root, b"", top, b"", flags))
+
+
+def mount_of(fd: int) -> tuple[str, str]:
+    """Return the mount id and the device number ("major:minor") of what a descriptor was opened through (statx(2)).
+
+    Asks the filesystem nothing: it may be ourselves. Raises OSError.
+    """
+    buffer = ctypes.create_string_buffer(_STATX.size)
+    _checked(_libc.statx(fd, b"", _AT_EMPTY_PATH | _AT_STATX_DONT_SYNC, _STATX_MNT_ID, buffer))
+    major, minor, mount_id = _STATX.unpack(buffer.raw)
+    return str(mount_id), f"{major}:{minor}"
 
 
 def remount_detached(root: int, options: dict[str, str | None]) -> None:

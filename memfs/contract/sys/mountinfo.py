@@ -15,7 +15,29 @@ def device_of_mountpoint(mountpoint: str) -> str | None:
 
     None if nothing is. `mountpoint` must be absolute and without symbolic links (`real_mountpoint`).
     """
-    return next((fields[2] for fields in reversed(_mountinfo("self")) if _unescape(fields[4]) == mountpoint), None)
+    return next((device for _, device in mounts_on(mountpoint)), None)
+
+
+def mounts_on(mountpoint: str) -> list[tuple[str, str]]:
+    """Mount id and device number ("major:minor") of each mount on a directory; the first is the one that is seen."""
+    rows = {fields[0]: fields for fields in _mountinfo("self") if _unescape(fields[4]) == mountpoint}
+    covered = {fields[1] for fields in rows.values()}
+    seen = next((each for each in reversed(rows) if each not in covered), "")
+    mounts = []
+    while seen in rows:
+        mounts.append((seen, rows[seen][2]))
+        seen = rows[seen][1]
+    return mounts
+
+
+def mountpoint_of(mount_id: str, device: str) -> str | None:
+    """Where a mount lies in our mount namespace, wherever it was moved; None if it does not any more.
+
+    The device is asked for as well, because ids are given to others again.
+    """
+    return next(
+        (_unescape(fields[4]) for fields in _mountinfo("self") if fields[0] == mount_id and fields[2] == device), None
+    )
 
 
 def real_mountpoint(path: str) -> str:
