@@ -166,6 +166,8 @@ class File:
 
     def unbind(self) -> None:
         """Take the owner from the file. What it has of descriptors nobody can take back."""
+        if self._owner is not None and self.guest:
+            self.initial_image().owner_left()
         self._owner = None
 
     def take_stale(self) -> bool:
@@ -214,7 +216,8 @@ class File:
     # -- pages ------------------------------------------------------------------------------------------------------
 
     def _pages(self) -> Pages:
-        return Pages(self._backing, self._backing_file, self._accounting, self._owner, guest=self.guest)
+        image = self._image if self._image is not None and not self._image.launched else None
+        return Pages(self._backing, self._backing_file, self._accounting, self._owner, image, guest=self.guest)
 
     def allocation_runs(self, pages: PageRange) -> Iterator[tuple[PageRange, bool]]:
         """Split a range into runs of pages that are allocated (True) or absent (False). Call within `locked`.

@@ -2,12 +2,26 @@
 
 Nobody on the host can write to a guest-sealed file, so a guest's first memory (firmware, kernel) gets there in another
 way: as TDX and SNP have it, the store copies it in and measures what it copied, until the guest is launched. After that
-nothing more goes in. The measurement is
+nothing more goes in. The measurement is SHA-384 over records, in the order in which things happened; numbers are u64,
+little-endian:
 
-    SHA-384 over, for each page in the order they were populated:  u64 page index (little-endian), 4096 bytes of content
+    page index, 4096 bytes of content       a page was populated
+    2**64 - 1, first page, end of pages     allocated pages were removed before the launch (punched, truncated)
+    2**64 - 2, 0, 0                         an owner let the file go, or was cut off
 
-so whoever knows the image and the order can compute it, and a page that was put elsewhere, twice or not at all shows.
-Pages that were allocated and not populated are zero and are not measured.
+So whoever knows the image and the order can compute it, and a page that was put elsewhere, twice or not at all shows.
+No page has such an index, so no two histories give the same bytes. Pages that were allocated and not populated are zero
+and are not measured; nor is the removal of pages that were not there, which changes nothing.
+
+Why removal is recorded: a page that is removed is zero when it is allocated again, so content that was measured would
+not be there. TDX and SNP do not let such a page pass for the one that was measured, either: it has to be accepted
+anew by the guest, which notices. Here no guest could, so the measurement shows it. Rejected: EBUSY for the removal, for
+then one client that populates a page keeps all others from getting the file's memory back by any means but unlink; and
+to begin the measurement anew, for then what stands in the file is not all measured.
+
+Why the end of an owner is recorded: it could write to all of the file's memory, and may have done so; what the
+next one launches is not what was populated, the more so if the former has run its guest in it. A guest whose first
+content matters gets a file of its own.
 
 The content comes from a memfd, which unlike other files cannot make us wait, and which is sealed against shrinking, so
 that all of it is there. What is hashed is our copy: who changes the memfd meanwhile changes both or neither.
@@ -19,6 +33,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import struct
 from typing import Final
 
 import numpy as np
@@ -27,6 +42,8 @@ from memfs.contract.units import PAGE_SIZE, ByteOffset, PageRange
 
 _BLOCK: Final = 512  # pages that are copied at a time: no more than IOV_MAX
 _RECORD: Final = np.dtype([("page", "<u8"), ("content", "V", PAGE_SIZE)])
+_EVENT: Final = struct.Struct("<3Q")
+_REMOVED, _OWNER_LEFT = 2**64 - 1, 2**64 - 2
 
 
 class InitialImage:
@@ -38,8 +55,20 @@ class InitialImage:
 
     @property
     def measurement(self) -> bytes:
-        """SHA-384 of what was populated so far, 48 bytes."""
+        """SHA-384 of what happened so far, 48 bytes."""
         return self._hash.digest()
+
+    def remove(self, pages: PageRange) -> None:
+        """Record that allocated pages are about to be removed. After the launch that is the guest's own affair."""
+        assert not self.launched, "the guest has been launched"
+        self._hash.update(_EVENT.pack(_REMOVED, pages.start, pages.end))
+
+    def owner_left(self) -> None:
+        """Record that an owner, which could write to the file, has it no longer.
+
+        It may come while `copy_in` runs in its thread: an update of the hash is atomic, and consists of whole records.
+        """
+        self._hash.update(_EVENT.pack(_OWNER_LEFT, 0, 0))
 
     def copy_in(self, pages: PageRange, target: int, source: int, start: ByteOffset) -> None:
         """Copy pages that are allocated into a file, from byte `start` of another, and measure them. Blocks for long.

@@ -2,7 +2,7 @@
 
 Freeing:
 
-    begin (the owner unmaps, acknowledges, has no page locked) -> free -> account -> end
+    begin (the owner unmaps, acknowledges, has no page locked) -> measure -> free -> account -> end
 
 and end comes on every path once begin was sent, also when freeing fails. Allocating: reserve -> allocate -> account ->
 notify the owner; when allocating fails the kernel has freed what the call had allocated (shmem_fallocate), and the
@@ -25,7 +25,7 @@ from typing import Final, Protocol
 
 import trio
 
-from memfs.contract.page_map import PageMap
+from memfs.contract.page_map import ALLOCATED, PageMap
 from memfs.contract.sparse import data_pages
 from memfs.contract.sys.libc import FALLOC_FL_KEEP_SIZE, PUNCH_HOLE, fallocate
 from memfs.contract.units import ByteOffset, PageRange, page_ceil, page_offset
@@ -33,6 +33,7 @@ from memfs.store import chunks
 from memfs.store.accounting import MAP_END, Accounting, Reservation
 from memfs.store.backing import Backing
 from memfs.store.backing_file import BackingFile
+from memfs.store.measurement import InitialImage
 
 
 class GuestOps(Protocol):
@@ -54,18 +55,27 @@ class GuestOps(Protocol):
 class Pages:
     """The pages of one file, for as long as the caller has its inode lock. Raises OSError as the kernel would.
 
-    `accounting` is None for an untracked file, `owner` for a file without one.
+    `accounting` is None for an untracked file, `owner` for a file without one. The measurement of `image` shows what is
+    freed; it is None for a file that has not been populated, or whose guest has been launched.
     """
 
-    __slots__ = ("_accounting", "_backing", "_file", "_guest", "_owner")
+    __slots__ = ("_accounting", "_backing", "_file", "_guest", "_image", "_owner")
 
     def __init__(
-        self, backing: Backing, file: BackingFile, accounting: Accounting | None, owner: GuestOps | None, *, guest: bool
+        self,
+        backing: Backing,
+        file: BackingFile,
+        accounting: Accounting | None,
+        owner: GuestOps | None,
+        image: InitialImage | None,
+        *,
+        guest: bool,
     ) -> None:
         self._backing: Final = backing
         self._file: Final = file
         self._accounting: Final = accounting
         self._owner: Final = owner
+        self._image: Final = image
         self._guest: Final = guest
 
     @property
@@ -211,9 +221,14 @@ class Pages:
 
     async def _free(self, free_rest: Callable[[], None], notified: PageRange | None, freed: PageRange | None) -> None:
         if notified is not None:
+            self._measure_removal(notified)
             await self.free_in_chunks(notified)
         free_rest()
         self._account_freed(freed)
+
+    def _measure_removal(self, pages: PageRange) -> None:
+        if self._image is not None and self._page_map is not None and any(self._page_map.runs(pages, ALLOCATED)):
+            self._image.remove(pages)
 
     async def _end(self, pages: PageRange | None) -> None:
         if self._owner is not None and pages is not None:

@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 import trio
 
-from memfs.contract.protocol.messages import Failed, Fallocate, GetPfn, Launch, Measured, Message, Populate
+from memfs.contract.protocol.messages import Failed, Fallocate, GetPfn, Launch, Measured, Message, Populate, Unregister
 from memfs.contract.units import PAGE_SIZE, ByteOffset, PageRange
 from tests.helpers import pages
 
 from .conftest import Memfs, MountMemfs, memfs_command
-from .owner import Owner, connected
+from .owner import Owner, connected, shell
 from .test_kvmsim import RUN
 
 IMAGE = random.Random(5).randbytes(700 * PAGE_SIZE + 5)  # more than is copied at a time, and not whole pages
@@ -35,6 +35,17 @@ def measure(*parts: tuple[int, bytes]) -> str:
             page = content[number * PAGE_SIZE : (number + 1) * PAGE_SIZE]
             digest.update(struct.pack("<Q", first + number) + page.ljust(PAGE_SIZE, b"\0"))
     return digest.hexdigest()
+
+
+def record(*numbers: int) -> bytes:
+    """Return what the documentation says is measured of an event."""
+    return struct.pack("<3Q", *numbers)
+
+
+def content_of(first: int, content: bytes) -> bytes:
+    """Return what the documentation says is measured of whole pages."""
+    parts = range(0, len(content), PAGE_SIZE)
+    return b"".join(struct.pack("<Q", first + at // PAGE_SIZE) + content[at : at + PAGE_SIZE] for at in parts)
 
 
 @pytest.fixture
@@ -134,6 +145,89 @@ async def test_measurement_of_nothing(memfs: Memfs, guest: Path) -> None:
         assert unknown.errno == errno.EBADF
         for fd in fds:
             os.close(fd)
+
+
+REMOVALS = {
+    "punched": (["fallocate", "-p", "-o", "4K", "-l", "8K"], (1, 3)),
+    "punched and allocated again": (["sh", "-c", 'fallocate -p -l 4K "$0" && fallocate -l 4K "$0"'], (0, 1)),
+    "truncated to nothing and grown again": (["sh", "-c", ': > "$0"; truncate -s 16M "$0"'], (0, 4096)),
+    "truncated": (["truncate", "-s", "8K"], (2, 4096)),
+    "more than was populated": (["fallocate", "-p", "-l", "1M"], (0, 256)),
+}
+
+
+@pytest.mark.parametrize("how", REMOVALS)
+async def test_measured_pages_that_are_removed_before_the_launch_show(memfs: Memfs, guest: Path, how: str) -> None:
+    command, (start, end) = REMOVALS[how]
+    content = random.Random(7).randbytes(4 * PAGE_SIZE)
+    with memfd(content) as source:
+        async with connected(memfs.socket) as loader:
+            await ask(loader, guest, source, pages(0, 4))
+        assert (await shell(*command, guest, cwd=memfs.path)).returncode == 0
+        async with connected(memfs.socket) as owner:
+            registered, fds = await owner.registered(guest)
+            measured = await owner.ask(Launch(registered.file))
+            for fd in fds:
+                os.close(fd)
+    expected = hashlib.sha384(content_of(0, content) + record(2**64 - 1, start, end)).digest()
+    assert measured == Measured(expected)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["fallocate", "-p", "-o", "1M", "-l", "1M"],
+        ["truncate", "-s", "8M"],
+        ["truncate", "-s", "32M"],
+        ["fallocate", "-l", "2M"],
+    ],
+)
+async def test_what_removes_no_page_leaves_the_measurement(memfs: Memfs, guest: Path, command: list[str]) -> None:
+    with memfd(bytes(PAGE_SIZE)) as source:
+        async with connected(memfs.socket) as owner:
+            registered, fds = await owner.registered(guest)
+            before = await ask(owner, guest, source, pages(0, 1))
+            assert (await shell(*command, guest, cwd=memfs.path)).returncode == 0
+            assert await owner.ask(Launch(registered.file)) == before
+            # From then on the guest converts memory as it likes.
+            assert (await shell("fallocate", "-p", "-l", "4K", guest, cwd=memfs.path)).returncode == 0
+            assert await owner.ask(Launch(registered.file)) == before
+            for fd in fds:
+                os.close(fd)
+
+
+@pytest.mark.parametrize("when", ["before", "between", "after the launch"])
+@pytest.mark.parametrize("how", ["unregistered", "disconnected"])
+async def test_a_former_owner_shows_in_the_measurement(memfs: Memfs, guest: Path, when: str, how: str) -> None:
+    """It had a descriptor of the memory that others take for what was populated, or for zeros."""
+
+    async def come_and_go(*, launch: bool = False) -> None:
+        async with connected(memfs.socket) as former:
+            registered, fds = await former.registered(guest)
+            os.pwrite(fds[0], b"unmeasured", 2 * PAGE_SIZE)
+            for fd in fds:
+                os.close(fd)
+            if launch:
+                await former.ask(Launch(registered.file))
+            if how == "unregistered":
+                assert not isinstance(await former.ask(Unregister(registered.file)), Failed)
+
+    content = random.Random(8).randbytes(2 * PAGE_SIZE)
+    assert (await shell("fallocate", "-o", "8K", "-l", "4K", guest, cwd=memfs.path)).returncode == 0
+    if when == "before":
+        await come_and_go()
+    with memfd(content) as source:
+        async with connected(memfs.socket) as loader:
+            await ask(loader, guest, source, pages(0, 2))
+    if when != "before":
+        await come_and_go(launch=when == "after the launch")
+    async with connected(memfs.socket) as owner:
+        registered, fds = await owner.registered(guest)
+        measured = await owner.ask(Launch(registered.file))
+        for fd in fds:
+            os.close(fd)
+    records = [content_of(0, content), record(2**64 - 2, 0, 0)]
+    assert measured == Measured(hashlib.sha384(b"".join(records[::-1] if when == "before" else records)).digest())
 
 
 REFUSED: dict[str, tuple[int, dict[str, Any]]] = {
