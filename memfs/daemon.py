@@ -10,7 +10,6 @@ cases the socket is removed and every file's memory is freed.
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -164,7 +163,7 @@ class _Memfs:
             "passthrough": "on" if self._passthrough.in_force else f"off: {self._passthrough.why_not}",
             "size": pages_to_bytes(self._backing.total_pages),
             "used": pages_to_bytes(self._backing.total_pages - self._backing.free_pages),
-            "nr_inodes": self._tree.nr_inodes,
+            "nr_inodes": self._tree.space.nr_inodes,
             "inodes used": len(self._tree.inodes),
             "open handles": len(self._handles),
             "owners": len(owners),
@@ -217,13 +216,12 @@ class _Memfs:
 
     def remount(self, options: RemountOptions) -> None:
         """Change size and number of inodes. Raises OSError(EINVAL), changing nothing, below what is in use."""
-        in_use = self._tree.nr_inodes - self._tree.free_inodes
-        if options.nr_inodes is not None and options.nr_inodes < in_use:
-            raise OSError(errno.EINVAL, f"{in_use} inodes are in use")
+        if options.nr_inodes is not None:
+            self._tree.space.check_limit(options.nr_inodes)
         if options.size is not None:
             self._backing.resize(options.size)
         if options.nr_inodes is not None:
-            self._tree.nr_inodes = options.nr_inodes
+            self._tree.space.set_limit(options.nr_inodes)
 
     async def _unmount_on_signal(self, unmounted: trio.Event, server: Server) -> None:
         with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:

@@ -14,10 +14,9 @@ import json
 import logging
 import os
 import stat
-import struct
 import sys
 from collections.abc import Callable, Sequence
-from typing import Final, NoReturn
+from typing import NoReturn
 
 from memfs.contract import logs
 from memfs.contract.sizes import parse_bytes
@@ -25,8 +24,6 @@ from memfs.contract.sys.mountinfo import real_mountpoint
 from memfs.contract.units import ByteOffset
 from memfs.options import MountOptions, OptionError, RemountOptions
 from memfs.store import seals
-
-_U32: Final = struct.Struct("=I")
 
 
 class CommandError(Exception):
@@ -263,7 +260,7 @@ def _create(options: argparse.Namespace) -> None:
     fd = os.open(options.file, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC, 0o600)
     try:
         if bits:
-            fcntl.ioctl(fd, seals.MEMFS_IOC_ADD_SEALS, _U32.pack(bits))
+            fcntl.ioctl(fd, seals.MEMFS_IOC_ADD_SEALS, seals.IOC_ARGUMENT.pack(bits))
         os.ftruncate(fd, options.size)
         if options.allocate and options.size:
             from memfs.cli import populate

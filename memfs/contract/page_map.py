@@ -34,6 +34,7 @@ import numpy as np
 import numpy.typing as npt
 
 from memfs.contract.sparse import data_extents
+from memfs.contract.sys.constants import F_SEAL_FUTURE_WRITE
 from memfs.contract.units import ORDER_2M, PAGE_SHIFT, PAGE_SIZE, PageIndex, PageRange
 
 ABSENT: Final = 0
@@ -50,7 +51,6 @@ _OBJECT_BYTES: Final = _HEADER_BYTES + MAX_PAGES
 _SPARSE_FROM: Final = 1 << 16  # pages; for shorter ranges asking for the extents costs more than reading them
 _AT_ONCE: Final = 1 << 16  # pages whose runs are found at a time: who wants only the first few does not pay for all
 _TRIES: Final = 10_000  # to read a map that is being changed, which takes the store microseconds
-_F_SEAL_FUTURE_WRITE: Final = 0x0010  # linux/fcntl.h; not in Python's fcntl module
 
 _BLOCK: Final = 1 << ORDER_2M
 
@@ -189,7 +189,7 @@ class PageMap(PageMapView):
             fcntl.fcntl(
                 fd,
                 fcntl.F_ADD_SEALS,
-                _F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL,
+                F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL,
             )
         finally:
             os.close(fd)

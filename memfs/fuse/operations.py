@@ -116,8 +116,8 @@ class Operations(pyfuse3.Operations):
         reply.f_bsize = reply.f_frsize = PAGE_SIZE
         reply.f_blocks = self._backing.total_pages
         reply.f_bfree = reply.f_bavail = self._backing.free_pages
-        reply.f_files = self._tree.nr_inodes
-        reply.f_ffree = reply.f_favail = self._tree.free_inodes
+        reply.f_files = self._tree.space.nr_inodes
+        reply.f_ffree = reply.f_favail = self._tree.space.free_inodes
         reply.f_namemax = NAME_MAX
         return reply
 

@@ -12,16 +12,17 @@ from __future__ import annotations
 
 import enum
 import errno
+import struct
 from collections.abc import Iterable
 from typing import Final
 
+from memfs.contract.sys.constants import F_SEAL_FUTURE_WRITE
 from memfs.contract.units import ByteOffset, page_floor, page_offset
 
 F_SEAL_SEAL: Final = 0x0001
 F_SEAL_SHRINK: Final = 0x0002
 F_SEAL_GROW: Final = 0x0004
 F_SEAL_WRITE: Final = 0x0008
-F_SEAL_FUTURE_WRITE: Final = 0x0010
 F_SEAL_GUEST: Final = 0x0020
 F_SEAL_EXEC: Final = 0x0040  #: memfs's own number
 
@@ -155,6 +156,7 @@ def _ioc(direction: int, number: int) -> int:
     return direction << 30 | 4 << 16 | ord("M") << 8 | number
 
 
-#: ioctl(2) on a memfs file for what fcntl(F_ADD_SEALS) and fcntl(F_GET_SEALS) do on a memfd; both take a u32
+#: ioctl(2) on a memfs file for what fcntl(F_ADD_SEALS) and fcntl(F_GET_SEALS) do on a memfd; both take IOC_ARGUMENT
 MEMFS_IOC_ADD_SEALS: Final = _ioc(1, 0x40)
 MEMFS_IOC_GET_SEALS: Final = _ioc(2, 0x41)
+IOC_ARGUMENT: Final = struct.Struct("=I")

@@ -64,6 +64,18 @@ def inherited(default: bytes, mode: int) -> tuple[int, bytes | None]:
     return mode_of(access, mode)
 
 
+def inherit(parent: dict[bytes, bytes] | None, mode: int, umask: int) -> tuple[int, dict[bytes, bytes]]:
+    """Return the mode of a new inode and its ACLs, from the extended attributes of its directory."""
+    default = (parent or {}).get(DEFAULT)
+    if default is None:
+        return mode & ~umask, {}
+    mode, access = inherited(default, mode)
+    xattrs = {} if access is None else {ACCESS: access}
+    if stat.S_ISDIR(mode):
+        xattrs[DEFAULT] = default
+    return mode, xattrs
+
+
 def _parse(value: bytes) -> list[_Entry]:
     if len(value) < _HEADER.size or (len(value) - _HEADER.size) % _ENTRY.size:
         raise OSError(errno.EINVAL, "not an ACL")

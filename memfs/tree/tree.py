@@ -17,74 +17,79 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Final
+from typing import Final, NamedTuple
 
+from memfs.contract.sys.constants import XATTR_SIZE_MAX
 from memfs.contract.units import ByteOffset
 from memfs.store.file import File
 from memfs.tree import acl, inode_flags
 from memfs.tree.inode import Directory, Ino, Inode, RegularFile, Special, Symlink
+from memfs.tree.inode_space import InodeSpace
 
 ROOT_INO: Final = Ino(1)
 NAME_MAX: Final = 255  # bytes
 _SHORT_SYMLINK: Final = 128  # bytes, the final 0 among them (mm/shmem.c: SHORT_SYMLINK_LEN)
-_INODE_BYTES: Final = 1024  # BOGO_INODE_SIZE: what tmpfs counts for an inode
-_XATTR_SIZE_MAX: Final = 65536  # linux/limits.h
 RENAME_NOREPLACE: Final = 1
 RENAME_EXCHANGE: Final = 2
 RENAME_WHITEOUT: Final = 4
 
 
+class _New(NamedTuple):
+    """What a new inode is to be: `create` says more of it. `target` is a symbolic link's."""
+
+    mode: int
+    uid: int
+    gid: int
+    umask: int = 0
+    rdev: int = 0
+    seals: int = 0
+    target: bytes = b""
+
+
 class Tree:
     """All inodes of a mount. Methods raise OSError with the errno that tmpfs gives.
 
-    `new_file` makes the content of a new regular file from its number and the seals it is born with; `nr_inodes` limits
-    how many inodes there are, the root included.
+    `new_file` creates the content of a new regular file from its number and initial seals; `nr_inodes` limits how many
+    inodes there are, the root included.
     """
 
     def __init__(self, new_file: Callable[[Ino, int], File], nr_inodes: int, mode: int, uid: int, gid: int) -> None:
         self._new_file: Final = new_file
-        self.nr_inodes = nr_inodes
-        self._user_xattr_bytes = 0
-        self._extra_links = 0  # names of files beyond the first
+        self.space: Final = InodeSpace(nr_inodes)
         self._next_ino = ROOT_INO
         self.inodes: dict[Ino, Inode] = {}
         self.root: Final = Directory(self._new_ino(), stat.S_IFDIR | mode, uid, gid, None)
-        self.inodes[self.root.ino] = self.root
+        self._add(self.root)
 
-    @property
-    def free_inodes(self) -> int:
-        """How many inodes can still be made. User attributes take room that inodes could have, as on tmpfs."""
-        return self._free_inode_bytes // _INODE_BYTES
+    def _add(self, inode: Inode) -> None:
+        self.inodes[inode.ino] = inode
+        self.space.add_inode()
 
-    @property
-    def _free_inode_bytes(self) -> int:
-        return (self.nr_inodes - len(self.inodes) - self._extra_links) * _INODE_BYTES - self._user_xattr_bytes
-
-    # -- finding ----------------------------------------------------------------------------------------------------
+    # -- look-up ----------------------------------------------------------------------------------------------------
 
     def inode(self, ino: int) -> Inode:
-        """The inode with a number. ESTALE if it is gone."""
+        """Return the inode with a number. ESTALE if it has been freed."""
         try:
             return self.inodes[Ino(ino)]
         except KeyError:
             raise OSError(errno.ESTALE, f"no inode {ino}") from None
 
     def directory(self, ino: int) -> Directory:
-        """The directory with a number. ENOTDIR if it is something else."""
+        """Return the directory with a number. ENOTDIR if it is something else."""
         inode = self.inode(ino)
         if not isinstance(inode, Directory):
             raise OSError(errno.ENOTDIR, "not a directory")
         return inode
 
     def regular(self, ino: int) -> RegularFile:
-        """The regular file with a number. EINVAL if it is something else."""
+        """Return the regular file with a number. EINVAL if it is something else."""
         inode = self.inode(ino)
         if not isinstance(inode, RegularFile):
             raise OSError(errno.EINVAL, "not a regular file")
         return inode
 
     def lookup(self, parent: int, name: bytes) -> Inode:
-        """What a name in a directory names. ENOENT if nothing."""
+        """Return what a name in a directory names. ENOENT if nothing."""
         directory = self.directory(parent)
         if name == b".":
             return directory
@@ -97,24 +102,24 @@ class Tree:
         except KeyError:
             raise OSError(errno.ENOENT, "no such entry") from None
 
-    # -- making -----------------------------------------------------------------------------------------------------
+    # -- creation -----------------------------------------------------------------------------------------------------
 
     def create(
         self, parent: int, name: bytes, mode: int, uid: int, gid: int, *, umask: int = 0, rdev: int = 0, seals: int = 0
     ) -> Inode:
         """mknod(2), mkdir(2) and the creating half of open(2): a new inode of the type in `mode`.
 
-        A regular file is born with `seals` (F_SEAL_* bits). `umask` counts where there is no default ACL.
+        A regular file has initial `seals` (F_SEAL_* bits). `umask` counts where there is no default ACL.
         """
         directory = self._writable(parent)
         self._check_new(directory, name)
-        inode = self._make(directory, mode, uid, gid, umask=umask, rdev=rdev, seals=seals)
+        inode = self._create(directory, _New(mode, uid, gid, umask, rdev, seals))
         directory.add(name, inode)
         return inode
 
     def create_unlinked(self, parent: int, mode: int, uid: int, gid: int, *, umask: int = 0, seals: int = 0) -> Inode:
         """open(2) with O_TMPFILE: a new regular file that has no name yet. The caller must hold it."""
-        inode = self._make(self._writable(parent), mode, uid, gid, umask=umask, seals=seals)
+        inode = self._create(self._writable(parent), _New(mode, uid, gid, umask, seals=seals))
         inode.nlink = 0
         return inode
 
@@ -122,7 +127,7 @@ class Tree:
         """symlink(2)."""
         directory = self._writable(parent)
         self._check_new(directory, name)
-        inode = self._make(directory, stat.S_IFLNK | 0o777, uid, gid, target=target)
+        inode = self._create(directory, _New(stat.S_IFLNK | 0o777, uid, gid, target=target))
         directory.add(name, inode)
         return inode
 
@@ -131,48 +136,38 @@ class Tree:
         inode, directory = self.inode(ino), self._writable(parent)
         self._check_new(directory, name)
         inode_flags.check_change(inode)
-        if inode.nlink and self._free_inode_bytes < _INODE_BYTES:  # as on tmpfs, a second name takes an inode's room
-            raise OSError(errno.ENOSPC, f"all {self.nr_inodes} inodes are in use")
-        self._extra_links += bool(inode.nlink)
+        if inode.nlink:
+            self.space.check_inode()
+            self.space.add_extra_link()
         inode.nlink += 1
         inode.changed()
         directory.add(name, inode)
         return inode
 
-    def _make(
-        self,
-        parent: Directory,
-        mode: int,
-        uid: int,
-        gid: int,
-        *,
-        umask: int = 0,
-        rdev: int = 0,
-        seals: int = 0,
-        target: bytes = b"",
-    ) -> Inode:
-        if self._free_inode_bytes < _INODE_BYTES:
-            raise OSError(errno.ENOSPC, f"all {self.nr_inodes} inodes are in use")
+    def _create(self, parent: Directory, new: _New) -> Inode:
+        self.space.check_inode()
+        mode, gid = new.mode, new.gid
         xattrs: dict[bytes, bytes] = {}
         if not stat.S_ISLNK(mode):
-            mode, xattrs = _inherit(parent, mode, umask)
+            mode, xattrs = acl.inherit(parent.xattrs, mode, new.umask)
         if parent.mode & stat.S_ISGID:  # inode_init_owner()
             gid = parent.gid
             if stat.S_ISDIR(mode):
                 mode |= stat.S_ISGID
-        ino = self._new_ino()
-        inode: Inode
-        if stat.S_ISREG(mode):
-            inode = RegularFile(ino, mode, uid, gid, self._new_file(ino, seals))
-        elif stat.S_ISDIR(mode):
-            inode = Directory(ino, mode, uid, gid, parent)
-        elif stat.S_ISLNK(mode):
-            inode = Symlink(ino, mode, uid, gid, target, self._page_for(ino, target))
-        else:
-            inode = Special(ino, mode, uid, gid, rdev)
+        inode = self._new_inode(parent, new._replace(mode=mode, gid=gid))
         inode.xattrs = xattrs or None
-        self.inodes[inode.ino] = inode
+        self._add(inode)
         return inode
+
+    def _new_inode(self, parent: Directory, new: _New) -> Inode:
+        ino, mode, uid, gid = self._new_ino(), new.mode, new.uid, new.gid
+        if stat.S_ISREG(mode):
+            return RegularFile(ino, mode, uid, gid, self._new_file(ino, new.seals))
+        if stat.S_ISDIR(mode):
+            return Directory(ino, mode, uid, gid, parent)
+        if stat.S_ISLNK(mode):
+            return Symlink(ino, mode, uid, gid, new.target, self._page_for(ino, new.target))
+        return Special(ino, mode, uid, gid, new.rdev)
 
     def _page_for(self, ino: Ino, target: bytes) -> File | None:
         """The memory of a symbolic link's target, if it is long. Raises OSError(ENOSPC)."""
@@ -249,7 +244,7 @@ class Tree:
                 return
             inode_flags.check_remove(target, existing.inode)
             self._check_replaceable(inode, existing.inode)
-        left_behind = self._make(source, stat.S_IFCHR, uid, gid) if whiteout else None
+        left_behind = self._create(source, _New(stat.S_IFCHR, uid, gid)) if whiteout else None
         if existing is not None:
             self._unlinked(target.remove(new_name))
         self._move(source.remove(name), target, new_name)
@@ -286,7 +281,8 @@ class Tree:
 
     def _unlinked(self, inode: Inode) -> None:
         inode.nlink -= 2 if inode.is_dir else 1
-        self._extra_links -= bool(inode.nlink)
+        if inode.nlink:
+            self.space.remove_extra_link()
         inode.changed()
         if isinstance(inode, RegularFile) and not inode.nlink and not inode.holds:
             inode.file.unlinked()
@@ -332,7 +328,8 @@ class Tree:
         if inode.nlink or inode.nlookup or inode.holds:
             return
         del self.inodes[inode.ino]
-        self._user_xattr_bytes -= _user_bytes(inode.xattrs)
+        self.space.remove_inode()
+        self.space.change_xattrs(inode.xattrs, None)
         if isinstance(inode, RegularFile):
             inode.file.free()
         else:
@@ -352,13 +349,10 @@ class Tree:
         inode_flags.check_change(inode)
         if len(name) > NAME_MAX:
             raise OSError(errno.ERANGE, "attribute name too long")
-        if len(value) > _XATTR_SIZE_MAX:
+        if len(value) > XATTR_SIZE_MAX:
             raise OSError(errno.E2BIG, "attribute too large")
         xattrs = {**(inode.xattrs or {}), name: value}
-        more = _user_bytes(xattrs) - _user_bytes(inode.xattrs)
-        if more > self._free_inode_bytes:
-            raise OSError(errno.ENOSPC, "no room for attributes")
-        self._user_xattr_bytes += more
+        self.space.change_xattrs(inode.xattrs, xattrs)
         inode.xattrs = xattrs
         inode.changed()
 
@@ -375,9 +369,9 @@ class Tree:
         inode_flags.check_change(inode)
         self.getxattr(ino, name)
         assert inode.xattrs is not None
-        before = _user_bytes(inode.xattrs)
-        del inode.xattrs[name]
-        self._user_xattr_bytes -= before - _user_bytes(inode.xattrs)
+        xattrs = {each: value for each, value in inode.xattrs.items() if each != name}
+        self.space.change_xattrs(inode.xattrs, xattrs)
+        inode.xattrs = xattrs
         inode.changed()
 
     def listxattr(self, ino: int) -> list[bytes]:
@@ -403,11 +397,7 @@ class Tree:
             inode = self.inodes[ino]
             if not inode.is_dir:
                 assert inode.nlink == count, f"inode {ino}: nlink {inode.nlink}, {count} names"
-        assert self._free_inode_bytes >= 0, "more inodes and attributes than allowed"
-        extra = sum(inode.nlink - 1 for inode in self.inodes.values() if inode.nlink and not inode.is_dir)
-        assert self._extra_links == extra, f"{self._extra_links} extra links counted, {extra} there"
-        in_use = sum(_user_bytes(inode.xattrs) for inode in self.inodes.values())
-        assert self._user_xattr_bytes == in_use, f"{self._user_xattr_bytes} bytes of attributes counted, {in_use} there"
+        self.space.check(self.inodes.values())
 
     def _check_directory(self, directory: Directory, links: dict[Ino, int]) -> None:
         cookies = [entry.cookie for entry in directory.entries.values()]
@@ -420,25 +410,6 @@ class Tree:
                 subdirectories += 1
                 assert entry.inode.parent is directory, f"{os.fsdecode(name)} does not know its parent"
         assert directory.nlink == subdirectories + 2, f"directory {directory.ino}: nlink {directory.nlink}"
-
-
-def _inherit(parent: Directory, mode: int, umask: int) -> tuple[int, dict[bytes, bytes]]:
-    """The mode of a new inode, and the ACLs that it gets from its directory."""
-    default = (parent.xattrs or {}).get(acl.DEFAULT)
-    if default is None:
-        return mode & ~umask, {}
-    mode, access = acl.inherited(default, mode)
-    xattrs = {} if access is None else {acl.ACCESS: access}
-    if stat.S_ISDIR(mode):
-        xattrs[acl.DEFAULT] = default
-    return mode, xattrs
-
-
-def _user_bytes(xattrs: dict[bytes, bytes] | None) -> int:
-    """The room that tmpfs counts for attributes in the user namespace (simple_xattr_space())."""
-    if not xattrs:
-        return 0
-    return sum(40 + len(name) + len(value) for name, value in xattrs.items() if name.startswith(b"user."))
 
 
 def _close(inode: Inode) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from memfs.contract.sys.constants import XATTR_SIZE_MAX
 from memfs.options import OptionError, RemountOptions
 from memfs.store import seals
 from memfs.tree import acl, inode_flags
@@ -29,7 +30,6 @@ SOCKET: Final = b"user.memfs.socket"
 STAT: Final = b"user.memfs.stat"
 REMOUNT: Final = b"user.memfs.remount"
 _PREFIX: Final = b"user.memfs."
-_XATTR_SIZE_MAX: Final = 65536  # linux/limits.h
 _NAMESPACES: Final = (b"user.", b"trusted.", b"security.")  # those of tmpfs; who may use which the kernel checks
 
 
@@ -96,7 +96,7 @@ class Xattrs:
         if name == SOCKET:
             return self._control.socket_path.encode()
         if name == STAT:
-            return self._control.describe(_XATTR_SIZE_MAX).encode()
+            return self._control.describe(XATTR_SIZE_MAX).encode()
         if name == SEALS and isinstance(inode, RegularFile):
             return seals.format_seals(inode.file.seals).encode()
         return self._tree.getxattr(ino, name)

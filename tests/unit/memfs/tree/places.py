@@ -275,7 +275,7 @@ class OnTree(Place):
 
     @property
     def free_inodes(self) -> int:
-        return self.tree.free_inodes
+        return self.tree.space.free_inodes
 
     @property
     def free_pages(self) -> int:

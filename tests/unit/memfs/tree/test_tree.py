@@ -318,7 +318,7 @@ def test_inode_that_the_kernel_looked_up_lives_until_it_is_forgotten(tree_place:
     tree.forget(inode.ino, 1)
     with raises(errno.ESTALE):
         tree.inode(inode.ino)
-    assert tree.free_inodes == NR_INODES - 1
+    assert tree.space.free_inodes == NR_INODES - 1
 
 
 def test_forgetting_too_much_or_what_is_gone_is_harmless(tree_place: OnTree) -> None:
@@ -405,7 +405,7 @@ BROKEN: dict[str, tuple[Callable[[OnTree], object], str]] = {
     "a subdirectory too many": (lambda place: setattr(place.inode("d"), "nlink", 3), "nlink 3"),
     "another parent": (lambda place: setattr(place.inode("d"), "parent", place.inode("d")), "does not know its parent"),
     "a freed inode": (lambda place: place.tree.inodes.pop(place.tree.lookup(1, b"file").ino), "names a freed inode"),
-    "a limit below what there is": (lambda place: setattr(place.tree, "nr_inodes", 2), "more inodes"),
+    "a limit below what there is": (lambda place: setattr(place.tree.space, "nr_inodes", 2), "more inodes"),
     "attributes past the count": (lambda place: setattr(place.inode("d"), "xattrs", {b"user.a": b""}), "bytes of"),
 }
 
