@@ -16,8 +16,10 @@ import os
 import stat
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NoReturn
 
+from memfs import __version__
 from memfs.contract import logs
 from memfs.contract.sizes import parse_bytes
 from memfs.contract.sys.mountinfo import real_mountpoint
@@ -32,13 +34,13 @@ class CommandError(Exception):
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command and exit."""
-    options = _parser().parse_args(arguments)
+    parsed = _parser().parse_args(arguments)
     try:
-        options.run(options)
+        parsed.run(parsed)
     except (CommandError, OptionError) as error:
         sys.exit(f"memfs: {error}")
     except OSError as error:
-        sys.exit(f"memfs: {error.filename or options.command}: {error.strerror}")
+        sys.exit(f"memfs: {error.filename or parsed.command}: {error.strerror}")
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(0)
@@ -46,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="memfs", description="A filesystem that is the memory of virtual machines.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     mount = commands.add_parser("mount", help="mount a memfs on a directory", description=_mount.__doc__)
@@ -104,13 +107,13 @@ def _parser() -> argparse.ArgumentParser:
         default=0,
         help="its size in bytes, or with k, m, g, t (a hole: no memory used)",
     )
-    create.add_argument("--allocate", action="store_true", help="give it its memory at once; without, it is a hole")
+    create.add_argument("--allocate", action="store_true", help="allocate its memory; otherwise it is a hole")
     create.set_defaults(run=_create)
 
-    allocate = commands.add_parser("allocate", help="give a file its memory", description=_allocate.__doc__)
+    allocate = commands.add_parser("allocate", help="allocate the memory of a file", description=_allocate.__doc__)
     allocate.add_argument("file", metavar="FILE")
-    allocate.add_argument("--offset", metavar="SIZE", type=_size, default=0, help="from there on (default 0)")
-    allocate.add_argument("--length", metavar="SIZE", type=_size, help="so much (default: to the file's end)")
+    allocate.add_argument("--offset", metavar="SIZE", type=_size, default=0, help="where to begin (default 0)")
+    allocate.add_argument("--length", metavar="SIZE", type=_size, help="how much (default: to the file's end)")
     allocate.set_defaults(run=_allocate)
 
     populate = commands.add_parser("populate", help="fill guest memory with an image", description=_populate.__doc__)
@@ -130,27 +133,49 @@ def _size(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text}: {error}") from error
 
 
-def _mount(options: argparse.Namespace) -> None:
+@dataclass(frozen=True, slots=True)
+class _Mount:
+    """What `memfs mount` was told. Paths are absolute, and the mountpoint's is without symbolic links."""
+
+    mountpoint: str
+    options: MountOptions
+    socket: str | None
+    log_file: str | None
+    foreground: bool
+    verbose: bool
+    check: bool
+
+    @classmethod
+    def parse(cls, arguments: argparse.Namespace) -> _Mount:
+        """Parse the options and resolve the paths. Raises OptionError."""
+        return cls(
+            mountpoint=real_mountpoint(arguments.mountpoint),
+            options=MountOptions.parse(",".join(arguments.options)),
+            socket=arguments.socket and os.path.abspath(arguments.socket),
+            log_file=arguments.log_file and os.path.abspath(arguments.log_file),
+            foreground=arguments.foreground,
+            verbose=arguments.verbose,
+            check=arguments.check,
+        )
+
+
+def _mount(arguments: argparse.Namespace) -> None:
     """Mount a memfs. Returns when the mount answers; ends with umount(8), SIGINT or SIGTERM."""
-    options.parsed = MountOptions.parse(",".join(options.options))
-    options.mountpoint = real_mountpoint(options.mountpoint)
-    for path in ("log_file", "socket"):
-        if getattr(options, path) is not None:
-            setattr(options, path, os.path.abspath(getattr(options, path)))
-    if options.foreground:
+    mount = _Mount.parse(arguments)
+    if mount.foreground:
 
         def ready(notes: list[str]) -> None:
             _print_notes(notes)
-            print(f"memfs: {options.mountpoint} is mounted", flush=True)
+            print(f"memfs: {mount.mountpoint} is mounted", flush=True)
 
-        _serve(options, ready)
+        _serve(mount, ready)
         return
     reader, writer = os.pipe()
     sys.stdout.flush()
     if os.fork() == 0:
         os.close(reader)
         _detach()
-        _serve_and_report(options, writer)
+        _serve_and_report(mount, writer)
     os.close(writer)
     with os.fdopen(reader) as report:
         outcome, *lines = report.read().split("\n")
@@ -159,22 +184,22 @@ def _mount(options: argparse.Namespace) -> None:
     _print_notes([line for line in lines if line])
 
 
-def _serve_and_report(options: argparse.Namespace, report: int) -> NoReturn:
-    """The daemon's side of `memfs mount`: serve, and tell the parent how it went over a pipe."""
+def _serve_and_report(mount: _Mount, report: int) -> NoReturn:
+    """Serve as the daemon of `memfs mount`, and tell the parent over a pipe how it went."""
 
     def tell(outcome: str, lines: list[str]) -> None:
         os.write(report, "\n".join([outcome, *lines]).encode())
         os.close(report)
 
     try:
-        _serve(options, lambda notes: tell("ready", notes))
+        _serve(mount, lambda notes: tell("ready", notes))
     except (CommandError, OSError) as error:
         tell("failed", [str(error)])
         os._exit(1)
     os._exit(0)
 
 
-def _serve(options: argparse.Namespace, ready: Callable[[list[str]], None]) -> None:
+def _serve(mount: _Mount, ready: Callable[[list[str]], None]) -> None:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy would start a thread a CPU for nothing
     import trio
 
@@ -184,20 +209,20 @@ def _serve(options: argparse.Namespace, ready: Callable[[list[str]], None]) -> N
     from memfs.owners.listener import ListenError, prepare_directory
 
     fault_points.install_faults()
-    log_file, nobody_said = options.log_file, options.log_file is None and not options.foreground
-    if nobody_said:
-        log_file = default_log_path(options.mountpoint)
+    by_default = mount.log_file is None and not mount.foreground
+    log_file = default_log_path(mount.mountpoint) if by_default else mount.log_file
+    if by_default and log_file is not None:
         prepare_directory(os.path.dirname(log_file))
-    logs.set_up(log_file, logging.INFO if options.verbose else logging.WARNING, when_needed=nobody_said)
-    socket_path = options.socket or options.parsed.socket or default_socket_path(options.mountpoint)
+    logs.set_up(log_file, logging.INFO if mount.verbose else logging.WARNING, when_needed=by_default)
+    socket_path = mount.socket or mount.options.socket or default_socket_path(mount.mountpoint)
     try:
-        trio.run(serve, Settings(options.mountpoint, socket_path, options.parsed, options.check), ready)
+        trio.run(serve, Settings(mount.mountpoint, socket_path, mount.options, mount.check), ready)
     except (ListenError, MountError, OptionError) as error:
         raise CommandError(str(error)) from error
 
 
 def _detach() -> None:
-    """Leave the terminal and the directory that we were started from (daemon(7))."""
+    """Leave the terminal and the directory that the command was started from (daemon(7))."""
     os.setsid()
     os.chdir("/")
     null = os.open(os.devnull, os.O_RDWR)
@@ -211,16 +236,16 @@ def _print_notes(notes: list[str]) -> None:
         print(f"memfs: {note}", file=sys.stderr)
 
 
-def _remount(options: argparse.Namespace) -> None:
+def _remount(arguments: argparse.Namespace) -> None:
     """Change how large a mounted memfs may become, in bytes and inodes. Below what is in use: Invalid argument."""
-    RemountOptions.parse(options.options)  # for its clear words; the daemon parses it again
-    os.setxattr(options.path, "user.memfs.remount", options.options.encode())
+    RemountOptions.parse(arguments.options)  # for its clear words; the daemon parses it again
+    os.setxattr(arguments.path, "user.memfs.remount", arguments.options.encode())
 
 
-def _stat(options: argparse.Namespace) -> None:
-    """Show the state of a mounted memfs: what it is made of, what is in use, and whether content passes through."""
-    text = os.getxattr(options.path, "user.memfs.stat").decode()
-    if options.json:
+def _stat(arguments: argparse.Namespace) -> None:
+    """Show the state of a mounted memfs: its options, what is in use, and whether it is in passthrough mode."""
+    text = os.getxattr(arguments.path, "user.memfs.stat").decode()
+    if arguments.json:
         print(text)
         return
     state = json.loads(text)
@@ -238,57 +263,59 @@ def _line(values: dict[str, object]) -> str:
 
 
 def _shown(value: object) -> str:
-    """A value for a terminal: what others named themselves may have escape sequences in it."""
+    """Return a value for a terminal: what a client calls itself may have escape sequences in it."""
     text = str(value)
     return text if text.isprintable() else json.dumps(text)
 
 
-def _seal(options: argparse.Namespace) -> None:
+def _seal(arguments: argparse.Namespace) -> None:
     """Add seals to a file on a memfs. It must be empty and open nowhere for the guest seal."""
-    os.setxattr(options.file, "user.memfs.seals", ",".join(options.seals).encode())
+    os.setxattr(arguments.file, "user.memfs.seals", ",".join(arguments.seals).encode())
 
 
-def _show_seals(options: argparse.Namespace) -> None:
+def _show_seals(arguments: argparse.Namespace) -> None:
     """Print the seals of a file on a memfs, separated by commas; an empty line if it has none."""
-    print(os.getxattr(options.file, "user.memfs.seals").decode())
+    print(os.getxattr(arguments.file, "user.memfs.seals").decode())
 
 
-def _create(options: argparse.Namespace) -> None:
+def _create(arguments: argparse.Namespace) -> None:
     """Create a file on a memfs. It must not exist."""
-    bits = seals.parse(options.seals)
+    bits = seals.parse(arguments.seals)
     # With O_DIRECT the handle cannot be mapped, so that it does not stand in the way of the guest seal.
-    fd = os.open(options.file, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC, 0o600)
+    fd = os.open(arguments.file, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC, 0o600)
     try:
         if bits:
             fcntl.ioctl(fd, seals.MEMFS_IOC_ADD_SEALS, seals.IOC_ARGUMENT.pack(bits))
-        os.ftruncate(fd, options.size)
-        if options.allocate and options.size:
+        os.ftruncate(fd, arguments.size)
+        if arguments.allocate and arguments.size:
             from memfs.cli import populate
 
-            populate.allocate(options.file, ByteOffset(0), options.size)
+            populate.allocate(arguments.file, ByteOffset(0), arguments.size)
     except OSError:
-        os.unlink(options.file)
+        os.unlink(arguments.file)
         raise
     finally:
         os.close(fd)
 
 
-def _allocate(options: argparse.Namespace) -> None:
-    """Give a file on a memfs its memory, as fallocate(1) does, with a progress bar on a terminal."""
+def _allocate(arguments: argparse.Namespace) -> None:
+    """Allocate the memory of a file on a memfs, as fallocate(1) does, with a progress bar on a terminal."""
     from memfs.cli import populate
 
-    populate.allocate(options.file, ByteOffset(options.offset), options.length)
+    populate.allocate(arguments.file, ByteOffset(arguments.offset), arguments.length)
 
 
-def _populate(options: argparse.Namespace) -> None:
-    """Fill a guest-sealed file with its first content, before its guest runs. Prints the measurement: SHA-384 over page
-    index (u64, little-endian) and content of each page in order, of all that was populated so far.
+def _populate(arguments: argparse.Namespace) -> None:
+    """Fill a guest-sealed file with its first content, before its guest runs, and print the measurement.
+
+    It is the SHA-384 over page index (u64, little-endian) and content of each page in order, of all that was populated
+    so far.
     """
     from memfs.cli import populate
 
     with open(
-        0 if options.source == "-" else options.source, "rb", buffering=0, closefd=options.source != "-"
+        0 if arguments.source == "-" else arguments.source, "rb", buffering=0, closefd=arguments.source != "-"
     ) as source:
         status = os.fstat(source.fileno())
         total = status.st_size if stat.S_ISREG(status.st_mode) else None
-        print(populate.populate(options.file, source, ByteOffset(options.offset), total).hex())
+        print(populate.populate(arguments.file, source, ByteOffset(arguments.offset), total).hex())
