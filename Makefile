@@ -7,13 +7,16 @@ PYTHON ?= python3
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench bench-plot soak fuzz lint clean system
+.PHONY: help demo unit test coverage bench bench-plot soak fuzz lint clean system
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 demo: $(STAMP) ## See memory converted while a guest runs (30 s, no trace left)
 	@$(BIN)/python -m demo
+
+unit: $(STAMP) ## The tests that need no root and no mount (two minutes)
+	$(BIN)/pytest -q tests/unit tests/model
 
 test: lint ## Lint, then all tests (six minutes on two cores; root for those that mount)
 	@./install-system-packages test
@@ -34,14 +37,21 @@ fuzz: $(STAMP) ## Feed what others control with anything at all for long (MINUTE
 	@$(BIN)/pip install --quiet --disable-pip-version-check 'atheris>=3' || echo "no atheris for this Python: with hypothesis"
 	$(BIN)/python -m tests.fuzz --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED))
 
-lint: $(STAMP) ## ruff, mypy --strict, and who may import whom
+coverage: $(STAMP) ## Which lines of memfs and kvmsim all tests run, in all processes (slower than make test)
+	$(BIN)/coverage erase
+	-$(BIN)/coverage run -m pytest -q
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
+lint: $(STAMP) ## ruff, mypy --strict, codespell, and who may import whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/codespell
 	$(BIN)/lint-imports --no-logo
 
 clean: ## Remove what the other targets made
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis bench/out
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage* bench/out
 
 $(STAMP): pyproject.toml | system
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "memfs needs Python 3.11 or newer, this is " + sys.version.split()[0])'

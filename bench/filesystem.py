@@ -139,6 +139,10 @@ def _once(each: Work, filesystem: Mounted, count: int, cpu: int) -> float:
     return each.convert(work(each.what, filesystem.path, count, cpu), count)
 
 
+def _each_of(what: str, filesystem: Mounted, count: int, cpu: int) -> float:
+    return _microseconds(work(what, filesystem.path, count, cpu), count)
+
+
 def _share(run: Run) -> Iterator[Row]:
     """What a one-page fallocate costs over a getattr that an ordinary pyfuse3 filesystem answers."""
     count = run.count(2000)
@@ -148,8 +152,8 @@ def _share(run: Run) -> Iterator[Row]:
             theirs.pin(daemon_cpu)
             samples = measure(
                 {
-                    "fallocate": lambda cpu=client_cpu: work("fallocate", ours.path, count, cpu) / count / 1e3,
-                    "getattr": lambda cpu=client_cpu: work("stat", theirs.path, count, cpu) / count / 1e3,
+                    "fallocate": partial(_each_of, "fallocate", ours, count, client_cpu),
+                    "getattr": partial(_each_of, "stat", theirs, count, client_cpu),
                 },
                 run.repetitions,
             )

@@ -10,6 +10,7 @@ import os
 import subprocess
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -40,8 +41,8 @@ def rows(run: Run) -> Iterator[Row]:
                 for what in (_GIVEN, _TAKEN, _REMOVED):
                     samples = measure(
                         {
-                            "memfs": lambda what=what: _longest_stat(ours.path, what, size),
-                            "tmpfs": lambda what=what: _longest_stat(theirs.path, what, size),
+                            "memfs": partial(_longest_stat, ours.path, what, size),
+                            "tmpfs": partial(_longest_stat, theirs.path, what, size),
                         },
                         max(3, run.repetitions // 2),
                     )

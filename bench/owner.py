@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -62,4 +63,4 @@ async def run(root: Path, vms: int, slots: int, pages: int, first: int = 0) -> N
 
 
 if __name__ == "__main__":
-    trio.run(run, Path(sys.argv[1]), *map(int, sys.argv[2:]))
+    trio.run(partial(run, Path(sys.argv[1]), *map(int, sys.argv[2:])))

@@ -13,10 +13,24 @@ import errno
 import os
 import stat
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pyfuse3
 import trio
+from pyfuse3 import (
+    EntryAttributes,
+    FileHandleT,
+    FileInfo,
+    FileNameT,
+    FlagT,
+    InodeT,
+    ModeT,
+    ReaddirToken,
+    RequestContext,
+    SetattrFields,
+    StatvfsData,
+)
 
 
 @dataclass
@@ -44,8 +58,8 @@ class Plain(pyfuse3.Operations):
         self._nodes = {self._root.ino: self._root}
         self._next = self._root.ino + 1
 
-    def _attributes(self, node: _Node) -> pyfuse3.EntryAttributes:
-        entry = pyfuse3.EntryAttributes()
+    def _attributes(self, node: _Node) -> EntryAttributes:
+        entry = EntryAttributes()
         entry.st_ino, entry.st_mode, entry.st_nlink = node.ino, node.mode, node.nlink
         entry.st_uid, entry.st_gid, entry.st_size = node.uid, node.gid, len(node.data)
         entry.st_blksize, entry.st_blocks = 4096, (len(node.data) + 511) // 512
@@ -53,17 +67,17 @@ class Plain(pyfuse3.Operations):
         entry.entry_timeout = entry.attr_timeout = self._timeout
         return entry
 
-    def _looked_up(self, node: _Node) -> pyfuse3.EntryAttributes:
+    def _looked_up(self, node: _Node) -> EntryAttributes:
         node.nlookup += 1
         return self._attributes(node)
 
-    async def lookup(self, parent_inode, name, ctx):
+    async def lookup(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> EntryAttributes:
         node = self._nodes[parent_inode].entries.get(name)
         if node is None:
             raise pyfuse3.FUSEError(errno.ENOENT)
         return self._looked_up(node)
 
-    async def forget(self, inode_list):
+    async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
         for ino, nlookup in inode_list:
             node = self._nodes[ino]
             node.nlookup -= nlookup
@@ -73,10 +87,12 @@ class Plain(pyfuse3.Operations):
         if not node.nlink and not node.nlookup:
             self._nodes.pop(node.ino, None)
 
-    async def getattr(self, inode, ctx):
+    async def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
         return self._attributes(self._nodes[inode])
 
-    async def setattr(self, inode, attr, fields, fh, ctx):
+    async def setattr(
+        self, inode: InodeT, attr: EntryAttributes, fields: SetattrFields, fh: FileHandleT | None, ctx: RequestContext
+    ) -> EntryAttributes:
         node = self._nodes[inode]
         if fields.update_size:
             del node.data[attr.st_size :]
@@ -85,55 +101,57 @@ class Plain(pyfuse3.Operations):
             node.mode = attr.st_mode
         return self._attributes(node)
 
-    def _make(self, parent_inode, name, mode, ctx) -> _Node:
+    def _make(self, parent_inode: InodeT, name: FileNameT, mode: int, ctx: RequestContext) -> _Node:
         node = _Node(self._next, mode & ~ctx.umask, ctx.uid, ctx.gid)
         self._next += 1
         self._nodes[node.ino] = node
         self._nodes[parent_inode].entries[name] = node
         return node
 
-    async def mkdir(self, parent_inode, name, mode, ctx):
+    async def mkdir(self, parent_inode: InodeT, name: FileNameT, mode: ModeT, ctx: RequestContext) -> EntryAttributes:
         return self._looked_up(self._make(parent_inode, name, stat.S_IFDIR | mode, ctx))
 
-    async def create(self, parent_inode, name, mode, flags, ctx):
+    async def create(
+        self, parent_inode: InodeT, name: FileNameT, mode: ModeT, flags: FlagT, ctx: RequestContext
+    ) -> tuple[FileInfo, EntryAttributes]:
         node = self._make(parent_inode, name, stat.S_IFREG | mode, ctx)
-        return pyfuse3.FileInfo(fh=node.ino), self._looked_up(node)
+        return FileInfo(fh=FileHandleT(node.ino)), self._looked_up(node)
 
-    async def unlink(self, parent_inode, name, ctx):
+    async def unlink(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
         node = self._nodes[parent_inode].entries.pop(name)
         node.nlink -= 1
         self._free(node)
 
     rmdir = unlink
 
-    async def open(self, inode, flags, ctx):
-        return pyfuse3.FileInfo(fh=inode)
+    async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
+        return FileInfo(fh=FileHandleT(inode))
 
-    async def opendir(self, inode, ctx):
-        return inode
+    async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
+        return FileHandleT(inode)
 
-    async def readdir(self, fh, start_id, token):
+    async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
         for number, (name, node) in enumerate(list(self._nodes[fh].entries.items())):
             if number >= start_id:
-                if not pyfuse3.readdir_reply(token, name, self._attributes(node), number + 1):
+                if not pyfuse3.readdir_reply(token, FileNameT(name), self._attributes(node), number + 1):
                     break
                 node.nlookup += 1
 
-    async def read(self, fh, off, size):
+    async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
         return bytes(self._nodes[fh].data[off : off + size])
 
-    async def write(self, fh, off, buf):
+    async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
         data = self._nodes[fh].data
         if len(data) < off:
             data.extend(bytes(off - len(data)))
         data[off : off + len(buf)] = buf
         return len(buf)
 
-    async def release(self, fh):
+    async def release(self, fh: FileHandleT) -> None:
         pass
 
-    async def statfs(self, ctx):
-        answer = pyfuse3.StatvfsData()
+    async def statfs(self, ctx: RequestContext) -> StatvfsData:
+        answer = StatvfsData()
         answer.f_bsize = answer.f_frsize = 4096
         answer.f_blocks = answer.f_bfree = answer.f_bavail = answer.f_files = answer.f_ffree = answer.f_favail = 1 << 20
         return answer

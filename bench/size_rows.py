@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -40,8 +41,8 @@ def rows(run: Run) -> Iterator[Row]:
         for name, size in SPARSE.items():
             samples = measure(
                 {
-                    "memfs": lambda size=size: _punch_sparse(ours.path / "sparse", size),
-                    "tmpfs": lambda size=size: _punch_sparse(theirs.path / "sparse", size),
+                    "memfs": partial(_punch_sparse, ours.path / "sparse", size),
+                    "tmpfs": partial(_punch_sparse, theirs.path / "sparse", size),
                 },
                 run.repetitions,
             )
@@ -56,8 +57,8 @@ def rows(run: Run) -> Iterator[Row]:
                 count = max(1, min(50, _MOST // size))
                 samples = measure(
                     {
-                        "memfs": lambda size=size, count=count: _convert(ours.path, size, count, cpu),
-                        "tmpfs": lambda size=size, count=count: _convert(theirs.path, size, count, cpu),
+                        "memfs": partial(_convert, ours.path, size, count, cpu),
+                        "tmpfs": partial(_convert, theirs.path, size, count, cpu),
                     },
                     max(3, run.repetitions // 2),
                 )
