@@ -1,4 +1,4 @@
-"""The connection to memfs: registers files, asks for frames, and passes notifications on (RFC patches 04 to 06).
+"""The memory that memfs holds for a VM: registers files, asks for frames, passes notifications on (RFC patches 04-06).
 
 `Store` is the KVM side of guest_ops and guest_mem_ops. It never touches the mount itself: files are named by
 descriptors that the VMM opened, and all else comes over the socket.
@@ -8,63 +8,37 @@ from __future__ import annotations
 
 import errno
 import itertools
-import logging
 import mmap
 import os
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import ExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 import trio
 
 from kvmsim.arrays import firsts
-from memfs.contract.aio.poller import Poller
 from memfs.contract.faults import Point, reach_at_once
 from memfs.contract.frame_numbers import cut_at
-from memfs.contract.logs import fields, working_on
 from memfs.contract.page_map import ALLOCATED, PageMapView
-from memfs.contract.protocol.connection import RemoteProtocolError, Role
+from memfs.contract.protocol import client as protocol
+from memfs.contract.protocol.client import Client, StoreGone, socket_of
 from memfs.contract.protocol.messages import (
-    Ack,
-    Failed,
     Fallocate,
-    Fenced,
     FileId,
-    GetPfn,
-    Hello,
-    HelloReply,
     InvalidateBegin,
     InvalidateEnd,
-    Launch,
-    Measured,
-    Message,
+    Notification,
     PfnReply,
     PfnRun,
-    Register,
     Registered,
-    Unregister,
 )
-from memfs.contract.protocol.peer import Incoming, Peer, PeerGone, close_all, open_connection
-from memfs.contract.units import ORDER_1G, PAGE_SIZE, PageIndex, PageRange, Pfn
+from memfs.contract.protocol.peer import close_all
+from memfs.contract.units import ORDER_1G, PageIndex, PageRange, Pfn
 
-log = logging.getLogger(__name__)
-
-# After a notification we look for the next one, in seconds: less than it takes to sleep and be woken; and who converts
-# much memory goes on with the next piece of it, which takes as long as so many pages take to be allocated.
-_PATIENCE: Final = 300e-6
-_PATIENCE_A_PAGE: Final = 1.5e-6
-_MOST_PATIENCE: Final = 1200e-6
-
-Notification = InvalidateBegin | InvalidateEnd | Fallocate
-
-SOCKET_ATTRIBUTE: Final = "user.memfs.socket"
-
-
-class StoreGone(Exception):
-    """The connection to memfs has ended: the VM has no memory any more."""
+__all__ = ["Counters", "Notification", "Store", "StoreFile", "StoreGone", "connect", "socket_of"]
 
 
 class StoreFile:
@@ -117,8 +91,8 @@ class StoreFile:
         """Whether a page of a guest-sealed file is allocated, that is, private."""
         return self.page_map is not None and self.page_map.is_allocated(index)
 
-    def learn(self, reply: PfnReply) -> None:
-        """The store said where pages are: then all of the same gibibyte are known (memfs/contract/frame_numbers.py)."""
+    def cache(self, reply: PfnReply) -> None:
+        """Cache where pages are: then all of the same gibibyte are known (memfs/contract/frame_numbers.py)."""
         for run in reply.runs:
             if run.pfn is not None:
                 self._extents[run.pages.start >> ORDER_1G] = run.pfn - run.pages.start
@@ -179,87 +153,65 @@ class Counters:
 
 
 class Store:
-    """A connection. Use `connect`."""
+    """A connection to memfs, and the files that are registered over it. Use `connect`."""
 
-    def __init__(self, peer: Peer, notify: Callable[[Notification], None]) -> None:
-        self._peer: Final = peer
+    def __init__(self, client: Client, notify: Callable[[Notification], None]) -> None:
+        self._client: Final = client
         self._notify: Final = notify
-        self._poller: Final = Poller.here()
         self.files: dict[FileId, StoreFile] = {}
         self.counters = Counters()
-        self.gone: str | None = None  #: why the connection has ended; None while it has not
-        self.ended: Final = trio.Event()
 
-    async def serve(self) -> None:
-        """Act on notifications until the connection ends."""
-        try:
-            await self._peer.serve(self._act)
-            self.gone = self.gone or "memfs has closed the connection"
-        except RemoteProtocolError as error:
-            self.gone = f"memfs broke the protocol: {error}"
-        except PeerGone as error:
-            self.gone = self.gone or f"memfs has gone: {error}"
-        except OSError as error:  # then memfs must not believe that we have let go of anything
-            self.gone = f"memfs was left: a notification could not be acted upon: {error.strerror}"
-        finally:
-            self.ended.set()
+    @property
+    def gone(self) -> str | None:
+        """Why the connection has ended; None while it has not."""
+        return self._client.gone
 
-    def _act(self, request: Incoming) -> Coroutine[Any, Any, None] | None:
-        match request.message:
-            case Fenced() as fenced:
-                self.gone = f"memfs has cut us off: {fenced.text}"
-                return None
-            case InvalidateBegin() as message:
-                self.counters.invalidate_begin += 1
-                before, after = Point.BEFORE_BEGIN, Point.AFTER_BEGIN
-            case InvalidateEnd() as message:
-                self.counters.invalidate_end += 1
-                before, after = Point.BEFORE_END, Point.AFTER_END
-            case Fallocate() as message:
-                self.counters.fallocate += 1
-                before, after = Point.BEFORE_TELL, Point.AFTER_TELL
-            case _:
-                raise AssertionError(f"the protocol let {request.message} through")
-        with working_on(message.cause):
-            self._log("notified", message)
-            reach_at_once(before)
-            self._notify(message)
-            reach_at_once(after)
-            self._poller.stay(min(_PATIENCE + _PATIENCE_A_PAGE * len(message.pages), _MOST_PATIENCE))
-            if isinstance(message, InvalidateEnd):
-                return None
-            with suppress(PeerGone):  # why it has gone comes next, if it said so
-                rest = self._peer.reply_now(request.id, Ack())
-                self._log("acknowledged", message)
-                return rest
-        return None
+    @property
+    def ended(self) -> trio.Event:
+        """Set when the connection has ended."""
+        return self._client.ended
 
-    def _log(self, what: str, message: Notification) -> None:
-        if log.isEnabledFor(logging.INFO):
-            kind = type(message).__name__
-            log.info(what, extra=fields(notification=kind, file=message.file, pages=message.pages))
+    async def notified(self, message: Notification) -> None:
+        """Act on a notification, without waiting. Raises OSError."""
+        match message:
+            case InvalidateBegin():
+                self._invalidate_begin(message)
+            case InvalidateEnd():
+                self._invalidate_end(message)
+            case Fallocate():
+                self._fallocate(message)
 
-    async def greet(self, name: str) -> None:
-        """Agree on the protocol version. Raises OSError(EPROTONOSUPPORT) if that cannot be."""
-        reply = await self._call(Hello(name=name))
-        assert isinstance(reply.message, HelloReply)
-        if reply.message.page_size != PAGE_SIZE:
-            raise OSError(errno.EPROTONOSUPPORT, f"memfs has pages of {reply.message.page_size} bytes, not {PAGE_SIZE}")
+    def _invalidate_begin(self, message: InvalidateBegin) -> None:
+        reach_at_once(Point.BEFORE_BEGIN)
+        self.counters.invalidate_begin += 1
+        self._notify(message)
+        reach_at_once(Point.AFTER_BEGIN)
+
+    def _invalidate_end(self, message: InvalidateEnd) -> None:
+        reach_at_once(Point.BEFORE_END)
+        self.counters.invalidate_end += 1
+        self._notify(message)
+        reach_at_once(Point.AFTER_END)
+
+    def _fallocate(self, message: Fallocate) -> None:
+        reach_at_once(Point.BEFORE_TELL)
+        self.counters.fallocate += 1
+        self._notify(message)
+        reach_at_once(Point.AFTER_TELL)
 
     async def register(self, fd: int) -> StoreFile:
         """Own the file behind a descriptor (memfd_register_guest). Raises OSError as `messages.Register` says."""
-        reply = await self._call(Register(), [fd])
-        assert isinstance(reply.message, Registered)
-        file = self.files.get(reply.message.file)
+        registered, fds = await self._client.register(fd)
+        file = self.files.get(registered.file)
         if file is None:
             try:
-                file = self.files[reply.message.file] = StoreFile(reply.message, reply.fds)
+                file = self.files[registered.file] = StoreFile(registered, fds)
             except (OSError, ValueError):
-                await self._call(Unregister(reply.message.file))
+                await self._client.unregister(registered.file)
                 raise
         else:
-            close_all(reply.fds)
-            file.resized(reply.message.size)
+            close_all(fds)
+            file.resized(registered.size)
         file.registrations += 1
         return file
 
@@ -269,46 +221,29 @@ class Store:
         if not file.registrations:
             del self.files[file.id]
             file.close()
-        await self._call(Unregister(file.id))
+        await self._client.unregister(file.id)
 
     async def launch(self, file: StoreFile) -> bytes:
-        """The guest begins to run: a guest-sealed file's first content is what it is. Returns its measurement."""
-        reply = await self._call(Launch(file.id))
-        assert isinstance(reply.message, Measured)
-        file.measurement = reply.message.measurement
+        """Say that the guest begins to run: a guest-sealed file's initial content is measured. Returns 48 bytes."""
+        file.measurement = await self._client.launch(file.id)
         return file.measurement
 
     async def get_pfn(self, file: StoreFile, pages: PageRange, *, alloc: bool) -> PfnReply:
-        """Learn the frames of pages (get_lock_pfn and put_unlock_pfn). May cover only a part, from the start on.
+        """Ask for the frames of pages (get_lock_pfn and put_unlock_pfn). May cover only a part, from the start on.
 
-        The pages are not locked: what is learnt holds only under the protocol of mmu/invalidate.py. A lock would be
-        one more message, to keep the pages from going between the answer and its use, which that protocol notices
-        anyway. Raises OSError: EINVAL past the end of the file, ENOSPC.
+        The pages are not locked: the reply holds only under the protocol of mmu/invalidate.py. A lock would be one more
+        message, to keep the pages from going between the answer and its use, which that protocol notices anyway. Raises
+        OSError: EINVAL past the end of the file, ENOSPC.
         """
-        reply = await self._call(GetPfn(file.id, pages, alloc, lock=False))
-        assert isinstance(reply.message, PfnReply)
-        file.learn(reply.message)
-        return reply.message
+        reply = await self._client.get_pfn(file.id, pages, alloc=alloc, lock=False)
+        file.cache(reply)
+        return reply
 
     def close(self) -> None:
-        """End the connection; memfs then forgets all that was registered."""
-        self._peer.close()
+        """Release the memory of all files."""
         for file in self.files.values():
             file.close()
         self.files.clear()
-
-    async def _call(self, message: Message, fds: list[int] | None = None) -> Incoming:
-        if self.gone is not None:
-            raise StoreGone(self.gone)
-        try:
-            reply = await self._peer.call(message, fds or [])
-        except PeerGone as error:
-            await self.ended.wait()  # why it has gone may still be there to be read
-            raise StoreGone(self.gone or f"memfs has gone: {error}") from error
-        if isinstance(reply.message, Failed):
-            words, text = os.strerror(reply.message.errno), reply.message.text
-            raise OSError(reply.message.errno, words if text == words else f"{words}: {text}")
-        return reply
 
 
 @asynccontextmanager
@@ -317,26 +252,12 @@ async def connect(path: str, name: str, notify: Callable[[Notification], None]) 
 
     Raises OSError if nobody listens there, or the protocol versions do not match.
     """
-    sock = await open_connection(path)
-    failure: Exception | None = None  # leaves as it is, not in the nursery's ExceptionGroup
-    with ExitStack() as last:  # what is closed while somebody still reads from it is a bad descriptor to him
-        async with trio.open_nursery() as nursery:
-            store = Store(Peer(sock, Role.OWNER), notify)
+
+    async def notified(message: Notification) -> None:
+        await store.notified(message)
+
+    with ExitStack() as last:  # what is closed while a task still reads from it is a bad descriptor there
+        async with protocol.connect(path, name, notified) as client:
+            store = Store(client, notify)
             last.callback(store.close)
-            nursery.start_soon(store.serve)
-            try:
-                await store.greet(name)
-                yield store
-            except Exception as error:
-                failure = error
-            nursery.cancel_scope.cancel()
-    if failure is not None:
-        raise failure
-
-
-def socket_of(path: str) -> str:
-    """The socket of the memfs that a file lies on. Blocking: not for the event loop.
-
-    Raises OSError(ENODATA or EOPNOTSUPP) if it lies on something else.
-    """
-    return os.getxattr(path, SOCKET_ATTRIBUTE).decode()
+            yield store

@@ -15,6 +15,7 @@ import logging
 import os
 import resource
 import signal
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
@@ -117,7 +118,7 @@ class _Memfs:
     def _new_file(self, ino: Ino, seals: int) -> File:
         return File(self._backing, ino, seals)
 
-    async def run(self, listener: trio.socket.SocketType, ready: Callable[[], None]) -> None:
+    async def run(self, listener: socket.socket, ready: Callable[[], None]) -> None:
         """Serve the mount and the socket, until either the mount or we are to end."""
         initialized, unmounted = trio.Event(), trio.Event()
         handlers = {
@@ -170,9 +171,9 @@ class _Memfs:
             "registered files": sum(len(owner.registrations) for owner in owners),
             "owners fenced": self._registry.fenced,
             "connections": self._clients.connections,
-            "turned away": self._clients.refused,
+            "turned away": self._clients.rejected,
             "acknowledged": sum(owner.acknowledged for owner in owners),
-            "pending": self._registry.pending,
+            "pending": len(self._registry.outstanding),
         }
 
     def describe_in(self, most_bytes: int) -> str:

@@ -10,20 +10,18 @@ import errno
 import fcntl
 import mmap
 import os
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from typing import BinaryIO, Final
 
 import trio
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-from memfs.contract.protocol.connection import Role
-from memfs.contract.protocol.messages import Failed, Hello, Measured, Message, Populate
-from memfs.contract.protocol.peer import Incoming, Peer, PeerGone, open_connection
+from memfs.contract.protocol.client import StoreGone, connect, socket_of
+from memfs.contract.protocol.messages import Notification, Populate
 from memfs.contract.sys.libc import fallocate
 from memfs.contract.units import PAGE_SIZE, ByteOffset, PageRange, pages_to_bytes
-from memfs.tree.xattrs import SOCKET
 
 _STEP: Final = 256 << 20  # bytes that are allocated at a time
 _CHUNK: Final = pages_to_bytes(Populate.MAX_PAGES)
@@ -63,50 +61,21 @@ async def _populate(path: str, source: BinaryIO, offset: ByteOffset, total: int 
     with closing(_Buffer()) as buffer, _progress("populate", total) as bar:
         try:
             measurement = b""
-            async with _connected(os.getxattr(path, SOCKET)) as peer:
-                await _ask(peer, Hello(name="populate"))
+            async with connect(socket_of(path), "populate", _own_nothing) as client:
                 while size := buffer.fill(source):
-                    reply = await _ask(peer, Populate(PageRange.covering(offset, size), ByteOffset(0)), fd, buffer.fd)
-                    assert isinstance(reply, Measured)
-                    measurement = reply.measurement
+                    pages = PageRange.covering(offset, size)
+                    measurement = await client.populate(fd, pages, buffer.fd, ByteOffset(0))
                     offset = ByteOffset(offset + size)
                     bar(size)
-        except PeerGone as error:
-            raise OSError(errno.ECONNRESET, f"memfs has gone: {error}", path) from error
+        except StoreGone as error:
+            raise OSError(errno.ECONNRESET, str(error), path) from error
         finally:
             os.close(fd)
     return measurement
 
 
-@asynccontextmanager
-async def _connected(path: bytes) -> AsyncIterator[Peer]:
-    """A connection to the store. What goes wrong within leaves as it is, not in the nursery's ExceptionGroup."""
-    peer = Peer(await open_connection(os.fsdecode(path)), Role.OWNER)
-    failure: Exception | None = None
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(_listen, peer)
-        try:
-            yield peer
-        except Exception as error:
-            failure = error
-        peer.close()
-        nursery.cancel_scope.cancel()
-    if failure is not None:
-        raise failure
-
-
-async def _ask(peer: Peer, request: Message, *fds: int) -> Message:
-    reply = (await peer.call(request, fds)).message
-    if isinstance(reply, Failed):
-        raise OSError(reply.errno, reply.text)
-    return reply
-
-
-async def _listen(peer: Peer) -> None:
-    def told(_: Incoming) -> None:
-        raise AssertionError("somebody who owns nothing was told something")
-
-    await peer.serve(told)
+async def _own_nothing(message: Notification) -> None:
+    raise AssertionError(f"an owner of nothing was notified of {message}")
 
 
 class _Buffer:

@@ -43,7 +43,7 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
-class Refused(Exception):
+class Rejected(Exception):
     """Why somebody may not connect: a sentence."""
 
 
@@ -63,7 +63,7 @@ class Credentials:
     groups: frozenset[int]
 
     @classmethod
-    def of(cls, sock: trio.socket.SocketType) -> Credentials:
+    def of(cls, sock: socket.socket) -> Credentials:
         """Of the process at the other end (unix(7))."""
         pid, uid, gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
         groups = {gid}
@@ -107,11 +107,11 @@ class _User:
 
 
 class Client:
-    """A connection that was let in. `hang_up` ends it."""
+    """A connection that was let in. `disconnect` ends it."""
 
-    def __init__(self, clients: Clients, credentials: Credentials, user: _User, hang_up: Callable[[], None]) -> None:
+    def __init__(self, clients: Clients, credentials: Credentials, user: _User, disconnect: Callable[[], None]) -> None:
         self.credentials: Final = credentials
-        self.hang_up: Final = hang_up
+        self.disconnect: Final = disconnect
         self._clients: Final = clients
         self._user: Final = user
 
@@ -119,7 +119,7 @@ class Client:
         """It has said Hello."""
         self._clients.silent.pop(self, None)
 
-    def left(self) -> None:
+    def disconnected(self) -> None:
         """It has ended."""
         self.greeted()
         self._user.connections -= 1
@@ -159,29 +159,29 @@ class Clients:
         self._trusted: Final = frozenset({0, os.geteuid()})
         self._users: Final[dict[int, _User]] = {}
         self.silent: Final[dict[Client, None]] = {}  #: have not said Hello, the oldest first
-        self.refused = 0  #: how many were not let in, or hung up before they said Hello
-        self._refused: Final = _User()  # all of them together
+        self.rejected = 0  #: how many were not let in, or hung up before they said Hello
+        self._all_rejected: Final = _User()  # all of them together
 
     @property
     def connections(self) -> int:
         return sum(user.connections for user in self._users.values())
 
-    def admit(self, credentials: Credentials, hang_up: Callable[[], None]) -> Client:
-        """Let somebody in, or raise Refused."""
+    def admit(self, credentials: Credentials, disconnect: Callable[[], None]) -> Client:
+        """Let somebody in, or raise Rejected."""
         user = self._users.get(credentials.uid) or _User()
         why = self._why_not(credentials, user)
         if why is not None:
-            self.refused += 1
-            raise Refused(f"{credentials} is refused: {why}")
+            self.rejected += 1
+            raise Rejected(f"{credentials} is refused: {why}")
         self._users[credentials.uid] = user
         user.connections += 1
-        client = Client(self, credentials, user, hang_up)
+        client = Client(self, credentials, user, disconnect)
         self.silent[client] = None
         if len(self.silent) > MAX_SILENT:
             oldest = next(iter(self.silent))
             oldest.greeted()
-            self.refused += 1
-            oldest.hang_up()
+            self.rejected += 1
+            oldest.disconnect()
         return client
 
     def _why_not(self, credentials: Credentials, user: _User) -> str | None:
@@ -194,12 +194,12 @@ class Clients:
             return f"socket_mode={self._mode:04o} does not let it in"
         return f"it has {user.held} connections" if user.held >= MAX_PER_USER else None
 
-    def turn_away(self, sock: trio.socket.SocketType) -> trio.Event:
+    def reject(self, sock: socket.socket) -> trio.Event:
         """Close the connection of somebody who was refused; the event says when."""
         done = trio.Event()
 
         async def close() -> None:
-            await self._refused.close(sock.detach())
+            await self._all_rejected.close(sock.detach())
             done.set()
 
         trio.lowlevel.spawn_system_task(close)

@@ -18,8 +18,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-import trio
-
 log = logging.getLogger(__name__)
 
 _BACKLOG: Final = 128
@@ -30,8 +28,8 @@ class ListenError(Exception):
 
 
 @contextlib.contextmanager
-def listening(path: str, mode: int, group: int | None) -> Iterator[trio.socket.SocketType]:
-    """Listen on a socket of this mode and group (None: ours), and remove it in the end. Raises ListenError."""
+def listening(path: str, mode: int, group: int | None) -> Iterator[socket.socket]:
+    """Listen on a non-blocking socket of this mode and group (None: ours); removed in the end. Raises ListenError."""
     try:
         listener = _listen(path, mode, group)
     except OSError as error:
@@ -50,7 +48,7 @@ def listening(path: str, mode: int, group: int | None) -> Iterator[trio.socket.S
             log.warning("%s stays: %s", path, error.strerror)
 
 
-def _listen(path: str, mode: int, group: int | None) -> trio.socket.SocketType:
+def _listen(path: str, mode: int, group: int | None) -> socket.socket:
     prepare_directory(os.path.dirname(path))
     _remove_stale(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -60,12 +58,13 @@ def _listen(path: str, mode: int, group: int | None) -> trio.socket.SocketType:
         os.chown(path, -1, os.getegid() if group is None else group)
         os.chmod(path, mode)
         sock.listen(_BACKLOG)
+        sock.setblocking(False)
     except OSError:
         sock.close()
         raise
     finally:
         os.umask(mask)
-    return trio.socket.from_stdlib_socket(sock)
+    return sock
 
 
 def prepare_directory(directory: str) -> None:

@@ -22,12 +22,12 @@ MOST_RANGES: Final = 1 << 14  #: of pages that are locked equally often, in one 
 class PageLocks:
     """The locked pages of one registration."""
 
-    __slots__ = ("_counts", "_edges", "_released")
+    __slots__ = ("_counts", "_edges", "_waiting")
 
     def __init__(self) -> None:
         self._edges = [0]  # pages, ascending: between two neighbours all are locked equally often
         self._counts = [0]  # how often, from that edge on; neighbours differ, and the last is 0
-        self._released = trio.Event()  # replaced each time it is set
+        self._waiting: Final = trio.lowlevel.ParkingLot()
 
     def __len__(self) -> int:
         """How many page locks are held."""
@@ -51,12 +51,12 @@ class PageLocks:
         if not min(self._counts_in(pages)):
             raise OSError(errno.EINVAL, f"not all of pages {pages} are locked")
         self._add(pages, -1)
-        self._wake()
+        self._waiting.unpark_all()
 
     def clear(self) -> None:
         """Undo all locks."""
         self._edges, self._counts = [0], [0]
-        self._wake()
+        self._waiting.unpark_all()
 
     def any_of(self, pages: PageRange) -> bool:
         """Whether a page of a range is locked."""
@@ -65,7 +65,7 @@ class PageLocks:
     async def wait_unlocked(self, pages: PageRange) -> None:
         """Wait until no page of a range is locked."""
         while self.any_of(pages):
-            await self._released.wait()
+            await self._waiting.park()
 
     def _counts_in(self, pages: PageRange) -> list[int]:
         """The counts that pages of a range have, in order."""
@@ -87,7 +87,3 @@ class PageLocks:
             self._edges.insert(index, page)
             self._counts.insert(index, self._counts[index - 1])
         return index
-
-    def _wake(self) -> None:
-        self._released.set()
-        self._released = trio.Event()

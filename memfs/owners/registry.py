@@ -28,10 +28,9 @@ import functools
 import logging
 import os
 import sys
-from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
 from itertools import islice
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import trio
 
@@ -44,11 +43,14 @@ from memfs.contract.protocol.messages import (
     FileId,
     InvalidateBegin,
     InvalidateEnd,
+    Notification,
     PfnReply,
     PfnRun,
 )
+from memfs.contract.protocol.peer import Incoming, PeerGone
 from memfs.contract.units import ByteOffset, PageRange, page_ceil
 from memfs.owners.frame_allocator import FileFrames, FrameAllocator
+from memfs.owners.outstanding import Outstanding, Pending
 from memfs.owners.page_locks import PageLocks
 from memfs.owners.populate import launch
 from memfs.store.file import File
@@ -56,44 +58,6 @@ from memfs.tree.inode import RegularFile
 from memfs.tree.tree import Tree
 
 log = logging.getLogger(__name__)
-
-Notification = InvalidateBegin | InvalidateEnd | Fallocate
-
-
-Notify = Callable[[Notification, bool], "Ack | Coroutine[Any, Any, Ack | None] | None"]
-
-
-class OwnerGone(Exception):
-    """The owner's connection has ended while something was waiting for it."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Pending:
-    """A notification that the owner has not acknowledged yet. `since`: trio's clock, seconds."""
-
-    message: Notification
-    since: float
-
-    @property
-    def kind(self) -> str:
-        """What it is called."""
-        return type(self.message).__name__
-
-    @property
-    def age(self) -> float:
-        """For how long it has been waiting, in seconds."""
-        return trio.current_time() - self.since
-
-    def describe(self) -> dict[str, Any]:
-        """For people."""
-        message = self.message
-        return {
-            "notification": self.kind,
-            "file": message.file,
-            "pages": str(message.pages),
-            "request": message.cause,
-            "age": round(self.age, 3),
-        }
 
 
 class Registration:
@@ -116,9 +80,10 @@ class Registration:
     def file(self) -> File:
         return self.inode.file
 
-    # -- guest_ops: the file tells the owner ------------------------------------------------------------------------
+    # -- guest_ops: the file notifies the owner ---------------------------------------------------------------------
 
     async def invalidate_begin(self, pages: PageRange) -> None:
+        """Have the owner unmap pages and unlock them."""
         if self.alive:
             self._begun = True  # or it is cut off
             await self._notify(
@@ -126,58 +91,70 @@ class Registration:
             )
 
     async def invalidate_end(self, pages: PageRange) -> None:
+        """Tell the owner that the invalidation that began is over."""
         if self._begun:
             self._begun = False
             await self._notify(InvalidateEnd(self.id, pages, current_request()), Point.BEFORE_END, Point.AFTER_END)
 
     async def fallocate(self, pages: PageRange) -> None:
+        """Tell the owner that pages are allocated."""
         if self.alive:
             await self._notify(Fallocate(self.id, pages, current_request()), Point.BEFORE_TELL, Point.AFTER_TELL)
 
     async def _notify(self, message: Notification, before: Point, after: Point) -> None:
-        """Tell the owner, and wait until it has acted; fence it if that takes too long or fails.
+        """Notify the owner, and wait until it has acted; fence it if that takes too long or fails.
 
-        Never raises, and cannot be cancelled: what the owner is told of is done or being done. An owner that answers
-        soon is not waited for, so there is then no need of a deadline.
+        Never raises, and cannot be cancelled: what the owner is notified of is done or being done.
         """
         owner = self.owner
         if not owner.is_connected:
             return
-        pending, why = Pending(message, trio.current_time()), None
         self._log("notify", message)
-        owner.owes(pending)
-        try:
-            reach_at_once(before)
-            answer = owner.notify(message, owner.is_alone)
-            ack = None if isinstance(answer, Coroutine) else answer
-            if isinstance(answer, Coroutine) or self._is_locked(message):
-                with trio.move_on_after(owner.notify_timeout, shield=True) as scope:
-                    if isinstance(answer, Coroutine):
-                        ack = await answer
-                    if isinstance(message, InvalidateBegin):
-                        await self.locks.wait_unlocked(message.pages)
-                if scope.cancelled_caught:
-                    why = f"no answer within {owner.notify_timeout:g} s"
-            reach_at_once(after)
-        except OwnerGone:
-            return
-        except OSError as error:  # an owner that is not told must not go on
-            why = f"it could not be told: {error.strerror}"
-        except Exception:
-            log.exception("a bug in memfs, while %s was being told", owner)
-            why = "it could not be told: a bug in memfs"
-        finally:
-            owner.has_done(pending)
+        why: str | None = None
+        with owner.outstanding.of(owner, message) as pending:
+            try:
+                reach_at_once(before)
+                ack = await self._acknowledgement(pending)
+                reach_at_once(after)
+            except PeerGone:
+                return
+            except trio.TooSlowError:
+                why = f"no answer within {owner.notify_timeout:g} s"
+            except OSError as error:  # an owner that is not notified must not go on
+                why = f"it could not be told: {error.strerror}"
+            except Exception:
+                log.exception("a bug in memfs, while %s was being told", owner)
+                why = "it could not be told: a bug in memfs"
         if why is not None:
             await owner.fence(why)
         elif ack is not None:
             self._acknowledged(pending, ack)
 
+    async def _acknowledgement(self, pending: Pending[Owner]) -> Ack | None:
+        """Notify the owner and return its acknowledgement, if there is to be one, when no page is locked any more.
+
+        An owner that answers soon is not waited for, so there is then no need of a deadline. Raises PeerGone,
+        trio.TooSlowError, OSError.
+        """
+        message = pending.message
+        answer = self.owner.notify(message)
+        if pending.is_alone and not answer.is_done:
+            answer.poll()
+        if not answer.is_done or self._is_locked(message):
+            with trio.fail_after(self.owner.notify_timeout, shield=True):
+                await answer.wait()
+                if isinstance(message, InvalidateBegin):
+                    await self.locks.wait_unlocked(message.pages)
+        if answer.reply is None:
+            return None
+        assert isinstance(answer.reply.message, Ack), f"the protocol let {answer.reply.message} through"
+        return answer.reply.message
+
     def _is_locked(self, message: Notification) -> bool:
-        """Whether the owner has to unlock pages before they may go."""
+        """Return whether the owner has to unlock pages before they may go."""
         return isinstance(message, InvalidateBegin) and self.locks.any_of(message.pages)
 
-    def _acknowledged(self, pending: Pending, ack: Ack) -> None:
+    def _acknowledged(self, pending: Pending[Owner], ack: Ack) -> None:
         self.owner.acknowledged += 1
         if log.isEnabledFor(logging.INFO):
             self._log("acknowledged", pending.message, seconds=pending.age)
@@ -192,10 +169,6 @@ class Registration:
             log.info(what, extra=said)
 
     # -- guest_mem_ops: the owner asks about pages ------------------------------------------------------------------
-
-    def is_quick(self, pages: PageRange) -> bool:
-        """Whether `get_pfn` would not wait for anything."""
-        return self.file.is_quick(pages.nbytes)
 
     async def get_pfn(self, pages: PageRange, *, alloc: bool, lock: bool = True) -> PfnReply:
         """Say which frames the pages that exist (with `alloc`, all) are in, and `lock` them.
@@ -265,71 +238,46 @@ class Registration:
         self.frames.close()
 
 
-class Owner:
-    """A virtual machine's connection, as the registry sees it.
+class Answer(Protocol):
+    """What comes of a notification (a `peer.Call`)."""
 
-    `notify` sends a notification and returns its acknowledgement, None if it has none, or a coroutine that waits for
-    it; either raises OwnerGone. It is told whether that is the only notification that memfs waits for. `cut_off` ends
-    the connection after telling the peer why; the connection's end then calls `Registry.end`. `is_dead` says whether
-    the process that connected is gone; a child that it forked may still hold the connection open.
-    """
+    is_done: bool  #: whether the acknowledgement is there, or there is to be none and the notification is sent
+    reply: Incoming | None  #: the acknowledgement
 
-    __slots__ = (
-        "_cut_off",
-        "_registry",
-        "acknowledged",
-        "is_dead",
-        "name",
-        "notify",
-        "number",
-        "pending",
-        "registrations",
-    )
+    def poll(self) -> None:
+        """Busy-poll for it."""
 
-    def __init__(
-        self,
-        number: int,
-        registry: Registry,
-        notify: Notify,
-        cut_off: Callable[[str], Awaitable[None]],
-        is_dead: Callable[[], bool],
-    ) -> None:
-        self.number: Final = number
-        self.name = ""  #: what it calls itself, for logs
-        self.notify: Final = notify
-        self.is_dead: Final = is_dead
-        self._cut_off: Final = cut_off
+    async def wait(self) -> None:
+        """Wait until it is done. Raises PeerGone."""
+
+
+class Owner(ABC):
+    """A virtual machine's connection, as the registry sees it: its registrations, and how to talk to it."""
+
+    def __init__(self, registry: Registry) -> None:
         self._registry: Final = registry
+        self.number: Final = registry.enrol(self)
+        self.name = ""  #: what it calls itself, for logs
         self.registrations: dict[FileId, Registration] = {}
-        self.pending: list[Pending] = []  #: the oldest first
         self.acknowledged = 0  #: how many notifications
 
-    def owes(self, pending: Pending) -> None:
-        """It has to acknowledge that, until `has_done`."""
-        registry = self._registry
-        self.pending.append(pending)
-        registry.pending += 1
-        registry.waited_for.add(self)
-        registry.waiting.set()
+    @abstractmethod
+    def notify(self, message: Notification) -> Answer:
+        """Send a notification, without waiting. Raises PeerGone, OSError."""
 
-    def has_done(self, pending: Pending) -> None:
-        """It is not waited for any more, for that."""
-        registry = self._registry
-        registry.pending -= 1
-        self.pending.remove(pending)
-        if not self.pending:
-            registry.waited_for.remove(self)
+    @abstractmethod
+    async def cut_off(self, reason: str) -> None:
+        """Tell it why, if that can be done soon, and end the connection, which calls `Registry.end`."""
 
-    @property
-    def is_alone(self) -> bool:
-        """Whether nobody else is waited for."""
-        return self._registry.pending == 1
+    @abstractmethod
+    def is_dead(self) -> bool:
+        """Return whether the process that connected is gone; a child may still hold the connection open."""
 
     def __str__(self) -> str:
         return f"owner {self.number} ({self.name})" if self.name else f"owner {self.number}"
 
     def registration(self, file_id: FileId) -> Registration:
-        """The registration with a number. Raises OSError(EBADF)."""
+        """Return the registration with a number. Raises OSError(EBADF)."""
         try:
             return self.registrations[file_id]
         except KeyError:
@@ -342,18 +290,19 @@ class Owner:
 
     @property
     def notify_timeout(self) -> float:
-        """How long it may take to do what it is told, in seconds."""
+        """How long it may take to act on a notification, in seconds."""
         return self._registry.notify_timeout
+
+    @property
+    def outstanding(self) -> Outstanding[Owner]:
+        """The ledger of notifications, of all owners."""
+        return self._registry.outstanding
 
     async def fence(self, why: str) -> None:
         """Cut it off, unless it has ended. Cannot be cancelled."""
         if self.is_connected:
             with trio.CancelScope(shield=True):
                 await self._registry.fence(self, why)
-
-    async def cut_off(self, reason: str) -> None:
-        """Tell it why, and end the connection."""
-        await self._cut_off(reason)
 
 
 class Registry:
@@ -363,24 +312,17 @@ class Registry:
         self._tree: Final = tree
         self.notify_timeout: Final = notify_timeout
         self.owners: dict[int, Owner] = {}
-        self.pending = 0  #: how many notifications have not been acknowledged
-        self.waited_for: set[Owner] = set()  #: those who have not acknowledged all of theirs
-        self.waiting = trio.Event()  #: set when one is; replaced by who waited for that, when none is
+        self.outstanding: Final[Outstanding[Owner]] = Outstanding()
         self.fenced = 0  #: how many owners were cut off for not answering
         self._frames: Final = FrameAllocator()
         self._last_owner = 0
         self._last_file = 0
 
-    def new_owner(
-        self,
-        notify: Notify,
-        cut_off: Callable[[str], Awaitable[None]],
-        is_dead: Callable[[], bool] = lambda: False,
-    ) -> Owner:
-        """A connection has been made."""
+    def enrol(self, owner: Owner) -> int:
+        """Have an owner, from now until `end`. Returns its number."""
         self._last_owner += 1
-        owner = self.owners[self._last_owner] = Owner(self._last_owner, self, notify, cut_off, is_dead)
-        return owner
+        self.owners[self._last_owner] = owner
+        return self._last_owner
 
     def register(self, owner: Owner, inode: RegularFile) -> Registration:
         """Make a file an owner's. Raises OSError(EPERM) if it is another's. The same again is counted.
@@ -417,8 +359,8 @@ class Registry:
         for registration in list(owner.registrations.values()):
             self._end_registration(registration)
 
-    async def make_way(self, inode: RegularFile, owner: Owner) -> None:
-        """End the file's owner if it is another one and its process is gone."""
+    async def evict_dead(self, inode: RegularFile, owner: Owner) -> None:
+        """Fence the file's owner if it is another one and its process is gone."""
         current = inode.file.owner
         if isinstance(current, Registration) and current.owner is not owner and current.owner.is_dead():
             await self.fence(current.owner, "its process is gone")
@@ -443,7 +385,7 @@ class Registry:
         for owner in self.owners.values():
             if left <= 0:
                 break
-            pending = [each.describe() for each in owner.pending[: left - 1]]
+            pending = [each.describe() for each in self.outstanding.by(owner)[: left - 1]]
             files = [each.describe() for each in islice(owner.registrations.values(), left - 1 - len(pending))]
             left -= 1 + len(pending) + len(files)
             owners.append(
@@ -466,8 +408,6 @@ class Registry:
             assert registration.file.owner is registration, f"registration {registration.id} is not the file's owner"
             assert registration.inode.holds > 0, f"registration {registration.id} does not hold its inode"
             self._tree.inode(registration.inode.ino)
-        assert all(owner.pending for owner in self.waited_for), "an owner is waited for that owes nothing"
-        owed = sum(len(owner.pending) for owner in self.waited_for)
-        assert owed == self.pending, f"{self.pending} notifications are counted, {owed} are owed"
+        self.outstanding.check()
         owned = [inode for inode in self._tree.files() if inode.file.owner is not None]
         assert len(owned) == len(registered), f"{len(owned)} owned files, {len(registered)} registrations"

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from memfs.contract.protocol.messages import SOCKET_XATTR
 from memfs.contract.sys.constants import XATTR_SIZE_MAX
 from memfs.options import OptionError, RemountOptions
 from memfs.store import seals
@@ -26,7 +27,7 @@ from memfs.tree.tree import Tree
 
 SEALS: Final = b"user.memfs.seals"
 DEFAULT_SEALS: Final = b"user.memfs.default_seals"
-SOCKET: Final = b"user.memfs.socket"
+SOCKET: Final = SOCKET_XATTR.encode()
 STAT: Final = b"user.memfs.stat"
 REMOUNT: Final = b"user.memfs.remount"
 _PREFIX: Final = b"user.memfs."

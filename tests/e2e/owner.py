@@ -9,50 +9,45 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import trio
 
-from memfs.contract.protocol.connection import Role
-from memfs.contract.protocol.messages import Ack, Fenced, Hello, InvalidateEnd, Message, Register, Registered
-from memfs.contract.protocol.peer import Incoming, Peer, PeerGone, close_all, open_connection
+from memfs.contract.protocol.client import Client, StoreGone
+from memfs.contract.protocol.client import connect as connect_client
+from memfs.contract.protocol.messages import Message, Notification, Register, Registered, Request
+from memfs.contract.protocol.peer import close_all
+
+__all__ = ["Owner", "StoreGone", "connected", "shell"]
 
 
 class Owner:
     """One connection."""
 
-    def __init__(self, peer: Peer) -> None:
-        self.peer = peer
+    client: Client
+
+    def __init__(self) -> None:
         self.heard: list[Message] = []
         self.acknowledge = trio.Event()  # notifications wait for this
         self.acknowledge.set()
         self.arrived = trio.Event()  # set when something has come
         self.gone = trio.Event()
 
-    async def serve(self) -> None:
-        async with trio.open_nursery() as nursery:
-
-            def hear(request: Incoming) -> None:
-                self.heard.append(request.message)
-                self.arrived.set()
-                nursery.start_soon(self._acknowledge, request)
-
-            try:
-                await self.peer.serve(hear)
-            finally:
-                self.gone.set()
-            nursery.cancel_scope.cancel()
-
-    async def _acknowledge(self, request: Incoming) -> None:
+    async def hear(self, message: Notification) -> None:
+        self.heard.append(message)
+        self.arrived.set()
         await self.acknowledge.wait()
-        if not isinstance(request.message, InvalidateEnd | Fenced):
-            with suppress(PeerGone):  # who is cut off may be told why before anything else
-                await self.peer.reply(request.id, Ack())
 
-    async def ask(self, message: Message, fds: list[int] | None = None) -> Message:
+    async def hear_the_end(self) -> None:
+        await self.client.ended.wait()
+        if self.client.fenced is not None:
+            self.heard.append(self.client.fenced)
+        self.gone.set()
+
+    async def ask(self, message: Request, fds: list[int] | None = None) -> Message:
         """Send a request; the descriptors that come with the answer are closed."""
-        reply = await self.peer.call(message, fds or [])
+        reply = await self.client.request(message, fds or [])
         close_all(reply.fds)
         return reply.message
 
@@ -68,26 +63,19 @@ class Owner:
         """Register, and keep the descriptors."""
         fd = await trio.to_thread.run_sync(os.open, path, os.O_RDWR)
         try:
-            reply = await self.peer.call(Register(), [fd])
+            return await self.client.register(fd)
         finally:
             await trio.to_thread.run_sync(os.close, fd)
-        assert isinstance(reply.message, Registered), reply.message
-        return reply.message, reply.fds
 
 
 @asynccontextmanager
-async def connected(path: Path, *, hello: bool = True) -> AsyncIterator[Owner]:
+async def connected(path: Path) -> AsyncIterator[Owner]:
     """An owner, connected to a memfs's socket."""
-    owner = Owner(Peer(await open_connection(str(path)), Role.OWNER))
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(owner.serve)
-        try:
-            if hello:
-                await owner.ask(Hello(name="test"))
-            yield owner
-        finally:
-            owner.peer.close()
-            nursery.cancel_scope.cancel()
+    owner = Owner()
+    async with connect_client(str(path), "test", owner.hear) as owner.client, trio.open_nursery() as nursery:
+        nursery.start_soon(owner.hear_the_end)
+        yield owner
+        nursery.cancel_scope.cancel()
 
 
 async def shell(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[bytes]:

@@ -26,6 +26,7 @@ import trio
 
 from memfs.contract.faults import Kind, Point
 from memfs.contract.page_map import PageMapView
+from memfs.contract.protocol.client import StoreGone
 from memfs.contract.protocol.messages import (
     Failed,
     Fallocate,
@@ -38,7 +39,7 @@ from memfs.contract.protocol.messages import (
     Populate,
     Registered,
 )
-from memfs.contract.protocol.peer import PeerGone, close_all
+from memfs.contract.protocol.peer import close_all
 from memfs.contract.units import ByteOffset, PageIndex, PageRange
 
 from .conftest import Memfs, MountMemfs, memfs_command, run
@@ -240,7 +241,7 @@ async def test_every_point_of_what_an_owner_asks_for(
             await blocks(path)  # memfs is done with what came before
             in_memfs.arm(point, kind)
             answer: Message | None = None
-            with trio.fail_after(5), suppress(PeerGone):
+            with trio.fail_after(5), suppress(StoreGone):
                 answer = await owner.ask(message, fds)
             for fd in fds:
                 await trio.to_thread.run_sync(os.close, fd)

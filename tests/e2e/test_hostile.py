@@ -261,7 +261,7 @@ async def test_file_sealed_against_writes_is_not_given_for_writing(memfs: Memfs)
     fd = await trio.to_thread.run_sync(os.open, path, os.O_RDWR | os.O_DIRECT)
     await trio.to_thread.run_sync(os.setxattr, path, "user.memfs.seals", b"write")
     async with connected(memfs.socket) as owner:
-        reply = await owner.peer.call(Register(), [fd])
+        reply = await owner.client.request(Register(), [fd])
         assert isinstance(reply.message, Registered)
         with raises(errno.EBADF):
             os.pwrite(reply.fds[0], b"x", 0)

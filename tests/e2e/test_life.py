@@ -54,7 +54,7 @@ async def main():
             await owner.ask(GetPfn(registered.file, ALL, True))
         os.write(1, b"ready\\n")
         while where == "fault":
-            await owner.peer.call(GetPfn(registered.file, ALL, True))
+            await owner.client.request(GetPfn(registered.file, ALL, True))
         await trio.sleep_forever()
 trio.run(main)
 """

@@ -291,6 +291,11 @@ class Connection:
         return None
 
 
+def is_answered(message: Message) -> bool:
+    """Return whether a message is a request that has to be answered."""
+    return type(message) in _REPLIES
+
+
 def is_reply(header: bytes) -> bool:
     """Whether a datagram that begins with these HEADER_SIZE bytes claims to be an answer."""
     return len(header) == HEADER_SIZE and MESSAGES.get(_HEADER.unpack(header)[1]) in _IS_REPLY

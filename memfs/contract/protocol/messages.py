@@ -18,6 +18,7 @@ from memfs.contract.units import MAX_OFFSET, ByteOffset, PageIndex, PageRange, P
 VERSION: Final = 1
 MAX_TEXT: Final = 512  #: bytes of UTF-8 in Hello, Failed and Fenced
 MAX_ERRNO: Final = 4095  #: linux/err.h
+SOCKET_XATTR: Final = "user.memfs.socket"  #: of everything on a mount: the path of the socket to connect to
 
 _MAX_PAGES: Final = page_floor(ByteOffset(MAX_OFFSET)) + 1
 

@@ -1,23 +1,33 @@
 """A protocol connection over a socket: what both ends do alike, with trio.
 
-Sends messages and the descriptors that travel with them, receives them, hands each reply to whoever asked, and has the
-peer's requests handled. Every descriptor that arrives is owned by exactly one: by the message that is returned, or, on
-any error, by nobody, and then it is closed here.
+Sends messages and the descriptors that travel with them, receives them, hands each reply to the call that it answers,
+and runs a handler for each of the peer's requests. Every descriptor that arrives has exactly one owner: the message
+that is returned, or, on any error, nobody, and then it is closed here.
+
+Sending never waits. What the peer has no space for yet lies in a queue, in order, and a task sends it when there is
+space; a request for which the peer has too many unanswered ones lies in another, until one is answered. The queues are
+bounded by the peer: while a reply lies in the first one, no requests are read, so a peer that does not read its replies
+gets no more of them; and a call is not answered before it is sent.
+
+Handlers run eagerly, in the turns of the poller (aio/eager.py, aio/poller.py): in the order of the requests, and the
+next request is read when a handler is done or waits. What they wait for ends with the connection.
 """
 
 from __future__ import annotations
 
 import array
+import functools
 import os
 import socket
-import time
+from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
 import trio
 
+from memfs.contract.aio.busy_poll import BusyPoll
+from memfs.contract.aio.eager import Turn
 from memfs.contract.faults import Point, reach_at_once
 from memfs.contract.protocol.connection import (
     HEADER_SIZE,
@@ -29,10 +39,11 @@ from memfs.contract.protocol.connection import (
     RequestId,
     Role,
     State,
+    is_answered,
     is_reply,
 )
 from memfs.contract.protocol.messages import Message
-from memfs.contract.protocol.transport import Datagram, Datagrams
+from memfs.contract.protocol.transport import Datagram, Datagrams, Rights
 
 # One descriptor more than is allowed, so that too many are noticed rather than cut off.
 _ANCILLARY: Final = socket.CMSG_SPACE((MAX_DESCRIPTORS + 1) * array.array("i").itemsize)
@@ -40,11 +51,10 @@ _RECVMSG: Final = (MAX_MESSAGE, _ANCILLARY, int(socket.MSG_CMSG_CLOEXEC))
 _MSG_CTRUNC: Final = int(socket.MSG_CTRUNC)  # an enum.IntFlag takes its time to be combined
 _MSG_TRUNC: Final = int(socket.MSG_TRUNC)
 
-#: Acts on a request; what it returns, if anything, has to be awaited before the next one
-Handler = Callable[["Incoming"], "Coroutine[Any, Any, None] | None"]
+#: Acts on a request and answers it. Cancelled if it waits when the connection ends
+Handler = Callable[["Incoming"], Coroutine[Any, Any, object]]
 
-_Rights = tuple[int, int, Any]  # one piece of sendmsg's ancillary data
-
+_MAX_POLL: Final = 150e-6  # seconds for which nothing else runs: three times what an answer takes that comes soon
 _CONNECT_TIMEOUT: Final = 5.0  # seconds
 _CONNECT_PAUSE: Final = 0.01  # seconds
 
@@ -65,269 +75,205 @@ class Incoming:
     fds: tuple[int, ...]
 
 
-@dataclass(slots=True)
-class _Call:
-    """A request of ours. It is `done` when its reply is there, or when there will be none."""
+class Call:
+    """A message of ours, on its way. A request is done when its `reply` is there, anything else when it is sent."""
 
-    done: trio.Event = field(default_factory=trio.Event)
-    reply: Incoming | None = None
-    cancelled: bool = False
+    __slots__ = ("_event", "_peer", "fds", "is_answered", "is_cancelled", "is_done", "is_sent", "message", "reply")
+
+    def __init__(self, peer: Peer, message: Message, fds: Sequence[int], *, is_answered: bool) -> None:
+        self._peer: Final = peer
+        self._event: trio.Event | None = None  # None: nobody waits
+        self.message: Final = message
+        self.fds: Final = fds  #: travel with it, and stay the caller's
+        self.is_answered: Final = is_answered  #: whether the protocol demands a reply
+        self.is_sent = False
+        self.is_done = False  #: also when the connection has ended
+        self.is_cancelled = False  #: whether the reply is to be dropped when it comes
+        self.reply: Incoming | None = None
+
+    async def wait(self) -> None:
+        """Wait until it is done. Raises PeerGone if the connection ended before.
+
+        When cancelled, a reply that has come in time counts: a process that was stopped finds a deadline passed, and
+        the reply not yet read. Otherwise the message stays sent, and its reply is dropped when it comes.
+        """
+        if not self.is_done:
+            self._event = trio.Event()
+            try:
+                await self._event.wait()
+            except trio.Cancelled:
+                self._peer.receive_for(self)
+                if not self.is_done:
+                    self.is_cancelled = True
+                    self._peer.abandon(self)
+                    raise
+        if not self.is_sent or (self.is_answered and self.reply is None):
+            raise PeerGone("the connection ended before the answer")
+
+    async def result(self) -> Incoming:
+        """Wait for the reply and return it. Raises PeerGone."""
+        await self.wait()
+        assert self.reply is not None, f"{self.message} has no reply"
+        return self.reply
+
+    def poll(self) -> None:
+        """Busy-poll for its reply; nothing else runs meanwhile. It is done if that came soon, before any request."""
+        self._peer.poll_for(self)
+
+    def done(self) -> None:
+        """It is done; whoever waits goes on."""
+        self.is_done = True
+        if self._event is not None:
+            self._event.set()
+
+
+@dataclass(slots=True)
+class _Unsent:
+    """A message that the peer has had no space for yet."""
+
+    data: bytes
+    rights: Rights
+    call: Call
 
 
 class Peer:
-    """One end of a connection. `serve` must be running for anything to arrive at all.
+    """One end of a connection, whose socket it owns. `serve` must be running for anything to arrive at all.
 
-    `discard` closes descriptors that nobody wants, and the socket; who does not trust the peer lets a thread do that
-    (owners/admission.py).
+    `discard` closes descriptors that nobody wants, and the socket; memfs, which does not trust its peers, lets a thread
+    do that (owners/admission.py). `busy_poll` is for replies.
     """
 
     __slots__ = (
-        "_answered",
-        "_before_more",
         "_broken",
+        "_busy_poll",
         "_calls",
         "_closed",
+        "_datagrams",
         "_discard",
-        "_socket",
-        "_stopped",
+        "_ended",
+        "_handle",
+        "_handlers_ended",
+        "_is_paused",
+        "_postponed",
         "_unsent",
-        "_unsent_lock",
+        "_waiting",
         "protocol",
     )
 
     def __init__(
         self,
-        sock: trio.socket.SocketType,
+        sock: socket.socket,
         role: Role,
         discard: Callable[[tuple[int, ...]], object] | None = None,
+        busy_poll: BusyPoll | None = None,
     ) -> None:
-        self._socket: Final = Datagrams(sock)
+        self._datagrams: Final = Datagrams(sock)
         self._discard: Final = discard or close_all
+        self._busy_poll: Final = busy_poll or BusyPoll(_MAX_POLL)
         self.protocol: Final = Connection(role)
-        self._unsent: tuple[bytes, list[_Rights]] | None = None  # what the peer has had no room for yet
-        self._unsent_lock: Final = trio.Lock()  # of who waits for that room
-        self._calls: dict[RequestId, _Call] = {}
-        self._answered = trio.Event()  # replaced each time it is set
+        self._postponed: Final[deque[Call]] = deque()  # as many as may be are unanswered
+        self._unsent: Final[deque[_Unsent]] = deque()  # the peer has had no space yet
+        self._calls: Final[dict[RequestId, Call]] = {}  # that wait for their replies
+        self._handle: Handler | None = None
+        self._waiting: Final[set[trio.CancelScope]] = set()  # around the handlers that wait
+        self._handlers_ended: Final = trio.lowlevel.ParkingLot()
+        self._is_paused = False  # whether requests are not read
         self._closed = False
         self._broken: Exception | None = None  # what has ended it
-        self._stopped = trio.Event()  # set when nothing is read any more; replaced when it is
-        self._before_more: Coroutine[Any, Any, None] | None = None  # what has to be awaited then
+        self._ended: Final = trio.Event()
+
+    @property
+    def unsent(self) -> int:
+        """How many messages the peer has had no space for yet."""
+        return len(self._unsent)
+
+    # -- sending ----------------------------------------------------------------------------------------------------
 
     async def call(self, message: Message, fds: Sequence[int] = ()) -> Incoming:
-        """Send a request and wait for its reply. Raises PeerGone; LocalProtocolError if it may not be sent now.
-
-        Waits first while as many as may be are unanswered. When cancelled after that, the request stays sent; its reply
-        is dropped when it comes. Not so if it has come: who was held up (a process that was stopped) finds a deadline
-        passed and the answer, which was in time, not yet read.
-        """
-        call = _Call()
-        await self._send(message, fds=fds, call=call)
-        return await self._result(call)
-
-    def ask(self, message: Message, patience: float) -> Incoming | Coroutine[Any, Any, Incoming]:
-        """`call`, done as far as can be without waiting: its reply, if that comes within so many seconds.
-
-        Else what has to be awaited for it. To sleep and be woken takes longer than many an answer does.
-        """
-        call = _Call()
-        if not self._post(message, call=call):
-            return self.call(message)
-        if patience:
-            self._look_for(call, patience)
-        return call.reply or self._result(call)
-
-    async def _result(self, call: _Call) -> Incoming:
-        try:
-            await self._flush()
-            if not call.done.is_set():
-                await call.done.wait()
-        except trio.Cancelled:
-            self._look_for(call, 0)
-            if call.reply is None:
-                call.cancelled = True
-                raise
-        if call.reply is None:
-            raise PeerGone("the connection ended before the answer")
-        return call.reply
+        """Send a request and wait for its reply. Raises PeerGone; LocalProtocolError if it may not be sent now."""
+        await trio.lowlevel.checkpoint_if_cancelled()  # afterwards the protocol believes that it has been sent
+        return await self.post(message, fds).result()
 
     async def reply(self, request: RequestId, message: Message, fds: Sequence[int] = ()) -> None:
-        """Answer a request of the peer's. Raises PeerGone."""
-        await self._send(message, answers=request, fds=fds)
-
-    def reply_now(self, request: RequestId, message: Message) -> Coroutine[Any, Any, None] | None:
-        """`reply`, done as far as can be without waiting; what is returned, if anything, has to be awaited."""
-        return self._send_now(message, request)
+        """Answer a request of the peer's; waits until the peer has space for it. Raises PeerGone."""
+        await self.post(message, fds, answers=request).wait()
 
     async def tell(self, message: Message) -> None:
-        """Send what has no answer. Raises PeerGone."""
-        await self._send(message)
+        """Send what has no answer; waits until the peer has space for it. Raises PeerGone."""
+        await self.post(message).wait()
 
-    def tell_now(self, message: Message) -> Coroutine[Any, Any, None] | None:
-        """`tell`, done as far as can be without waiting; what is returned, if anything, has to be awaited."""
-        return self._send_now(message)
+    def post(self, message: Message, fds: Sequence[int] = (), *, answers: RequestId | None = None) -> Call:
+        """Send a message, or leave it to be sent when that is possible.
 
-    async def serve(self, handle: Handler) -> None:
-        """Have the peer's requests handled, in order, until the connection ends.
-
-        Raises RemoteProtocolError when the peer breaks the protocol, PeerGone if the socket fails, and what `handle`
-        raises. The connection is closed in any case, and calls that wait raise PeerGone.
+        `answers` is the request that it replies to. Raises PeerGone; LocalProtocolError if it may not be sent now.
         """
-
-        def readable() -> bool:
-            return self._read(handle)
-
-        try:
-            while not self._closed:
-                try:
-                    self._socket.read(readable)
-                except OSError as error:
-                    raise _deaf(error) from error
-                await self._stopped.wait()
-                self._stopped = trio.Event()
-                if self._before_more is not None:
-                    before_more, self._before_more = self._before_more, None
-                    with suppress(PeerGone):
-                        await before_more
-            if self._broken is not None:
-                raise self._broken
-        finally:
-            self.close()
-            if self._before_more is not None:
-                self._before_more.close()
-
-    def _read(self, handle: Handler) -> bool:
-        """Receive a message and act on it. Returns whether a task has something to do now."""
-        try:
-            received = self._receive()
-            if received is None:
-                self.close()
-            elif received[1]:
-                self._take(received[0])
-            else:
-                self._before_more = handle(received[0])
-                if self._before_more is None:
-                    return False
-                self._socket.pause()
-                self._stopped.set()
-        except BlockingIOError:
-            return False
-        except Exception as error:  # `serve` raises it
-            self._break(error)
-        return True
-
-    def _look_for(self, call: _Call, patience: float) -> None:
-        """Take replies for so many seconds, until a certain one or a request has come."""
-        deadline = time.perf_counter() + patience
-        while not call.done.is_set():
-            try:
-                if not is_reply(self._socket.peek_within(deadline - time.perf_counter(), HEADER_SIZE)):
-                    return
-                received = self._receive()
-            except (ConnectionError, trio.ClosedResourceError):  # `serve` will see that, too
-                return
-            except (RemoteProtocolError, PeerGone) as error:
-                self._break(error)
-            except OSError as error:
-                self._break(_deaf(error))
-            else:
-                if received is not None:
-                    self._take(received[0])
-
-    def _break(self, error: Exception) -> None:
-        """`serve` is to end with this."""
-        self._broken = error
-        self.close()
-
-    def _take(self, reply: Incoming) -> None:
-        """Hand a reply to whoever asked."""
-        self._wake()
-        call = self._calls.pop(reply.id)
-        if call.cancelled:
-            self._discard(reply.fds)
-        else:
-            call.reply = reply
-            call.done.set()
-
-    def close(self) -> None:
-        """End the connection; calls that wait raise PeerGone. Idempotent."""
-        if self._closed:
-            return
-        self._closed = True
-        self.protocol.close()
-        self._socket.close(self._discard)
-        for call in self._calls.values():
-            call.done.set()
-        self._calls.clear()
-        self._wake()
-        self._stopped.set()
-
-    def _wake(self) -> None:
-        self._answered.set()
-        self._answered = trio.Event()
-
-    async def _send(
-        self,
-        message: Message,
-        *,
-        answers: RequestId | None = None,
-        fds: Sequence[int] = (),
-        call: _Call | None = None,
-    ) -> None:
-        await trio.lowlevel.checkpoint_if_cancelled()  # afterwards the protocol believes that it has been sent
-        while not self._post(message, answers=answers, fds=fds, call=call):
-            if self._unsent is None:
-                await self._answered.wait()
-            await self._flush()
-        await self._flush()
-
-    def _send_now(self, message: Message, answers: RequestId | None = None) -> Coroutine[Any, Any, None] | None:
-        if not self._post(message, answers=answers):
-            return self._send(message, answers=answers)
-        return self._flush() if self._unsent is not None else None
-
-    def _post(
-        self,
-        message: Message,
-        *,
-        answers: RequestId | None = None,
-        fds: Sequence[int] = (),
-        call: _Call | None = None,
-    ) -> bool:
-        """Send, or leave it to be flushed. False: not now, for the peer has not taken or answered what came before."""
-        if self._closed or self.protocol.state is State.CLOSED:  # the last word has been said
+        if self._closed or self.protocol.state is State.CLOSED:  # the final message has been sent
             raise PeerGone("the connection has ended")
-        if self._unsent is not None or (call is not None and self.protocol.unanswered >= MAX_IN_FLIGHT):
-            return False
-        number, data = self.protocol.send(message, answers=answers, descriptors=len(fds))
-        if call is not None:
+        call = Call(self, message, fds, is_answered=answers is None and is_answered(message))
+        if call.is_answered and self.protocol.unanswered >= MAX_IN_FLIGHT:
+            self._postponed.append(call)
+        else:
+            self._send(call, answers)
+        return call
+
+    def _send(self, call: Call, answers: RequestId | None) -> None:
+        number, data = self.protocol.send(call.message, answers=answers, descriptors=len(call.fds))
+        if call.is_answered:
             self._calls[number] = call
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", call.fds))] if call.fds else []
         try:
-            reach_at_once(Point.BEFORE_SEND)
-            self._socket.sendmsg_now([data], rights)
-            reach_at_once(Point.AFTER_SEND)
-        except BlockingIOError:
-            self._unsent = data, rights
-        except (OSError, trio.ClosedResourceError) as error:
+            if not self._unsent and self._transmit(data, rights):
+                self._sent(call)
+                return
+        except OSError as error:
             raise self._unreachable(error) from error
+        self._unsent.append(_Unsent(data, rights, call))
+        if answers is not None and not self._is_paused:
+            self._is_paused = True
+            self._datagrams.pause()
+        if len(self._unsent) == 1:
+            trio.lowlevel.spawn_system_task(self._send_rest)
+
+    def _transmit(self, data: bytes, rights: Rights) -> bool:
+        """Send a datagram. Returns whether the peer has space for it."""
+        reach_at_once(Point.BEFORE_SEND)
+        try:
+            self._datagrams.send(data, rights)
+        except BlockingIOError:
+            return False
+        reach_at_once(Point.AFTER_SEND)
         return True
 
-    async def _flush(self) -> None:
-        """Wait until the peer has had room for all that was posted. Raises PeerGone."""
-        while self._unsent is not None:
-            async with self._unsent_lock:
-                if self._unsent is None:
-                    return
-                data, rights = self._unsent
-                try:
-                    await self._socket.sendmsg([data], rights)
-                except trio.Cancelled:  # the peer does not read, and we cannot take the message back
-                    self.close()
-                    raise
-                except (OSError, trio.ClosedResourceError) as error:
-                    raise self._unreachable(error) from error
-                finally:
-                    self._unsent = None
+    def _sent(self, call: Call) -> None:
+        call.is_sent = True
+        if not call.is_answered:
+            call.done()
+
+    async def _send_rest(self) -> None:
+        """Send what lies in the queue, whenever the peer has space for it."""
+        try:
+            while self._unsent:
+                first = self._unsent[0]
+                if self._transmit(first.data, first.rights):
+                    self._unsent.popleft()
+                    self._sent(first.call)
+                else:
+                    await self._datagrams.wait_writable()
+        except trio.ClosedResourceError:
+            return
+        except OSError as error:
+            self._unreachable(error)
+            self._forget_unsent()
+        self._resume()
+
+    def _send_postponed(self) -> None:
+        """Send the requests for which there are few enough unanswered ones now."""
+        while self._postponed and self.protocol.unanswered < MAX_IN_FLIGHT and not self._closed:
+            call = self._postponed.popleft()
+            try:
+                self._send(call, None)
+            except PeerGone:
+                call.done()
 
     def _unreachable(self, error: Exception) -> PeerGone:
         if isinstance(error, ConnectionError):
@@ -336,17 +282,137 @@ class Peer:
         self.close()
         return PeerGone("the peer cannot be reached")
 
+    def abandon(self, call: Call) -> None:
+        """Nobody waits for a call any more."""
+        if call in self._postponed:
+            self._postponed.remove(call)
+        elif call.fds and not call.is_sent:  # it cannot be taken back, and its descriptors are about to be closed
+            self.close()
+
+    # -- receiving --------------------------------------------------------------------------------------------------
+
+    async def serve(self, handle: Handler) -> None:
+        """Run a handler for each of the peer's requests, until the connection ends.
+
+        Raises RemoteProtocolError when the peer breaks the protocol, PeerGone if the socket fails, and what `handle`
+        raises. In any case the connection is closed then, calls raise PeerGone, and no handler runs any more.
+        """
+        self._handle = handle
+        try:
+            self._read_on()
+            await self._ended.wait()
+        finally:
+            self.close()
+            await self._end_handlers()
+        if self._broken is not None:
+            raise self._broken
+
+    def _read_on(self) -> None:
+        try:
+            self._datagrams.read(self._read)
+        except OSError as error:
+            self._break(_deaf(error))
+
+    def _resume(self) -> None:
+        """Read requests again."""
+        if self._is_paused and not self._closed:
+            self._is_paused = False
+            self._read_on()
+
+    async def _end_handlers(self) -> None:
+        """Cancel the handlers that wait, and wait until they have ended."""
+        for scope in self._waiting:
+            scope.cancel()
+        with trio.CancelScope(shield=True):
+            while self._waiting:
+                await self._handlers_ended.park()
+
+    async def _read(self, turn: Turn) -> bool:
+        """Receive a message and act on it. Returns whether a task has something to do now."""
+        try:
+            received = self._receive()
+        except BlockingIOError:
+            return False
+        except (OSError, RemoteProtocolError, PeerGone) as error:
+            self._break(error)
+            return True
+        if received is None:
+            self.close()
+            return True
+        incoming, is_reply = received
+        if is_reply:
+            self._take(incoming)
+            return True
+        await self._run_handler(incoming, turn)
+        return self._closed
+
+    async def _run_handler(self, request: Incoming, turn: Turn) -> None:
+        assert self._handle is not None
+        try:
+            await turn.run(self._handle(request), functools.partial(self._waiting.add, turn.scope))
+        except Exception as error:  # `serve` raises it
+            self._break(error)
+        finally:
+            if turn.is_over:
+                self._waiting.discard(turn.scope)
+                self._handlers_ended.unpark_all()
+
+    def poll_for(self, call: Call) -> None:
+        """Do what Call.poll says."""
+        self._busy_poll.start()
+        self.receive_for(call)
+
+    def receive_for(self, call: Call) -> None:
+        """Receive replies until a call is done, or nothing is there and busy-polling is over, or a request is next."""
+        try:
+            while not (call.is_done or self._closed):
+                try:
+                    is_next = is_reply(self._datagrams.peek(HEADER_SIZE))
+                except BlockingIOError:
+                    if self._busy_poll.goes_on():
+                        continue
+                    return
+                if not is_next:
+                    return
+                received = self._receive()
+                if received is not None:
+                    self._take(received[0])
+        except ConnectionError:  # `serve` will see that, too
+            pass
+        except OSError as error:
+            self._break(_deaf(error))
+        except (RemoteProtocolError, PeerGone) as error:
+            self._break(error)
+
+    def _take(self, reply: Incoming) -> None:
+        """Hand a reply to the call that it answers."""
+        self._busy_poll.stop()
+        call = self._calls.pop(reply.id)
+        if not call.is_sent:
+            self._discard(reply.fds)
+            self._break(RemoteProtocolError(f"{type(reply.message).__name__} answers what has not been sent yet"))
+        elif call.is_cancelled:
+            self._discard(reply.fds)
+        else:
+            call.reply = reply
+            call.done()
+        if self._postponed:
+            self._send_postponed()
+
     def _receive(self) -> tuple[Incoming, bool] | None:
-        """The next message, and whether it is a reply. None: the connection has ended. Raises BlockingIOError."""
+        """Receive the next message, and whether it is a reply. None: the connection has ended.
+
+        Raises BlockingIOError, RemoteProtocolError and PeerGone.
+        """
         try:
             reach_at_once(Point.BEFORE_RECEIVE)
             try:
-                datagram = self._socket.recvmsg_now(*_RECVMSG)
+                datagram = self._datagrams.receive(*_RECVMSG)
             except ConnectionResetError:  # said once, if it went without having read all; what it had said comes next
-                datagram = self._socket.recvmsg_now(*_RECVMSG)
+                datagram = self._datagrams.receive(*_RECVMSG)
         except BlockingIOError:
             raise
-        except (ConnectionError, trio.ClosedResourceError):
+        except ConnectionError:
             return None
         except OSError as error:
             raise _deaf(error) from error
@@ -355,34 +421,64 @@ class Peer:
     def _accept(self, datagram: Datagram) -> tuple[Incoming, bool] | None:
         data, ancillary, flags, _ = datagram
         fds = tuple(_descriptors(ancillary)) if ancillary else ()
-        if self.protocol.state is State.CLOSED:  # what crossed the last word on its way is nobody's offence
+        if self.protocol.state is State.CLOSED:  # what crossed the final message on its way is nobody's offence
             self._discard(fds)
             return None
-        # The kernel keeps back descriptors that the sender put there in excess, and those that we have no room for
-        # (EMFILE). The latter is nobody's fault: the message counts, and whoever needs the descriptors misses them.
-        no_room = bool(flags & _MSG_CTRUNC) and len(fds) <= MAX_DESCRIPTORS
         try:
-            reach_at_once(Point.AFTER_RECEIVE)
-            if flags & _MSG_TRUNC or len(fds) > MAX_DESCRIPTORS:
-                raise RemoteProtocolError("a message or its descriptors are larger than allowed")
-            if not data:
-                if fds:
-                    raise RemoteProtocolError("an empty message")
-                return None
-            received = self.protocol.receive(data, None if no_room else len(fds))
+            return self._parse(data, flags, fds)
         except OSError as error:
             self._discard(fds)
             raise _deaf(error) from error
         except BaseException:
             self._discard(fds)
             raise
+
+    def _parse(self, data: bytes, flags: int, fds: tuple[int, ...]) -> tuple[Incoming, bool] | None:
+        """Unpack a datagram; the descriptors are the message's if this returns one. Raises RemoteProtocolError."""
+        reach_at_once(Point.AFTER_RECEIVE)
+        if flags & _MSG_TRUNC or len(fds) > MAX_DESCRIPTORS:
+            raise RemoteProtocolError("a message or its descriptors are larger than allowed")
+        if not data:
+            if fds:
+                raise RemoteProtocolError("an empty message")
+            return None
+        # The kernel keeps back descriptors that the sender put there in excess, and those that we have no room for
+        # (EMFILE). The latter is nobody's fault: the message counts, and whoever needs the descriptors misses them.
+        no_room = bool(flags & _MSG_CTRUNC)
+        received = self.protocol.receive(data, None if no_room else len(fds))
         if no_room:
             self._discard(fds)
             fds = ()
         return Incoming(received.id, received.message, fds), received.answers is not None
 
+    # -- the end ----------------------------------------------------------------------------------------------------
 
-async def open_connection(path: str) -> trio.socket.SocketType:
+    def close(self) -> None:
+        """End the connection; calls that wait raise PeerGone. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self.protocol.close()
+        self._datagrams.close(self._discard)
+        self._forget_unsent()
+        for call in (*self._calls.values(), *self._postponed):
+            call.done()
+        self._calls.clear()
+        self._postponed.clear()
+        self._ended.set()
+
+    def _forget_unsent(self) -> None:
+        for unsent in self._unsent:
+            unsent.call.done()
+        self._unsent.clear()
+
+    def _break(self, error: Exception) -> None:
+        """End the connection, and have `serve` raise this."""
+        self._broken = self._broken or error
+        self.close()
+
+
+async def open_connection(path: str) -> socket.socket:
     """Connect to a socket. Raises OSError: EAGAIN if others have filled its queue for long.
 
     connect(2) of such a socket is never in progress: it is done, or to be tried again. trio takes EAGAIN for done.
@@ -399,7 +495,7 @@ async def open_connection(path: str) -> trio.socket.SocketType:
                     raise
                 await trio.sleep(_CONNECT_PAUSE)
             else:
-                return trio.socket.from_stdlib_socket(sock)
+                return sock
     except BaseException:
         sock.close()
         raise

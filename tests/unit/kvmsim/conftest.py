@@ -94,10 +94,8 @@ class ScriptedStore:
 
     async def serve(self) -> None:
         assert self.peer is not None
-        async with trio.open_nursery() as nursery:
-            with suppress(PeerGone):
-                await self.peer.serve(lambda request: nursery.start_soon(self._answer, request))
-            nursery.cancel_scope.cancel()
+        with suppress(PeerGone):
+            await self.peer.serve(self._answer)
 
     async def _answer(self, request: Incoming) -> None:
         number, message, fds = request.id, request.message, request.fds
@@ -199,15 +197,16 @@ def new_vm(tmp_path: Path) -> NewVm:
     async def make(**options: Unpack[VmOptions]) -> AsyncIterator[tuple[VM, ScriptedStore]]:
         options.setdefault("fault_around", 1)
         path = f"{tmp_path}/store-{next(numbers)}.sock"
-        listener = trio.socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        await listener.bind(path)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        listener.bind(path)
         listener.listen(1)
         store = ScriptedStore()
         try:
             async with trio.open_nursery() as nursery:
 
                 async def accept() -> None:
-                    sock, _ = await listener.accept()
+                    await trio.lowlevel.wait_readable(listener)
+                    sock, _ = listener.accept()
                     store.peer = Peer(sock, Role.STORE)
                     await store.serve()
 

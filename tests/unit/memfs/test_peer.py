@@ -18,6 +18,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
+from memfs.contract.aio.busy_poll import BusyPoll
 from memfs.contract.aio.poller import Poller
 from memfs.contract.protocol.connection import (
     MAX_IN_FLIGHT,
@@ -59,9 +60,12 @@ class End:
     def __init__(self, peer: Peer) -> None:
         self.peer = peer
         self.requests: list[Incoming] = []
-        self.handle: Handler = self.requests.append
+        self.handle: Handler = self.keep
         self.error: Exception | None = None
         self.ended = trio.Event()
+
+    async def keep(self, request: Incoming) -> None:
+        self.requests.append(request)
 
     async def run(self) -> None:
         try:
@@ -79,7 +83,7 @@ class End:
 async def two_ends() -> AsyncIterator[tuple[End, End]]:
     """An owner and a store that have greeted each other."""
     before = descriptors()
-    ours, theirs = trio.socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     owner, store = End(Peer(ours, Role.OWNER)), End(Peer(theirs, Role.STORE))
     async with trio.open_nursery() as nursery:
         nursery.start_soon(owner.run)
@@ -100,7 +104,8 @@ async def two_ends() -> AsyncIterator[tuple[End, End]]:
 async def raw_end(room: int | None = None) -> AsyncIterator[tuple[trio.socket.SocketType, End]]:
     """A socket of which nothing good is to be expected, and a store. `room`: bytes for what has not been read."""
     before = descriptors()
-    ours, theirs = trio.socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    raw, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours = trio.socket.from_stdlib_socket(raw)
     if room is not None:
         theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, room)
     store = End(Peer(theirs, Role.STORE))
@@ -305,7 +310,7 @@ async def test_who_does_not_read_the_answers_is_asked_no_more_questions() -> Non
         await store.peer.reply((await store.request()).id, HelloReply(1, 4096))
         assert len(await ours.recv(64)) > 0
         large = Failed(errno.EINVAL, "x" * 500)
-        store.handle = lambda request: store.peer.reply_now(request.id, large)
+        store.handle = lambda request: store.peer.reply(request.id, large)
         sent = 0
         with contextlib.suppress(BlockingIOError), socket.fromfd(ours.fileno(), ours.family, ours.type) as same:
             while True:  # until no more is taken
@@ -331,7 +336,7 @@ async def test_messages_that_are_not_taken_at_once_keep_their_order() -> None:
             for _ in range(50):
                 nursery.start_soon(store.peer.call, Fallocate(FileId(1), RANGE))
             await wait_all_tasks_blocked()
-            assert store.peer.protocol.unanswered < 50, "they all went out: the test tests nothing"
+            assert store.peer.unsent > 0, "they all went out: the test tests nothing"
             numbers = [struct.unpack_from("<HHIQ", await ours.recv(64))[3] for _ in range(50)]
             nursery.cancel_scope.cancel()
         assert numbers == list(range(1, 51))
@@ -360,15 +365,16 @@ def owner_in_a_thread(end: socket.socket, answers: Callable[[Connection, int], l
         thread.join()
 
 
-async def asked(peer: Peer, message: Message, patience: float) -> Incoming:
-    answer = peer.ask(message, patience)
-    return answer if isinstance(answer, Incoming) else await answer
+async def asked(peer: Peer, message: Message) -> Incoming:
+    call = peer.post(message)
+    call.poll()
+    return await call.result()
 
 
 @asynccontextmanager
-async def store_of(answers: Callable[[Connection, int], list[bytes]]) -> AsyncIterator[End]:
+async def store_of(answers: Callable[[Connection, int], list[bytes]], patience: float = 5) -> AsyncIterator[End]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    store = End(Peer(trio.socket.from_stdlib_socket(theirs), Role.STORE))
+    store = End(Peer(theirs, Role.STORE, busy_poll=BusyPoll(patience, window=patience)))
     with ours, owner_in_a_thread(ours, answers):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(store.run)
@@ -388,9 +394,11 @@ async def test_reply_is_taken_before_anything_else_runs() -> None:
     async with store_of(lambda protocol, number: [protocol.send(Ack(), answers=number)[1]]) as store:  # type: ignore[arg-type]
         async with trio.open_nursery() as nursery:
             nursery.start_soon(other)
-            reply = store.peer.ask(InvalidateBegin(FileId(1), RANGE), patience=5)
-            assert isinstance(reply, Incoming)
-            assert reply.message == Ack()
+            call = store.peer.post(InvalidateBegin(FileId(1), RANGE))
+            call.poll()
+            assert call.is_done
+            assert call.reply is not None
+            assert call.reply.message == Ack()
             await trio.lowlevel.checkpoint_if_cancelled()
             assert not ran, "somebody else ran while a reply was looked for"
         assert store.peer.protocol.unanswered == 0
@@ -401,7 +409,7 @@ async def test_request_that_comes_first_is_left_to_who_takes_requests() -> None:
         return [protocol.send(Unregister(FileId(7)))[1], protocol.send(Ack(), answers=number)[1]]  # type: ignore[arg-type]
 
     async with store_of(answers) as store:
-        reply = await asked(store.peer, InvalidateBegin(FileId(1), RANGE), patience=5)
+        reply = await asked(store.peer, InvalidateBegin(FileId(1), RANGE))
         assert reply.message == Ack()
         assert [request.message for request in store.requests] == [Unregister(FileId(7))]
 
@@ -413,15 +421,15 @@ async def test_bad_reply_ends_the_call_and_the_requests() -> None:
 
     async with store_of(answers) as store:
         with pytest.raises(PeerGone):
-            await asked(store.peer, InvalidateBegin(FileId(1), RANGE), patience=5)
+            await asked(store.peer, InvalidateBegin(FileId(1), RANGE))
         await store.ended.wait()
         assert isinstance(store.error, RemoteProtocolError)
 
 
 async def test_owner_that_does_not_answer_is_not_looked_for_any_longer() -> None:
-    async with store_of(lambda _, __: []) as store:
+    async with store_of(lambda _, __: [], patience=0.01) as store:
         with trio.move_on_after(0.05) as scope:
-            await asked(store.peer, InvalidateBegin(FileId(1), RANGE), patience=0.01)
+            await asked(store.peer, InvalidateBegin(FileId(1), RANGE))
         assert scope.cancelled_caught
 
 

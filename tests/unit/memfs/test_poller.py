@@ -11,6 +11,8 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
+from memfs.contract.aio.busy_poll import BusyPoll
+from memfs.contract.aio.eager import Turn
 from memfs.contract.aio.poller import Poller
 
 
@@ -30,7 +32,7 @@ async def test_whoever_reads_is_called_for_as_long_as_there_is_something(pairs: 
     poller = Poller()
     read: list[tuple[int, bytes]] = []
 
-    def reader(number: int) -> bool:
+    async def reader(number: int, _: Turn) -> bool:
         read.append((number, pairs[number][0].recv(64)))
         return False
 
@@ -60,10 +62,10 @@ async def test_reader_may_have_another_one_removed(pairs: Pairs) -> None:
     poller = Poller()
     called: list[int] = []
 
-    def reader(number: int) -> bool:
+    async def reader(number: int, _: Turn) -> bool:
         called.append(number)
-        for ours, _ in pairs:
-            poller.remove(ours.fileno())
+        for end, _theirs in pairs:
+            poller.remove(end.fileno())
         return True
 
     for number, (ours, theirs) in enumerate(pairs):
@@ -80,7 +82,7 @@ async def test_tasks_get_a_turn_while_messages_keep_coming(pairs: Pairs, wakes: 
     woken = trio.Event()
     calls = 0
 
-    def reader() -> bool:
+    async def reader(_: Turn) -> bool:
         nonlocal calls
         calls += 1
         woken.set()
@@ -104,14 +106,15 @@ class Sleeps(trio.abc.Instrument):
 
 
 async def test_who_stays_does_not_sleep_and_holds_up_nobody(pairs: Pairs) -> None:
-    poller, (ours, theirs) = Poller(), pairs[0]
+    poller, (ours, theirs) = Poller(BusyPoll(10, window=10)), pairs[0]
     sleeps, woken, done = Sleeps(), trio.Event(), trio.Event()
     slept: list[int] = []
 
-    def reader() -> bool:
+    async def reader(_: Turn) -> bool:
         slept.append(sleeps.count)
         text = ours.recv(64)
-        poller.stay(10 if text == b"first" else 0)
+        if text == b"first":
+            poller.expect()
         (woken if text == b"first" else done).set()
         return False
 

@@ -20,7 +20,7 @@ from memfs.owners.admission import (
     Client,
     Clients,
     Credentials,
-    Refused,
+    Rejected,
 )
 from tests.helpers import raises
 
@@ -60,7 +60,7 @@ def is_open(fd: int) -> bool:
 
 
 async def test_of_this_process() -> None:
-    ours, theirs = trio.socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
         assert Credentials.of(ours) == Credentials(
             os.getpid(), os.geteuid(), frozenset({os.getegid(), *os.getgroups()})
@@ -85,13 +85,14 @@ async def test_of_another_user(groups: list[int]) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root can start a process of another user")
     name = f"memfs-test-{os.getpid()}-{len(groups)}"
-    with trio.socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-        await listener.bind(f"\0{name}")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(f"\0{name}")
         listener.listen(1)
         command = [sys.executable, "-Ic", CONNECT, name, *map(str, (ALICE, GROUP, *groups))]
         process = await trio.lowlevel.open_process(command)
         with trio.fail_after(10):
-            sock, _ = await listener.accept()
+            await trio.lowlevel.wait_readable(listener)
+            sock, _ = listener.accept()
         with sock:
             seen = Credentials.of(sock)
         await process.wait()
@@ -124,15 +125,15 @@ def test_mode_says_who_may_connect(mode: int, group: int, admitted: bool) -> Non
     if admitted:
         clients.admit(someone(ALICE, group), lambda: None)
     else:
-        with pytest.raises(Refused, match=f"user {ALICE} is refused: socket_mode={mode:04o} does not let it in"):
+        with pytest.raises(Rejected, match=f"user {ALICE} is refused: socket_mode={mode:04o} does not let it in"):
             clients.admit(someone(ALICE, group), lambda: None)
-    assert (clients.connections, len(clients.silent), clients.refused) == (admitted, admitted, not admitted)
+    assert (clients.connections, len(clients.silent), clients.rejected) == (admitted, admitted, not admitted)
 
 
 def test_without_a_group_it_is_the_daemon_s() -> None:
     clients = Clients(0o660, None)
     clients.admit(someone(ALICE, os.getegid()), lambda: None)
-    with pytest.raises(Refused):
+    with pytest.raises(Rejected):
         clients.admit(someone(ALICE, os.getegid() + 1), lambda: None)
 
 
@@ -141,9 +142,9 @@ def test_root_and_the_daemon_s_user_are_always_let_in(monkeypatch: pytest.Monkey
     clients = Clients(0o000, GROUP)
     for uid in (0, BOB):
         admit(clients, uid, MAX_PER_USER + 1)
-    with pytest.raises(Refused):
+    with pytest.raises(Rejected):
         clients.admit(someone(ALICE), lambda: None)
-    assert (clients.connections, clients.refused) == (2 * MAX_PER_USER + 2, 1)
+    assert (clients.connections, clients.rejected) == (2 * MAX_PER_USER + 2, 1)
 
 
 # -- limits -----------------------------------------------------------------------------------------------------------
@@ -152,11 +153,11 @@ def test_root_and_the_daemon_s_user_are_always_let_in(monkeypatch: pytest.Monkey
 def test_user_has_so_many_connections_and_others_are_not_concerned() -> None:
     clients = Clients(0o666, GROUP)
     admitted = admit(clients, ALICE, MAX_PER_USER)
-    with pytest.raises(Refused, match=f"it has {MAX_PER_USER} connections"):
+    with pytest.raises(Rejected, match=f"it has {MAX_PER_USER} connections"):
         clients.admit(someone(ALICE), lambda: None)
-    assert (clients.connections, clients.refused, len(clients.silent)) == (MAX_PER_USER, 1, 0)
+    assert (clients.connections, clients.rejected, len(clients.silent)) == (MAX_PER_USER, 1, 0)
     admit(clients, BOB)
-    admitted[0].left()
+    admitted[0].disconnected()
     admit(clients, ALICE)
     assert clients.connections == MAX_PER_USER + 1
 
@@ -165,7 +166,7 @@ def test_from_a_number_on_only_the_trusted_are_let_in() -> None:
     clients = Clients(0o666, GROUP)
     for uid in range(ALICE, ALICE + MAX_CONNECTIONS // MAX_PER_USER):
         admit(clients, uid, MAX_PER_USER)
-    with pytest.raises(Refused, match=f"there are {MAX_CONNECTIONS} connections"):
+    with pytest.raises(Rejected, match=f"there are {MAX_CONNECTIONS} connections"):
         clients.admit(someone(CAROL + 100), lambda: None)
     assert clients.connections == MAX_CONNECTIONS
     admit(clients, 0)
@@ -180,15 +181,15 @@ def test_oldest_of_the_silent_is_hung_up() -> None:
 
     first = [connect(number) for number in range(MAX_SILENT)]
     first[0].greeted()
-    first[1].left()
+    first[1].disconnected()
     assert len(clients.silent) == MAX_SILENT - 2
     connect(1000)
     connect(1001)
-    assert (hung_up, clients.refused) == ([], 0)
+    assert (hung_up, clients.rejected) == ([], 0)
     connect(1002)
-    assert (hung_up, clients.refused, len(clients.silent)) == ([2], 1, MAX_SILENT)
+    assert (hung_up, clients.rejected, len(clients.silent)) == ([2], 1, MAX_SILENT)
     connect(1003)
-    assert (hung_up, clients.refused, len(clients.silent)) == ([2, 3], 2, MAX_SILENT)
+    assert (hung_up, clients.rejected, len(clients.silent)) == ([2, 3], 2, MAX_SILENT)
 
 
 # -- descriptors ------------------------------------------------------------------------------------------------------
@@ -273,16 +274,16 @@ async def test_descriptors_count_until_they_are_closed(
     (client,) = admit(clients, ALICE)
     slow = [lingering() for _ in range(3)]
     done = client.discard(each.fd for each in slow)
-    client.left()
+    client.disconnected()
     assert clients.connections == 0
-    with pytest.raises(Refused, match="it has 3 connections"):
+    with pytest.raises(Rejected, match="it has 3 connections"):
         clients.admit(someone(), lambda: None)
     admit(clients, BOB)
     slow[0].let_go()
     with trio.fail_after(10):
         await done[0].wait()
     admit(clients, ALICE)
-    with pytest.raises(Refused):
+    with pytest.raises(Rejected):
         clients.admit(someone(), lambda: None)
     for each, event in zip(slow, done, strict=True):
         each.let_go()
@@ -324,11 +325,12 @@ async def test_without_a_thread_it_is_tried_again(autojump_clock: MockClock, mon
 
 async def test_who_was_refused_is_hung_up() -> None:
     clients = Clients(0o600, GROUP)
-    ours, theirs = trio.socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
-        done = clients.turn_away(ours)
+        done = clients.reject(ours)
         with trio.fail_after(10):
-            assert await theirs.recv(1) == b""
+            await trio.lowlevel.wait_readable(theirs)
+            assert theirs.recv(1) == b""
             await done.wait()
         assert ours.fileno() == -1
     await wait_all_tasks_blocked()

@@ -1,0 +1,213 @@
+"""The client: an owner's connection to memfs, for whoever writes a VMM.
+
+    async def on_notification(message: Notification) -> None:
+        if isinstance(message, InvalidateBegin):
+            unmap(message.file, message.pages)
+
+    async with connect(socket_of(path), "vm-1", on_notification) as client:
+        registered, fds = await client.register(fd)
+        reply = await client.get_pfn(registered.file, pages, alloc=True)
+
+RFC patch 01 calls these functions guest_mem_ops, and the notifications guest_ops. Errors are what the system calls
+would say: OSError with the errno that memfs gave. When the connection has ended, everything raises StoreGone: the guest
+has no memory any more.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import Final, TypeVar
+
+import trio
+
+from memfs.contract.aio.nurseries import open_flat_nursery
+from memfs.contract.aio.poller import Poller
+from memfs.contract.logs import fields, working_on
+from memfs.contract.protocol.connection import RemoteProtocolError, Role
+from memfs.contract.protocol.messages import (
+    SOCKET_XATTR,
+    Ack,
+    Done,
+    Failed,
+    Fallocate,
+    Fenced,
+    FileId,
+    GetPfn,
+    Hello,
+    HelloReply,
+    InvalidateBegin,
+    InvalidateEnd,
+    Launch,
+    Measured,
+    Message,
+    Notification,
+    PfnReply,
+    Populate,
+    PutPfn,
+    Register,
+    Registered,
+    Request,
+    Unregister,
+)
+from memfs.contract.protocol.peer import Incoming, Peer, PeerGone, open_connection
+from memfs.contract.units import PAGE_SIZE, ByteOffset, PageRange
+
+log = logging.getLogger(__name__)
+
+#: Acts on a notification, which is acknowledged when it returns. It may wait; other notifications are acted upon
+#: meanwhile. OSError: it could not, and the connection ends, for memfs must not believe that it did
+OnNotification = Callable[[Notification], Awaitable[object]]
+
+_Reply = TypeVar("_Reply", bound=Message)
+
+
+class StoreGone(Exception):
+    """The connection to memfs has ended: the guest has no memory any more."""
+
+
+class Client:
+    """A connection to memfs. Use `connect`."""
+
+    def __init__(self, peer: Peer, on_notification: OnNotification) -> None:
+        self._peer: Final = peer
+        self._on_notification: Final = on_notification
+        self._poller: Final = Poller.here()
+        self.fenced: Fenced | None = None  #: memfs's final message, if it sent one
+        self.gone: str | None = None  #: why the connection has ended; None while it has not
+        self.ended: Final = trio.Event()
+
+    async def register(self, fd: int) -> tuple[Registered, tuple[int, ...]]:
+        """Own the file behind a descriptor (memfd_register_guest).
+
+        Returns what memfs says, and descriptors, the caller's from now on: of the backing file and, for a guest-sealed
+        file, its page map. There are none if this process has no space for them. Raises OSError as
+        `messages.Register` says.
+        """
+        reply = await self._request(Register(), [fd])
+        return _expect(Registered, reply), reply.fds
+
+    async def unregister(self, file: FileId) -> None:
+        """Undo one `register`. Nothing may be mapped from the file any more. Raises OSError(EBADF)."""
+        _expect(Done, await self._request(Unregister(file)))
+
+    async def get_pfn(self, file: FileId, pages: PageRange, *, alloc: bool, lock: bool = False) -> PfnReply:
+        """Return which frames pages are in (get_lock_pfn); perhaps of a part only, from the start on.
+
+        With `alloc`, absent pages are allocated first; with `lock`, pages stay until `put_pfn`. Raises OSError as
+        `messages.GetPfn` says.
+        """
+        return _expect(PfnReply, await self._request(GetPfn(file, pages, alloc, lock)))
+
+    async def put_pfn(self, file: FileId, pages: PageRange, *, dirty: bool) -> None:
+        """Unlock pages, and say whether they were written (put_unlock_pfn). Raises OSError(EINVAL)."""
+        _expect(Done, await self._request(PutPfn(file, pages, dirty)))
+
+    async def populate(self, fd: int, pages: PageRange, content: int, source: ByteOffset) -> bytes:
+        """Fill pages of a guest-sealed file with what is in a memfd from byte `source` on.
+
+        `fd` and `content` are descriptors of the file and of the memfd. Returns the measurement so far, 48 bytes.
+        Raises OSError as `messages.Populate` says.
+        """
+        return _expect(Measured, await self._request(Populate(pages, source), [fd, content])).measurement
+
+    async def launch(self, file: FileId) -> bytes:
+        """Say that the guest begins to run. Returns the measurement of what was populated, 48 bytes."""
+        return _expect(Measured, await self._request(Launch(file))).measurement
+
+    async def request(self, message: Request, fds: Sequence[int] = ()) -> Incoming:
+        """Send any request and return what comes, which may be Failed; its descriptors are the caller's."""
+        if self.gone is not None:
+            raise StoreGone(self.gone)
+        try:
+            return await self._peer.call(message, fds)
+        except PeerGone as error:
+            await self.ended.wait()  # why it has gone may still be there to be read
+            raise StoreGone(self.gone or f"memfs has gone: {error}") from error
+
+    async def _request(self, message: Request, fds: Sequence[int] = ()) -> Incoming:
+        reply = await self.request(message, fds)
+        if isinstance(reply.message, Failed):
+            raise OSError(reply.message.errno, reply.message.text)
+        return reply
+
+    async def greet(self, name: str) -> None:
+        """Agree on the protocol version. Raises OSError(EPROTONOSUPPORT) if that cannot be."""
+        reply = _expect(HelloReply, await self._request(Hello(name=name)))
+        if reply.page_size != PAGE_SIZE:
+            raise OSError(errno.EPROTONOSUPPORT, f"memfs has pages of {reply.page_size} bytes, not {PAGE_SIZE}")
+
+    async def serve(self) -> None:
+        """Act on notifications until the connection ends."""
+        try:
+            await self._peer.serve(self._act)
+            self.gone = self.gone or "memfs has closed the connection"
+        except RemoteProtocolError as error:
+            self.gone = f"memfs broke the protocol: {error}"
+        except PeerGone as error:
+            self.gone = self.gone or f"memfs has gone: {error}"
+        except OSError as error:  # then memfs must not believe that we have unmapped anything
+            self.gone = f"memfs was left: a notification could not be acted upon: {error.strerror}"
+        finally:
+            self.ended.set()
+
+    async def _act(self, request: Incoming) -> None:
+        message = request.message
+        if isinstance(message, Fenced):
+            self.fenced = message
+            self.gone = f"memfs has cut us off: {message.text}"
+            return
+        assert isinstance(message, InvalidateBegin | InvalidateEnd | Fallocate)
+        with working_on(message.cause):
+            _log("notified", message)
+            await self._on_notification(message)
+            self._poller.expect()
+            if not isinstance(message, InvalidateEnd):
+                with suppress(PeerGone):  # why it has gone comes next, if it said so
+                    await self._peer.reply(request.id, Ack())
+                    _log("acknowledged", message)
+
+    def close(self) -> None:
+        """End the connection; memfs then forgets all that was registered."""
+        self._peer.close()
+
+
+@asynccontextmanager
+async def connect(path: str, name: str, on_notification: OnNotification) -> AsyncIterator[Client]:
+    """Connect to the memfs that listens on a socket; the connection ends with the block.
+
+    `name` is for logs. Raises OSError if nobody listens there, or the protocol versions do not match.
+    """
+    sock = await open_connection(path)
+    async with open_flat_nursery() as nursery:
+        client = Client(Peer(sock, Role.OWNER), on_notification)
+        nursery.start_soon(client.serve)
+        try:
+            await client.greet(name)
+            yield client
+        finally:
+            client.close()
+        nursery.cancel_scope.cancel()
+
+
+def socket_of(path: str) -> str:
+    """Return the path of the socket of the memfs that a file lies on. Blocking: not for the event loop.
+
+    Raises OSError(ENODATA or EOPNOTSUPP) if it lies on something else.
+    """
+    return os.getxattr(path, SOCKET_XATTR).decode()
+
+
+def _expect(kind: type[_Reply], reply: Incoming) -> _Reply:
+    """Return a reply's message, of the kind that the protocol has it be."""
+    assert isinstance(reply.message, kind), f"the protocol let {reply.message} through"
+    return reply.message
+
+
+def _log(what: str, message: Notification) -> None:
+    if log.isEnabledFor(logging.INFO):
+        kind = type(message).__name__
+        log.info(what, extra=fields(notification=kind, file=message.file, pages=message.pages))

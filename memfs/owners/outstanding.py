@@ -1,0 +1,108 @@
+"""The ledger of notifications that owners have not acknowledged yet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final, Generic, TypeVar
+
+import trio
+
+from memfs.contract.protocol.messages import Notification
+
+_Owner = TypeVar("_Owner")
+
+
+class Pending(Generic[_Owner]):
+    """A notification that is outstanding within a `with` block. Made by `Outstanding.of`."""
+
+    __slots__ = ("_outstanding", "message", "owner", "since")
+
+    def __init__(self, outstanding: Outstanding[_Owner], owner: _Owner, message: Notification) -> None:
+        self._outstanding: Final = outstanding
+        self.owner: Final = owner
+        self.message: Final = message
+        self.since: Final = trio.current_time()  #: seconds
+
+    def __enter__(self) -> Pending[_Owner]:
+        self._outstanding.add(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._outstanding.remove(self)
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether no other notification is outstanding, of any owner."""
+        return len(self._outstanding) == 1
+
+    @property
+    def kind(self) -> str:
+        """What it is called."""
+        return type(self.message).__name__
+
+    @property
+    def age(self) -> float:
+        """For how long it has been outstanding, in seconds."""
+        return trio.current_time() - self.since
+
+    def describe(self) -> dict[str, Any]:
+        """Return what people want to know of it."""
+        message = self.message
+        return {
+            "notification": self.kind,
+            "file": message.file,
+            "pages": str(message.pages),
+            "request": message.cause,
+            "age": round(self.age, 3),
+        }
+
+
+class Outstanding(Generic[_Owner]):
+    """All notifications that have not been acknowledged; `len` says how many."""
+
+    def __init__(self) -> None:
+        self._of: Final[dict[_Owner, list[Pending[_Owner]]]] = {}  # the oldest first
+        self._count = 0
+        self._waiting: Final = trio.lowlevel.ParkingLot()
+
+    def __len__(self) -> int:
+        return self._count
+
+    def of(self, owner: _Owner, message: Notification) -> Pending[_Owner]:
+        """Have a notification outstanding within a `with` block."""
+        return Pending(self, owner, message)
+
+    def add(self, pending: Pending[_Owner]) -> None:
+        """Enter a notification. For Pending."""
+        self._of.setdefault(pending.owner, []).append(pending)
+        self._count += 1
+        if self._waiting:
+            self._waiting.unpark_all()
+
+    def remove(self, pending: Pending[_Owner]) -> None:
+        """Strike a notification out. For Pending."""
+        theirs = self._of[pending.owner]
+        theirs.remove(pending)
+        self._count -= 1
+        if not theirs:
+            del self._of[pending.owner]
+
+    def by(self, owner: _Owner) -> Sequence[Pending[_Owner]]:
+        """Return what an owner has not acknowledged, the oldest first."""
+        return self._of.get(owner, ())
+
+    @property
+    def owners(self) -> frozenset[_Owner]:
+        """Owners that are being waited for."""
+        return frozenset(self._of)
+
+    async def wait(self) -> None:
+        """Wait until an owner is waited for; it may have acknowledged by the time that this returns."""
+        if not self._count:
+            await self._waiting.park()
+
+    def check(self) -> None:
+        """Raise AssertionError on the first broken invariant."""
+        assert all(self._of.values()), "an owner is waited for that owes nothing"
+        owed = sum(map(len, self._of.values()))
+        assert owed == self._count, f"{self._count} notifications are counted, {owed} are owed"

@@ -1,0 +1,229 @@
+"""A session: one connection to memfs's socket, that is, one owner, and the answers to its requests.
+
+A file is named by an open descriptor of it, as KVM takes an fd, so who may own a file is who may open it for writing.
+What the descriptor is, the session reads from /proc/self/fdinfo: flags, inode number and mount id. It must not fstat
+it, nor do anything else that asks the filesystem behind it: that is ourselves, and we would wait for us for ever. The
+mount id is looked up in mountinfo, ours or, for a peer in another mount namespace, the peer's, and the device number
+found there says whether the file is one of this mount's (whatever bind mount it was opened through).
+
+A descriptor that a stranger sent may lead to a filesystem that answers nothing, and one of our own files has the kernel
+ask us before close(2) returns, so descriptors are looked at and closed where that holds up nobody (admission.py). What
+an owner gets is opened anew for it: a description shared with us would let it set O_APPEND on ours.
+
+Requests are acted upon in order, and one that has to wait (for a file, or for a descriptor to be looked at) holds up
+none behind it: an Ack or a PutPfn there may be what others wait for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import socket
+import stat
+from typing import Final
+
+import trio
+
+from memfs.contract.protocol.connection import LocalProtocolError, RemoteProtocolError, Role
+from memfs.contract.protocol.messages import (
+    VERSION,
+    Done,
+    Failed,
+    Fenced,
+    GetPfn,
+    Hello,
+    HelloReply,
+    Launch,
+    Measured,
+    Message,
+    Notification,
+    Populate,
+    PutPfn,
+    Register,
+    Registered,
+    Unregister,
+)
+from memfs.contract.protocol.peer import Call, Incoming, Peer, PeerGone, close_all
+from memfs.contract.sys.fdinfo import fdinfo
+from memfs.contract.sys.mountinfo import device_of_mount_id
+from memfs.contract.units import PAGE_SIZE
+from memfs.owners.admission import Client
+from memfs.owners.liveness import is_dying
+from memfs.owners.populate import launch, populate
+from memfs.owners.registry import Owner, Registration, Registry
+from memfs.store import seals
+from memfs.store.file import File
+from memfs.tree import inode_flags
+from memfs.tree.inode import RegularFile
+from memfs.tree.tree import Tree
+
+log = logging.getLogger(__name__)
+
+_FAREWELL: Final = 0.1  # seconds for which we try to send the final message
+
+
+class Session(Owner):
+    """An owner's connection. `device` is the mount's device number as "major:minor"."""
+
+    def __init__(self, sock: socket.socket, client: Client, registry: Registry, tree: Tree, device: str) -> None:
+        self._client: Final = client
+        self._peer: Final = Peer(sock, Role.STORE, client.discard)
+        self.pid: Final = client.credentials.pid
+        self._tree: Final = tree
+        self._device: Final = device
+        super().__init__(registry)
+
+    async def run(self) -> None:
+        """Serve the connection until it ends."""
+        try:
+            await self._peer.serve(self._handle)
+        except RemoteProtocolError as error:
+            log.warning("%s broke the protocol and is cut off: %s", self, error)
+        except PeerGone as error:
+            log.error("%s is cut off: %s", self, error)  # noqa: TRY400
+        except Exception:
+            log.exception("%s is cut off: a bug in memfs", self)
+        finally:
+            self._peer.close()
+            self._registry.end(self)
+            self._client.disconnected()
+
+    # -- what the registry asks of an owner -------------------------------------------------------------------------
+
+    def notify(self, message: Notification) -> Call:
+        """Send a notification, without waiting. Raises PeerGone."""
+        return self._peer.post(message)
+
+    async def cut_off(self, reason: str) -> None:
+        """Say why, if that can be sent soon, and end the connection."""
+        await self.send_final(errno.ETIMEDOUT, reason)
+        self._peer.close()
+
+    def is_dead(self) -> bool:
+        """Return whether the process that connected is gone."""
+        return is_dying(self.pid)
+
+    # -- what the server does with it -------------------------------------------------------------------------------
+
+    def end_if_dead(self) -> None:
+        """End it if its process cannot answer any more."""
+        if self.is_dead():
+            self._registry.end(self)
+            self._peer.close()
+
+    async def send_final(self, number: int, reason: str) -> None:
+        """Send the final message: an errno and why it is over. Gives up soon."""
+        scope = trio.CancelScope(shield=True, deadline=trio.current_time() + _FAREWELL)
+        with scope, contextlib.suppress(PeerGone, LocalProtocolError):  # the latter if it has not said Hello
+            await self._peer.tell(Fenced(number, reason))
+
+    # -- requests ---------------------------------------------------------------------------------------------------
+
+    async def _handle(self, request: Incoming) -> None:
+        """Act on a request and answer it."""
+        reply: Message
+        fds: tuple[int, ...] = ()
+        try:
+            try:
+                reply, fds = await self._act(request)
+            except OSError as error:
+                reply = Failed(error.errno or errno.EIO, str(error.strerror))
+            finally:
+                await self._client.close(request.fds)
+            with contextlib.suppress(PeerGone):
+                await self._peer.reply(request.id, reply, fds)
+        finally:
+            close_all(fds)
+
+    async def _act(self, request: Incoming) -> tuple[Message, tuple[int, ...]]:
+        message = request.message
+        match message:
+            case Hello():
+                if not message.min_version <= VERSION <= message.max_version:
+                    raise OSError(errno.EPROTONOSUPPORT, f"memfs speaks protocol version {VERSION}")
+                self.name = message.name
+                self._client.greeted()
+                return HelloReply(VERSION, PAGE_SIZE), ()
+            case Register():
+                return await self._register(request)
+            case Unregister(file):
+                self._registry.unregister(self, file)
+            case GetPfn(file, pages, alloc, lock):
+                return await self.registration(file).get_pfn(pages, alloc=alloc, lock=lock), ()
+            case PutPfn(file, pages):
+                self.registration(file).put_pfn(pages)
+            case Populate():
+                return await self._populate(message, request.fds), ()
+            case Launch(file):
+                return await self._launch(self.registration(file)), ()
+            case _:
+                raise AssertionError(f"the protocol let {message} through")
+        return Done(), ()
+
+    async def _register(self, request: Incoming) -> tuple[Message, tuple[int, ...]]:
+        if not request.fds:
+            raise OSError(errno.EMFILE, "memfs has no descriptor left for the file's")
+        inode = await self._identify(request.fds[0])
+        with self._tree.holding(inode):
+            async with inode.file.locked():  # the file is not in the middle of becoming something else
+                await self._registry.evict_dead(inode, self)
+                fds = _for_owner(inode.file)
+                try:
+                    registration = self._registry.register(self, inode)
+                except OSError:
+                    close_all(fds)
+                    raise
+                return Registered(registration.id, inode.ino, inode.file.size, inode.file.seals), fds
+
+    async def _populate(self, message: Populate, fds: tuple[int, ...]) -> Message:
+        if len(fds) < 2:
+            raise OSError(errno.EMFILE, "memfs has no descriptors left for the file's and the content's")
+        inode = await self._identify(fds[0])
+        with self._tree.holding(inode):
+            return Measured(await populate(inode.file, message.pages, fds[1], message.source))
+
+    async def _launch(self, registration: Registration) -> Message:
+        with self._tree.holding(registration.inode):
+            async with registration.file.locked():
+                return Measured(launch(registration.file))
+
+    async def _identify(self, fd: int) -> RegularFile:
+        """Return the file that a descriptor is of. Raises OSError as Register's documentation says."""
+        info = await self._client.run_in_thread(fdinfo, fd)
+        device = device_of_mount_id(info["mnt_id"], "self")
+        if device is None:  # a peer may have mounted so much that to read it all takes long
+            device = await self._client.run_in_thread(device_of_mount_id, info["mnt_id"], str(self.pid))
+        if device != self._device:
+            raise OSError(errno.EINVAL, "not a file of this mount")
+        flags = int(info["flags"], 8)
+        if flags & os.O_PATH:
+            raise OSError(errno.EBADF, "an O_PATH descriptor")
+        inode = self._tree.inode(int(info["ino"]))
+        if not stat.S_ISREG(inode.mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        if flags & os.O_ACCMODE != os.O_RDWR:  # an owner reads and writes, so it must have been let do both
+            raise OSError(errno.EACCES, "not open for reading and writing")
+        inode_flags.check_own(inode)
+        return self._tree.regular(inode.ino)
+
+
+def _for_owner(file: File) -> tuple[int, ...]:
+    """Open descriptors of an owner's own: the backing file and, of a guest-sealed file, its page map. Raises OSError.
+
+    The backing of a file sealed against writes is open for reading only.
+    """
+    closed_to_writes = file.seals & seals.NO_WRITES and not file.guest
+    fds = [_open_anew(file.fd, os.O_RDONLY if closed_to_writes else os.O_RDWR)]
+    if file.guest and file.page_map is not None:
+        try:
+            fds.append(_open_anew(file.page_map.fd, os.O_RDONLY))
+        except OSError:
+            close_all(fds)
+            raise
+    return tuple(fds)
+
+
+def _open_anew(fd: int, flags: int) -> int:
+    return os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC)
