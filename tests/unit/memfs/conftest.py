@@ -10,7 +10,7 @@ import pytest
 
 from memfs.contract.sys.libc import mount, umount
 
-from .places import NR_INODES, SIZE, OnTmpfs, OnTree, Place
+from .tree.places import NR_INODES, SIZE, OnTmpfs, OnTree, Place
 
 
 @pytest.fixture

@@ -1,0 +1,321 @@
+"""Handles: how each reaches content, which exclude each other, and what a reader of a directory sees of changes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable, Iterator
+
+import pytest
+import trio
+
+from memfs.contract.sys.constants import F_SEAL_FUTURE_WRITE
+from memfs.store.seals import F_SEAL_GROW, F_SEAL_GUEST, F_SEAL_SHRINK, F_SEAL_WRITE
+from memfs.tree.inode import Directory, RegularFile
+from memfs.tree.open_files import Access, Fh, OpenDirectory, OpenFile, OpenFiles
+from memfs.tree.tree import ROOT_INO
+from tests.helpers import raises
+
+from .places import OnTree
+
+PASSTHROUGH, CACHED, DIRECT = Access.PASSTHROUGH, Access.CACHED, Access.DIRECT
+READ, WRITE, APPEND = os.O_RDONLY, os.O_RDWR, os.O_WRONLY | os.O_APPEND
+
+
+class Kernel:
+    """What registers backing files: the numbers that are registered, each of an open descriptor."""
+
+    def __init__(self) -> None:
+        self.registered: set[int] = set()
+        self.is_full = False
+        self._next = 1
+
+    def open(self, fd: int) -> int | None:
+        """Register a descriptor."""
+        os.fstat(fd)
+        if self.is_full:
+            return None
+        self.registered.add(self._next)
+        self._next += 1
+        return self._next - 1
+
+    def close(self, number: int) -> None:
+        """Forget one that is registered."""
+        self.registered.remove(number)
+
+
+@pytest.fixture
+def kernel() -> Kernel:
+    """A kernel that has nothing open."""
+    return Kernel()
+
+
+@pytest.fixture
+def opens(tree_place: OnTree, kernel: Kernel) -> Iterator[OpenFiles]:
+    """The handles of a mount of which the kernel asks backing files itself."""
+    opens = OpenFiles(tree_place.tree, kernel)
+    yield opens
+    opens.check()
+    opens.close()
+    opens.check()
+    assert (len(opens), kernel.registered) == (0, set())
+
+
+def make(place: OnTree, seals: int = 0, name: str = "file") -> RegularFile:
+    """A new file that is born with seals."""
+    inode = place.tree.create(ROOT_INO, name.encode(), stat.S_IFREG | 0o600, 0, 0, seals=seals)
+    assert isinstance(inode, RegularFile)
+    return inode
+
+
+def access(opens: OpenFiles, inode: RegularFile, flags: int) -> Access:
+    """How a new handle reaches content."""
+    return opens.open_file(inode, flags)[1].access
+
+
+# -- regular files ----------------------------------------------------------------------------------------------------
+
+
+def test_ordinary_handles_pass_through_with_one_number(opens: OpenFiles, tree_place: OnTree, kernel: Kernel) -> None:
+    inode = make(tree_place)
+    assert [access(opens, inode, flags) for flags in (READ, WRITE, APPEND, WRITE | os.O_DIRECT)] == [PASSTHROUGH] * 4
+    assert kernel.registered == {inode.file.opens.backing_id} == {1}
+    other = make(tree_place, name="other")
+    assert access(opens, other, READ) is PASSTHROUGH
+    assert kernel.registered == {1, 2}
+    opens.check()
+
+
+def test_number_goes_with_the_last_handle(opens: OpenFiles, tree_place: OnTree, kernel: Kernel) -> None:
+    inode = make(tree_place)
+    (first, _), (second, _) = opens.open_file(inode, READ), opens.open_file(inode, WRITE)
+    opens.release(first)
+    assert kernel.registered == {1}
+    opens.release(second)
+    assert (kernel.registered, inode.holds, inode.file.fd) == (set(), 0, -1)
+    assert access(opens, inode, READ) is PASSTHROUGH
+    assert kernel.registered == {2}
+
+
+def test_without_passthrough_content_is_cached(tree_place: OnTree) -> None:
+    opens, inode = OpenFiles(tree_place.tree), make(tree_place)
+    assert [access(opens, inode, flags) for flags in (READ, WRITE, WRITE | os.O_DIRECT)] == [CACHED, CACHED, DIRECT]
+    opens.check()
+    opens.close()
+
+
+def test_file_that_is_cached_stays_so_while_it_is_open(opens: OpenFiles, tree_place: OnTree, kernel: Kernel) -> None:
+    inode = make(tree_place)
+    kernel.is_full = True
+    fh, handle = opens.open_file(inode, READ)
+    assert handle.access is CACHED
+    kernel.is_full = False
+    assert access(opens, inode, WRITE) is CACHED
+    assert access(opens, inode, WRITE | os.O_DIRECT) is DIRECT
+    opens.release(fh)
+    assert kernel.registered == set()
+    opens.close()
+    assert access(opens, inode, READ) is PASSTHROUGH
+
+
+def test_direct_handle_excludes_nothing(opens: OpenFiles, tree_place: OnTree) -> None:
+    inode = make(tree_place)
+    assert access(opens, inode, WRITE | os.O_DIRECT) is DIRECT
+    assert (inode.file.opens.mappable, inode.file.opens.writable) == (0, 0)
+    assert access(opens, inode, READ) is PASSTHROUGH
+    assert (inode.file.opens.mappable, inode.file.opens.writable) == (1, 0)
+    assert access(opens, inode, WRITE) is PASSTHROUGH
+    assert (inode.file.opens.mappable, inode.file.opens.writable) == (2, 1)
+
+
+@pytest.mark.parametrize("flags", [READ, WRITE, APPEND, WRITE | os.O_DIRECT])
+@pytest.mark.parametrize(
+    ("seals", "expected"),
+    [
+        # each in the order of the flags above
+        (F_SEAL_SHRINK, (PASSTHROUGH, PASSTHROUGH, PASSTHROUGH, DIRECT)),
+        (F_SEAL_GUEST, (DIRECT, DIRECT, DIRECT, DIRECT)),
+        (F_SEAL_GROW, (CACHED, CACHED, CACHED, DIRECT)),
+        (F_SEAL_WRITE, (CACHED, DIRECT, DIRECT, DIRECT)),
+        (F_SEAL_FUTURE_WRITE, (CACHED, DIRECT, DIRECT, DIRECT)),
+    ],
+)
+def test_seals_decide(
+    opens: OpenFiles, tree_place: OnTree, seals: int, expected: tuple[Access, ...], flags: int
+) -> None:
+    inode = make(tree_place, seals)
+    wanted = dict(zip([READ, WRITE, APPEND, WRITE | os.O_DIRECT], expected, strict=True))
+    assert access(opens, inode, flags) is wanted[flags]
+    assert inode.file.opens.mappable == (wanted[flags] is not DIRECT)
+
+
+@pytest.mark.parametrize("seal", [F_SEAL_GROW, F_SEAL_WRITE, F_SEAL_FUTURE_WRITE])
+def test_reader_that_passes_through_excludes_writers_once_sealed(
+    opens: OpenFiles, tree_place: OnTree, kernel: Kernel, seal: int
+) -> None:
+    inode = make(tree_place)
+    fh, _ = opens.open_file(inode, READ)
+    trio.run(inode.file.add_seals, seal)
+    for flags in (WRITE, APPEND, WRITE | os.O_DIRECT):
+        before = len(opens), inode.holds, inode.file.opens.mappable, set(kernel.registered)
+        with raises(errno.EBUSY):
+            opens.open_file(inode, flags)
+        assert (len(opens), inode.holds, inode.file.opens.mappable, kernel.registered) == before
+        opens.check()
+    another, handle = opens.open_file(inode, READ)
+    assert handle.access is PASSTHROUGH
+    opens.release(fh)
+    with raises(errno.EBUSY):
+        opens.open_file(inode, WRITE)
+    opens.release(another)
+    assert access(opens, inode, WRITE) is (CACHED if seal == F_SEAL_GROW else DIRECT)
+    assert kernel.registered == set()
+
+
+def test_without_a_descriptor_nothing_is_opened(
+    opens: OpenFiles, tree_place: OnTree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_descriptor(content: object) -> int:
+        raise OSError(errno.EMFILE, "no descriptor left")
+
+    inode = make(tree_place)
+    monkeypatch.setattr(tree_place.backing, "open", no_descriptor)
+    with raises(errno.EMFILE):
+        opens.open_file(inode, READ)
+    assert (len(opens), inode.holds, inode.file.opens.mappable, inode.file.fd) == (0, 0, 0, -1)
+    opens.check()
+
+
+def test_unlinked_file_lives_until_it_is_released(opens: OpenFiles, tree_place: OnTree) -> None:
+    inode = make(tree_place)
+    fh, handle = opens.open_file(inode, WRITE)
+    tree_place.unlink("file")
+    assert opens.file(fh) is handle
+    assert tree_place.tree.inode(inode.ino) is inode
+    opens.release(fh)
+    with raises(errno.ESTALE):
+        tree_place.tree.inode(inode.ino)
+
+
+def test_numbers_of_what_is_not_open(opens: OpenFiles, tree_place: OnTree) -> None:
+    fh, _ = opens.open_file(make(tree_place), READ)
+    directory = opens.open_directory(tree_place.tree.root, 0)
+    for call in (opens.file, opens.directory, opens.release):
+        with raises(errno.EBADF):
+            call(99)
+    with raises(errno.EBADF):
+        opens.file(directory)
+    with raises(errno.EBADF):
+        opens.directory(fh)
+    assert len(opens) == 2
+    opens.release(fh)
+    for call in (opens.file, opens.release):
+        with raises(errno.EBADF):
+            call(fh)
+    assert opens.open_file(make(tree_place, name="other"), READ)[0] not in (fh, directory), "never used twice"
+
+
+def test_mount_that_is_gone_has_no_numbers(tree_place: OnTree, kernel: Kernel) -> None:
+    opens, inode = OpenFiles(tree_place.tree, kernel), make(tree_place)
+    opens.open_file(inode, WRITE)
+    opens.backing_ids = None
+    opens.close()
+    opens.check()
+    assert (len(opens), inode.holds, inode.file.opens.backing_id) == (0, 0, None)
+    assert kernel.registered == {1}, "the kernel forgot it by itself"
+
+
+BROKEN: dict[str, tuple[Callable[[OpenFiles, RegularFile], object], str]] = {
+    "a handle too few": (lambda opens, inode: inode.file.opens.remove(writable=True), "mappable opens"),
+    "a number that nobody uses": (lambda opens, inode: setattr(inode.file.opens, "backing_id", None), "backing id"),
+    "a hold too few": (lambda opens, inode: setattr(inode, "holds", 0), "fewer holds"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_check_finds_what_is_broken(name: str) -> None:
+    spoil, sentence = BROKEN[name]
+    place = OnTree()
+    opens, inode = OpenFiles(place.tree, Kernel()), make(place)
+    opens.open_file(inode, WRITE)
+    opens.open_file(inode, READ)
+    opens.check()
+    spoil(opens, inode)
+    with pytest.raises(AssertionError, match=sentence):
+        opens.check()
+
+
+def test_handle_says_what_it_can(tree_place: OnTree) -> None:
+    inode = make(tree_place)
+    for flags, writable in ((READ, False), (WRITE, True), (os.O_WRONLY, True), (READ | os.O_APPEND, False)):
+        assert OpenFile(inode, flags, CACHED).writable == writable
+    assert [OpenFile(inode, READ, way).mappable for way in (PASSTHROUGH, CACHED, DIRECT)] == [True, True, False]
+
+
+# -- directories ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reader(opens: OpenFiles, tree_place: OnTree) -> OpenDirectory:
+    """A handle of a directory with the names a, b, c, d and e, of which e is the newest."""
+    for name in "abcde":
+        tree_place.make(name)
+    root = tree_place.tree.root
+    assert isinstance(root, Directory)
+    return opens.directory(opens.open_directory(root, os.O_RDONLY))
+
+
+def read(reader: OpenDirectory, cookie: int, count: int = 99) -> tuple[str, int]:
+    """Some names, and the cookie of the last one."""
+    names = ""
+    for entry in list(reader.entries_after(cookie))[:count]:
+        names, cookie = names + entry.name.decode(), entry.cookie
+    return names, cookie
+
+
+def test_reader_goes_on_where_it_stopped(reader: OpenDirectory) -> None:
+    first, cookie = read(reader, 0, 2)
+    second, cookie = read(reader, cookie, 2)
+    rest, cookie = read(reader, cookie)
+    assert (first, second, rest) == ("ed", "cb", "a")
+    assert read(reader, cookie)[0] == ""
+    assert read(reader, 0)[0] == "edcba"
+
+
+def test_reader_sees_what_is_removed_no_more_and_what_is_new_only_when_it_begins_anew(
+    reader: OpenDirectory, tree_place: OnTree
+) -> None:
+    _, cookie = read(reader, 0, 2)
+    tree_place.unlink("e")
+    tree_place.unlink("c")
+    tree_place.make("f")
+    tree_place.unlink("b")
+    tree_place.make("b")
+    assert read(reader, cookie)[0] == "a", "b is another one now"
+    assert read(reader, 0)[0] == "bfda"
+
+
+def test_reader_whose_entry_was_removed_goes_on_behind_it(reader: OpenDirectory, tree_place: OnTree) -> None:
+    _, cookie = read(reader, 0, 3)
+    tree_place.unlink("c")
+    assert read(reader, cookie)[0] == "ba"
+
+
+def test_readers_do_not_concern_each_other(reader: OpenDirectory, opens: OpenFiles, tree_place: OnTree) -> None:
+    _, cookie = read(reader, 0, 1)
+    tree_place.make("f")
+    other = opens.directory(opens.open_directory(tree_place.tree.root, os.O_RDONLY))
+    assert read(other, 0)[0] == "fedcba"
+    assert read(reader, cookie)[0] == "dcba"
+
+
+def test_removed_directory_is_empty_and_lives_until_it_is_released(opens: OpenFiles, tree_place: OnTree) -> None:
+    tree_place.mkdir("d")
+    inode = tree_place.tree.directory(tree_place.number("d"))
+    fh: Fh = opens.open_directory(inode, os.O_RDONLY)
+    tree_place.rmdir("d")
+    assert read(opens.directory(fh), 0)[0] == ""
+    opens.release(fh)
+    with raises(errno.ESTALE):
+        tree_place.tree.inode(inode.ino)
