@@ -55,7 +55,8 @@ class Scheduler:
     async def run(self, check: Callable[[], None]) -> None:
         while True:
             await wait_all_tasks_blocked()
-            check()
+            if len(self.taken) >= len(self.choices):  # up to there it is as it was in the order before, and was checked
+                check()
             if not self.waiting:
                 return
             names = sorted(self.waiting)
