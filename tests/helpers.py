@@ -1,15 +1,16 @@
-"""What the tests of both programs write over and over: ranges of pages, offsets of pages, and a call that must fail."""
+"""What the tests of both programs write over and over: ranges of pages, a backing, a call that must fail."""
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
 import pytest
 
 from memfs.contract.units import PAGE_SIZE, ByteOffset, PageIndex, PageRange
+from memfs.store.backing import Backing
 
 T = TypeVar("T")
 
@@ -33,6 +34,14 @@ def not_none(value: T | None) -> T:
     """Return a value that is there, where its type says that it may not be."""
     assert value is not None
     return value
+
+
+def new_backing(kind: Callable[[int], Backing], size: int) -> Backing:
+    """Make a backing of `size` bytes. Skips the test where it is a tmpfs and there can be none."""
+    try:
+        return kind(size)
+    except OSError as error:
+        pytest.skip(f"no detached tmpfs: {error.strerror}")
 
 
 @contextmanager

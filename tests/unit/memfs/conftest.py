@@ -9,14 +9,16 @@ from pathlib import Path
 import pytest
 
 from memfs.contract.sys.libc import mount, umount
+from memfs.store.backing import MemfdBacking, TmpfsBacking
+from tests.helpers import new_backing
 
 from .tree.places import NR_INODES, SIZE, OnTmpfs, OnTree, Place
 
 
 @pytest.fixture
 def tree_place() -> Iterator[OnTree]:
-    """A Tree, checked in the end."""
-    place = OnTree()
+    """A Tree on memfds, checked in the end."""
+    place = OnTree(MemfdBacking(SIZE))
     yield place
     place.end()
 
@@ -36,13 +38,14 @@ def tmpfs(tmp_path: Path) -> Iterator[Path]:
         umount(str(tmp_path))
 
 
-@pytest.fixture(params=["tree", "tmpfs"])
+@pytest.fixture(params=[MemfdBacking, TmpfsBacking, OnTmpfs], ids=["on memfds", "on tmpfs", "tmpfs"])
 def place(request: pytest.FixtureRequest) -> Iterator[Place]:
-    """A Tree, and then the tmpfs that says whether the test is right."""
-    if request.param == "tree":
-        yield request.getfixturevalue("tree_place")
-        return
-    place = OnTmpfs(request.getfixturevalue("tmpfs"))
+    """A Tree on either backing, and then the tmpfs that says whether the test is right."""
+    place = (
+        OnTmpfs(request.getfixturevalue("tmpfs"))
+        if request.param is OnTmpfs
+        else OnTree(new_backing(request.param, SIZE))
+    )
     try:
         yield place
     finally:

@@ -18,17 +18,14 @@ from memfs.contract.units import PAGE_SIZE, ByteOffset, PageRange
 from memfs.store.backing import Backing, MemfdBacking, TmpfsBacking
 from memfs.store.file import File
 from memfs.store.seals import F_SEAL_GUEST, F_SEAL_SEAL
-from tests.helpers import at, pages, raises
+from tests.helpers import at, new_backing, pages, raises
 
 LIMIT = 32 * PAGE_SIZE
 
 
 @pytest.fixture(params=[TmpfsBacking, MemfdBacking])
 def backing(request: pytest.FixtureRequest) -> Iterator[Backing]:
-    try:
-        backing = request.param(LIMIT)
-    except OSError as error:
-        pytest.skip(f"no detached tmpfs: {error.strerror}")
+    backing = new_backing(request.param, LIMIT)
     yield backing
     backing.close()
 
@@ -221,10 +218,7 @@ def descriptors() -> int:
 
 
 def test_a_file_that_nobody_uses_takes_no_descriptor() -> None:
-    try:
-        backing = TmpfsBacking(LIMIT)
-    except OSError as error:
-        pytest.skip(f"no detached tmpfs: {error.strerror}")
+    backing = new_backing(TmpfsBacking, LIMIT)
     file, before = File(backing, 1), descriptors()
     with file.held(), file.held():
         file.write(at(0), b"content")
@@ -238,10 +232,7 @@ def test_a_file_that_nobody_uses_takes_no_descriptor() -> None:
 
 
 def test_without_a_descriptor_left_nothing_is_held() -> None:
-    try:
-        backing = TmpfsBacking(LIMIT)
-    except OSError as error:
-        pytest.skip(f"no detached tmpfs: {error.strerror}")
+    backing = new_backing(TmpfsBacking, LIMIT)
     file = File(backing, 1)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
@@ -278,10 +269,7 @@ async def test_truncating_to_the_same_size_frees_what_lies_beyond(backing: Backi
 
 
 async def test_untracked_file_shrinks_from_beyond_any_page_map() -> None:
-    try:
-        backing = TmpfsBacking(LIMIT)
-    except OSError as error:
-        pytest.skip(f"no detached tmpfs: {error.strerror}")
+    backing = new_backing(TmpfsBacking, LIMIT)
     file = File(backing, 1)
     for size in (1 << 62, 1 << 60, 1 << 60, 0):
         await file.truncate(size)

@@ -15,7 +15,7 @@ import socket
 import stat
 import struct
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -43,13 +43,14 @@ from memfs.owners.admission import Clients
 from memfs.owners.listener import listening
 from memfs.owners.registry import Registry
 from memfs.owners.server import Server
+from memfs.store.backing import MemfdBacking, TmpfsBacking
 from memfs.store.seals import F_SEAL_GUEST, F_SEAL_WRITE
 from memfs.tree.inode import RegularFile
 from memfs.tree.inode_flags import FS_APPEND_FL, FS_IMMUTABLE_FL
 from memfs.tree.tree import ROOT_INO
-from tests.helpers import at, not_none, pages, raises
+from tests.helpers import at, new_backing, not_none, pages, raises
 
-from ..tree.places import OnTmpfs, OnTree
+from ..tree.places import SIZE, OnTmpfs, OnTree
 from .test_admission import ALICE, CONNECT, GROUP
 
 
@@ -116,6 +117,14 @@ class Mount:
         """A connection of an owner's."""
         async with connect(self.path, "test", (guest or Guest()).hear) as client:
             yield client
+
+
+@pytest.fixture(params=[MemfdBacking, TmpfsBacking])
+def tree_place(request: pytest.FixtureRequest) -> Iterator[OnTree]:
+    """A Tree, checked in the end."""
+    place = OnTree(new_backing(request.param, SIZE))
+    yield place
+    place.end()
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from typing import Final, NamedTuple
 
 import trio
 
-from memfs.store.backing import MemfdBacking
+from memfs.store.backing import Backing
 from memfs.store.file import File
 from memfs.tree.inode import Directory, Inode, Symlink
 from memfs.tree.tree import Tree
@@ -165,6 +165,10 @@ class Place(ABC):
     def check(self) -> None:
         """Raise AssertionError if it is not well."""
 
+    @abstractmethod
+    def end(self) -> None:
+        """Close everything that is open, and see that it is well."""
+
     def everything(self) -> dict[str, tuple[Facts, int, dict[str, bytes]]]:
         """All that names reach: what stat(2) says, inode numbers, attributes."""
         found = {}
@@ -183,8 +187,8 @@ class Place(ABC):
 class OnTree(Place):
     """A Tree, asked as the kernel asks: by the directory's number and a name."""
 
-    def __init__(self) -> None:
-        self.backing: Final = MemfdBacking(SIZE)
+    def __init__(self, backing: Backing) -> None:
+        self.backing: Final = backing
         self.tree: Final = Tree(lambda ino, seals: File(self.backing, ino, seals), NR_INODES, 0o755, 0, 0)
         self.xattrs: Final = Xattrs(self.tree, Control("/socket", lambda limit: "{}", lambda options: None))
         self._open: Final[dict[int, Inode]] = {}

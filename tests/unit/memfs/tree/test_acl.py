@@ -13,10 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from memfs.store.backing import MemfdBacking
 from memfs.tree import acl
 from tests.helpers import raises
 
-from .places import OnTmpfs, OnTree, Place
+from .places import SIZE, OnTmpfs, OnTree, Place
 
 ACCESS, DEFAULT = "system.posix_acl_access", "system.posix_acl_default"
 TAGS = {"u": (0x01, 0x02), "g": (0x04, 0x08), "m": (0x10, 0x10), "o": (0x20, 0x20)}  # linux/posix_acl_xattr.h
@@ -173,7 +174,7 @@ def acls(draw: st.DrawFn) -> bytes:
 @settings(max_examples=60)
 @given(acls(), acls(), st.integers(0, 0o777), st.integers(0, 0o777))
 def test_as_on_tmpfs(tmpfs: Path, access: bytes, default: bytes, mode: int, changed: int) -> None:
-    ours, theirs = OnTree(), OnTmpfs(tmpfs)
+    ours, theirs = OnTree(MemfdBacking(SIZE)), OnTmpfs(tmpfs)
     seen = []
     for place in (ours, theirs):
         place.mkdir("d")

@@ -11,13 +11,14 @@ import pytest
 import trio
 
 from memfs.contract.sys.constants import F_SEAL_FUTURE_WRITE
+from memfs.store.backing import MemfdBacking
 from memfs.store.seals import F_SEAL_GROW, F_SEAL_GUEST, F_SEAL_SHRINK, F_SEAL_WRITE
 from memfs.tree.inode import Directory, RegularFile
 from memfs.tree.open_files import Access, Fh, OpenDirectory, OpenFile, OpenFiles
 from memfs.tree.tree import ROOT_INO
 from tests.helpers import raises
 
-from .places import OnTree
+from .places import SIZE, OnTree
 
 PASSTHROUGH, CACHED, DIRECT = Access.PASSTHROUGH, Access.CACHED, Access.DIRECT
 READ, WRITE, APPEND = os.O_RDONLY, os.O_RDWR, os.O_WRONLY | os.O_APPEND
@@ -236,7 +237,7 @@ BROKEN: dict[str, tuple[Callable[[OpenFiles, RegularFile], object], str]] = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_check_finds_what_is_broken(name: str) -> None:
     spoil, sentence = BROKEN[name]
-    place = OnTree()
+    place = OnTree(MemfdBacking(SIZE))
     opens, inode = OpenFiles(place.tree, Kernel()), make(place)
     opens.open_file(inode, WRITE)
     opens.open_file(inode, READ)

@@ -10,12 +10,13 @@ from contextlib import suppress
 
 import pytest
 
+from memfs.store.backing import MemfdBacking
 from memfs.store.seals import F_SEAL_GUEST, F_SEAL_SEAL
 from memfs.tree.inode import RegularFile
 from memfs.tree.tree import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT, ROOT_INO
 from tests.helpers import raises
 
-from .places import NR_INODES, Facts, OnTree, Place
+from .places import NR_INODES, SIZE, Facts, OnTree, Place
 
 REGULAR = stat.S_IFREG | 0o644
 
@@ -413,7 +414,7 @@ BROKEN: dict[str, tuple[Callable[[OnTree], object], str]] = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_check_finds_what_is_broken(name: str) -> None:
     spoil, sentence = BROKEN[name]
-    place = OnTree()
+    place = OnTree(MemfdBacking(SIZE))
     place.make("file")
     place.mkdir("d")
     place.check()
