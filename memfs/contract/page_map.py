@@ -15,7 +15,7 @@ The object is as sparse as the file it describes: MAX_PAGES bytes of address spa
 allocated costs memory (a page of map for 16 MiB of file). Clearing, counting and finding pages in a large range asks
 the object for its data extents first, so no operation costs more than the pages that were ever touched. It never
 grows or shrinks (and is sealed against both), so an owner's mapping of it cannot fault. Address space has an end, too:
-a process can have MOST_MAPS of its own, and then there is no room for another, rather than for anything at all.
+a store has at most MOST_MAPS, and then there is no space for another map, rather than for anything at all.
 
 Rejected: a bitmap (a byte can be stored without reading its neighbours, so no lock between pages, and numpy slices
 do everything); SEEK_DATA on the backing file (a system call for each look-up, and false for passthrough handles).
@@ -28,7 +28,7 @@ import fcntl
 import mmap
 import os
 from collections.abc import Callable, Iterator
-from typing import ClassVar, Final, TypeVar
+from typing import Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -164,7 +164,7 @@ class PageMapView:
 class PageMap(PageMapView):
     """The store's side: an empty map, the only one that can be written.
 
-    Raises OSError: ENOSPC if there are MOST_MAPS, EMFILE.
+    Raises OSError: EMFILE.
 
     >>> page_map = PageMap("guest.mem")
     >>> page_map.set(PageRange(PageIndex(2), PageIndex(5)), ALLOCATED)
@@ -176,11 +176,8 @@ class PageMap(PageMapView):
     """
 
     _access = mmap.PROT_READ | mmap.PROT_WRITE
-    _count: ClassVar[int] = 0  # of those that there are
 
     def __init__(self, name: str) -> None:
-        if PageMap._count >= MOST_MAPS:
-            raise OSError(errno.ENOSPC, f"there are {MOST_MAPS} page maps, for which there is address space")
         fd = os.memfd_create(f"memfs-map:{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(fd, _OBJECT_BYTES)
@@ -193,11 +190,6 @@ class PageMap(PageMapView):
             )
         finally:
             os.close(fd)
-        PageMap._count += 1
-
-    def close(self) -> None:
-        super().close()
-        PageMap._count -= 1
 
     def _check_header(self, header: np.void) -> None:
         header["magic"], header["version"], header["page_shift"] = _MAGIC, _VERSION, PAGE_SHIFT
@@ -216,3 +208,24 @@ class PageMap(PageMapView):
                 self.pages[part.slice] = state
         finally:
             self._seq[0] += 1
+
+
+class PageMaps:
+    """The page maps of a store, at most `most`."""
+
+    def __init__(self, most: int = MOST_MAPS) -> None:
+        self._most: Final = most
+        self._count = 0
+
+    def create(self, name: str) -> PageMap:
+        """Create an empty map. Raises OSError: ENOSPC if there are so many already, EMFILE."""
+        if self._count >= self._most:
+            raise OSError(errno.ENOSPC, f"there are {self._most} page maps, for which there is address space")
+        page_map = PageMap(name)
+        self._count += 1
+        return page_map
+
+    def close(self, page_map: PageMap) -> None:
+        """Close a map that was created here."""
+        page_map.close()
+        self._count -= 1

@@ -25,7 +25,7 @@ class Accounting:
 
     def __init__(self, backing: Backing, name: str) -> None:
         self._backing: Final = backing
-        self.page_map: Final = PageMap(name)
+        self.page_map: Final = backing.page_maps.create(name)
 
     def reserve(self, pages: PageRange) -> Reservation:
         """Reserve space for the absent pages of a range, within a with statement. Raises OSError(ENOSPC)."""
@@ -59,7 +59,7 @@ class Accounting:
     def close(self) -> None:
         """Account for a file that was freed."""
         self.forget()
-        self.page_map.close()
+        self._backing.page_maps.close(self.page_map)
 
     def check(self, pages: int) -> None:
         """Raise AssertionError unless the map says what the file has. Costs time proportional to the file's pages."""

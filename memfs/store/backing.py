@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import ClassVar, Final, NewType, Protocol
 
+from memfs.contract.page_map import PageMaps
 from memfs.contract.sys.libc import MOUNT_ATTR_NOATIME, mount_detached, remount_detached
 from memfs.contract.units import bytes_to_pages, pages_to_bytes
 from memfs.options import MountOptions, OptionError
@@ -39,7 +40,8 @@ class Backing(Protocol):
 
     kind: ClassVar[str]  #: for people: "tmpfs", "memfd"
     accounted: ClassVar[bool]  #: whether pages of ordinary files must be reserved, too
-    reaper: Reaper  #: large files that nobody has any more
+    reaper: Reaper  #: large files that nobody refers to any more
+    page_maps: PageMaps  #: those of tracked files
 
     @property
     def guest_pinned(self) -> bool:
@@ -102,6 +104,7 @@ class TmpfsBacking:
         self._guest_share = 0  # pages that the ordinary tmpfs is smaller by
         self._earmarked = 0  # pages that are being allocated
         self.reaper = Reaper()
+        self.page_maps = PageMaps()
         self._root: Final = _mount_tmpfs(size, options or {}, noatime)
         self._guest_root, self._guest_pinned = self._root, True
         try:
@@ -213,6 +216,7 @@ class MemfdBacking:
         self._total = bytes_to_pages(size)
         self._used = 0
         self.reaper = Reaper()
+        self.page_maps = PageMaps()
 
     @property
     def guest_pinned(self) -> bool:

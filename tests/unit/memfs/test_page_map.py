@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import mmap
@@ -15,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memfs.contract.page_map import ABSENT, ALLOCATED, MAX_PAGES, PageMap, PageMapView
+from memfs.contract.page_map import ABSENT, ALLOCATED, MAX_PAGES, PageMap, PageMaps, PageMapView
 from memfs.contract.units import PageIndex
 from tests.helpers import pages, raises
 
@@ -97,13 +96,13 @@ def test_what_is_no_page_map_is_refused() -> None:
     os.close(fd)
 
 
-def test_no_more_maps_than_there_is_address_space_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    with contextlib.closing(PageMap("first")):
-        monkeypatch.setattr("memfs.contract.page_map.MOST_MAPS", PageMap._count + 1)
-        second = PageMap("second")
-        before = len(os.listdir("/proc/self/fd"))
-        with raises(errno.ENOSPC):
-            PageMap("third")
-        assert len(os.listdir("/proc/self/fd")) == before
-        second.close()
-        PageMap("third").close()
+def test_no_more_maps_than_there_is_address_space_for() -> None:
+    maps = PageMaps(most=2)
+    first, second = maps.create("first"), maps.create("second")
+    before = len(os.listdir("/proc/self/fd"))
+    with raises(errno.ENOSPC):
+        maps.create("third")
+    assert len(os.listdir("/proc/self/fd")) == before
+    maps.close(second)
+    maps.close(maps.create("third"))
+    maps.close(first)
