@@ -20,7 +20,7 @@ from memfs.contract.units import PAGE_SIZE
 
 
 class OptionError(ValueError):
-    """A mount option that cannot be; the sentence names it."""
+    """A mount option that is refused, in a sentence that names it."""
 
 
 def _parse_count(text: str) -> int:
@@ -97,7 +97,7 @@ class MountOptions:
     dev: bool = False
     exec: bool = True
     default_permissions: bool = True  #: the kernel checks permissions; memfs is never mounted otherwise
-    allow_other: bool = False  #: let users other than the one who mounted it in
+    allow_other: bool = False  #: let users in other than the one who mounted it
     socket: str | None = None  #: where owners connect
     socket_mode: int = 0o600  #: who may connect: write permission is what counts
     socket_group: int | None = None  #: gid of the socket; None: the daemon's
@@ -107,7 +107,7 @@ class MountOptions:
 
     @classmethod
     def parse(cls, text: str) -> MountOptions:
-        """Parse what follows `-o`: options separated by commas. Of two that contradict each other the later counts.
+        """Parse what follows `-o`: options separated by commas. Of two that contradict each other the later wins.
 
         >>> MountOptions.parse("size=1g,mode=700").size
         1073741824
@@ -118,7 +118,7 @@ class MountOptions:
 
     @property
     def tmpfs_options(self) -> dict[str, str | None]:
-        """Those that go to the backing tmpfs, which gives them their meaning."""
+        """The options that go to the backing tmpfs, which gives them their meaning."""
         options: dict[str, str | None] = {} if self.huge == "never" else {"huge": self.huge}
         if self.mpol is not None:
             options["mpol"] = self.mpol
@@ -143,7 +143,7 @@ class RemountOptions:
 def _parse_values(
     text: str, flags: dict[str, tuple[str, Any]], values: dict[str, tuple[str, Callable[[str], Any]]]
 ) -> dict[str, Any]:
-    """Fields and their values; `flags` and `values` say which field an option means and how to parse it."""
+    """Return fields and their values; `flags` and `values` say which field an option means and how to parse it."""
     parsed: dict[str, Any] = {}
     for item in filter(None, text.split(",")):
         name, equals, value = item.partition("=")

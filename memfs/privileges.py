@@ -51,9 +51,9 @@ _libc.prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
 
 
 def drop(*, setuid_helper: bool) -> None:
-    """Keep KEPT, as far as we have it, and nothing else. `setuid_helper`: we shall have to run one.
+    """Keep the capabilities in KEPT, as far as we have them, and nothing else. `setuid_helper`: we shall run one.
 
-    Raises OSError if the kernel refuses what nobody may be refused.
+    Raises OSError if the kernel refuses what it must not refuse to anybody.
     """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with contextlib.suppress(PermissionError), open("/proc/self/oom_score_adj", "w") as score:

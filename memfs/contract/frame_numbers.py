@@ -1,4 +1,4 @@
-"""Frame numbers: what get_pfn answers. memfs has no physical memory, so it allots numbers, as firmware does addresses.
+"""Frame numbers: what get_pfn replies. memfs has no physical memory, so it allots numbers, as firmware does addresses.
 
 A frame number must name one page of one file, for as long as somebody may have it mapped, and huge mappings need
 neighbouring, aligned frames. So numbers are allotted in extents of 1 GiB (2**18 frames): all pages of the same aligned
@@ -22,10 +22,10 @@ MAX_EXTENTS: Final = 1 << (52 - PAGE_SHIFT - ORDER_1G)
 
 
 def by_order(pages: PageRange, is_whole: Callable[[PageRange], bool]) -> Iterator[tuple[PageRange, int]]:
-    """Cut a range of allocated pages so that each piece lies in one extent and has one largest order.
+    """Cut a range of allocated pages into parts that each lie in one extent and have one largest order.
 
-    That order is the largest of 18, 9 and 0 for which each page's aligned block of 2**order pages is wholly allocated,
-    which `is_whole` tells of a block.
+    That order is the largest of 18, 9 and 0 for which each page's aligned block of 2**order pages is wholly allocated;
+    `is_whole` says so of a block.
     """
     for extent in cut_at(pages, ORDER_1G):
         if is_whole(_block(extent.start, ORDER_1G)):
@@ -48,6 +48,6 @@ def cut_at(pages: PageRange, order: int) -> Iterator[PageRange]:
 
 
 def _block(index: PageIndex, order: int) -> PageRange:
-    """The aligned block of 2**order pages around a page."""
+    """Return the aligned block of 2**order pages around a page."""
     start = index >> order << order
     return PageRange(PageIndex(start), PageIndex(start + (1 << order)))

@@ -5,13 +5,13 @@
     time=2026-11-23T17:45:56.124Z level=info logger=kvmsim.backing msg=notified request=412 ...
 
 `request` is the number that the kernel gave the FUSE request (`unique`); a notification carries it to the owner.
-Requests that pyfuse3 answers do not show it, so they get numbers of ours, from 2**63 on. It is a context variable:
-whoever works on a request, in whichever task, need not hand it on.
+Requests that pyfuse3 answers do not show it, so they get numbers of ours, from 2**63 on. It is a context variable, so
+that code which works on a request, in whichever task, need not pass it on.
 
 A value with anything but plain characters is quoted as JSON is, so that no name that a client gives itself can look
 like a line or a field of its own; a traceback is one such value. Warnings and errors may be lines that a client
 can bring about as often as it likes, so they are limited per place in the code, as the kernel's are
-(printk_ratelimited()); the next that gets through says how many were not let through.
+(printk_ratelimited()); the next line that is written says how many were suppressed.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _ours: Final = itertools.count(1 << 63)
 
 
 def current_request() -> int:
-    """The number of the request that is being worked on; 0 if none is."""
+    """Return the number of the request that is being worked on; 0 if none is."""
     return _request.get()
 
 
 class working_on:
-    """Within the block, and in tasks that it starts, that request is worked on. None: one of a number of ours."""
+    """The request that is worked on within the block, and in tasks that it starts. None: one with a number of ours."""
 
     __slots__ = ("_token", "_unique")
 
@@ -53,19 +53,20 @@ class working_on:
 
 
 def fields(**values: object) -> dict[str, Any]:
-    """What goes into a log line beside the message: `log.info("notify", extra=fields(owner=1))`."""
+    """Return what goes into a log line beside the message: `log.info("notify", extra=fields(owner=1))`."""
     return {_FIELDS: values}
 
 
 class Formatter(logging.Formatter):
-    """One line a record.
+    r"""A formatter that writes one line a record.
 
-    >>> record = logging.LogRecord("memfs", logging.INFO, "", 0, "%s is fenced", ('owner 1 ("x\\ny")',), None)
+    >>> record = logging.LogRecord("memfs", logging.INFO, "", 0, "%s is fenced", ('owner 1 ("x\ny")',), None)
     >>> Formatter().format(record).partition(" level=")[2]
-    'info logger=memfs msg="owner 1 (\\\\"x\\\\ny\\\\") is fenced"'
+    'info logger=memfs msg="owner 1 (\\"x\\ny\\") is fenced"'
     """
 
     def format(self, record: logging.LogRecord) -> str:
+        """Return the line, without a newline."""
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         values: dict[str, object] = {
             "time": f"{stamp}.{int(record.msecs):03}Z",
@@ -87,13 +88,14 @@ def _quoted(value: object) -> str:
 
 
 class RateLimit(logging.Filter):
-    """Lets each place in the code warn in so many lines in so many seconds, by the clock that only goes forward."""
+    """A filter that lets each place in the code warn in so many lines in so many seconds, by the monotonic clock."""
 
     def __init__(self) -> None:
         super().__init__()
         self._places: dict[tuple[str, int], tuple[float, int]] = {}  # began when, lines since
 
     def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether a record is to be written, and add to it how many before it were not."""
         if record.levelno < logging.WARNING:
             return True
         place, now = (record.pathname, record.lineno), time.monotonic()
@@ -107,7 +109,7 @@ class RateLimit(logging.Filter):
 
 
 def set_up(file: str | None, level: int, *, when_needed: bool = False) -> None:
-    """Log to a file, or to standard error. `when_needed`: the file is made when there is something to log."""
+    """Log to a file, or to standard error. `when_needed`: the file is created by the first line."""
     handler = logging.FileHandler(file, delay=when_needed) if file is not None else logging.StreamHandler()
     handler.setFormatter(Formatter())
     handler.addFilter(RateLimit())

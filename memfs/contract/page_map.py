@@ -1,7 +1,7 @@
 """Which pages of a guest-sealed file are allocated, that is, private: one byte a page in a shared memory object.
 
-This is the truth about private pages. The backing file is not: it holds bytes, and nobody but its owner may look
-whether there are any. The object is a memfd, so that the owner (kvmsim) maps the same memory and asks for a page's
+This is the truth about private pages. The backing file is not: it holds bytes, and only its owner may look whether
+there are any. The object is a memfd, so that the owner (kvmsim) maps the same memory and asks for a page's
 state with an array look-up instead of a message. The store alone writes: once its own mapping exists the memfd is
 sealed with F_SEAL_FUTURE_WRITE, so the descriptor that an owner gets can be mapped read-only at best.
 
@@ -49,7 +49,9 @@ _HEADER: Final = np.dtype([("magic", "<u8"), ("version", "<u4"), ("page_shift", 
 _HEADER_BYTES: Final = PAGE_SIZE
 _OBJECT_BYTES: Final = _HEADER_BYTES + MAX_PAGES
 _SPARSE_FROM: Final = 1 << 16  # pages; for shorter ranges asking for the extents costs more than reading them
-_AT_ONCE: Final = 1 << 16  # pages whose runs are found at a time: who wants only the first few does not pay for all
+_AT_ONCE: Final = (
+    1 << 16
+)  # pages whose runs are found at a time: a caller that needs only the first few does not pay for all
 _TRIES: Final = 10_000  # to read a map that is being changed, which takes the store microseconds
 
 _BLOCK: Final = 1 << ORDER_2M
@@ -59,7 +61,7 @@ _T = TypeVar("_T", bound=np.generic)
 
 
 def _extents(fd: int, pages: PageRange) -> Iterator[PageRange]:
-    """The parts of a range in which the object has data at all; a short range as a whole."""
+    """Return the parts of a range in which the object has data at all; a short range as a whole."""
     if len(pages) < _SPARSE_FROM:
         yield pages
         return
@@ -68,7 +70,7 @@ def _extents(fd: int, pages: PageRange) -> Iterator[PageRange]:
 
 
 class PageMapView:
-    """Read a page map, the store's own or one received with Registered.
+    """A page map that can be read: the store's own, or one received with Registered.
 
     `fd` is duplicated. Raises ValueError if it is not a page map of this version.
     """
@@ -102,7 +104,7 @@ class PageMapView:
         return bool(self.pages[index] == ALLOCATED)
 
     def states(self, indexes: npt.NDArray[np.int64]) -> _Bytes:
-        """ABSENT or ALLOCATED for many pages, as they are at one moment: uint8 of the same shape.
+        """Return ABSENT or ALLOCATED for many pages, as they are at one moment: uint8 of the same shape.
 
         The store may be changing the map meanwhile; then they are read again. If it does not come to an end with that
         (it may have died), all are ABSENT.
@@ -110,7 +112,7 @@ class PageMapView:
         return self._at_one_moment(lambda: self.pages[indexes], np.full(indexes.shape, ABSENT, np.uint8))
 
     def whole_blocks(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        """Which aligned blocks of 2 MiB, by page index / 512, are allocated all over; likewise of one moment."""
+        """Say which aligned blocks of 2 MiB, by page index / 512, are wholly allocated; likewise of one moment."""
         words = self.pages.view(np.uint64).reshape(-1, _BLOCK // 8)  # eight pages in a word
         full = np.uint64(int.from_bytes([ALLOCATED] * 8, "little"))
         return self._at_one_moment(lambda: (words[numbers] == full).all(axis=1), np.zeros(len(numbers), np.bool_))
@@ -125,13 +127,13 @@ class PageMapView:
         return otherwise
 
     def count(self, pages: PageRange) -> int:
-        """How many pages of a range are allocated."""
+        """Return how many pages of a range are allocated."""
         if len(pages) < _SPARSE_FROM:
             return int(np.count_nonzero(self.pages[pages.slice]))
         return sum(int(np.count_nonzero(self.pages[part.slice])) for part in _extents(self._fd, pages))
 
     def runs(self, pages: PageRange, state: int = ALLOCATED) -> Iterator[PageRange]:
-        """The maximal runs of pages in a range that are in one state (ALLOCATED or ABSENT), in order."""
+        """Return the maximal runs of pages in a range that are in one state (ALLOCATED or ABSENT), in order."""
         if state == ABSENT:
             position = pages.start
             for run in self.runs(pages):
@@ -155,14 +157,14 @@ class PageMapView:
             yield open_run
 
     def close(self) -> None:
-        """Let go of the mapping and the descriptor. Arrays taken from `pages` must be gone."""
+        """Unmap the map and close the descriptor. Arrays taken from `pages` must be gone."""
         del self.pages, self._seq
         self._map.close()
         os.close(self._fd)
 
 
 class PageMap(PageMapView):
-    """The store's side: an empty map, the only one that can be written.
+    """A page map on the store's side, empty at first: the only one that can be written.
 
     Raises OSError: EMFILE.
 
@@ -181,7 +183,7 @@ class PageMap(PageMapView):
         fd = os.memfd_create(f"memfs-map:{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(fd, _OBJECT_BYTES)
-            os.fchmod(fd, 0o400)  # so that who gets it for reading cannot open it anew for writing and allocate
+            os.fchmod(fd, 0o400)  # so that an owner, which gets it for reading, cannot open it anew for writing
             super().__init__(fd)
             fcntl.fcntl(
                 fd,

@@ -8,17 +8,17 @@ from typing import Final
 
 from memfs.contract.units import PAGE_SIZE, pages_to_bytes
 
-#: What a number's last letter multiplies it by
+#: what a number's last letter multiplies it by
 SUFFIXES: Final = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
 def total_ram() -> int:
-    """The machine's memory in bytes."""
+    """Return the machine's memory in bytes."""
     return pages_to_bytes(os.sysconf("SC_PHYS_PAGES")) * (os.sysconf("SC_PAGE_SIZE") // PAGE_SIZE)
 
 
 def parse_size(text: str) -> int:
-    """A size in bytes: a number with k, m, g, t, or % of the machine's memory; rounded up to whole pages.
+    """Return a size in bytes, from a number with k, m, g, t, or % of the machine's memory; rounded up to whole pages.
 
     >>> parse_size("64m")
     67108864
@@ -32,7 +32,7 @@ def parse_size(text: str) -> int:
 
 
 def parse_bytes(text: str) -> int:
-    """A number of bytes, written like a size. Raises ValueError."""
+    """Return a number of bytes, from text like that of a size. Raises ValueError."""
     match = re.fullmatch(r"(\d+)([kmgt%]?)", text.lower())
     if not match:
         raise ValueError("not a size; give bytes, or a number with k, m, g, t or %")

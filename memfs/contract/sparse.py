@@ -1,4 +1,4 @@
-"""Where a sparse file has data, without touching what it has not."""
+"""Where a sparse file has data, without touching its holes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from memfs.contract.units import ByteOffset, PageRange, page_offset
 
 
 def data_extents(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """The parts of [start, end) bytes that hold data, by SEEK_DATA and SEEK_HOLE (lseek(2)), as (start, end) in bytes.
+    """Return the parts of [start, end) that hold data, by SEEK_DATA and SEEK_HOLE (lseek(2)): (start, end) in bytes.
 
     On tmpfs, pages that were allocated and never written count as holes.
     """
@@ -29,6 +29,6 @@ def data_extents(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
 
 
 def data_pages(fd: int, pages: PageRange) -> Iterator[PageRange]:
-    """The parts of a range of pages that hold data."""
+    """Return the parts of a range of pages that hold data."""
     for start, end in data_extents(fd, pages.offset, page_offset(pages.end)):
         yield PageRange.covering(ByteOffset(start), end - start)

@@ -3,8 +3,8 @@
 The RFC shifted page indexes by PAGE_SHIFT a second time and ended ranges inclusively in one place and
 exclusively in another. Here a number says what it counts: byte offsets, page indexes within a file, guest
 physical addresses, guest frame numbers and host frame numbers are distinct types for the type checker (and
-plain ints at run time), every range is half-open, and **this file is the only one that shifts**. Whoever
-needs a page index from a byte offset calls a function here.
+plain ints at run time), every range is half-open, and code that needs a page index from a byte offset calls a
+function here. Whole arrays of numbers (kvmsim's page tables and plans) have no such types, and are shifted in place.
 
 A huge page is named by its order, as in the kernel: order 0 is 4 KiB, 9 is 2 MiB, 18 is 1 GiB on x86-64.
 """
@@ -60,16 +60,16 @@ class _Range(Generic[_Index]):
         return f"[{self.start}, {self.end})"
 
     def overlaps(self, other: Self) -> bool:
-        """Whether the two ranges have something in common."""
+        """Return whether the two ranges have something in common."""
         return self.start < other.end and other.start < self.end
 
     def intersect(self, other: Self) -> Self | None:
-        """What is in both ranges; None if nothing is."""
+        """Return what is in both ranges; None if nothing is."""
         start, end = max(self.start, other.start), min(self.end, other.end)
         return type(self)(start, end) if start < end else None
 
     def chunks(self, size: int) -> Iterator[Self]:
-        """The range in parts of `size`, of which the last may be shorter."""
+        """Return the range in chunks of `size`, of which the last may be shorter."""
         for start in range(self.start, self.end, size):
             yield type(self)(cast("_Index", start), cast("_Index", min(start + size, self.end)))
 
@@ -106,56 +106,56 @@ class PageRange(_Range[PageIndex]):
 
     @classmethod
     def covering(cls, offset: ByteOffset, length: int) -> PageRange:
-        """Every page that [offset, offset + length) bytes touch: what an allocation needs. length > 0."""
+        """Return every page that [offset, offset + length) bytes touch: what an allocation needs. length > 0."""
         return cls(page_floor(offset), page_ceil(ByteOffset(offset + length)))
 
     @classmethod
     def inside(cls, offset: ByteOffset, length: int) -> PageRange | None:
-        """Only the pages wholly in [offset, offset + length) bytes: what a punched hole frees."""
+        """Return only the pages wholly in [offset, offset + length) bytes: what a punched hole frees."""
         start, end = page_ceil(offset), page_floor(ByteOffset(offset + length))
         return cls(start, end) if start < end else None
 
 
 def page_floor(offset: ByteOffset) -> PageIndex:
-    """The page that holds byte `offset`."""
+    """Return the page that holds byte `offset`."""
     return PageIndex(offset >> PAGE_SHIFT)
 
 
 def page_ceil(offset: ByteOffset) -> PageIndex:
-    """The first page that begins at or after byte `offset`; also the number of pages a size in bytes takes."""
+    """Return the first page that begins at or after byte `offset`; also the number of pages that a size takes."""
     return PageIndex((offset + PAGE_SIZE - 1) >> PAGE_SHIFT)
 
 
 def page_offset(index: PageIndex) -> ByteOffset:
-    """Where page `index` begins in its file, in bytes."""
+    """Return where page `index` begins in its file, in bytes."""
     return ByteOffset(index << PAGE_SHIFT)
 
 
 def is_page_aligned(number: int) -> bool:
-    """Whether a number of bytes (an offset, a length, an address) is a multiple of PAGE_SIZE."""
+    """Return whether a number of bytes (an offset, a length, an address) is a multiple of PAGE_SIZE."""
     return number & (PAGE_SIZE - 1) == 0
 
 
 def gpa_to_gfn(gpa: Gpa) -> Gfn:
-    """The guest frame that holds guest physical address `gpa`."""
+    """Return the guest frame that holds guest physical address `gpa`."""
     return Gfn(gpa >> PAGE_SHIFT)
 
 
 def gfn_to_gpa(gfn: Gfn) -> Gpa:
-    """The guest physical address at which frame `gfn` begins."""
+    """Return the guest physical address at which frame `gfn` begins."""
     return Gpa(gfn << PAGE_SHIFT)
 
 
 def offset_in_page(address: int) -> int:
-    """The byte within its page that an address or offset names: 0 .. PAGE_SIZE - 1."""
+    """Return the byte within its page that an address or offset names: 0 .. PAGE_SIZE - 1."""
     return address & (PAGE_SIZE - 1)
 
 
 def bytes_to_pages(nbytes: int) -> int:
-    """How many whole pages `nbytes` bytes are, rounded down."""
+    """Return how many whole pages `nbytes` bytes are, rounded down."""
     return nbytes >> PAGE_SHIFT
 
 
 def pages_to_bytes(pages: int) -> int:
-    """How many bytes `pages` pages are."""
+    """Return how many bytes `pages` pages are."""
     return pages << PAGE_SHIFT

@@ -198,7 +198,7 @@ class File:
         return self._pages().write(offset, data)
 
     def seek(self, offset: ByteOffset, whence: int) -> ByteOffset:
-        """SEEK_DATA and SEEK_HOLE (lseek(2)). For a guest-sealed file, data is what is allocated."""
+        """Seek as lseek(2) with SEEK_DATA and SEEK_HOLE. For a guest-sealed file, data is what is allocated."""
         if not self.guest:
             return ByteOffset(os.lseek(self.fd, offset, whence))
         assert self.page_map is not None
@@ -231,7 +231,7 @@ class File:
         await self._pages().ensure_allocated(pages)
 
     async def allocate(self, offset: ByteOffset, length: int, *, keep_size: bool) -> None:
-        """fallocate(2) with mode 0 or FALLOC_FL_KEEP_SIZE: every page that [offset, offset + length) touches.
+        """Allocate every page that [offset, offset + length) touches: fallocate(2), mode 0 or FALLOC_FL_KEEP_SIZE.
 
         ENOSPC: nothing was allocated. EINVAL: guest-sealed and not page-aligned. Cancelled, it has allocated a part,
         from the start on.
@@ -243,7 +243,7 @@ class File:
             await self._pages().allocate(offset, length, keep_size=keep_size)
 
     async def punch(self, offset: ByteOffset, length: int) -> None:
-        """fallocate(2) with FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE: free whole pages, zero partial ones.
+        """Free whole pages and zero partial ones: fallocate(2), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE.
 
         EINVAL: guest-sealed and not page-aligned. Cancelled, it may have freed a part.
         """
@@ -253,7 +253,7 @@ class File:
             await self._pages().punch(offset, length)
 
     async def truncate(self, size: int, *, by_path: bool = False) -> None:
-        """ftruncate(2), in bytes; or truncate(2), which leaves the times alone if the size stays.
+        """Set the size in bytes: ftruncate(2), or truncate(2), which leaves the times alone if the size stays.
 
         EINVAL: guest-sealed and not page-aligned. EFBIG: larger than memfs can track.
         """
@@ -272,7 +272,7 @@ class File:
     # -- seals ------------------------------------------------------------------------------------------------------
 
     async def add_seals(self, bits: int) -> None:
-        """fcntl(F_ADD_SEALS). Adding seals that are set already is fine.
+        """Add seals: fcntl(F_ADD_SEALS). Adding seals that are set already is fine.
 
         EINVAL: unknown bits. EPERM: sealed against sealing. EBUSY: for the guest seal, not empty, or mappable; for a
         seal on writes, somebody holds the file open for writing in a way that we could not stop.

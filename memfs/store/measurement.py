@@ -24,7 +24,7 @@ next one launches is not what was populated, the more so if the former has run i
 content matters gets a file of its own.
 
 The content comes from a memfd, which unlike other files cannot make us wait, and which is sealed against shrinking, so
-that all of it is there. What is hashed is our copy: who changes the memfd meanwhile changes both or neither.
+that all of it is there. What is hashed is our copy: a change of the memfd meanwhile changes both or neither.
 
 When a file is populated and launched is said in owners/populate.py.
 """
@@ -47,7 +47,7 @@ _REMOVED, _OWNER_LEFT = 2**64 - 1, 2**64 - 2
 
 
 class InitialImage:
-    """One file's initial content, and whether that is final. It belongs to the file, as `File.image`."""
+    """One file's initial content, and whether that is final. `File.initial_image` has it."""
 
     def __init__(self) -> None:
         self._hash = hashlib.sha384()

@@ -2,7 +2,7 @@
 
 The kernel checks permissions by them and has checked that they are valid before we see one (fs/posix_acl.c). What is
 left to the filesystem is what acl(5) says of change: an access ACL and the permission bits say the same about owner,
-group or mask, and others, so who changes one changes the other; and a default ACL is what new inodes begin with.
+group or mask, and others, so a change of one changes the other; and a default ACL is what new inodes begin with.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class _Entry(NamedTuple):
 
 
 def mode_of(value: bytes, mode: int) -> tuple[int, bytes | None]:
-    """What an access ACL makes of a mode, and what of the ACL must be kept: None if the mode says it all.
+    """Return what an access ACL makes of a mode, and the ACL if it must be kept: None if the mode says it all.
 
     Raises OSError(EINVAL) for what is no ACL.
     """
@@ -45,7 +45,7 @@ def mode_of(value: bytes, mode: int) -> tuple[int, bytes | None]:
 
 
 def after_chmod(value: bytes, mode: int) -> bytes:
-    """What a change of mode makes of an access ACL (posix_acl_chmod)."""
+    """Return what a change of mode makes of an access ACL (posix_acl_chmod)."""
     entries = _parse(value)
     has_mask = any(entry.tag == _MASK for entry in entries)
     changed = {_USER_OBJ: mode >> 6 & 7, _MASK if has_mask else _GROUP_OBJ: mode >> 3 & 7, _OTHER: mode & 7}
@@ -53,7 +53,7 @@ def after_chmod(value: bytes, mode: int) -> bytes:
 
 
 def inherited(default: bytes, mode: int) -> tuple[int, bytes | None]:
-    """The mode and access ACL of a new inode that asked for `mode` in a directory with a default ACL.
+    """Return the mode and access ACL of a new inode that asked for `mode` in a directory with a default ACL.
 
     None: the mode says it all (posix_acl_create).
     """

@@ -31,13 +31,13 @@ _CAPABILITY: Final = b"security.capability"
 
 
 def _now() -> int:
-    """The time by the clock that the kernel stamps files with, so that its stamps and ours are in order."""
+    """Return the time by the clock that the kernel stamps files with, so that its stamps and ours are in order."""
     return _shared(time.clock_gettime_ns(_CLOCK_REALTIME_COARSE))
 
 
 @functools.lru_cache(1024)
 def _shared(number: int) -> int:
-    """The same number, and the same object if it was asked for lately."""
+    """Return the same number, and the same object if it was asked for lately."""
     return number
 
 
@@ -60,7 +60,7 @@ class Stat(NamedTuple):
 
 
 class Inode:
-    """What every kind of file has."""
+    """An inode of any kind."""
 
     __slots__ = ("btime_ns", "flags", "gid", "holds", "ino", "mode", "nlink", "nlookup", "uid", "xattrs")
 
@@ -78,31 +78,32 @@ class Inode:
 
     @property
     def is_dir(self) -> bool:
+        """Whether it is a directory."""
         return stat.S_ISDIR(self.mode)
 
     def stat(self) -> Stat:
-        """What stat(2) tells."""
+        """Return what stat(2) tells of the inode."""
         raise NotImplementedError
 
     def changed(self) -> None:
-        """The inode itself was changed: POSIX's ctime."""
+        """Set POSIX's ctime: the inode itself was changed."""
         raise NotImplementedError
 
     def set_times(self, atime_ns: int | None, mtime_ns: int | None) -> None:
-        """utimensat(2); None leaves a time as it is."""
+        """Set times as utimensat(2) does; None leaves one as it is."""
         raise NotImplementedError
 
     def chmod(self, mode: int) -> None:
-        """chmod(2): permission bits, and the access ACL with them."""
+        """Change the permission bits as chmod(2) does, and the access ACL with them."""
         self.mode = _shared(stat.S_IFMT(self.mode) | stat.S_IMODE(mode))
         if self.xattrs is not None and acl.ACCESS in self.xattrs:
             self.xattrs[acl.ACCESS] = acl.after_chmod(self.xattrs[acl.ACCESS], mode)
 
     def kill_suidgid(self, *, in_group: bool) -> None:
-        """Somebody without CAP_FSETID changed content, or anybody the owner (FUSE_HANDLE_KILLPRIV_V2, linux/fuse.h).
+        """Drop setuid and file capabilities, and setgid if the group may execute or the caller is not `in_group`.
 
-        As the VFS does: drop setuid and file capabilities, and setgid if the group may execute or if whoever did it is
-        not `in_group` (setattr_should_drop_suidgid()).
+        As the VFS does (setattr_should_drop_suidgid()) when a process without CAP_FSETID changes content, or any the
+        owner (FUSE_HANDLE_KILLPRIV_V2, linux/fuse.h).
         """
         if self.is_dir:
             return
@@ -114,7 +115,7 @@ class Inode:
 
 
 class RegularFile(Inode):
-    """A regular file; all but its attributes is in `file`, and its times are its backing's: a passthrough sets them."""
+    """A regular file. `file` has all but its attributes; its times are the backing file's, which passthrough sets."""
 
     __slots__ = ("file",)
 
@@ -123,9 +124,11 @@ class RegularFile(Inode):
         self.file: Final = file
 
     def changed(self) -> None:
+        """Set the backing file's ctime."""
         self.file.touch_ctime()
 
     def stat(self) -> Stat:
+        """Return what stat(2) tells: size, blocks and times are the backing file's."""
         backing = self.file.stat()
         return Stat(
             *(self.ino, self.mode, self.nlink, self.uid, self.gid, 0, backing.st_size, backing.st_blocks),
@@ -135,6 +138,7 @@ class RegularFile(Inode):
         )
 
     def set_times(self, atime_ns: int | None, mtime_ns: int | None) -> None:
+        """Set the backing file's times; None leaves one as it is."""
         now = self.file.stat()
         self.file.set_times(
             now.st_atime_ns if atime_ns is None else atime_ns, now.st_mtime_ns if mtime_ns is None else mtime_ns
@@ -151,22 +155,25 @@ class TimedInode(Inode):
         self.atime_ns = self.mtime_ns = self.ctime_ns = self.btime_ns
 
     def stat(self) -> Stat:
+        """Return what stat(2) tells of an inode without content."""
         return self._stat()
 
     def changed(self) -> None:
+        """Set POSIX's ctime: the inode itself was changed."""
         self.ctime_ns = _now()
 
     def modified(self) -> None:
-        """The content was changed: POSIX's mtime and ctime."""
+        """Set POSIX's mtime and ctime: the content was changed."""
         self.mtime_ns = self.ctime_ns = _now()
 
     def accessed(self) -> None:
-        """The content was read: POSIX's atime, as relatime has it (mount(8))."""
+        """Set POSIX's atime, as relatime has it (mount(8)): the content was read."""
         now = _now()
         if self.atime_ns <= max(self.mtime_ns, self.ctime_ns) or now - self.atime_ns > _DAY:
             self.atime_ns = now
 
     def set_times(self, atime_ns: int | None, mtime_ns: int | None) -> None:
+        """Set times; None leaves one as it is."""
         self.atime_ns = self.atime_ns if atime_ns is None else atime_ns
         self.mtime_ns = self.mtime_ns if mtime_ns is None else mtime_ns
 
@@ -186,6 +193,7 @@ class Symlink(TimedInode):
         self.page: Final = page
 
     def stat(self) -> Stat:
+        """Return what stat(2) tells: the size is the target's."""
         blocks = self.page.stat().st_blocks if self.page is not None else 0
         return self._stat(size=len(self.target))._replace(blocks=blocks)
 
@@ -200,6 +208,7 @@ class Special(TimedInode):
         self.rdev: Final = rdev
 
     def stat(self) -> Stat:
+        """Return what stat(2) tells, with the device number."""
         return self._stat(rdev=self.rdev)
 
 
@@ -213,7 +222,7 @@ class Entry:
 
 
 class Directory(TimedInode):
-    """A directory: names in the order they were made."""
+    """A directory: its names in the order in which they were created."""
 
     __slots__ = ("_next_cookie", "entries", "parent")
 
@@ -225,6 +234,7 @@ class Directory(TimedInode):
         self._next_cookie = DOTDOT_COOKIE + 1
 
     def stat(self) -> Stat:
+        """Return what stat(2) tells: the size is that of the entries, as on tmpfs."""
         return self._stat(size=(len(self.entries) + 2) * _DIRENT_BYTES)
 
     def add(self, name: bytes, inode: Inode) -> None:
@@ -237,7 +247,7 @@ class Directory(TimedInode):
             self.nlink += 1
 
     def remove(self, name: bytes) -> Inode:
-        """Take a name out and return what it named."""
+        """Remove a name and return what it named."""
         inode = self.entries.pop(name).inode
         self.modified()
         if inode.is_dir:
@@ -245,9 +255,9 @@ class Directory(TimedInode):
         return inode
 
     def snapshot(self) -> list[Entry]:
-        """All entries, the newest first, as tmpfs lists them."""
+        """Return all entries, the newest first, as tmpfs lists them."""
         return list(reversed(self.entries.values()))
 
     def has(self, entry: Entry) -> bool:
-        """Whether an entry is still there, neither removed nor replaced."""
+        """Return whether an entry is still there, neither removed nor replaced."""
         return self.entries.get(entry.name) is entry

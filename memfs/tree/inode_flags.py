@@ -1,8 +1,8 @@
 """What the flags +i (immutable) and +a (append only) of chattr(1) forbid, each with EPERM.
 
-For a filesystem of its own the kernel asks these questions itself (may_delete(), may_open(), notify_change(),
-xattr_permission(), vfs_fallocate()). To a FUSE server it says nothing of them, so they are asked here. Who may set the
-flags the kernel has checked (vfs_fileattr_set()).
+For a filesystem of its own the kernel checks them itself (may_delete(), may_open(), notify_change(),
+xattr_permission(), vfs_fallocate()). For a FUSE server it does not, so they are checked here. Who may set the flags
+is checked by the kernel (vfs_fileattr_set()).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _EITHER: Final = FS_IMMUTABLE_FL | FS_APPEND_FL
 
 
 def check_open(inode: Inode, flags: int) -> None:
-    """open(2) with these O_* flags: of an append-only file, to append."""
+    """Check open(2) with these O_* flags: an append-only file may be opened to append."""
     writes = flags & os.O_ACCMODE != os.O_RDONLY
     if writes or flags & os.O_TRUNC:
         _forbid(inode, FS_IMMUTABLE_FL, "opened for writing")
@@ -29,35 +29,35 @@ def check_open(inode: Inode, flags: int) -> None:
 
 
 def check_change(inode: Inode) -> None:
-    """A change of attributes, links or size."""
+    """Check a change of attributes, links or size."""
     _forbid(inode, _EITHER, "changed")
 
 
 def check_touch(inode: Inode) -> None:
-    """utimensat(2) with UTIME_NOW for both times."""
+    """Check utimensat(2) with UTIME_NOW for both times."""
     _forbid(inode, FS_IMMUTABLE_FL, "changed")
 
 
 def check_fallocate(inode: Inode, mode: int) -> None:
-    """fallocate(2): an append-only file can be given memory, and none taken away."""
+    """Check fallocate(2): memory of an append-only file can be allocated, and not freed."""
     _forbid(inode, FS_IMMUTABLE_FL, "allocated")
     if mode & ~FALLOC_FL_KEEP_SIZE:
         _forbid(inode, FS_APPEND_FL, "punched")
 
 
 def check_own(inode: Inode) -> None:
-    """Becoming the owner, who may do anything to the content."""
+    """Check a registration: an owner may do anything to the content."""
     _forbid(inode, _EITHER, "owned")
 
 
 def check_add(directory: Inode) -> None:
-    """A new name in a directory."""
-    _forbid(directory, FS_IMMUTABLE_FL, "given entries")
+    """Check a new name in a directory."""
+    _forbid(directory, FS_IMMUTABLE_FL, "added to")
 
 
 def check_remove(directory: Inode, inode: Inode) -> None:
-    """A name less in a directory."""
-    _forbid(directory, _EITHER, "taken entries from")
+    """Check the removal of a name in a directory."""
+    _forbid(directory, _EITHER, "removed from")
     _forbid(inode, _EITHER, "removed or renamed")
 
 

@@ -1,5 +1,6 @@
-"""How many inodes there may be, as tmpfs counts them: a second name of a file takes an inode's space, too, and so do
-extended attributes in the user namespace (mm/shmem.c: shmem_reserve_inode(), shmem_xattr_handler_set()).
+"""How many inodes there may be, as tmpfs counts them (mm/shmem.c: shmem_reserve_inode(), shmem_xattr_handler_set()).
+
+A second name of a file takes an inode's space, too, and so do extended attributes in the user namespace.
 """
 
 from __future__ import annotations

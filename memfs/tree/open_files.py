@@ -5,11 +5,11 @@ them that contradict each other:
 
 - PASSTHROUGH: the kernel asks the backing file itself. All ordinary handles, where it can be had.
 - CACHED: reads and writes come to us through the kernel's page cache. All ordinary handles, where it cannot.
-- DIRECT: every read and write comes to us. Guest-sealed files always; files opened with O_DIRECT while nobody passes
-  through; files sealed against writes and opened for writing.
+- DIRECT: every read and write comes to us. Guest-sealed files always; files opened with O_DIRECT while no handle is in
+  passthrough mode; files sealed against writes and opened for writing.
 
 The first two can be mapped. The kernel tells a FUSE server of open and release, and release comes only after the last
-munmap, but of mmap itself it tells nothing, so each such handle counts as a mapping.
+munmap, but it says nothing of mmap itself, so each such handle counts as a mapping (`File.opens`).
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ Fh = NewType("Fh", int)
 
 
 class BackingIds(Protocol):
-    """What registers backing files with the kernel (fuse/passthrough.py)."""
+    """The backing files that are registered with the kernel (fuse/passthrough.py)."""
 
     def open(self, fd: int) -> int | None:
-        """A number for a backing file, or None if there can be none."""
+        """Register a backing file and return its backing id, or None if there can be none."""
 
     def close(self, number: int) -> None:
-        """The number is not used any more."""
+        """Unregister a backing id that is not used any more."""
 
 
 class Access(enum.Enum):
@@ -58,10 +58,12 @@ class OpenFile:
 
     @property
     def mappable(self) -> bool:
+        """Whether the file can be mapped through it."""
         return self.access is not Access.DIRECT
 
     @property
     def writable(self) -> bool:
+        """Whether it is open for writing."""
         return self.flags & os.O_ACCMODE != os.O_RDONLY
 
 
@@ -76,7 +78,7 @@ class OpenDirectory:
         self._entries: list[Entry] | None = None
 
     def entries_after(self, cookie: int) -> Iterator[Entry]:
-        """What is left of the entries after a cookie; 0 begins anew (rewinddir(3))."""
+        """Return the entries after a cookie; 0 begins anew (rewinddir(3))."""
         if cookie == 0 or self._entries is None:
             self._entries = self.inode.snapshot()
         first = bisect.bisect_right(self._entries, -cookie, key=_descending) if cookie > DOTDOT_COOKIE else 0
@@ -94,7 +96,7 @@ class OpenFiles:
 
     def __init__(self, tree: Tree, backing_ids: BackingIds | None = None) -> None:
         self._tree: Final = tree
-        #: who registers backing files; None when the mount is gone, and with it all that were registered
+        #: None when the mount has ended, and with it all backing ids
         self.backing_ids = backing_ids
         self._next = Fh(1)
         self._open: dict[Fh, OpenFile | OpenDirectory] = {}
@@ -103,10 +105,10 @@ class OpenFiles:
         return len(self._open)
 
     def open_file(self, inode: RegularFile, flags: int) -> tuple[Fh, OpenFile]:
-        """A handle for an open(2) with these flags.
+        """Open a handle as open(2) does with these flags.
 
-        Raises OSError: EMFILE, and EBUSY as `_sealed_access` says. What is immutable, the caller has checked: a file
-        that is being made may be opened in any way.
+        Raises OSError: EMFILE, and EBUSY as `_sealed_access` says. Inode flags are checked by the caller: a file that
+        is being created may be opened in any way.
         """
         with self._tree.holding(inode):
             handle = OpenFile(inode, flags, self._access(inode, flags))
@@ -127,7 +129,7 @@ class OpenFiles:
         return Access.DIRECT if direct else Access.CACHED
 
     def _sealed_access(self, file: File, flags: int) -> Access:
-        """A file sealed on writes: whoever could write must come to us. EBUSY while readers pass through."""
+        """Return how to open a file sealed on writes: all writes must come to us. EBUSY while readers pass through."""
         writes = flags & os.O_ACCMODE != os.O_RDONLY
         if file.opens.backing_id is not None:
             if writes:
@@ -137,25 +139,25 @@ class OpenFiles:
         return Access.DIRECT if flags & os.O_DIRECT or (writes and file.seals & seals.NO_WRITES) else Access.CACHED
 
     def open_directory(self, inode: Directory, flags: int) -> Fh:
-        """A handle for an opendir(3)."""
+        """Open a handle as opendir(3) does."""
         return self._add(inode, OpenDirectory(inode, flags))
 
     def file(self, fh: int) -> OpenFile:
-        """The open file behind a number."""
+        """Return the open file behind a number."""
         handle = self._open.get(Fh(fh))
         if not isinstance(handle, OpenFile):
             raise OSError(errno.EBADF, f"no open file {fh}")
         return handle
 
     def directory(self, fh: int) -> OpenDirectory:
-        """The open directory behind a number."""
+        """Return the open directory behind a number."""
         handle = self._open.get(Fh(fh))
         if not isinstance(handle, OpenDirectory):
             raise OSError(errno.EBADF, f"no open directory {fh}")
         return handle
 
     def release(self, fh: int) -> None:
-        """The last descriptor and mapping of it are gone."""
+        """Close a handle whose last descriptor and mapping are gone."""
         handle = self._open.pop(Fh(fh), None)
         if handle is None:
             raise OSError(errno.EBADF, f"no open handle {fh}")
@@ -166,7 +168,7 @@ class OpenFiles:
         self._tree.release(handle.inode)
 
     def close(self) -> None:
-        """Release everything; the mount is gone."""
+        """Close all handles; the mount has ended."""
         for fh in list(self._open):
             self.release(fh)
 

@@ -1,7 +1,7 @@
 """Names: inodes, directories, links, extended attributes, and how many inodes there may be. No FUSE in it.
 
 The kernel asks permission questions itself (default_permissions) and has locked the directories involved before it
-asks us, so what is left here is what tmpfs's own inode operations do (mm/shmem.c, fs/libfs.c): keep entries and link
+asks us, so what is left is what tmpfs's own inode operations do (mm/shmem.c, fs/libfs.c): keep entries and link
 counts, inherit from setgid directories, refuse what only the filesystem can know (ENOTEMPTY, EEXIST, ENOSPC).
 
 An inode lives as long as anything refers to it: links, the kernel (which counts its look-ups and forgets them again)
@@ -107,7 +107,7 @@ class Tree:
     def create(
         self, parent: int, name: bytes, mode: int, uid: int, gid: int, *, umask: int = 0, rdev: int = 0, seals: int = 0
     ) -> Inode:
-        """mknod(2), mkdir(2) and the creating half of open(2): a new inode of the type in `mode`.
+        """Create an inode of the type in `mode`: mknod(2), mkdir(2) and the creating half of open(2).
 
         A regular file has initial `seals` (F_SEAL_* bits). `umask` counts where there is no default ACL.
         """
@@ -118,13 +118,13 @@ class Tree:
         return inode
 
     def create_unlinked(self, parent: int, mode: int, uid: int, gid: int, *, umask: int = 0, seals: int = 0) -> Inode:
-        """open(2) with O_TMPFILE: a new regular file that has no name yet. The caller must hold it."""
+        """Create a regular file without a name, as open(2) with O_TMPFILE. The caller must hold it."""
         inode = self._create(self._writable(parent), _New(mode, uid, gid, umask, seals=seals))
         inode.nlink = 0
         return inode
 
     def symlink(self, parent: int, name: bytes, target: bytes, uid: int, gid: int) -> Inode:
-        """symlink(2)."""
+        """Create a symbolic link, as symlink(2)."""
         directory = self._writable(parent)
         self._check_new(directory, name)
         inode = self._create(directory, _New(stat.S_IFLNK | 0o777, uid, gid, target=target))
@@ -132,7 +132,7 @@ class Tree:
         return inode
 
     def link(self, ino: int, parent: int, name: bytes) -> Inode:
-        """link(2)."""
+        """Give an inode another name, as link(2)."""
         inode, directory = self.inode(ino), self._writable(parent)
         self._check_new(directory, name)
         inode_flags.check_change(inode)
@@ -170,7 +170,7 @@ class Tree:
         return Special(ino, mode, uid, gid, new.rdev)
 
     def _page_for(self, ino: Ino, target: bytes) -> File | None:
-        """The memory of a symbolic link's target, if it is long. Raises OSError(ENOSPC)."""
+        """Return the memory of a symbolic link's target, if it is long. Raises OSError(ENOSPC)."""
         if len(target) < _SHORT_SYMLINK:
             return None
         page = self._new_file(ino, 0)
@@ -203,7 +203,7 @@ class Tree:
     # -- removing and renaming --------------------------------------------------------------------------------------
 
     def unlink(self, parent: int, name: bytes) -> None:
-        """unlink(2)."""
+        """Remove a name, as unlink(2)."""
         inode, directory = self.lookup(parent, name), self.directory(parent)
         inode_flags.check_remove(directory, inode)
         if inode.is_dir:
@@ -212,7 +212,7 @@ class Tree:
         self._unlinked(inode)
 
     def rmdir(self, parent: int, name: bytes) -> None:
-        """rmdir(2)."""
+        """Remove an empty directory, as rmdir(2)."""
         inode, directory = self.lookup(parent, name), self.directory(parent)
         inode_flags.check_remove(directory, inode)
         if not isinstance(inode, Directory):
@@ -224,7 +224,7 @@ class Tree:
     def rename(
         self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int = 0, *, uid: int = 0, gid: int = 0
     ) -> None:
-        """renameat2(2) with RENAME_NOREPLACE, RENAME_EXCHANGE or RENAME_WHITEOUT (the whiteout is uid's)."""
+        """Rename as renameat2(2): RENAME_NOREPLACE, RENAME_EXCHANGE or RENAME_WHITEOUT (the whiteout is uid's)."""
         exchange, whiteout = flags & RENAME_EXCHANGE, flags & RENAME_WHITEOUT
         if flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE | RENAME_WHITEOUT) or (exchange and flags != exchange):
             raise OSError(errno.EINVAL, f"rename flags {flags:#x}")
@@ -296,7 +296,7 @@ class Tree:
             if isinstance(inode, RegularFile):
                 inode.file.hold()
         except OSError:
-            self._free_if_unused(inode)  # it may have been made to be held
+            self._free_if_unused(inode)  # it may have been created to be held
             raise
         inode.holds += 1
 
@@ -310,7 +310,7 @@ class Tree:
 
     @contextmanager
     def holding(self, inode: Inode) -> Iterator[None]:
-        """Keep an inode alive for a while."""
+        """Keep an inode alive within a with statement."""
         self.hold(inode)
         try:
             yield
@@ -318,7 +318,7 @@ class Tree:
             self.release(inode)
 
     def forget(self, ino: int, nlookup: int) -> None:
-        """The kernel forgets so many of its look-ups (FUSE_FORGET). Never raises: there is nobody to tell."""
+        """Forget so many of the kernel's look-ups (FUSE_FORGET). Never raises: there is no reply."""
         inode = self.inodes.get(Ino(ino))
         if inode is not None and inode is not self.root:
             inode.nlookup = max(0, inode.nlookup - nlookup)
@@ -336,7 +336,7 @@ class Tree:
             _close(inode)
 
     def close(self) -> None:
-        """Free every file; the mount is gone."""
+        """Free every file; the mount has ended."""
         for inode in self.inodes.values():
             _close(inode)
         self.inodes.clear()
@@ -344,7 +344,7 @@ class Tree:
     # -- extended attributes ----------------------------------------------------------------------------------------
 
     def setxattr(self, ino: int, name: bytes, value: bytes) -> None:
-        """setxattr(2)."""
+        """Set an extended attribute, as setxattr(2)."""
         inode = self.inode(ino)
         inode_flags.check_change(inode)
         if len(name) > NAME_MAX:
@@ -357,14 +357,14 @@ class Tree:
         inode.changed()
 
     def getxattr(self, ino: int, name: bytes) -> bytes:
-        """getxattr(2)."""
+        """Return an extended attribute, as getxattr(2)."""
         try:
             return (self.inode(ino).xattrs or {})[name]
         except KeyError:
             raise OSError(errno.ENODATA, "no such attribute") from None
 
     def removexattr(self, ino: int, name: bytes) -> None:
-        """removexattr(2)."""
+        """Remove an extended attribute, as removexattr(2)."""
         inode = self.inode(ino)
         inode_flags.check_change(inode)
         self.getxattr(ino, name)
@@ -375,13 +375,13 @@ class Tree:
         inode.changed()
 
     def listxattr(self, ino: int) -> list[bytes]:
-        """listxattr(2)."""
+        """Return the names of extended attributes, as listxattr(2)."""
         return list(self.inode(ino).xattrs or ())
 
     # -- invariants -------------------------------------------------------------------------------------------------
 
     def files(self) -> Iterator[RegularFile]:
-        """Every regular file, linked or not."""
+        """Return every regular file, linked or not."""
         return (inode for inode in self.inodes.values() if isinstance(inode, RegularFile))
 
     def check(self) -> None:

@@ -1,10 +1,10 @@
 """Extended attributes that memfs gives a meaning, all in the namespace user.memfs; everything else is plain storage.
 
     user.memfs.seals          of a regular file: its seals by name; setting it adds seals (fcntl(2): F_ADD_SEALS)
-    user.memfs.default_seals  of a directory: seals that regular files made in it are born with
+    user.memfs.default_seals  of a directory: initial seals of regular files created in it
     user.memfs.socket         of anything, read-only: the socket on which owners talk to this memfs
     user.memfs.stat           of anything, read-only: the state of the mount, as JSON (`memfs stat`)
-    user.memfs.remount        of anything, write-only, for root and who mounted it: options to change (`memfs remount`)
+    user.memfs.remount        of anything, write-only, for root and the mounter: options to change (`memfs remount`)
 
 getfattr -d and cp -a see only those that were set: the seals of a sealed file, the default seals of a directory.
 """
@@ -36,7 +36,7 @@ _NAMESPACES: Final = (b"user.", b"trusted.", b"security.")  # those of tmpfs; wh
 
 @dataclass(frozen=True, slots=True)
 class Control:
-    """What attributes of the mount itself are answered with."""
+    """How attributes of the mount itself are answered."""
 
     socket_path: str
     describe: Callable[[int], str]  #: as JSON, of at most so many bytes
@@ -51,7 +51,10 @@ class Xattrs:
         self._control: Final = control
 
     async def set(self, ino: int, name: bytes, value: bytes, *, uid: int) -> None:
-        """setxattr(2) by a user. EOPNOTSUPP: a name in user.memfs that cannot be set here. EINVAL: a bad value."""
+        """Set an attribute, as setxattr(2) by a user.
+
+        EOPNOTSUPP: a name in user.memfs that cannot be set here. EINVAL: a bad value.
+        """
         inode = self._tree.inode(ino)
         _check_name(name)
         if name in (SEALS, acl.ACCESS):
@@ -73,7 +76,7 @@ class Xattrs:
         self._tree.setxattr(ino, name, value)
 
     def _set_access_acl(self, inode: Inode, value: bytes) -> None:
-        """An access ACL and the mode say the same; an ACL that says no more than the mode can is not kept."""
+        """Set the access ACL and the mode, which say the same; an ACL that says no more than the mode is not kept."""
         mode, kept = acl.mode_of(value, inode.mode)
         if kept is not None:
             self._tree.setxattr(inode.ino, acl.ACCESS, kept)
@@ -84,14 +87,14 @@ class Xattrs:
 
     def _remount(self, options: str, uid: int) -> None:
         if uid not in (0, os.geteuid()):
-            raise OSError(errno.EPERM, "only for root and who mounted it")
+            raise OSError(errno.EPERM, "only for root and the user who mounted it")
         try:
             self._control.remount(RemountOptions.parse(options))
         except OptionError as error:
             raise OSError(errno.EINVAL, str(error)) from error
 
     def get(self, ino: int, name: bytes) -> bytes:
-        """getxattr(2)."""
+        """Return an attribute, as getxattr(2)."""
         inode = self._tree.inode(ino)
         _check_name(name)
         if name == SOCKET:
@@ -103,25 +106,31 @@ class Xattrs:
         return self._tree.getxattr(ino, name)
 
     def list(self, ino: int, *, uid: int) -> list[bytes]:
-        """listxattr(2). Only root is shown the trusted ones (simple_xattr_list() asks for CAP_SYS_ADMIN)."""
+        """Return the names of attributes, as listxattr(2).
+
+        Only root is shown the trusted ones (simple_xattr_list() asks for CAP_SYS_ADMIN).
+        """
         inode = self._tree.inode(ino)
         names = [name for name in self._tree.listxattr(ino) if uid == 0 or not name.startswith(b"trusted.")]
         return [SEALS, *names] if isinstance(inode, RegularFile) and inode.file.seals else names
 
     def remove(self, ino: int, name: bytes) -> None:
-        """removexattr(2). EPERM for seals: they are for good."""
+        """Remove an attribute, as removexattr(2). EPERM for seals: they are for good."""
         _check_name(name)
         if name == SEALS and isinstance(self._tree.inode(ino), RegularFile):
-            raise OSError(errno.EPERM, "seals cannot be taken off")
+            raise OSError(errno.EPERM, "seals cannot be removed")
         self._tree.removexattr(ino, name)
 
     def default_seals(self, parent: int) -> int:
-        """The seals that a regular file made in a directory is born with, as F_SEAL_* bits."""
+        """Return the initial seals of a regular file that is created in a directory, as F_SEAL_* bits."""
         return seals.parse(_text((self._tree.inode(parent).xattrs or {}).get(DEFAULT_SEALS, b"")))
 
 
 def _check_name(name: bytes) -> None:
-    """As the kernel's xattr_resolve_name(): EOPNOTSUPP for a namespace that is not there, EINVAL for nothing in one."""
+    """Check a name, as the kernel's xattr_resolve_name().
+
+    EOPNOTSUPP: there is no such namespace. EINVAL: no name in one.
+    """
     if name in _NAMESPACES:
         raise OSError(errno.EINVAL, "an attribute without a name")
     if not name.startswith(_NAMESPACES) and name not in (acl.ACCESS, acl.DEFAULT):

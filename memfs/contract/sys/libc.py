@@ -58,12 +58,12 @@ def _checked(result: int, what: str = "") -> int:
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
-    """fallocate(2): offset and length in bytes, mode of FALLOC_FL_* bits. Raises OSError."""
+    """Call fallocate(2): offset and length in bytes, mode of FALLOC_FL_* bits. Raises OSError."""
     _checked(_libc.fallocate(fd, mode, offset, length))
 
 
 def mount(source: str, target: str, fstype: str, flags: int, data: str) -> None:
-    """mount(2). Raises OSError naming the target."""
+    """Call mount(2). Raises OSError naming the target."""
     _checked(
         _libc.mount(os.fsencode(source), os.fsencode(target), fstype.encode(), flags, os.fsencode(data)),
         target,
@@ -71,7 +71,7 @@ def mount(source: str, target: str, fstype: str, flags: int, data: str) -> None:
 
 
 def umount(target: str, flags: int = 0) -> None:
-    """umount2(2). Raises OSError naming the target."""
+    """Call umount2(2). Raises OSError naming the target."""
     _checked(_libc.umount2(os.fsencode(target), flags), target)
 
 
@@ -85,7 +85,7 @@ def _fsconfig(fs: int, options: dict[str, str | None], command: int) -> None:
 
 
 def mount_detached(fstype: str, options: dict[str, str | None], *, attributes: int = 0) -> int:
-    """Mount a filesystem nowhere: a descriptor of its root, which is all that keeps it alive (fsopen(2), fsmount(2)).
+    """Mount a filesystem nowhere and return a descriptor of its root, which keeps it alive (fsopen(2), fsmount(2)).
 
     `attributes` are MOUNT_ATTR_* bits. An option whose value is None is a flag. Raises OSError; for a refused option
     its filename is the option's name.

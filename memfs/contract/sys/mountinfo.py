@@ -6,12 +6,12 @@ import os
 
 
 def device_of_mount_id(mount_id: str, pid: str) -> str | None:
-    """The device number ("major:minor") of a mount in a process's mount namespace; None if it has no such mount."""
+    """Return the device ("major:minor") of a mount in a process's mount namespace; None if it has no such mount."""
     return next((fields[2] for fields in _mountinfo(pid) if fields[0] == mount_id), None)
 
 
 def device_of_mountpoint(mountpoint: str) -> str | None:
-    """The device number ("major:minor") of what is mounted on a directory, without asking the filesystem itself.
+    """Return the device number ("major:minor") of what is mounted on a directory, without asking the filesystem itself.
 
     None if nothing is. `mountpoint` must be absolute and without symbolic links (`real_mountpoint`).
     """
@@ -41,21 +41,21 @@ def mountpoint_of(mount_id: str, device: str) -> str | None:
 
 
 def real_mountpoint(path: str) -> str:
-    """A path, absolute and without symbolic links (os.path.realpath), without asking what is mounted there."""
+    """Return a path, absolute and without symbolic links (os.path.realpath), without asking what is mounted there."""
     directory, name = os.path.split(os.path.abspath(path))
     mountpoint = os.path.join(os.path.realpath(directory), name)
     return mountpoint if device_of_mountpoint(mountpoint) is not None else os.path.realpath(path)
 
 
 def type_of_device(device: str) -> str | None:
-    """The filesystem type, with its subtype ("fuse.memfs"), of what is mounted from a device ("major:minor")."""
+    """Return the filesystem type, with its subtype ("fuse.memfs"), of what is mounted from a device ("major:minor")."""
     return next(
         (fields[fields.index("-") + 1] for fields in _mountinfo("self") if fields[2] == device and "-" in fields), None
     )
 
 
 def _mountinfo(pid: str) -> list[list[str]]:
-    """/proc/PID/mountinfo (proc_pid_mountinfo(5)): mount id, parent id, device, root, mountpoint, ..."""
+    """Read /proc/PID/mountinfo (proc_pid_mountinfo(5)): mount id, parent id, device, root, mountpoint, ..."""
     try:
         # newline: a carriage return may be part of a name
         with open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape", newline="\n") as table:
@@ -65,7 +65,7 @@ def _mountinfo(pid: str) -> list[list[str]]:
 
 
 def _unescape(field: str) -> str:
-    """mountinfo writes space, tab, newline and backslash as octal."""
+    """Decode space, tab, newline and backslash, which mountinfo writes as octal."""
     for code, character in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
         field = field.replace(code, character)
     return field
