@@ -74,8 +74,12 @@ def run(*command: str | Path, **options: object) -> subprocess.CompletedProcess[
 
 
 def interruptible() -> None:
-    """Have SIGINT end a child; for its `preexec_fn`. Tests in the background of a script inherit that it is ignored."""
+    """Have SIGINT and SIGHUP end a child; for its `preexec_fn`.
+
+    Tests in the background of a script, or below nohup(1), inherit that they are ignored.
+    """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def memfs_command(*arguments: str | Path) -> list[str]:

@@ -19,7 +19,7 @@ from .conftest import Memfs, MountMemfs, memfs_command, run
 from .owner import connected, shell
 from .test_kvmsim import RUN, guest, running  # noqa: F401  (a fixture)
 from .test_unprivileged import Home, home  # noqa: F401  (a fixture)
-from .tools import FAKETIME
+from .tools import FAKETIME, needs
 
 SIZE = 4 << 20
 
@@ -284,6 +284,7 @@ def test_dead_mount_of_something_else_is_left_alone(tmp_path: Path, can_mount: N
         run("umount", "--lazy", mountpoint)
 
 
+@needs("pgrep")
 def test_killed_memfs_of_a_user_can_be_mounted_again(home: Home) -> None:  # noqa: F811
     pid = int(run("sh", "-c", "pgrep -u 65534 -f 'memfs mount mnt'").stdout.split()[0])
     os.kill(pid, signal.SIGKILL)

@@ -17,6 +17,7 @@ import pytest
 from tests.helpers import raises
 
 from .conftest import Memfs, MountMemfs, memfs_command, run
+from .tools import skip_without, skip_without_mount_namespace
 
 
 @contextmanager
@@ -231,6 +232,7 @@ def test_stat_says_whether_content_passes_through(mount_memfs: MountMemfs) -> No
 def test_without_dev_fuse_it_says_so(can_mount: None, tmp_path: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("hiding /dev/fuse takes root")
+    skip_without_mount_namespace()
     script = 'mount -t tmpfs none /dev && mknod /dev/null c 1 3 && exec "$@"'
     command = ["unshare", "--mount", "sh", "-c", script, "sh", *memfs_command("mount", tmp_path)]
     result = run(*command)
@@ -243,6 +245,8 @@ def test_without_dev_fuse_it_says_so(can_mount: None, tmp_path: Path) -> None:
 def test_without_permission_it_says_so(can_mount: None, tmp_path: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("giving up rights takes root")
+    skip_without("setpriv")
+    skip_without_mount_namespace()
     script = 'mount -t tmpfs none /usr/local/bin; PATH=/nonexistent exec "$0" "$@"'
     command = memfs_command("mount", tmp_path, "--socket", tmp_path / "socket")
     drop = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs"]

@@ -14,6 +14,7 @@ from memfs.privileges import KEPT
 
 from .conftest import Memfs, MountMemfs, memfs_command, run, start_memfs
 from .test_unprivileged import Home, home  # noqa: F401  (a fixture)
+from .tools import needs
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="without root there is nothing to give up")
 NOBODY = 65534
@@ -69,6 +70,7 @@ def test_unmounts_below_a_directory_that_is_closed_to_root(can_mount: None, numb
             memfs.kill()
 
 
+@needs("pgrep")
 def test_daemon_of_a_user_is_closed_to_the_user(home: Home) -> None:  # noqa: F811
     """It has no capabilities, fusermount3 still works for it (the fixture unmounts), and nobody looks into it."""
     pid = int(run("sh", "-c", f"pgrep -u {NOBODY} -f 'memfs mount mnt'").stdout.split()[0])

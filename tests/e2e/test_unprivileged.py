@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from .conftest import run
-from .tools import skip_without
+from .tools import skip_without, skip_without_mount_namespace
 
 NOBODY = 65534
 DROP = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
@@ -57,7 +57,8 @@ def home() -> Iterator[Home]:
     """A mounted memfs of 16 MiB in mnt, below a directory of the unprivileged user's."""
     if os.geteuid() != 0:
         pytest.skip("becoming another user takes root")
-    skip_without("setpriv", "fusermount3", "unshare", "nsenter")
+    skip_without("setpriv", "fusermount3", "nsenter")
+    skip_without_mount_namespace()
     home = Home(Path(tempfile.gettempdir()) / f"memfs-test-{os.getpid()}")  # pytest's own are closed to others
     try:
         if not home.ready:

@@ -12,6 +12,8 @@ from typing import Final
 
 import pytest
 
+from .conftest import run
+
 #: Program -> the Debian package it is in
 PACKAGES: Final = {
     "getfacl": "acl",
@@ -22,6 +24,7 @@ PACKAGES: Final = {
     "fusermount3": "fuse3",
     "stress-ng": "stress-ng",
     "nsenter": "util-linux",
+    "pgrep": "procps",
     "setpriv": "util-linux",
     "unshare": "util-linux",
     "valgrind": "valgrind",
@@ -46,6 +49,14 @@ def skip_without(*tools: str) -> None:
     """Skip the test that is running if one of the programs is missing."""
     if reason := missing(*tools):
         pytest.skip(reason)
+
+
+def skip_without_mount_namespace() -> None:
+    """Skip the test that is running where unshare(1) cannot make one, as in a plain chroot."""
+    skip_without("unshare")
+    result = run("unshare", "--mount", "true")
+    if result.returncode:
+        pytest.skip(f"no mount namespace of our own: {result.stderr.strip()}")
 
 
 def tools_in(script: str) -> list[str]:
