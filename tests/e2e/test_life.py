@@ -291,6 +291,6 @@ def test_killed_memfs_of_a_user_can_be_mounted_again(home: Home) -> None:  # noq
     deadline = time.monotonic() + 10
     while "not connected" not in home.run("ls", "mnt").stderr:
         assert time.monotonic() < deadline
-    again = home.run(sys.executable, "-m", "memfs", "mount", "mnt", "-o", "size=1m")
+    again = home.run(sys.executable, "-P", "-m", "memfs", "mount", "mnt", "-o", "size=1m")
     assert again.returncode == 0, again.stderr
     assert home.run("sh", "-c", "echo hello > mnt/file && cat mnt/file").stdout == "hello\n"

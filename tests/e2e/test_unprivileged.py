@@ -66,7 +66,7 @@ def home() -> Iterator[Home]:
         if home.run(sys.executable, "-c", "import memfs.daemon").returncode:
             pytest.skip("another user cannot read this interpreter or package")
         assert home.run("mkdir", "mnt").returncode == 0
-        mounted = home.run(sys.executable, "-m", "memfs", "mount", "mnt", "-o", "size=16m")
+        mounted = home.run(sys.executable, "-P", "-m", "memfs", "mount", "mnt", "-o", "size=16m")
         if mounted.returncode:
             pytest.skip(mounted.stderr.strip())
         home.said = mounted.stderr
@@ -99,12 +99,12 @@ df --output=used . | tail -1
 
 
 def test_sealing_and_owning_work(home: Home) -> None:
-    memfs = [sys.executable, "-m", "memfs"]
+    memfs = [sys.executable, "-P", "-m", "memfs"]
     assert home.run(*memfs, "create", "--seals", "guest", "--size", "4M", "mnt/private").returncode == 0
     assert "Operation not permitted" in home.run("cat", "mnt/private").stderr
     assert home.run("touch", "mnt/shared").returncode == 0
     command = ["kvmsim", "run", "--shared", "mnt/shared", "--private", "mnt/private", "--mem", "4M"]
-    result = home.run(sys.executable, "-m", *command)
+    result = home.run(sys.executable, "-P", "-m", *command)
     assert result.returncode == 0, result.stderr
     assert "every byte was as stored" in result.stdout
 
@@ -112,7 +112,7 @@ def test_sealing_and_owning_work(home: Home) -> None:
 def test_what_only_root_can_have_is_refused(home: Home) -> None:
     assert home.run("mkdir", "other").returncode == 0
     for option in ("suid", "dev"):
-        result = home.run(sys.executable, "-m", "memfs", "mount", "other", "-o", f"size=1m,{option}")
+        result = home.run(sys.executable, "-P", "-m", "memfs", "mount", "other", "-o", f"size=1m,{option}")
         assert (result.returncode, result.stdout) == (1, "")
         assert f"option {option} is for root" in result.stderr
         assert home.run("mountpoint", "other").returncode != 0
