@@ -2,29 +2,111 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
 
+from memfs.contract.protocol import connection, messages
+from memfs.contract.protocol.connection import _REPLIES as REPLIES
 from tests.e2e import tools
 
 ROOT = Path(__file__).parents[2]
+DOCUMENTS = sorted(
+    str(path.relative_to(ROOT))
+    for pattern in ("*.md", "docs/*.md", "examples/*.md", ".github/**/*.md", "kvmsim/traces/*.md")
+    for path in ROOT.glob(pattern)
+)
+#: of a path in a document; `NAME` and the like are the reader's
+NAMED = re.compile(r"`((?:memfs|kvmsim|tests|bench|demo|docs|examples|\.ci|\.github)/[\w./-]*\w/?)`")
 
 
-def test_make_test_installs_the_tools_that_tests_need() -> None:
-    installed = re.findall(r"\|\| echo ([\w-]+)", (ROOT / "install-system-packages").read_text())
-    of_the_build = {"fuse3", "util-linux"}  # installed to build memfs, or part of every Debian
-    assert set(installed) == {*tools.PACKAGES.values(), "libfaketime"} - of_the_build
+def text(document: str) -> str:
+    return (ROOT / document).read_text()
+
+
+def table(document: str, heading: str) -> list[list[str]]:
+    """Return the rows of the table whose first heading is given, as cells."""
+    lines = text(document).splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith(f"| {heading} |")) + 2
+    last = next(number for number, line in enumerate(lines) if number > first and not line.startswith("|"))
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[first:last]]
 
 
 def test_threats_names_tests_that_exist() -> None:
-    named = set(re.findall(r"\b((?:unit|model|e2e)/[\w/]+)", (ROOT / "THREATS.md").read_text()))
+    named = set(re.findall(r"\b((?:unit|model|e2e)/[\w/]+)", text("THREATS.md")))
     assert len(named) > 10
     assert [name for name in sorted(named) if not (ROOT / "tests" / f"{name}.py").is_file()] == []
 
 
-@pytest.mark.parametrize("document", ["README.md", "THREATS.md", "CHANGELOG.md"])
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_lead_somewhere(document: str) -> None:
-    links = re.findall(r"\]\((?!http)([^)#]+)", (ROOT / document).read_text())
-    assert [link for link in links if not (ROOT / link).exists()] == []
+    links = re.findall(r"\]\((?!http)([^)#]+)", text(document))
+    assert [link for link in links if not (ROOT / document).parent.joinpath(link).exists()] == []
+    references = set(re.findall(r"\]\[(\w+)\]", text(document)))
+    assert references <= set(re.findall(r"^\[(\w+)\]: https://", text(document), re.MULTILINE))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_files_that_are_named_exist(document: str) -> None:
+    named = set(NAMED.findall(text(document)))
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+def test_readme_is_read_in_three_minutes() -> None:
+    assert len(text("README.md").splitlines()) <= 110
+
+
+def test_readme_quotes_an_example_that_runs() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", text("README.md"), re.DOTALL)
+    example = text("examples/owner.py")
+    assert blocks
+    for block in blocks:
+        assert block in example or textwrap.indent(block, "    ") in example
+
+
+def test_protocol_lists_every_message() -> None:
+    rows = {
+        int(number): (name, fields, answers) for number, name, _, fields, answers in table("docs/PROTOCOL.md", "type")
+    }
+    assert set(rows) == set(messages.MESSAGES)
+    for number, cls in messages.MESSAGES.items():
+        name, fields, answers = rows[number]
+        assert name == cls.__name__
+        written = [each for each in re.findall(r"`(\w+)`", fields) if each not in ("end", "pfn", "order")]
+        assert written == [field.name for field in dataclasses.fields(cls)], name
+        assert {each for each in answers.split(", ") if each} == {reply.__name__ for reply in REPLIES.get(cls, ())}, (
+            name
+        )
+    described = " ".join(re.findall(r"\*\*(.*?)\*\*", text("docs/PROTOCOL.md")))
+    assert {request.__name__ for request in REPLIES} <= set(re.findall(r"\w+", described))
+
+
+def test_protocol_says_the_limits() -> None:
+    limits = {
+        match[0]: int(row[1])
+        for row in table("docs/PROTOCOL.md", "limit")
+        if (match := re.findall(r"`([\w.]+)`", row[0]))
+    }
+    assert limits == {
+        "MAX_MESSAGE": connection.MAX_MESSAGE,
+        "MAX_IN_FLIGHT": connection.MAX_IN_FLIGHT,
+        "MAX_DESCRIPTORS": connection.MAX_DESCRIPTORS,
+        "MAX_TEXT": messages.MAX_TEXT,
+        "PfnReply.MAX_RUNS": messages.PfnReply.MAX_RUNS,
+        "Populate.MAX_PAGES": messages.Populate.MAX_PAGES,
+    }
+    assert f"The version is {messages.VERSION}." in text("docs/PROTOCOL.md")
+
+
+def test_make_test_installs_the_tools_that_tests_need() -> None:
+    installed = re.findall(r"\|\| echo ([\w-]+)", text("install-system-packages"))
+    of_the_build = {"fuse3", "util-linux"}  # installed to build memfs, or part of every Debian
+    assert set(installed) == {*tools.PACKAGES.values(), "libfaketime"} - of_the_build
+
+
+def test_make_help_lists_every_target() -> None:
+    targets = set(re.findall(r"^\.PHONY: (.*)$", text("Makefile"), re.MULTILINE)[0].split()) - {"system"}
+    assert targets == set(re.findall(r"^([a-z-]+):.*## ", text("Makefile"), re.MULTILINE))

@@ -1,0 +1,42 @@
+"""An owner: registers a file on a memfs, and prints which of its pages come and go until it is interrupted.
+
+memfs mount /mnt/guest -o size=1g && touch /mnt/guest/private && python examples/owner.py /mnt/guest/private
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import trio
+
+from memfs.contract.protocol.client import StoreGone, connect, socket_of
+from memfs.contract.protocol.messages import InvalidateBegin, Notification
+
+
+async def act(message: Notification) -> None:
+    """Act on a notification. memfs frees nothing before this returns, since only then it is acknowledged."""
+    if isinstance(message, InvalidateBegin):
+        pass  # here a VMM unmaps `message.pages`, and has its vCPUs flush their TLBs
+    print(type(message).__name__, message.pages, flush=True)
+
+
+async def own(path: str) -> None:
+    """Own a file until the connection ends."""
+    async with connect(socket_of(path), "example", act) as client:
+        fd = os.open(path, os.O_RDWR)
+        registered, backing = await client.register(fd)
+        for each in (fd, *backing):  # a VMM maps the backing file and, of a guest-sealed one, the page map
+            os.close(each)
+        print(f"owner of inode {registered.ino}, {registered.size} bytes", flush=True)
+        await client.ended.wait()
+        raise StoreGone(client.gone)
+
+
+if __name__ == "__main__":
+    try:
+        trio.run(own, sys.argv[1])
+    except IndexError:
+        sys.exit(f"usage: {sys.argv[0]} FILE")
+    except (OSError, StoreGone) as error:
+        sys.exit(f"{sys.argv[0]}: {error}")
