@@ -20,7 +20,6 @@ import numpy.typing as npt
 import trio
 
 from kvmsim.arrays import firsts
-from memfs.contract.faults import Point, reach_at_once
 from memfs.contract.frame_numbers import cut_at
 from memfs.contract.page_map import ALLOCATED, PageMapView
 from memfs.contract.protocol import client as protocol
@@ -171,33 +170,16 @@ class Store:
         """Set when the connection has ended."""
         return self._client.ended
 
-    async def notified(self, message: Notification) -> None:
-        """Act on a notification, without waiting. Raises OSError."""
+    def act(self, message: Notification) -> None:
+        """Act on a notification. Raises OSError."""
         match message:
             case InvalidateBegin():
-                self._invalidate_begin(message)
+                self.counters.invalidate_begin += 1
             case InvalidateEnd():
-                self._invalidate_end(message)
+                self.counters.invalidate_end += 1
             case Fallocate():
-                self._fallocate(message)
-
-    def _invalidate_begin(self, message: InvalidateBegin) -> None:
-        reach_at_once(Point.BEFORE_BEGIN)
-        self.counters.invalidate_begin += 1
+                self.counters.fallocate += 1
         self._notify(message)
-        reach_at_once(Point.AFTER_BEGIN)
-
-    def _invalidate_end(self, message: InvalidateEnd) -> None:
-        reach_at_once(Point.BEFORE_END)
-        self.counters.invalidate_end += 1
-        self._notify(message)
-        reach_at_once(Point.AFTER_END)
-
-    def _fallocate(self, message: Fallocate) -> None:
-        reach_at_once(Point.BEFORE_TELL)
-        self.counters.fallocate += 1
-        self._notify(message)
-        reach_at_once(Point.AFTER_TELL)
 
     async def register(self, fd: int) -> StoreFile:
         """Own the file behind a descriptor (memfd_register_guest). Raises OSError as `messages.Register` says."""
@@ -254,7 +236,7 @@ async def connect(path: str, name: str, notify: Callable[[Notification], None]) 
     """
 
     async def notified(message: Notification) -> None:
-        await store.notified(message)
+        store.act(message)
 
     with ExitStack() as last:  # what is closed while a task still reads from it is a bad descriptor there
         async with protocol.connect(path, name, notified) as client:

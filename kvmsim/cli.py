@@ -24,6 +24,7 @@ from kvmsim import __version__
 from kvmsim.backing import Notification, StoreGone, socket_of
 from kvmsim.engines.trace import IntegrityError, TraceEngine
 from kvmsim.engines.trace_file import Trace, TraceError, read_lackey
+from kvmsim.fault_points import install_faults
 from kvmsim.memory_map import draw
 from kvmsim.side import Side
 from kvmsim.slots.memslots import Memslot
@@ -45,6 +46,7 @@ class CommandError(Exception):
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command and exit."""
     options = _parser().parse_args(arguments)
+    install_faults()
     try:
         options.run(options)
     except (CommandError, TraceError, IntegrityError, UnhandledExit, StoreGone) as error:

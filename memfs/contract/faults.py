@@ -143,23 +143,6 @@ def _points(points: Points, args: tuple[Any, ...], kwargs: dict[str, Any]) -> It
     return points(*args, **kwargs) if callable(points) else points
 
 
-def are_injected() -> bool:
-    """Whether anything may fail, or wait, where it otherwise never does."""
-    return _FILE is not None
-
-
-async def reach(point: Point) -> None:
-    """We are at a point where others may come in between. Raises OSError(EIO) if it is to fail."""
-    if _FILE is not None and _is_delayed(point):
-        await trio.sleep(DELAY)
-
-
-def reach_at_once(point: Point) -> None:
-    """The same where nobody may come in between: a delay holds up everybody, as if the process did not get a CPU."""
-    if _FILE is not None and _is_delayed(point):
-        time.sleep(DELAY)
-
-
 def _is_delayed(point: Point) -> bool:
     """Do what is armed for a point: return whether to wait there, raise OSError(EIO), or die."""
     assert _FILE is not None

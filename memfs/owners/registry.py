@@ -34,7 +34,6 @@ from typing import Any, Final, Protocol
 
 import trio
 
-from memfs.contract.faults import Point, reach_at_once
 from memfs.contract.frame_numbers import by_order
 from memfs.contract.logs import current_request, fields
 from memfs.contract.protocol.messages import (
@@ -86,22 +85,20 @@ class Registration:
         """Have the owner unmap pages and unlock them."""
         if self.alive:
             self._begun = True  # or it is cut off
-            await self._notify(
-                InvalidateBegin(self.id, pages, current_request()), Point.BEFORE_BEGIN, Point.AFTER_BEGIN
-            )
+            await self._notify(InvalidateBegin(self.id, pages, current_request()))
 
     async def invalidate_end(self, pages: PageRange) -> None:
         """Tell the owner that the invalidation that began is over."""
         if self._begun:
             self._begun = False
-            await self._notify(InvalidateEnd(self.id, pages, current_request()), Point.BEFORE_END, Point.AFTER_END)
+            await self._notify(InvalidateEnd(self.id, pages, current_request()))
 
     async def fallocate(self, pages: PageRange) -> None:
         """Tell the owner that pages are allocated."""
         if self.alive:
-            await self._notify(Fallocate(self.id, pages, current_request()), Point.BEFORE_TELL, Point.AFTER_TELL)
+            await self._notify(Fallocate(self.id, pages, current_request()))
 
-    async def _notify(self, message: Notification, before: Point, after: Point) -> None:
+    async def _notify(self, message: Notification) -> None:
         """Notify the owner, and wait until it has acted; fence it if that takes too long or fails.
 
         Never raises, and cannot be cancelled: what the owner is notified of is done or being done.
@@ -113,9 +110,7 @@ class Registration:
         why: str | None = None
         with owner.outstanding.of(owner, message) as pending:
             try:
-                reach_at_once(before)
-                ack = await self._acknowledgement(pending)
-                reach_at_once(after)
+                ack = self._ack(message, await self._answer(pending))
             except PeerGone:
                 return
             except trio.TooSlowError:
@@ -130,22 +125,32 @@ class Registration:
         elif ack is not None:
             self._acknowledged(pending, ack)
 
-    async def _acknowledgement(self, pending: Pending[Owner]) -> Ack | None:
-        """Notify the owner and return its acknowledgement, if there is to be one, when no page is locked any more.
+    async def _answer(self, pending: Pending[Owner]) -> Answer:
+        """Notify the owner and return its answer, when that is done and no page is locked any more.
 
         An owner that answers soon is not waited for, so there is then no need of a deadline. Raises PeerGone,
         trio.TooSlowError, OSError.
         """
         message = pending.message
-        answer = self.owner.notify(message)
+        answer = self._post(message)
         if pending.is_alone and not answer.is_done:
             answer.poll()
-        if not answer.is_done or self._is_locked(message):
+        if answer.is_done and not self._is_locked(message):
+            await answer.wait()  # only says so if it is done because the owner is gone
+        else:
             with trio.fail_after(self.owner.notify_timeout, shield=True):
                 await answer.wait()
                 if isinstance(message, InvalidateBegin):
                     await self.locks.wait_unlocked(message.pages)
+        return answer
+
+    def _post(self, message: Notification) -> Answer:
+        return self.owner.notify(message)
+
+    def _ack(self, message: Notification, answer: Answer) -> Ack | None:
+        """Return the acknowledgement of a notification, if there is one."""
         if answer.reply is None:
+            assert isinstance(message, InvalidateEnd), f"{message} was not acknowledged"
             return None
         assert isinstance(answer.reply.message, Ack), f"the protocol let {answer.reply.message} through"
         return answer.reply.message

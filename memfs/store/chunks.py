@@ -6,15 +6,13 @@ or for the end of an interrupted call, nor in how long the whole takes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Iterator
-from typing import Any, Final, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Final
 
 import trio
 
 from memfs.contract.page_map import PageMap
 from memfs.contract.units import PageRange, bytes_to_pages
-
-_T = TypeVar("_T")
 
 LONG: Final = 8 << 20  #: bytes; the kernel takes 2 ms for that. Anything longer goes to a thread
 LONG_PAGES: Final = bytes_to_pages(LONG)
@@ -37,14 +35,3 @@ async def system_call(call: Callable[[], object], nbytes: int) -> None:
         call()
     else:
         await trio.to_thread.run_sync(call)
-
-
-def run_now(work: Coroutine[Any, Any, _T]) -> _T:
-    """Run what does not wait for anything: a task of its own would cost two more turns of the event loop."""
-    try:
-        work.send(None)
-    except StopIteration as end:
-        result: _T = end.value
-        return result
-    work.close()
-    raise AssertionError("it waited")

@@ -32,7 +32,6 @@ from typing import Final
 
 import trio
 
-from memfs.contract import faults
 from memfs.contract.page_map import ABSENT, ALLOCATED, PageMap
 from memfs.contract.units import ByteOffset, PageIndex, PageRange, is_page_aligned, page_ceil, page_floor
 from memfs.store import chunks, seals
@@ -322,12 +321,6 @@ class File:
             seals.check(self.seals, Operation.CHANGE_EXECUTABLE)
 
     # -- life -------------------------------------------------------------------------------------------------------
-
-    def is_quick(self, length: int) -> bool:
-        """Whether to allocate `length` bytes for the owner would not wait for anything: it does not yield then."""
-        is_locked = self._lock is not None and self._lock.locked()
-        is_busy = is_locked or not self._backing.reaper.is_idle or faults.are_injected()
-        return length <= chunks.LONG and not is_busy
 
     def unlinked(self) -> None:
         """Prepare for being freed: the file has no name any more, and nobody has it open."""

@@ -22,6 +22,7 @@ import trio
 from kvmsim.backing import StoreGone
 from kvmsim.engines.program import Load, Program, ProgramEngine, Store, convert
 from kvmsim.exits import Exit
+from kvmsim.fault_points import install_faults
 from kvmsim.side import Side
 from kvmsim.vcpu import VCPU
 from kvmsim.vm import VM, create_vm
@@ -113,6 +114,7 @@ def gone(error: BaseException) -> str | None:
 
 def main() -> None:
     socket, shared, private, size = sys.argv[1:]
+    install_faults()
     try:
         with open_memory(shared, private, int(size)) as vmm:
             trio.run(serve, socket, vmm)

@@ -28,7 +28,6 @@ import trio
 
 from memfs.contract.aio.busy_poll import BusyPoll
 from memfs.contract.aio.eager import Turn
-from memfs.contract.faults import Point, reach_at_once
 from memfs.contract.protocol.connection import (
     HEADER_SIZE,
     MAX_DESCRIPTORS,
@@ -236,12 +235,10 @@ class Peer:
 
     def _transmit(self, data: bytes, rights: Rights) -> bool:
         """Send a datagram. Returns whether the peer has space for it."""
-        reach_at_once(Point.BEFORE_SEND)
         try:
             self._datagrams.send(data, rights)
         except BlockingIOError:
             return False
-        reach_at_once(Point.AFTER_SEND)
         return True
 
     def _sent(self, call: Call) -> None:
@@ -405,7 +402,6 @@ class Peer:
         Raises BlockingIOError, RemoteProtocolError and PeerGone.
         """
         try:
-            reach_at_once(Point.BEFORE_RECEIVE)
             try:
                 datagram = self._datagrams.receive(*_RECVMSG)
             except ConnectionResetError:  # said once, if it went without having read all; what it had said comes next
@@ -435,7 +431,6 @@ class Peer:
 
     def _parse(self, data: bytes, flags: int, fds: tuple[int, ...]) -> tuple[Incoming, bool] | None:
         """Unpack a datagram; the descriptors are the message's if this returns one. Raises RemoteProtocolError."""
-        reach_at_once(Point.AFTER_RECEIVE)
         if flags & _MSG_TRUNC or len(fds) > MAX_DESCRIPTORS:
             raise RemoteProtocolError("a message or its descriptors are larger than allowed")
         if not data:

@@ -63,14 +63,16 @@ class End:
         self.handle: Handler = self.keep
         self.error: Exception | None = None
         self.ended = trio.Event()
+        self.scope = trio.CancelScope()
 
     async def keep(self, request: Incoming) -> None:
         self.requests.append(request)
 
     async def run(self) -> None:
         try:
-            await self.peer.serve(lambda request: self.handle(request))
-        except RemoteProtocolError as error:
+            with self.scope:
+                await self.peer.serve(lambda request: self.handle(request))
+        except (RemoteProtocolError, ZeroDivisionError) as error:
             self.error = error
         self.ended.set()
 
@@ -449,3 +451,104 @@ async def test_answer_that_came_in_time_counts_although_it_is_read_late() -> Non
                 nursery.start_soon(stand_still)
                 assert (await store.peer.call(InvalidateBegin(FileId(1), RANGE))).message == Ack()
         assert scope.cancel_called
+
+
+# -- handlers ----------------------------------------------------------------------------------------------------------
+
+
+async def test_handler_that_waits_holds_up_no_other_and_ends_with_the_connection() -> None:
+    ended: list[int] = []
+
+    async def wait_for_ever(request: Incoming) -> None:
+        assert isinstance(request.message, Unregister)
+        if request.message.file == FileId(1):
+            await store.peer.reply(request.id, Done())
+            return
+        try:
+            await trio.sleep_forever()
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.sleep(0.01)
+            ended.append(request.message.file)
+
+    async with two_ends() as (owner, store):
+        store.handle = wait_for_ever
+        for number in (2, 3):
+            owner.peer.post(Unregister(FileId(number)))
+        with trio.fail_after(5):
+            assert (await owner.peer.call(Unregister(FileId(1)))).message == Done()
+        assert ended == []
+        owner.peer.close()
+        await store.ended.wait()
+        assert sorted(ended) == [2, 3], "whoever serves waits for them"
+
+
+async def test_handlers_end_when_serving_is_cancelled() -> None:
+    ended = []
+
+    async def wait_for_ever(request: Incoming) -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            ended.append(request.id)
+
+    async with raw_end() as (ours, other), two_ends() as (owner, store):
+        await ours.send(HELLO)
+        await other.request()
+        store.handle = wait_for_ever
+        owner.peer.post(Unregister(FileId(1)))
+        await wait_all_tasks_blocked()
+        store.scope.cancel()
+        await store.ended.wait()
+        assert len(ended) == 1
+        await other.peer.reply(other.requests[0].id, HelloReply(1, 4096))  # another connection is unharmed
+        await ours.send(datagram(Unregister.TYPE, struct.pack("<Q", 1), number=2))
+        assert (await other.request(1)).message == Unregister(FileId(1))
+
+
+@pytest.mark.parametrize("waits", [False, True])
+async def test_handler_that_breaks_ends_the_connection(waits: bool) -> None:
+    async def break_down(_: Incoming) -> None:
+        if waits:
+            await trio.lowlevel.checkpoint()
+        raise ZeroDivisionError
+
+    async with two_ends() as (owner, store):
+        store.handle = break_down
+        with pytest.raises(PeerGone):
+            await owner.peer.call(Unregister(FileId(1)))
+        await store.ended.wait()
+        assert isinstance(store.error, ZeroDivisionError)
+
+
+# -- what is not sent yet ----------------------------------------------------------------------------------------------
+
+
+async def test_call_that_is_cancelled_before_its_turn_is_never_sent() -> None:
+    async with two_ends() as (owner, store), trio.open_nursery() as nursery:
+        for number in range(MAX_IN_FLIGHT):
+            nursery.start_soon(store.peer.call, InvalidateBegin(FileId(number), RANGE))
+        await wait_all_tasks_blocked()
+        with trio.move_on_after(0.01):
+            await store.peer.call(InvalidateBegin(FileId(1000), RANGE))
+        await owner.peer.reply(owner.requests[0].id, Ack())
+        nursery.start_soon(store.peer.call, InvalidateBegin(FileId(2000), RANGE))
+        await wait_all_tasks_blocked()
+        files = [request.message.file for request in owner.requests if isinstance(request.message, InvalidateBegin)]
+        assert (1000 in files, files[-1]) == (False, 2000)
+        nursery.cancel_scope.cancel()
+
+
+async def test_answer_to_what_has_not_been_sent_breaks_the_protocol() -> None:
+    """Or whoever guesses the numbers could have us keep what it never reads."""
+    async with raw_end(room=1) as (ours, store):
+        await ours.send(HELLO)
+        await store.peer.reply((await store.request()).id, HelloReply(1, 4096))
+        await ours.recv(64)
+        calls = [store.peer.post(Fallocate(FileId(1), RANGE)) for _ in range(50)]
+        assert not calls[-1].is_sent
+        await ours.send(datagram(Ack.TYPE, struct.pack("<I", 0), number=50))
+        await store.ended.wait()
+        assert isinstance(store.error, RemoteProtocolError)
+        with pytest.raises(PeerGone):
+            await calls[-1].wait()

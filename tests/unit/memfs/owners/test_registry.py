@@ -40,8 +40,9 @@ class GuestAnswer:
         pass
 
     async def wait(self) -> None:
-        await self.guest.answers.wait()
-        self.answer()
+        if not self.is_done:
+            await self.guest.answers.wait()
+            self.answer()
 
     def answer(self) -> None:
         if self.guest.dead:

@@ -1,0 +1,54 @@
+"""The ledger of notifications that have not been acknowledged."""
+
+from __future__ import annotations
+
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from memfs.contract.protocol.messages import Fallocate, FileId, InvalidateBegin
+from memfs.contract.units import PageIndex, PageRange
+from memfs.owners.outstanding import Outstanding
+
+PAGES = PageRange(PageIndex(3), PageIndex(5))
+BEGIN, FALLOCATE = InvalidateBegin(FileId(1), PAGES, 7), Fallocate(FileId(2), PAGES)
+
+
+async def test_what_is_outstanding_is_known_by_owner() -> None:
+    outstanding: Outstanding[str] = Outstanding()
+    with outstanding.of("a", BEGIN) as first:
+        assert (first.is_alone, len(outstanding), set(outstanding.owners)) == (True, 1, {"a"})
+        with outstanding.of("a", FALLOCATE) as second, outstanding.of("b", BEGIN):
+            assert (first.is_alone, len(outstanding), set(outstanding.owners)) == (False, 3, {"a", "b"})
+            assert list(outstanding.by("a")) == [first, second]
+            outstanding.check()
+        assert list(outstanding.by("a")) == [first]
+    assert (len(outstanding), set(outstanding.owners), list(outstanding.by("a"))) == (0, set(), [])
+    outstanding.check()
+
+
+async def test_it_is_described_for_people(autojump_clock: trio.testing.MockClock) -> None:
+    outstanding: Outstanding[str] = Outstanding()
+    with outstanding.of("a", BEGIN) as pending:
+        await trio.sleep(2)
+        said = {"notification": "InvalidateBegin", "file": 1, "pages": "[3, 5)", "request": 7, "age": 2.0}
+        assert pending.describe() == said
+
+
+async def test_who_waits_is_woken_by_the_first_of_any_owner() -> None:
+    outstanding: Outstanding[str] = Outstanding()
+    woken = []
+
+    async def wait() -> None:
+        await outstanding.wait()
+        woken.append(True)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(wait)
+        await wait_all_tasks_blocked()
+        assert not woken
+        with outstanding.of("a", BEGIN):
+            pass  # acknowledged before anybody else runs
+        await wait_all_tasks_blocked()
+        assert woken == [True]
+        with outstanding.of("a", BEGIN):
+            await outstanding.wait()
