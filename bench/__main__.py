@@ -31,7 +31,7 @@ OUT = Path(__file__).parent / "out"
 
 
 def _modules() -> dict[str, Callable[[Run], Iterator[Row]]]:
-    """The modules that have rows, by name."""
+    """Return the functions that yield rows, by the names of their modules."""
     programs = ("__main__", "plot")  # and plot needs what measuring does not
     names = [module.name for module in pkgutil.iter_modules(bench.__path__) if module.name not in programs]
     modules = {name: importlib.import_module(f"bench.{name}") for name in names}
@@ -39,7 +39,7 @@ def _modules() -> dict[str, Callable[[Run], Iterator[Row]]]:
 
 
 def _conditions() -> list[str]:
-    """Under which conditions the numbers came about."""
+    """Return under which conditions the numbers came about, as lines."""
     cpus = ", ".join(map(str, sorted(os.sched_getaffinity(0))))
     where = "; ".join(
         f"{name}: client on {client}, daemon on {daemon}" for name, (client, daemon) in placements().items()

@@ -56,7 +56,7 @@ def rows(run: Run) -> Iterator[Row]:
 
 @contextlib.contextmanager
 def owner(root: Path, vms: int, slots: int, pages: int, first: int = 0) -> Iterator[subprocess.Popen[str]]:
-    """A process with VMs on a memfs (owner.py). Raises BenchError."""
+    """Run a process with VMs on a memfs (owner.py). Raises BenchError."""
     process = subprocess.Popen(
         [sys.executable, "-m", "bench.owner", *map(str, (root, vms, slots, pages, first))],
         stdin=subprocess.PIPE,
@@ -257,7 +257,7 @@ def _private(vm: VM, gfns: np.ndarray[Any, np.dtype[np.int64]], expected: int, b
 
 
 async def _shared(vm: VM, files: Path, gfns: np.ndarray[Any, np.dtype[np.int64]], batch: int) -> float:
-    """Batches of faults on a file that has no memory; what was mapped before is let go by the punch."""
+    """Measure batches of faults on a file without pages; the punch unmaps those of the batch before."""
     await trio.to_thread.run_sync(_empty, files / "shared", len(gfns))
     started = now()
     for at in range(0, len(gfns), batch):

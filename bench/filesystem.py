@@ -144,7 +144,7 @@ def _each_of(what: str, filesystem: Mounted, count: int, cpu: int) -> float:
 
 
 def _share(run: Run) -> Iterator[Row]:
-    """What a one-page fallocate costs over a getattr that an ordinary pyfuse3 filesystem answers."""
+    """Measure what a one-page fallocate costs over a getattr that an ordinary pyfuse3 filesystem answers."""
     count = run.count(2000)
     with memfs(run, _SIZE) as ours, plain(run, "--attr-timeout", "0") as theirs:
         for placement, (client_cpu, daemon_cpu) in placements().items():
@@ -167,7 +167,7 @@ def _share(run: Run) -> Iterator[Row]:
 
 
 def _memory(run: Run) -> Row:
-    """Resident memory of the daemon with many files; file content is not the daemon's."""
+    """Measure the resident memory of the daemon with many files, without their content."""
     count = run.count(_FILES)
     cpu = next(iter(placements().values()))[0]
     with memfs(run, _SIZE) as ours, plain(run) as theirs:

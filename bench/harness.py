@@ -71,11 +71,11 @@ class Run:
     only: str | None
 
     def wants(self, name: str) -> bool:
-        """Whether a group of rows is to be measured."""
+        """Return whether a group of rows is to be measured."""
         return self.only is None or self.only in name
 
     def count(self, number: int) -> int:
-        """How many operations to do instead of `number`."""
+        """Return how many operations to do instead of `number`."""
         return max(1, number // 8) if self.quick else number
 
 
@@ -103,7 +103,7 @@ def compare(
     at_least: float | None = None,
     at_most: float | None = None,
 ) -> Row:
-    """A row about a sample and its reference. The target is a ratio of `at_least`, or no value above `at_most`."""
+    """Compare a sample with its reference. The target is a ratio of `at_least`, or no value above `at_most`."""
     ours, theirs = sample.median, reference.median
     ratio = ours / theirs if more_is_better else theirs / ours
     target, met = None, None
@@ -117,7 +117,7 @@ def compare(
 
 
 def alone(name: str, placement: str, sample: Sample, unit: str) -> Row:
-    """A row about a sample that has no reference."""
+    """Return the row of a sample that has no reference."""
     values = sample.values
     return Row(name, placement, sample.median, min(values), max(values), unit, None, None, None, None, None)
 
@@ -126,7 +126,7 @@ def alone(name: str, placement: str, sample: Sample, unit: str) -> Row:
 
 
 def placements() -> dict[str, tuple[int, int]]:
-    """Where client and daemon can run: a CPU for each."""
+    """Return where client and daemon can run, a CPU for each."""
     cpus = sorted(os.sched_getaffinity(0))
     both = {"same CPU": (cpus[0], cpus[0])}
     return both if len(cpus) == 1 else {**both, "different CPUs": (cpus[0], cpus[1])}
@@ -134,7 +134,7 @@ def placements() -> dict[str, tuple[int, int]]:
 
 @functools.cache
 def client() -> str:
-    """The path of the compiled client.c. Raises BenchError."""
+    """Compile client.c and return the path. Raises BenchError."""
     compiler = shutil.which("cc")
     if compiler is None:
         raise BenchError("there is no C compiler (cc), and in Python the client would be measured, not the filesystem")
@@ -144,13 +144,13 @@ def client() -> str:
 
 
 def remove_client() -> None:
-    """Remove what `client` made."""
+    """Remove what `client` has compiled."""
     if client.cache_info().currsize:
         shutil.rmtree(Path(client()).parent)
 
 
 def work(what: str, directory: Path, count: int, cpu: int) -> float:
-    """Nanoseconds that a client pinned to a CPU needs for its workload."""
+    """Run a workload in a client that is pinned to a CPU, and return its nanoseconds."""
     result = subprocess.run(
         [client(), what, str(directory), str(count)],
         capture_output=True,
@@ -178,7 +178,7 @@ class Mounted:
 
     @property
     def memory(self) -> float:
-        """What the daemon has in memory, in MiB, without the content of files."""
+        """Resident memory of the daemon in MiB, without the content of files."""
         assert self.process is not None
         fields = dict(
             line.split(":", 1)
@@ -190,7 +190,7 @@ class Mounted:
 
 @contextlib.contextmanager
 def tmpfs(run: Run, options: str) -> Iterator[Mounted]:
-    """A tmpfs. Raises BenchError where it cannot be mounted."""
+    """Mount a tmpfs. Raises BenchError where that cannot be."""
     with _mountpoint(run) as path:
         result = subprocess.run(
             ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)], capture_output=True, text=True, check=False
@@ -202,7 +202,7 @@ def tmpfs(run: Run, options: str) -> Iterator[Mounted]:
 
 @contextlib.contextmanager
 def memfs(run: Run, options: str) -> Iterator[Mounted]:
-    """A memfs in a process of its own."""
+    """Mount a memfs, in a process of its own."""
     with _mountpoint(run) as path:
         command = ["memfs", "mount", str(path), "-f", "-o", options, "--socket", f"{path}.sock"]
         with _served(command, path) as mounted:
@@ -211,7 +211,7 @@ def memfs(run: Run, options: str) -> Iterator[Mounted]:
 
 @contextlib.contextmanager
 def plain(run: Run, *arguments: str) -> Iterator[Mounted]:
-    """The ordinary pyfuse3 filesystem of plain.py."""
+    """Mount the ordinary pyfuse3 filesystem of plain.py."""
     with _mountpoint(run) as path, _served(["bench.plain", str(path), *arguments], path) as mounted:
         yield mounted
 
@@ -252,5 +252,5 @@ def _served(command: Sequence[str], path: Path) -> Iterator[Mounted]:
 
 
 def now() -> float:
-    """Seconds of a clock that only goes forward."""
+    """Return the seconds of a clock that only goes forward."""
     return time.perf_counter()

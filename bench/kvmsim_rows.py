@@ -146,7 +146,7 @@ def _sizes(run: Run) -> Iterator[Row]:
 
 
 def _vm_with(slots: int, nursery: trio.Nursery) -> tuple[VM, FileId]:
-    """A VM with slots of 16 pages, each on pages of its own of one file."""
+    """Create a VM with slots of 16 pages, each on pages of its own of one file."""
     store: Any = None
     vm = VM(store, nursery)
     file: Any = SimpleNamespace(id=FileId(1))

@@ -1,7 +1,7 @@
-"""What others feel of an operation that takes long: how long the unluckiest stat waits while gibibytes come and go.
+"""How long the slowest stat(2) waits while gibibytes are allocated, freed or removed.
 
-The daemon has one event loop, so whatever it does at a stretch everybody waits for. Who allocates and who asks share a
-CPU, with the daemon or without it.
+The daemon has one event loop, so all callers wait for whatever it does without a checkpoint. The process that allocates
+and the one that calls stat share a CPU, with the daemon or without it.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _OPTIONS: Final = "size=5g"
 _AFTERWARDS: Final = 1000  # stats
 _LONG: Final = 4 << 30  # bytes: sixteen of the pieces that memfs does it in
 _TARGET: Final = 20.0  # ms
-_GIVEN: Final = "given"
-_TAKEN: Final = "taken"
+_ALLOCATED: Final = "allocated"
+_FREED: Final = "freed"
 _REMOVED: Final = "removed"  # with the file
 
 
 def rows(run: Run) -> Iterator[Row]:
-    """One each for giving, taking and removing a file, for each placement."""
+    """Measure allocating, freeing and removing a file, for each placement."""
     if not run.wants("longest stat"):
         return
     size = _LONG // (4 if run.quick else 1)
@@ -38,7 +38,7 @@ def rows(run: Run) -> Iterator[Row]:
             before = os.sched_getaffinity(0)
             os.sched_setaffinity(0, {cpu})
             try:
-                for what in (_GIVEN, _TAKEN, _REMOVED):
+                for what in (_ALLOCATED, _FREED, _REMOVED):
                     samples = measure(
                         {
                             "memfs": partial(_longest_stat, ours.path, what, size),
@@ -56,10 +56,10 @@ def rows(run: Run) -> Iterator[Row]:
 
 
 def _longest_stat(directory: Path, what: str, size: int) -> float:
-    """Milliseconds that one of many took; of a file with content, which memfs is asked about each time."""
+    """Return the milliseconds of the longest of many. The file has content, so that memfs is asked each time."""
     path = directory / "long"
     command = ["fallocate", "--length", str(size), str(path)]
-    if what != _GIVEN:
+    if what != _ALLOCATED:
         subprocess.run(command, check=True)
         command = ["rm", str(path)] if what == _REMOVED else [*command, "--punch-hole"]
     longest = 0.0

@@ -27,7 +27,7 @@ SEAL = "user.memfs.seals"
 
 
 def make_files(directory: Path, pages: int) -> tuple[int, int]:
-    """The two files of a slot; descriptors for the VMM."""
+    """Create the two files of a slot and return the VMM's descriptors of them."""
     directory.mkdir(exist_ok=True)
     shared = os.open(directory / "shared", os.O_CREAT | os.O_RDWR)
     os.close(os.open(directory / "private", os.O_CREAT | os.O_RDWR | os.O_DIRECT))
@@ -39,7 +39,7 @@ def make_files(directory: Path, pages: int) -> tuple[int, int]:
 
 
 async def add_slot(vm: VM, number: int, files: tuple[int, int], pages: int) -> None:
-    """A slot behind the one before it."""
+    """Add a slot behind the one before it."""
     size = pages * PAGE_SIZE
     shared, private = map(FileId, files)
     await vm.set_user_memory_region(
@@ -50,7 +50,7 @@ async def add_slot(vm: VM, number: int, files: tuple[int, int], pages: int) -> N
 
 
 async def run(root: Path, vms: int, slots: int, pages: int, first: int = 0) -> None:
-    """Until standard input ends."""
+    """Run the virtual machines until standard input ends."""
     socket_path = (await trio.to_thread.run_sync(os.getxattr, root, "user.memfs.socket")).decode()
     async with AsyncExitStack() as stack:
         for number in range(first, first + vms):

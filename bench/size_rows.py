@@ -31,7 +31,7 @@ _MOST: Final = 256 << 20  # bytes to convert in one repetition, if more than one
 
 
 def rows(run: Run) -> Iterator[Row]:
-    """The rows of both, smallest size first."""
+    """Measure both, the smallest size first."""
     if not run.wants("by size"):
         return
     placement, (cpu, daemon_cpu) = list(placements().items())[-1]

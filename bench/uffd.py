@@ -1,4 +1,4 @@
-"""userfaultfd(2), served by another process: what a VMM has today to give memory page by page, through ctypes."""
+"""userfaultfd(2), served by another process: what a VMM has today to provide memory page by page, through ctypes."""
 
 from __future__ import annotations
 
