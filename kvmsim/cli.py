@@ -34,6 +34,7 @@ from kvmsim.vm import VM, Listener, create_vm
 from kvmsim.vmm.vmm import UnhandledExit, Vmm, open_memory
 from memfs.contract import logs
 from memfs.contract.sizes import parse_size
+from memfs.contract.sys.standard_descriptors import fill_standard_descriptors
 from memfs.contract.units import PAGE_SIZE, Gfn, GfnRange, Gpa, bytes_to_pages, gpa_to_gfn, is_page_aligned
 
 DEFAULT_TRACE: Final = "sort"
@@ -45,6 +46,7 @@ class CommandError(Exception):
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command and exit."""
+    fill_standard_descriptors()
     options = _parser().parse_args(arguments)
     install_faults()
     try:
@@ -121,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> None:
     """Run a trace as a guest over two files of a memfs, convert memory as it asks, and say what happened."""
     if options.log_file:
-        logs.set_up(options.log_file, logging.INFO)
+        logs.set_up([options.log_file], logging.INFO)
     size = _size(options.mem, "--mem")
     trace = _load(options.trace)
     if trace.memory_size > size:

@@ -4,8 +4,8 @@
                   \\----- pyfuse3 -- Operations ----- Tree, OpenFiles, File -- Backing
     owners -- Server -- Registry ------------------/
 
-It ends when the filesystem is unmounted (the kernel closes the channel) or on SIGINT or SIGTERM (we unmount). In both
-cases the socket is removed and every file's memory is freed.
+It ends when the filesystem is unmounted (the kernel closes the channel) or on a signal (we unmount; signals.py). In
+both cases the socket is removed and every file's memory is freed.
 """
 
 from __future__ import annotations
@@ -13,19 +13,16 @@ from __future__ import annotations
 import json
 import logging
 import os
-import resource
-import signal
-import socket
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any, Final
 
 import pyfuse3
 import trio
 
 from memfs import privileges
+from memfs.contract import logs
 from memfs.contract.aio.nurseries import open_flat_nursery
 from memfs.contract.logs import fields
 from memfs.contract.units import SECTORS_PER_PAGE, pages_to_bytes
@@ -38,9 +35,10 @@ from memfs.fuse.passthrough import Passthrough, Wanted
 from memfs.fuse.requests import Requests
 from memfs.options import MountOptions, RemountOptions
 from memfs.owners.admission import Clients
-from memfs.owners.listener import listening
+from memfs.owners.listener import Listener, listen
 from memfs.owners.registry import Registry
 from memfs.owners.server import Server
+from memfs.signals import Meaning, receiving
 from memfs.store.backing import Backing, open_backing
 from memfs.store.file import File
 from memfs.store.seals import format_seals
@@ -60,11 +58,12 @@ _LEAST_BYTES: Final = 64  # that each of those takes in JSON
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What a memfs is started with. `mountpoint` is absolute and real; `socket_path` absolute."""
+    """What a memfs is started with. `mountpoint` is absolute and real; `socket_paths` are absolute."""
 
     mountpoint: str
-    socket_path: str
+    socket_paths: Sequence[str]  #: the first that can be had counts
     options: MountOptions
+    log_beside_socket: bool = False  #: whether the log's name goes by the socket's
     check: bool = False  #: verify every invariant before the end (for tests)
 
 
@@ -74,43 +73,52 @@ async def serve(settings: Settings, ready: Callable[[list[str]], None]) -> None:
     `ready` is called when the mount answers, with sentences about what could not be had. Raises MountError or
     OptionError if it cannot be mounted; then nothing is left behind.
     """
-    _raise_descriptor_limit()
     backing, no_tmpfs = open_backing(settings.options)
     options = settings.options
-    with listening(settings.socket_path, options.socket_mode, options.socket_group) as listener:
-        mount = mount_fuse(settings.mountpoint, settings.options)
-        notes = [note for note in (mount.note, no_tmpfs) if note]
-        unable = None
-        if backing.accounted:
-            unable = "files live on memfds, whose limit memfs can only keep if every write goes by it"
-        passthrough = Passthrough(mount.fuse_fd, Wanted(settings.options.passthrough), unable)
-        memfs = _Memfs(settings, mount, backing, passthrough)
+    with receiving(logs_to_file=logs.is_to_file()) as received:
+        listener = listen(settings.socket_paths, options.socket_mode, options.socket_group)
         try:
-            privileges.drop(setuid_helper=mount.note is not None)
-            await memfs.run(listener, lambda: ready(notes))
-        finally:
+            if settings.log_beside_socket:
+                logs.prefer(f"{os.path.splitext(listener.path)[0]}.log")
+            mount = mount_fuse(settings.mountpoint, options)
+            notes = [note for note in (mount.note, no_tmpfs) if note]
+            unable = None
+            if backing.accounted:
+                unable = "files live on memfds, whose limit memfs can only keep if every write goes by it"
+            passthrough = Passthrough(mount.fuse_fd, Wanted(options.passthrough), unable)
+            memfs = _Memfs(settings, listener.path, mount, backing, passthrough)
             try:
-                if settings.check:
-                    memfs.check()
-            except AssertionError as error:
-                log.critical("broken invariant: %s", error)
-                raise
+                privileges.drop(setuid_helper=mount.note is not None)
+                await memfs.run(listener, lambda: ready(notes), received)
             finally:
-                memfs.close()
+                listener.close()  # before files are freed: that may take long, and the name may be wanted
+                try:
+                    if settings.check:
+                        memfs.check()
+                except AssertionError as error:
+                    log.critical("broken invariant: %s", error)
+                    raise
+                finally:
+                    memfs.close()
+        finally:
+            listener.close()
 
 
 class _Memfs:
     """The parts of one mount."""
 
-    def __init__(self, settings: Settings, mount: FuseMount, backing: Backing, passthrough: Passthrough) -> None:
+    def __init__(
+        self, settings: Settings, socket_path: str, mount: FuseMount, backing: Backing, passthrough: Passthrough
+    ) -> None:
         options = settings.options
         self._settings: Final = settings
+        self._socket_path: Final = socket_path
         self._mount: Final = mount
         self._backing: Final = backing
         self._passthrough: Final = passthrough
         self._tree: Final = Tree(self._new_file, options.nr_inodes, options.mode, options.uid, options.gid)
         self._handles: Final = OpenFiles(self._tree, passthrough)
-        control = Control(settings.socket_path, self.describe_in, self.remount)
+        control = Control(socket_path, self.describe_in, self.remount)
         self._attributes: Final = Xattrs(self._tree, control)
         self._registry: Final = Registry(self._tree, options.notify_timeout)
         self._clients: Final = Clients(options.socket_mode, options.socket_group)
@@ -118,7 +126,12 @@ class _Memfs:
     def _new_file(self, ino: Ino, seals: int) -> File:
         return File(self._backing, ino, seals)
 
-    async def run(self, listener: socket.socket, ready: Callable[[], None]) -> None:
+    async def run(
+        self,
+        listener: Listener,
+        ready: Callable[[], None],
+        received: AsyncIterator[tuple[Meaning, str]],
+    ) -> None:
         """Serve the mount and the socket, until either the mount or we are to end."""
         initialized, unmounted = trio.Event(), trio.Event()
         handlers = {
@@ -131,13 +144,12 @@ class _Memfs:
         noatime = self._settings.options.atime == "noatime"
         operations = Operations(self._tree, self._handles, self._attributes, self._backing, noatime=noatime)
         pyfuse3.init(operations, f"/dev/fd/{channel.hand_over()}", options=set())
-        server = Server(listener, self._clients, self._registry, self._tree, self._mount.device)
+        server = Server(listener.socket, self._clients, self._registry, self._tree, self._mount.device)
         try:
             async with open_flat_nursery() as nursery:
                 nursery.start_soon(pyfuse3.main)
                 nursery.start_soon(channel.run, unmounted.set)
-                nursery.start_soon(self._unmount_on_signal, unmounted, server)
-                nursery.start_soon(self._log_state_on_signal)
+                nursery.start_soon(self._obey, received, unmounted, server)
                 nursery.start_soon(self._backing.reaper.run)
                 nursery.start_soon(self._end, unmounted, server, nursery.cancel_scope)
                 await initialized.wait()
@@ -158,7 +170,7 @@ class _Memfs:
         owners = self._registry.owners.values()
         return {
             "mountpoint": self._settings.mountpoint,
-            "socket": self._settings.socket_path,
+            "socket": self._socket_path,
             "backing": self._backing.kind,
             "guest-sealed files": "never swapped" if self._backing.guest_pinned else "may be swapped",
             "passthrough": "on" if self._passthrough.in_force else f"off: {self._passthrough.why_not}",
@@ -184,11 +196,6 @@ class _Memfs:
             if len(text) <= most_bytes or not most:
                 return text
             most //= 2
-
-    async def _log_state_on_signal(self) -> None:
-        with trio.open_signal_receiver(signal.SIGUSR1) as signals:
-            async for _ in signals:
-                self._log_state()
 
     def _log_state(self) -> None:
         state_log.info(
@@ -224,13 +231,19 @@ class _Memfs:
         if options.nr_inodes is not None:
             self._tree.space.set_limit(options.nr_inodes)
 
-    async def _unmount_on_signal(self, unmounted: trio.Event, server: Server) -> None:
-        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-            async for number in signals:
-                log.info("%s: unmounting", signal.Signals(number).name)
-                await server.end()  # so that nothing waits for an owner any more
-                await _in_a_thread(self._mount.unmount)  # fusermount3 may ask us something before it lets go
-                unmounted.set()  # or hidden, while somebody still uses it: that one gets errors from now on
+    async def _obey(self, received: AsyncIterator[tuple[Meaning, str]], unmounted: trio.Event, server: Server) -> None:
+        """Do what signals ask for."""
+        async for meaning, name in received:
+            match meaning:
+                case Meaning.LOG_STATE:
+                    self._log_state()
+                case Meaning.REOPEN_LOG:
+                    logs.reopen()
+                case Meaning.END:
+                    log.info("%s: unmounting", name)
+                    await server.end()  # so that nothing waits for an owner any more
+                    await _in_a_thread(self._mount.unmount)  # fusermount3 may ask us something before it lets go
+                    unmounted.set()  # or hidden, while somebody still uses it: that one gets errors from now on
 
     async def _end(self, unmounted: trio.Event, server: Server, scope: trio.CancelScope) -> None:
         await unmounted.wait()
@@ -260,39 +273,3 @@ class _Memfs:
 async def _in_a_thread(function: Callable[[], None]) -> None:
     """Call what may block in a thread, however many of those that there may be are held up."""
     await trio.to_thread.run_sync(function, limiter=trio.CapacityLimiter(1))
-
-
-def _raise_descriptor_limit() -> None:
-    """Every file in use takes a descriptor here: as many as we may have, and as root as the kernel can."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = int(Path("/proc/sys/fs/nr_open").read_text())
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    except ValueError:  # Python's for EPERM: without CAP_SYS_RESOURCE only the soft limit can be raised
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def default_socket_path(mountpoint: str) -> str:
-    """Where owners find the memfs mounted on a directory: NAME.sock, NAME being the path with dashes for slashes.
-
-    >>> default_socket_path("/mnt/guest")  # doctest: +SKIP
-    '/run/memfs/mnt-guest.sock'
-
-    Without root it is in the user's runtime directory ($XDG_RUNTIME_DIR), or a directory of the user's in /tmp.
-    """
-    return _run_path(mountpoint, "sock")
-
-
-def default_log_path(mountpoint: str) -> str:
-    """Where a memfs that runs in the background logs: NAME.log beside the default socket."""
-    return _run_path(mountpoint, "log")
-
-
-def _run_path(mountpoint: str, suffix: str) -> str:
-    if os.geteuid() == 0:
-        directory = "/run/memfs"
-    elif runtime := os.environ.get("XDG_RUNTIME_DIR"):
-        directory = os.path.join(runtime, "memfs")
-    else:
-        directory = f"/tmp/memfs-{os.geteuid()}"
-    return os.path.join(directory, f"{mountpoint.strip('/').replace('/', '-')}.{suffix}")

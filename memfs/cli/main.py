@@ -23,7 +23,9 @@ from memfs import __version__
 from memfs.contract import logs
 from memfs.contract.sizes import parse_bytes
 from memfs.contract.sys.mountinfo import real_mountpoint
+from memfs.contract.sys.standard_descriptors import fill_standard_descriptors
 from memfs.contract.units import ByteOffset
+from memfs.inherited import InheritedError, leave_behind, raise_limits
 from memfs.options import MountOptions, OptionError, RemountOptions
 from memfs.store import seals
 
@@ -34,6 +36,7 @@ class CommandError(Exception):
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command and exit."""
+    fill_standard_descriptors()
     parsed = _parser().parse_args(arguments)
     try:
         parsed.run(parsed)
@@ -166,18 +169,19 @@ def _mount(arguments: argparse.Namespace) -> None:
 
         def ready(notes: list[str]) -> None:
             _print_notes(notes)
-            print(f"memfs: {mount.mountpoint} is mounted", flush=True)
+            print(f"memfs: {_shown(mount.mountpoint)} is mounted", flush=True)
 
+        leave_behind()
         _serve(mount, ready)
         return
     reader, writer = os.pipe()
     sys.stdout.flush()
     if os.fork() == 0:
-        os.close(reader)
+        leave_behind([writer])
         _detach()
         _serve_and_report(mount, writer)
     os.close(writer)
-    with os.fdopen(reader) as report:
+    with os.fdopen(reader, errors="surrogateescape") as report:
         outcome, *lines = report.read().split("\n")
     if outcome != "ready":
         raise CommandError(lines[0] if lines else "the daemon died while mounting; --foreground shows why")
@@ -188,7 +192,7 @@ def _serve_and_report(mount: _Mount, report: int) -> NoReturn:
     """Serve as the daemon of `memfs mount`, and tell the parent over a pipe how it went."""
 
     def tell(outcome: str, lines: list[str]) -> None:
-        os.write(report, "\n".join([outcome, *lines]).encode())
+        os.write(report, os.fsencode("\n".join([outcome, *lines])))
         os.close(report)
 
     try:
@@ -204,27 +208,36 @@ def _serve(mount: _Mount, ready: Callable[[list[str]], None]) -> None:
     import trio
 
     from memfs import fault_points
-    from memfs.daemon import Settings, default_log_path, default_socket_path, serve
+    from memfs.daemon import Settings, serve
     from memfs.fuse.mount import MountError
     from memfs.owners.listener import ListenError, prepare_directory
+    from memfs.run_files import default_paths
 
     fault_points.install_faults()
     by_default = mount.log_file is None and not mount.foreground
-    log_file = default_log_path(mount.mountpoint) if by_default else mount.log_file
-    if by_default and log_file is not None:
-        prepare_directory(os.path.dirname(log_file))
-    logs.set_up(log_file, logging.INFO if mount.verbose else logging.WARNING, when_needed=by_default)
-    socket_path = mount.socket or mount.options.socket or default_socket_path(mount.mountpoint)
+    log_files = [mount.log_file] if mount.log_file is not None else []
+    if by_default:
+        log_files = default_paths(mount.mountpoint, "log")
+        prepare_directory(os.path.dirname(log_files[0]))
+    logs.set_up(log_files, logging.INFO if mount.verbose else logging.WARNING, when_needed=by_default)
+    asked_for = mount.socket or mount.options.socket
+    settings = Settings(
+        mount.mountpoint,
+        [asked_for] if asked_for else default_paths(mount.mountpoint, "sock"),
+        mount.options,
+        log_beside_socket=by_default and not asked_for,
+        check=mount.check,
+    )
     try:
-        trio.run(serve, Settings(mount.mountpoint, socket_path, mount.options, mount.check), ready)
-    except (ListenError, MountError, OptionError) as error:
+        raise_limits()
+        trio.run(serve, settings, ready)
+    except (InheritedError, ListenError, MountError, OptionError) as error:
         raise CommandError(str(error)) from error
 
 
 def _detach() -> None:
-    """Leave the terminal and the directory that the command was started from (daemon(7))."""
+    """Leave the terminal that the command was started from (daemon(7))."""
     os.setsid()
-    os.chdir("/")
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(null, fd)
@@ -252,7 +265,7 @@ def _stat(arguments: argparse.Namespace) -> None:
     registry = state.pop("registry")
     width = max(map(len, state))
     for name, value in state.items():
-        print(f"{name:{width}}  {value}")
+        print(f"{name:{width}}  {_shown(value)}")
     for owner in registry:
         files, pending = owner.pop("files"), owner.pop("pending")
         print("", _line(owner), *(f"  {_line(each)}" for each in (*files, *pending)), sep="\n")

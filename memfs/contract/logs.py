@@ -16,13 +16,19 @@ can bring about as often as it likes, so they are limited per place in the code,
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
 import logging
+import os
 import re
 import time
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
+from io import TextIOWrapper
 from typing import Any, Final
+
+log = logging.getLogger(__name__)
 
 _PLAIN: Final = re.compile(r"[A-Za-z0-9_.:/@+,\[\]()%-]+")
 _FIELDS: Final = "fields"  # the attribute of a log record that holds them
@@ -108,9 +114,82 @@ class RateLimit(logging.Filter):
         return lines < _BURST
 
 
-def set_up(file: str | None, level: int, *, when_needed: bool = False) -> None:
-    """Log to a file, or to standard error. `when_needed`: the file is created by the first line."""
-    handler = logging.FileHandler(file, delay=when_needed) if file is not None else logging.StreamHandler()
+class _LogFile(logging.FileHandler):
+    """A log file that is made when there is something to log, and can be opened anew when somebody has moved it away.
+
+    Of several names the first is taken that no other process logs to, which a lock says (flock(2)); of one that one.
+    """
+
+    def __init__(self, names: Sequence[str], *, when_needed: bool) -> None:
+        self._names = names
+        super().__init__(names[0], delay=when_needed)
+
+    def _open(self) -> TextIOWrapper:
+        for name in self._names[:-1]:
+            file = _open_log(name)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.close()
+            else:
+                return file
+        return _open_log(self._names[-1])
+
+    def prefer(self, name: str) -> None:
+        """Take this name if it can be had, the next time that the file is opened."""
+        self._names = [name, *(each for each in self._names if each != name)]
+
+    def reopen(self) -> None:
+        """Open the file anew, if it has been moved away. If that cannot be, the log goes on where it was."""
+        self.acquire()
+        try:
+            if self.stream is not None and not _is_still_there(self.stream):
+                before, self.stream = self.stream, self._open()
+                before.close()
+        except OSError as error:
+            log.error("the log cannot be opened anew: %s", error)  # noqa: TRY400
+        finally:
+            self.release()
+
+
+def _is_still_there(file: TextIOWrapper) -> bool:
+    try:
+        return os.path.samestat(os.stat(file.name), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+def _open_log(name: str) -> TextIOWrapper:
+    return open(name, "a", encoding="utf-8")
+
+
+def set_up(names: Sequence[str], level: int, *, when_needed: bool = False) -> None:
+    """Log to the first of these files to which no other process does, or, if there are none, to standard error.
+
+    `when_needed`: the file is made when there is something to log.
+    """
+    handler = _LogFile(names, when_needed=when_needed) if names else logging.StreamHandler()
     handler.setFormatter(Formatter())
     handler.addFilter(RateLimit())
     logging.basicConfig(level=level, handlers=[handler])
+
+
+def _log_files() -> Iterator[_LogFile]:
+    return (handler for handler in logging.getLogger().handlers if isinstance(handler, _LogFile))
+
+
+def is_to_file() -> bool:
+    """Return whether the log goes to a file."""
+    return any(True for _ in _log_files())
+
+
+def prefer(name: str) -> None:
+    """Log to a file of this name, if it is not open yet and no other process logs there."""
+    for handler in _log_files():
+        handler.prefer(name)
+
+
+def reopen() -> None:
+    """Open the log's file anew: somebody may have moved it away (logrotate(8))."""
+    for handler in _log_files():
+        handler.reopen()

@@ -1,22 +1,23 @@
 """The socket that owners connect to: made so that nobody gets to it whom the mount options do not let in.
 
 It is bound with mode 0600 and only then given its group and mode, so there is no moment at which it is wider than asked
-for. A socket that nobody listens on is what a killed daemon left, and is replaced; anything else that lies there stays,
-and so does, in the end, a socket that is another's by then. The directory it lies in must not be one where somebody
-else could put another socket in its place.
+for. What lies there already is replaced or stays as socket_name.py says; and so does, in the end, a socket that is
+another's by then. The directory it lies in must not be one where somebody else could put another socket in its place.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import os
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
+
+from memfs.contract.sys.unix_address import address_of
+from memfs.owners.socket_name import make_way
 
 log = logging.getLogger(__name__)
 
@@ -27,34 +28,50 @@ class ListenError(Exception):
     """The socket cannot be had: a sentence."""
 
 
-@contextlib.contextmanager
-def listening(path: str, mode: int, group: int | None) -> Iterator[socket.socket]:
-    """Listen on a non-blocking socket of this mode and group (None: ours); removed in the end. Raises ListenError."""
-    try:
-        listener = _listen(path, mode, group)
-    except OSError as error:
-        raise ListenError(f"cannot listen on {path}: {error.strerror or error}") from error
-    ours = os.lstat(path)
-    try:
-        yield listener
-    finally:
-        listener.close()
+class Listener:
+    """A socket that owners connect to. `close` removes it; whoever asks for its name next then has it immediately."""
+
+    def __init__(self, path: str, sock: socket.socket) -> None:
+        self.path: Final = path
+        self.socket: Final = sock  #: non-blocking
+        self._status: Final = os.lstat(path)
+
+    def close(self) -> None:
+        """Stop listening. What lies at the path stays if it is another's by then."""
+        if self.socket.fileno() < 0:
+            return
+        self.socket.close()
         try:
-            if os.path.samestat(os.lstat(path), ours):
-                os.unlink(path)
+            if os.path.samestat(os.lstat(self.path), self._status):
+                os.unlink(self.path)
         except FileNotFoundError:
             pass
         except OSError as error:
-            log.warning("%s stays: %s", path, error.strerror)
+            log.warning("%s stays: %s", self.path, error.strerror)
 
 
-def _listen(path: str, mode: int, group: int | None) -> socket.socket:
-    prepare_directory(os.path.dirname(path))
-    _remove_stale(path)
+def listen(paths: Sequence[str], mode: int, group: int | None) -> Listener:
+    """Listen on a socket of this mode and group (None: ours), at the first of these paths that can be had.
+
+    Blocking. Raises ListenError.
+    """
+    for path in paths:
+        try:
+            prepare_directory(os.path.dirname(path))
+            make_way(path)
+            return Listener(path, _bind(path, mode, group))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or path == paths[-1]:
+                raise ListenError(f"cannot listen on {path}: {error.strerror or error}") from error
+    raise AssertionError("a socket has a path")
+
+
+def _bind(path: str, mode: int, group: int | None) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     mask = os.umask(0o177)
     try:
-        sock.bind(path)
+        with address_of(path) as address:
+            sock.bind(address)
         os.chown(path, -1, os.getegid() if group is None else group)
         os.chmod(path, mode)
         sock.listen(_BACKLOG)
@@ -77,20 +94,3 @@ def prepare_directory(directory: str) -> None:
             raise OSError(errno.EPERM, f"{each} belongs to another user")
         if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not status.st_mode & stat.S_ISVTX:
             raise OSError(errno.EPERM, f"others may replace files in {each}")
-
-
-def _remove_stale(path: str) -> None:
-    try:
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            raise OSError(errno.EEXIST, "something that is not a socket lies there")
-    except FileNotFoundError:
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
-        probe.setblocking(False)  # EAGAIN: its queue is full, so somebody listens
-        with contextlib.suppress(BlockingIOError):
-            try:
-                probe.connect(path)
-            except ConnectionRefusedError:
-                os.unlink(path)
-                return
-    raise OSError(errno.EADDRINUSE, "another memfs listens there")

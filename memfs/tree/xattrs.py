@@ -98,7 +98,7 @@ class Xattrs:
         inode = self._tree.inode(ino)
         _check_name(name)
         if name == SOCKET:
-            return self._control.socket_path.encode()
+            return os.fsencode(self._control.socket_path)
         if name == STAT:
             return self._control.describe(XATTR_SIZE_MAX).encode()
         if name == SEALS and isinstance(inode, RegularFile):

@@ -198,7 +198,7 @@ def socket_of(path: str) -> str:
 
     Raises OSError(ENODATA or EOPNOTSUPP) if it lies on something else.
     """
-    return os.getxattr(path, SOCKET_XATTR).decode()
+    return os.fsdecode(os.getxattr(path, SOCKET_XATTR))
 
 
 def _expect(kind: type[_Reply], reply: Incoming) -> _Reply:

@@ -43,6 +43,7 @@ from memfs.contract.protocol.connection import (
 )
 from memfs.contract.protocol.messages import Message
 from memfs.contract.protocol.transport import Datagram, Datagrams, Rights
+from memfs.contract.sys.unix_address import address_of
 
 # One descriptor more than is allowed, so that too many are noticed rather than cut off.
 _ANCILLARY: Final = socket.CMSG_SPACE((MAX_DESCRIPTORS + 1) * array.array("i").itemsize)
@@ -484,7 +485,8 @@ async def open_connection(path: str) -> socket.socket:
         sock.setblocking(False)
         while True:
             try:
-                sock.connect(path)
+                with address_of(path) as address:
+                    sock.connect(address)
             except BlockingIOError:
                 if trio.current_time() >= deadline:
                     raise

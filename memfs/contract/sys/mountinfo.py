@@ -54,6 +54,13 @@ def type_of_device(device: str) -> str | None:
     )
 
 
+def mountpoints_of_type(kind: str) -> list[str]:
+    """Where filesystems of a type, with its subtype ("fuse.memfs"), are mounted in our mount namespace."""
+    return [
+        _unescape(fields[4]) for fields in _mountinfo("self") if "-" in fields and fields[fields.index("-") + 1] == kind
+    ]
+
+
 def _mountinfo(pid: str) -> list[list[str]]:
     """Read /proc/PID/mountinfo (proc_pid_mountinfo(5)): mount id, parent id, device, root, mountpoint, ..."""
     try:

@@ -16,7 +16,7 @@ import stat
 import struct
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 
 import pytest
@@ -40,7 +40,7 @@ from memfs.contract.protocol.messages import (
 from memfs.contract.protocol.peer import Incoming, Peer, close_all, open_connection
 from memfs.contract.units import PAGE_SIZE, ByteOffset
 from memfs.owners.admission import Clients
-from memfs.owners.listener import listening
+from memfs.owners.listener import listen
 from memfs.owners.registry import Registry
 from memfs.owners.server import Server
 from memfs.store.backing import MemfdBacking, TmpfsBacking
@@ -134,8 +134,8 @@ async def mount(
     """A mount whose server runs; in the end nothing is registered."""
     path = str(tmp_path_factory.mktemp("socket") / "memfs.sock")
     mount = Mount(tree_place, OnTmpfs(tmpfs), tmpfs, path)
-    with listening(path, 0o600, None) as listener:
-        server = mount.server(listener)
+    with closing(listen([path], 0o600, None)) as listener:
+        server = mount.server(listener.socket)
         nursery.start_soon(server.run)
         yield mount
         await server.end()
@@ -388,8 +388,8 @@ async def test_populate_without_a_right_to_the_file(mount: Mount) -> None:
 
 async def test_end_is_said(mount: Mount) -> None:
     inode = await mount.guest_file("file")
-    with listening(f"{mount.path}-2", 0o600, None) as listener:
-        server = mount.server(listener)
+    with closing(listen([f"{mount.path}-2"], 0o600, None)) as listener:
+        server = mount.server(listener.socket)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(server.run)
             async with connect(f"{mount.path}-2", "test", Guest().hear) as client:

@@ -1,0 +1,61 @@
+"""What signals mean to a mounted memfs: none of them leaves a mount or a socket that nobody serves.
+
+    INT, TERM, QUIT, ABRT, TRAP, SYS, PWR   unmount and end
+    HUP                                     open the log file anew (logrotate); without one, the terminal is gone: end
+    USR1                                    log the state
+    KILL, SEGV, BUS, FPE, ILL               what nobody can do anything about, or only in C
+    others, of which most would kill        nothing
+
+It does not matter which of them are ignored when we are started, as a shell ignores INT and QUIT for what its script
+sends to the background: who sends one to us means us.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import signal
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from signal import Signals
+from typing import Final
+
+import trio
+
+_ENDING: Final = frozenset({
+    Signals.SIGINT, Signals.SIGTERM, Signals.SIGQUIT, Signals.SIGABRT, Signals.SIGTRAP, Signals.SIGSYS, Signals.SIGPWR,
+})  # fmt: skip
+_LEFT_ALONE: Final = frozenset({
+    *(Signals.SIGKILL, Signals.SIGSTOP),
+    *(Signals.SIGSEGV, Signals.SIGBUS, Signals.SIGFPE, Signals.SIGILL),
+    *(Signals.SIGCHLD, Signals.SIGCONT, Signals.SIGURG, Signals.SIGWINCH),
+    *(Signals.SIGTSTP, Signals.SIGTTIN, Signals.SIGTTOU),
+})  # fmt: skip
+
+
+class Meaning(enum.Enum):
+    """What a signal asks for."""
+
+    END = enum.auto()
+    REOPEN_LOG = enum.auto()
+    LOG_STATE = enum.auto()
+
+
+@contextmanager
+def receiving(*, logs_to_file: bool) -> Iterator[AsyncIterator[tuple[Meaning, str]]]:
+    """Receive signals within the block: their meanings and names. Afterwards they do nothing; we are ending then."""
+    on_hangup = Meaning.END if _has_terminal() and not logs_to_file else Meaning.REOPEN_LOG
+    meanings: dict[int, Meaning] = dict.fromkeys(_ENDING, Meaning.END)
+    meanings |= {Signals.SIGHUP: on_hangup, Signals.SIGUSR1: Meaning.LOG_STATE}
+    for number in signal.valid_signals() - _LEFT_ALONE:
+        signal.signal(number, signal.SIG_IGN)  # the receiver restores that in the end
+    with trio.open_signal_receiver(*meanings) as numbers:
+        yield ((meanings[number], Signals(number).name) async for number in numbers)
+
+
+def _has_terminal() -> bool:
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
