@@ -22,8 +22,8 @@ import trio
 from kvmsim.arrays import firsts
 from memfs.contract.frame_numbers import cut_at
 from memfs.contract.page_map import ALLOCATED, PageMapView
+from memfs.contract.protocol import Client, StoreGone, socket_of
 from memfs.contract.protocol import client as protocol
-from memfs.contract.protocol.client import Client, StoreGone, socket_of
 from memfs.contract.protocol.messages import (
     Fallocate,
     FileId,
@@ -69,13 +69,13 @@ class StoreFile:
             close_all(fds[1:])
 
     def resized(self, size: int) -> None:
-        """It has another size by now. Who still reads through the former mapping may go on to do so."""
+        """Map a file that has another size by now. Arrays over the former mapping remain valid."""
         if size > self.size:
             self._mapping = self._map(size)
         self.size = size
 
     def _map(self, size: int) -> mmap.mmap:
-        """The guest's memory; it is not for our core dumps."""
+        """Map the guest's memory, and keep it out of core dumps."""
         mapping = mmap.mmap(self.fd, size)
         mapping.madvise(mmap.MADV_DONTDUMP)
         return mapping
@@ -87,7 +87,7 @@ class StoreFile:
         return self._mapping
 
     def is_private(self, index: PageIndex) -> bool:
-        """Whether a page of a guest-sealed file is allocated, that is, private."""
+        """Return whether a page of a guest-sealed file is allocated, that is, private."""
         return self.page_map is not None and self.page_map.is_allocated(index)
 
     def cache(self, reply: PfnReply) -> None:
@@ -97,12 +97,12 @@ class StoreFile:
                 self._extents[run.pages.start >> ORDER_1G] = run.pfn - run.pages.start
 
     def pfn_of(self, index: PageIndex) -> Pfn | None:
-        """The frame of a private page, without asking the store. None: not private, or not known yet."""
+        """Return the frame of a private page from the cache. None: not private, or not cached yet."""
         shift = self._extents.get(index >> ORDER_1G)
         return Pfn(index + shift) if shift is not None and self.is_private(index) else None
 
     def known(self, pages: PageRange) -> PfnReply | None:
-        """What the store would say of a range, if all of it is private and its frames are known.
+        """Return what the store would say of a range, if all of it is private and its frames are cached.
 
         How large a mapping may be the page map tells as well, so any order may be claimed here.
         """
@@ -117,7 +117,7 @@ class StoreFile:
         return PfnReply(self.id, pages, tuple(runs))
 
     def pfns_of(self, pages: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """`pfn_of` for many pages, of one moment: shape (n,), int64, both; -1 for what is not private or not known.
+        """Do `pfn_of` for many pages, at one moment: shape (n,), int64, both; -1 for what is not private or not cached.
 
         Pages of one gibibyte should stand together: each stretch of them is one step.
         """
@@ -135,7 +135,7 @@ class StoreFile:
         return known
 
     def close(self) -> None:
-        """Let go of the memory. It stays mapped for as long as somebody has a view of it (an array of an engine)."""
+        """Release the memory. It stays mapped for as long as there is a view of it (an array of an engine)."""
         os.close(self.fd)
         self._mapping = None
         if self.page_map is not None:
@@ -144,7 +144,7 @@ class StoreFile:
 
 @dataclass(slots=True)
 class Counters:
-    """Notifications that came."""
+    """Numbers of notifications that came."""
 
     invalidate_begin: int = 0
     invalidate_end: int = 0

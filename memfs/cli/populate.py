@@ -1,5 +1,4 @@
-"""What takes so long that one wants to see how far it is: giving memory to files, and filling them (memfs allocate,
-memfs populate).
+"""The commands `memfs allocate` and `memfs populate`: allocate memory to files, and fill them, with a progress bar.
 
 Both talk to a mounted memfs from outside, as any program may: by fallocate(2), and over its socket.
 """
@@ -18,7 +17,7 @@ import trio
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-from memfs.contract.protocol.client import StoreGone, connect, socket_of
+from memfs.contract.protocol import StoreGone, connect, socket_of
 from memfs.contract.protocol.messages import Notification, Populate
 from memfs.contract.sys.libc import fallocate
 from memfs.contract.units import PAGE_SIZE, ByteOffset, PageRange, pages_to_bytes
@@ -28,7 +27,7 @@ _CHUNK: Final = pages_to_bytes(Populate.MAX_PAGES)
 
 
 def allocate(path: str, offset: ByteOffset, length: int | None) -> None:
-    """Give a file memory from byte `offset` on, `length` bytes or as far as it goes, with a progress bar.
+    """Allocate memory to a file from byte `offset` on, `length` bytes or up to its end, with a progress bar.
 
     Raises OSError: ENOSPC, and what had been allocated until then stays.
     """
@@ -104,7 +103,7 @@ class _Buffer:
 
 @contextmanager
 def _progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, to be told of bytes done."""
+    """Show a bar on a terminal; yields a function to call with the number of bytes done."""
     console = Console(stderr=True)
     columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(what, *columns, console=console, disable=not console.is_terminal, transient=True) as progress:

@@ -1,19 +1,19 @@
-"""Who may connect to the socket, and how much of the daemon each user may hold.
+"""Admission of clients to the socket, and limits on how much of the daemon each user may hold.
 
-The kernel checks the socket's mode when somebody connects. It is checked again here, against the credentials that the
-kernel recorded at that moment (SO_PEERCRED, SO_PEERGROUPS): what counts is the mount options, whatever somebody did to
-the socket's file since.
+The kernel checks the socket's mode when a client connects. It is checked again here, against the credentials that the
+kernel recorded at that moment (SO_PEERCRED, SO_PEERGROUPS): what counts is the mount options, whatever was done to the
+socket's file since.
 
 A connection costs memory and a descriptor, so there are limits: for all, for each user (other than root and the user
 that the daemon runs as, who could stop it anyway), and for connections that have not said Hello. Of the latter the
-oldest is hung up when there are too many, so that those who connect and say nothing do not keep out those who do.
+oldest is disconnected when there are too many, so that clients that say nothing do not keep out those that do.
 
 Descriptors from strangers are never closed in the event loop, nor looked at. close(2) may have to ask the filesystem
 behind the descriptor (FUSE_FLUSH), and that may be one that never answers, or ourselves; a socket may linger; and
 /proc/self/fdinfo of an epoll descriptor waits for whoever is polling it. The same goes for a connection's own socket:
-with it goes what lies in its queue. Threads do that, a few for each user, so that a user's descriptors hold up that
-user. Until they are closed, they count as the user's connections do, so that who sends descriptors that cannot be
-closed runs out of connections and not the daemon of threads.
+closing it closes what lies in its queue. Threads do that, a few for each user, so that a user's descriptors hold up
+that user only. Until they are closed, they count as the user's connections do: a client that sends descriptors which
+block in close(2) exhausts its own connection quota, not the daemon's threads.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from typing import Final, ParamSpec, TypeVar
 
 import trio
 
-MAX_CONNECTIONS: Final = 4096  #: from which on only trusted users are let in
+MAX_CONNECTIONS: Final = 4096  #: from which on only trusted users are admitted
 MAX_PER_USER: Final = 1024  #: connections, and descriptors that are being closed
 MAX_SILENT: Final = 128  #: connections that have not said Hello
 _THREADS: Final = 4  # for one user
-_RETRY: Final = 0.5  # seconds, after there was no thread to be had
+_RETRY: Final = 0.5  # seconds, after there was no thread available
 _SO_PEERGROUPS: Final = 59
 _UCRED: Final = struct.Struct("=iII")  # pid, uid, gid
 _MAX_GROUPS_BYTES: Final = 1024  # the most that Python's getsockopt takes
@@ -44,11 +44,11 @@ _T = TypeVar("_T")
 
 
 class Rejected(Exception):
-    """Why somebody may not connect: a sentence."""
+    """A client may not connect; the message is a sentence."""
 
 
 class NoThread(OSError):
-    """EAGAIN: the machine, or a limit, lets the daemon have no thread more."""
+    """EAGAIN: the machine, or a limit, lets the daemon have no more threads."""
 
     def __init__(self) -> None:
         super().__init__(errno.EAGAIN, "memfs can have no thread for that")
@@ -56,7 +56,7 @@ class NoThread(OSError):
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """Who connected, as the kernel recorded it then."""
+    """The process that connected, as the kernel recorded it then."""
 
     pid: int
     uid: int
@@ -64,7 +64,7 @@ class Credentials:
 
     @classmethod
     def of(cls, sock: socket.socket) -> Credentials:
-        """Of the process at the other end (unix(7))."""
+        """Return those of the process at the other end (unix(7)). Raises OSError."""
         pid, uid, gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
         groups = {gid}
         with contextlib.suppress(OSError):  # ERANGE: in more groups than that; its first one counts
@@ -78,7 +78,7 @@ class Credentials:
 
 @dataclass(slots=True, eq=False)
 class _User:
-    """What a user holds."""
+    """A user, and what it holds of the daemon."""
 
     connections: int = 0
     closing: int = 0  # descriptors
@@ -107,7 +107,7 @@ class _User:
 
 
 class Client:
-    """A connection that was let in. `disconnect` ends it."""
+    """A connection that was admitted. `disconnect` ends it."""
 
     def __init__(self, clients: Clients, credentials: Credentials, user: _User, disconnect: Callable[[], None]) -> None:
         self.credentials: Final = credentials
@@ -116,17 +116,17 @@ class Client:
         self._user: Final = user
 
     def greeted(self) -> None:
-        """It has said Hello."""
+        """Note that it has said Hello."""
         self._clients.silent.pop(self, None)
 
     def disconnected(self) -> None:
-        """It has ended."""
+        """Note that it has ended."""
         self.greeted()
         self._user.connections -= 1
         self._clients.forget(self.credentials.uid)
 
     def discard(self, fds: Iterable[int]) -> list[trio.Event]:
-        """Have descriptors that it sent closed; the events say when. An event may never come."""
+        """Close descriptors that it sent, in threads. Returns events that say when; one may never come."""
         done = []
         for fd in fds:
             self._user.closing += 1
@@ -135,12 +135,12 @@ class Client:
         return done
 
     async def close(self, fds: Iterable[int]) -> None:
-        """Close descriptors that it sent. If cancelled, they will be closed all the same."""
+        """Close descriptors that it sent, and wait for that. If cancelled, they will be closed all the same."""
         for done in self.discard(fds):
             await done.wait()
 
     async def run_in_thread(self, function: Callable[_P, _T], *args: _P.args, **_: _P.kwargs) -> _T:
-        """Run what may take as long as this user likes where only this user waits for it. Raises NoThread."""
+        """Run a function that may take as long as this user likes, where only this user waits. Raises NoThread."""
         return await self._user.run_in_thread(function, *args)
 
     async def _close(self, fd: int, done: trio.Event) -> None:
@@ -151,7 +151,7 @@ class Client:
 
 
 class Clients:
-    """Everybody who is connected. `mode` and `group` are the socket's; `group` None: the daemon's own."""
+    """All clients that are connected. `mode` and `group` are the socket's; `group` None: the daemon's own."""
 
     def __init__(self, mode: int, group: int | None) -> None:
         self._mode: Final = mode
@@ -159,15 +159,16 @@ class Clients:
         self._trusted: Final = frozenset({0, os.geteuid()})
         self._users: Final[dict[int, _User]] = {}
         self.silent: Final[dict[Client, None]] = {}  #: have not said Hello, the oldest first
-        self.rejected = 0  #: how many were not let in, or hung up before they said Hello
+        self.rejected = 0  #: how many were not admitted, or disconnected before they said Hello
         self._all_rejected: Final = _User()  # all of them together
 
     @property
     def connections(self) -> int:
+        """How many clients are connected."""
         return sum(user.connections for user in self._users.values())
 
     def admit(self, credentials: Credentials, disconnect: Callable[[], None]) -> Client:
-        """Let somebody in, or raise Rejected."""
+        """Admit a client, or raise Rejected. `disconnect` is called if others need its place before it says Hello."""
         user = self._users.get(credentials.uid) or _User()
         why = self._why_not(credentials, user)
         if why is not None:
@@ -195,7 +196,7 @@ class Clients:
         return f"it has {user.held} connections" if user.held >= MAX_PER_USER else None
 
     def reject(self, sock: socket.socket) -> trio.Event:
-        """Close the connection of somebody who was refused; the event says when."""
+        """Close the connection of a client that was rejected; the event says when."""
         done = trio.Event()
 
         async def close() -> None:
@@ -206,7 +207,7 @@ class Clients:
         return done
 
     def forget(self, uid: int) -> None:
-        """Something of a user's has ended; perhaps it was the last."""
+        """Forget a user that holds nothing any more."""
         user = self._users.get(uid)
         if user is not None and not user.held:
             del self._users[uid]

@@ -1,4 +1,4 @@
-"""Which extents of frame numbers are taken, and by whom (contract/frame_numbers.py says what they are)."""
+"""Allocation of frame numbers, in extents (contract/frame_numbers.py says what they are)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from memfs.contract.units import PageIndex, Pfn
 
 
 class FrameAllocator:
-    """Which extents are taken. The lowest free one is given out first."""
+    """An allocator of extents. The lowest free one is allocated first."""
 
     def __init__(self) -> None:
         self._next = 1
         self._free: list[int] = []
 
-    def take(self) -> int:
-        """An extent's number. Raises OSError(ENOMEM) when all are taken."""
+    def allocate(self) -> int:
+        """Allocate an extent and return its number. Raises OSError(ENOMEM) when there is none."""
         if self._free:
             return heapq.heappop(self._free)
         if self._next >= MAX_EXTENTS:
@@ -26,13 +26,13 @@ class FrameAllocator:
         self._next += 1
         return self._next - 1
 
-    def give_back(self, extent: int) -> None:
-        """The extent may be given to somebody else."""
+    def free(self, extent: int) -> None:
+        """Free an extent."""
         heapq.heappush(self._free, extent)
 
     @property
-    def taken(self) -> int:
-        """How many extents are given out."""
+    def allocated(self) -> int:
+        """How many extents are allocated."""
         return self._next - 1 - len(self._free)
 
 
@@ -44,15 +44,18 @@ class FileFrames:
         self._extents: dict[int, int] = {}  # by the page's gibibyte in the file
 
     def pfn(self, index: PageIndex) -> Pfn:
-        """The frame of a page; an extent is taken when the first page of a gibibyte is asked for."""
+        """Return the frame of a page. Raises OSError(ENOMEM).
+
+        An extent is allocated with the first page of a gibibyte.
+        """
         gibibyte, within = divmod(index, EXTENT_PAGES)
         extent = self._extents.get(gibibyte)
         if extent is None:
-            extent = self._extents[gibibyte] = self._allocator.take()
+            extent = self._extents[gibibyte] = self._allocator.allocate()
         return Pfn(extent * EXTENT_PAGES + within)
 
     def close(self) -> None:
-        """Give all extents back."""
+        """Free all extents."""
         for extent in self._extents.values():
-            self._allocator.give_back(extent)
+            self._allocator.free(extent)
         self._extents.clear()

@@ -1,4 +1,4 @@
-"""The socket that owners connect to: made so that nobody gets to it whom the mount options do not let in.
+"""The socket that owners connect to, which only those can reach whom the mount options admit.
 
 It is bound with mode 0600 and only then given its group and mode, so there is no moment at which it is wider than asked
 for. What lies there already is replaced or stays as socket_name.py says; and so does, in the end, a socket that is
@@ -25,7 +25,7 @@ _BACKLOG: Final = 128
 
 
 class ListenError(Exception):
-    """The socket cannot be had: a sentence."""
+    """The socket cannot be created; the message is a sentence."""
 
 
 class Listener:
@@ -85,7 +85,7 @@ def _bind(path: str, mode: int, group: int | None) -> socket.socket:
 
 
 def prepare_directory(directory: str) -> None:
-    """Make it if it is missing. Raises OSError(EPERM) if somebody else could replace what lies there, or it itself."""
+    """Create a directory if it is missing. Raises OSError(EPERM) if others could replace it, or what lies there."""
     os.makedirs(directory, mode=0o755, exist_ok=True)
     path = Path(os.path.realpath(directory))
     for each in (path, *path.parents):

@@ -1,4 +1,4 @@
-"""Noticing that an owner's process dies, before its sockets are closed.
+"""Liveness of owners: notice that an owner's process dies before its sockets are closed.
 
 A killed process closes its descriptors when its last thread is gone. A VMM whose thread is inside fallocate(2) on our
 mount has a thread that cannot go before we answer, and we do not answer before the owner has acknowledged. If that is
@@ -20,7 +20,7 @@ _SIGKILL_BIT: Final = 1 << 8  # in the masks of /proc/PID/status
 
 
 def is_dying(pid: int) -> bool:
-    """Whether a process is gone, or every thread of it that is left has SIGKILL coming.
+    """Return whether a process is gone, or every thread of it that is left has SIGKILL coming.
 
     One that /proc does not show us (hidepid=) is taken for alive.
     """
@@ -36,7 +36,7 @@ def is_dying(pid: int) -> bool:
 
 
 def _threads(pid: int) -> Iterator[tuple[str, int]]:
-    """The state and the pending signals of each thread (proc_pid_status(5))."""
+    """Generate the state and the pending signals of each thread (proc_pid_status(5))."""
     try:
         threads = os.listdir(f"/proc/{pid}/task")
     except OSError:

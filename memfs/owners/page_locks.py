@@ -1,9 +1,9 @@
-"""Which pages of a registration are locked by its owner, between get_lock_pfn and put_unlock_pfn (RFC patch 01).
+"""The pages of a registration that its owner has locked, between get_lock_pfn and put_unlock_pfn (RFC patch 01).
 
-Locks are counted: two vCPUs may have the same page locked, and it is free when both have let go. The counts are kept as
-a step function, the pages at which the count changes and what it is from there on, so what locks and unlocks is a
-search and what it touches. An owner unlocks as soon as it has installed its mapping, so usually that is a handful; one
-that does not gets no more locks before it costs the daemon much (MOST_RANGES).
+Locks are counted: two vCPUs may have the same page locked, and it is free when both have unlocked it. The counts are
+kept as a step function, the pages at which the count changes and what it is from there on, so locking and unlocking
+cost a search and the counts that change. An owner unlocks as soon as it has installed its mapping, so usually those are
+a handful; one that does not is refused more locks before it costs the daemon much (MOST_RANGES).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class PageLocks:
         return (2 * MOST_RANGES - len(self._edges)) // 2
 
     def lock(self, pages: PageRange) -> None:
-        """Lock every page of a range once more. Raises OSError(ENOLCK), changing nothing, if there is no room."""
+        """Lock every page of a range once more. Raises OSError(ENOLCK), changing nothing, if there is no space."""
         if self.room < 1:
             raise OSError(errno.ENOLCK, f"pages are locked in {MOST_RANGES} ranges already")
         self._add(pages, 1)
@@ -59,7 +59,7 @@ class PageLocks:
         self._waiting.unpark_all()
 
     def any_of(self, pages: PageRange) -> bool:
-        """Whether a page of a range is locked."""
+        """Return whether a page of a range is locked."""
         return any(self._counts_in(pages))
 
     async def wait_unlocked(self, pages: PageRange) -> None:
@@ -68,7 +68,7 @@ class PageLocks:
             await self._waiting.park()
 
     def _counts_in(self, pages: PageRange) -> list[int]:
-        """The counts that pages of a range have, in order."""
+        """Return the counts that pages of a range have, in order."""
         first = bisect.bisect_right(self._edges, pages.start) - 1
         return self._counts[first : bisect.bisect_left(self._edges, pages.end)]
 
@@ -81,7 +81,7 @@ class PageLocks:
                 del self._edges[index], self._counts[index]
 
     def _edge(self, page: int) -> int:
-        """The number of the edge at a page, which is made if there is none."""
+        """Return the number of the edge at a page, which is created if there is none."""
         index = bisect.bisect_left(self._edges, page)
         if index == len(self._edges) or self._edges[index] != page:
             self._edges.insert(index, page)

@@ -1,4 +1,4 @@
-"""Filling guest-sealed files before their guests run, and the moment from which on that is over.
+"""Initial content: guest-sealed files are filled before their guests run, and not any more afterwards.
 
 What is copied and how it is measured, store/measurement.py says.
 """
@@ -40,7 +40,7 @@ async def populate(file: File, pages: PageRange, source: int, start: ByteOffset)
 
 
 def launch(file: File) -> bytes:
-    """The guest begins to run: nothing can be populated any more. Call within `locked`.
+    """Launch the guest: nothing can be populated any more. Call within `locked`.
 
     Returns the measurement, 48 bytes. Raises OSError(EINVAL) if the file is not guest-sealed.
     """

@@ -1,24 +1,24 @@
-"""Who owns which file, what they have locked, and how they are told that pages come and go.
+"""The registry: which owner has which file, what it has locked, and how it is notified of pages that come and go.
 
 Lifetimes
 ---------
-- An **Owner** is one connection, that is, one virtual machine. It is made with the connection and ends with it; its
+- An **Owner** is one connection, that is, one virtual machine. It is created with the connection and ends with it; its
   number is never used again.
 - A **Registration** pairs a file with its one owner (RFC patch 01: memfd_register_guest). It is the file's `owner`
   and holds one reference on the inode, so that an unlinked file lives on until it is released. Registering again
   counts; the last unregister, or the end of the owner, undoes it. Nothing outlives that: its locks are gone, its
-  frames are free, and whoever waits for it goes on.
+  frames are free, and operations that wait for it go on.
 
-Taking pages away from an owner is three steps, in `Registration.invalidate_begin`: it is told, it acknowledges that
-nothing maps the pages, and it has unlocked those it had locked (RFC: get_lock_pfn, put_unlock_pfn). Only then may they
-be freed. New locks cannot come in between, because a look-up needs the file's lock and the one who frees holds it.
+Pages of an owner are freed after three steps, in `Registration.invalidate_begin`: the owner is notified, it
+acknowledges that nothing maps the pages, and it has unlocked those that it had locked (RFC: get_lock_pfn,
+put_unlock_pfn). New locks cannot come in between: a look-up needs the file's lock, which the operation that frees has.
 
-Who has been told that pages are about to go is told when they are gone, even if it has let go of the file meanwhile:
-its faults wait for that. So the two are a pair for the owner as they are for the file.
+InvalidateBegin is always followed by InvalidateEnd, even if the owner unregisters the file in between, for its faults
+wait for that. So the two are a pair for the owner as they are for the file.
 
-All three together may take `notify_timeout` seconds. An owner that takes longer is **fenced**: told so, cut off, its
-registrations ended, and the operation that waited goes on as if it had never been there. The host must not depend on
-a guest's good will.
+All three steps together may take `notify_timeout` seconds. An owner that takes longer is **fenced**: it is told so and
+disconnected, its registrations end, and the operation that waited goes on as if it had never been there. The host must
+not depend on a guest's good will.
 """
 
 from __future__ import annotations
@@ -73,10 +73,11 @@ class Registration:
         self.count = 1  #: how often it was registered
         self.alive = True
         self.locks: Final = PageLocks()
-        self._begun = False  # the owner has been told of a beginning, and not yet of its end
+        self._begun = False  # the owner has been notified of a beginning, and not yet of its end
 
     @property
     def file(self) -> File:
+        """The file of the inode."""
         return self.inode.file
 
     # -- guest_ops: the file notifies the owner ---------------------------------------------------------------------
@@ -84,7 +85,7 @@ class Registration:
     async def invalidate_begin(self, pages: PageRange) -> None:
         """Have the owner unmap pages and unlock them."""
         if self.alive:
-            self._begun = True  # or it is cut off
+            self._begun = True  # or it is fenced
             await self._notify(InvalidateBegin(self.id, pages, current_request()))
 
     async def invalidate_end(self, pages: PageRange) -> None:
@@ -176,7 +177,7 @@ class Registration:
     # -- guest_mem_ops: the owner asks about pages ------------------------------------------------------------------
 
     async def get_pfn(self, pages: PageRange, *, alloc: bool, lock: bool = True) -> PfnReply:
-        """Say which frames the pages that exist (with `alloc`, all) are in, and `lock` them.
+        """Return which frames the pages that exist (with `alloc`, all) are in, and `lock` them.
 
         Covers as many pages from the start on as fit into a reply. Raises OSError: EINVAL past the end of the file,
         ENOSPC, ENOLCK if too much is locked already, EBADF if the registration ended meanwhile.
@@ -215,7 +216,7 @@ class Registration:
         return runs[: PfnReply.MAX_RUNS]
 
     def _is_whole(self, block: PageRange, *, known: PageRange) -> bool:
-        """Whether all of a block is allocated. `known` is; of a file without page map nothing else is known."""
+        """Return whether all of a block is allocated. `known` is; of a file without page map nothing else is known."""
         if block.intersect(known) == block:
             return True
         page_map = self.file.page_map
@@ -226,7 +227,7 @@ class Registration:
         self.locks.unlock(pages)
 
     def describe(self) -> dict[str, Any]:
-        """For people."""
+        """Return what people want to know of it."""
         return {
             "file": self.id,
             "ino": self.inode.ino,
@@ -237,7 +238,7 @@ class Registration:
         }
 
     def end(self) -> None:
-        """The registration is over."""
+        """Release what the registration holds."""
         self.alive = False
         self.locks.clear()
         self.frames.close()
@@ -330,7 +331,7 @@ class Registry:
         return self._last_owner
 
     def register(self, owner: Owner, inode: RegularFile) -> Registration:
-        """Make a file an owner's. Raises OSError(EPERM) if it is another's. The same again is counted.
+        """Register a file for an owner, or count it once more. Raises OSError(EPERM) if it is another's.
 
         ESHUTDOWN: the owner has ended; a request of its may have waited for the file while it was fenced.
         """
@@ -358,7 +359,7 @@ class Registry:
             self._end_registration(registration)
 
     def end(self, owner: Owner) -> None:
-        """The owner's connection is gone, and with it all that it had. Idempotent."""
+        """End an owner whose connection is closed, and with it all that it had. Idempotent."""
         if self.owners.pop(owner.number, None) is None:
             return
         for registration in list(owner.registrations.values()):
@@ -385,7 +386,7 @@ class Registry:
         self._tree.release(registration.inode)
 
     def describe(self, most: int | None = None) -> list[dict[str, Any]]:
-        """Owners, what they have not acknowledged and their files, for people: at most so many of all together."""
+        """Return owners, what they have not acknowledged and their files: at most `most` of all together."""
         left, owners = sys.maxsize if most is None else most, []
         for owner in self.owners.values():
             if left <= 0:

@@ -1,4 +1,4 @@
-"""The server: accepts connections on memfs's socket, and looks after the sessions."""
+"""The server: accepts connections on memfs's socket, and runs a session for each (session.py)."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Server:
         self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)  # so that there is always one to accept with
 
     async def run(self) -> None:
-        """Serve until cancelled, or told to end."""
+        """Serve until cancelled, or until `end`."""
         try:
             async with trio.open_nursery() as nursery:
                 self._scope = nursery.cancel_scope
@@ -56,7 +56,7 @@ class Server:
             self._ended.set()
 
     async def end(self) -> None:
-        """Admit nobody any more, tell all owners that it is over, and forget them. Nothing waits for them then."""
+        """Admit nobody any more, send all owners the final message, and end them. Nothing waits for them then."""
         if self._scope is not None:
             async with trio.open_nursery() as nursery:
                 for session in self._sessions.values():

@@ -190,7 +190,7 @@ class Session(Owner):
                 return Measured(launch(registration.file))
 
     async def _identify(self, fd: int) -> RegularFile:
-        """Return the file that a descriptor is of. Raises OSError as Register's documentation says."""
+        """Return the file that a descriptor is of. Raises OSError as `messages.Register` says."""
         info = await self._client.run_in_thread(fdinfo, fd)
         device = device_of_mount_id(info["mnt_id"], "self")
         if device is None:  # a peer may have mounted so much that to read it all takes long
@@ -203,7 +203,7 @@ class Session(Owner):
         inode = self._tree.inode(int(info["ino"]))
         if not stat.S_ISREG(inode.mode):
             raise OSError(errno.EINVAL, "not a regular file")
-        if flags & os.O_ACCMODE != os.O_RDWR:  # an owner reads and writes, so it must have been let do both
+        if flags & os.O_ACCMODE != os.O_RDWR:  # an owner reads and writes, so it must be allowed to do both
             raise OSError(errno.EACCES, "not open for reading and writing")
         inode_flags.check_own(inode)
         return self._tree.regular(inode.ino)

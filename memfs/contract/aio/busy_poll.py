@@ -4,7 +4,7 @@ To sleep and be woken takes longer than many an answer does, above all on anothe
 poll in vain costs the whole of a CPU. So the window, for which is polled before sleeping, follows what comes, as KVM's
 halt_poll_ns does when a vCPU halts (virt/kvm/kvm_main.c, kvm_vcpu_halt; Documentation/virt/kvm/halt-polling.rst): it
 grows when something came soon after sleeping began, so that a larger window would have caught it, and shrinks when it
-took longer than any window may be.
+took longer than any window may be and than it takes to sleep and be woken (which is included in what is measured).
 
     poll.start()
     while not (ready := look()):
@@ -22,6 +22,7 @@ from typing import Final
 
 _FACTOR: Final = 2  # halt_poll_ns_grow and halt_poll_ns_shrink
 _SMALLEST: Final = 20e-6  # seconds; halt_poll_ns_grow_start is 10 us, but we are slower
+_WAKE_UP: Final = 300e-6  # seconds that it may take both processes to be woken
 
 
 class BusyPoll:
@@ -68,7 +69,7 @@ class BusyPoll:
         waited, self._since = self._clock() - self._since, None
         if waited <= self.window:
             return
-        if waited < self.maximum:
+        if waited < self.maximum + _WAKE_UP:
             self.window = min(max(self.window * _FACTOR, _SMALLEST), self.maximum)
         else:
             shorter = self.window / _FACTOR

@@ -1,1 +1,30 @@
-"""The protocol between memfs and the owners of files, from messages to a client."""
+"""The protocol between memfs and the owners of files. For a VMM: `connect`, and what notifications can say."""
+
+from __future__ import annotations
+
+from memfs.contract.protocol.client import Client, StoreGone, connect, socket_of
+from memfs.contract.protocol.messages import (
+    Fallocate,
+    FileId,
+    InvalidateBegin,
+    InvalidateEnd,
+    Notification,
+    PfnReply,
+    PfnRun,
+    Registered,
+)
+
+__all__ = [
+    "Client",
+    "Fallocate",
+    "FileId",
+    "InvalidateBegin",
+    "InvalidateEnd",
+    "Notification",
+    "PfnReply",
+    "PfnRun",
+    "Registered",
+    "StoreGone",
+    "connect",
+    "socket_of",
+]

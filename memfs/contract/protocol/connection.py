@@ -1,4 +1,4 @@
-"""The messages between memfs (the store) and an owner (kvmsim), as a state machine without I/O.
+r"""The messages between memfs (the store) and an owner (kvmsim), as a state machine without I/O.
 
 Theory of operation
 ===================
@@ -12,8 +12,8 @@ kinds of request, one in each direction, on one AF_UNIX SOCK_SEQPACKET connectio
     store -> owner    InvalidateBegin, Fallocate                           each answered by Ack
     store -> owner    InvalidateEnd, Fenced                                not answered
 
-Of the end of an invalidation nobody waits for an answer: the pages are gone, whatever the owner thinks of it. Fenced
-is the last word of a connection.
+The end of an invalidation needs no answer: the pages are gone, whatever the owner thinks of it. Fenced is the final
+message of a connection.
 
 One connection is one owner, that is, one virtual machine. When it ends, by whatever cause, everything that it
 registered or locked ends with it; the protocol therefore needs no goodbye.
@@ -21,11 +21,11 @@ registered or locked ends with it; the protocol therefore needs no goodbye.
 `Connection` holds what both ends must agree on and nothing else: the state (below), which requests are still
 unanswered in each direction, and which invalidations have begun and not ended. `send` and `receive` check a
 message against all of that *before* they change anything, so an illegal message raises and leaves the connection
-as it was. Whoever raised tells whose fault it is: LocalProtocolError is ours, RemoteProtocolError is the peer's,
-and after the latter the connection must be closed, since nothing that a broken peer says can be believed.
+as it was. The exception tells whose fault it is: LocalProtocolError is ours, RemoteProtocolError is the peer's, and
+after the latter the connection must be closed, since nothing that a broken peer says can be believed.
 
     START --Hello--> GREETED --HelloReply--> OPEN --Fenced--> CLOSED
-                        \\---------Failed-----------------------/
+                        \---------Failed-----------------------/
 
 Requests are numbered by their sender, each number larger than the one before, so that a replayed or duplicated
 message is recognised. A reply carries the number of its request. Both directions are pipelined up to
@@ -109,11 +109,12 @@ class Role(enum.Enum):
 
     @property
     def peer(self) -> Role:
+        """The other end."""
         return Role.STORE if self is Role.OWNER else Role.OWNER
 
 
 class State(enum.Enum):
-    """Where a connection stands; see the picture at the top of this file."""
+    """States of a connection; see the picture at the top of this file."""
 
     START = "start"
     GREETED = "greeted"
@@ -167,7 +168,7 @@ class Received:
 
 
 class _Side:
-    """What one of the two has said so far, and may say next."""
+    """One of the two sides: what it has said so far, and may say next."""
 
     __slots__ = ("last_id", "may_say", "role", "unanswered")
 
@@ -178,7 +179,7 @@ class _Side:
         self.may_say: dict[type[Message], State] = {}  #: and the state that follows
 
     def enter(self, state: State) -> None:
-        """The connection is in another state."""
+        """Note that the connection is in another state."""
         self.may_say = _TRANSITIONS[self.role].get(state, {})
 
 
@@ -241,7 +242,7 @@ class Connection:
         return number, _HEADER.pack(VERSION, message.TYPE, _HEADER.size + len(body), number) + body
 
     def receive(self, data: bytes | memoryview, descriptors: int | None = 0) -> Received:
-        """Unpack one datagram that came with `descriptors` file descriptors (None: nobody knows) and move on.
+        """Unpack one datagram that came with `descriptors` file descriptors (None: unknown) and move on.
 
         Raises RemoteProtocolError, changing nothing.
         """
@@ -253,7 +254,7 @@ class Connection:
         return Received(number, message, self._advance(self._theirs, self._ours, number, message))
 
     def close(self) -> None:
-        """No more messages: the transport is gone."""
+        """Allow no more messages: the transport is closed."""
         self._enter(State.CLOSED)
 
     def _check(self, sender: _Side, other: _Side, number: RequestId, message: Message, descriptors: int | None) -> None:
@@ -297,7 +298,7 @@ def is_answered(message: Message) -> bool:
 
 
 def is_reply(header: bytes) -> bool:
-    """Whether a datagram that begins with these HEADER_SIZE bytes claims to be an answer."""
+    """Return whether a datagram that begins with these HEADER_SIZE bytes claims to be an answer."""
     return len(header) == HEADER_SIZE and MESSAGES.get(_HEADER.unpack(header)[1]) in _IS_REPLY
 
 

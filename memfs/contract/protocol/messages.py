@@ -1,8 +1,8 @@
-"""What memfs and an owner can say to each other: one class a message, with its body on the wire.
+"""The messages that memfs and an owner can send: one class a message, with its body on the wire.
 
 Each class packs its own body and unpacks it again, and refuses bytes that are not exactly what it would have packed:
 a flag is 0 or 1, a range is not empty, a text is UTF-8 and bounded, runs cover what they claim to cover. Which message
-may come when is not decided here but in protocol.py.
+may come when is not decided here but in connection.py.
 
 Little-endian, no pickle, every length bounded. Pages are page indexes, ranges half-open.
 """
@@ -31,13 +31,14 @@ class Malformed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """What can be said. Immutable; `pack` and `unpack` are each other's inverse for the body, without header."""
+    """A message. Immutable; `pack` and `unpack` are each other's inverse for the body, without header."""
 
     TYPE: ClassVar[int]
     _BODY: ClassVar[struct.Struct]
     DESCRIPTORS: ClassVar[frozenset[int]] = frozenset({0})  #: how many may travel beside it
 
     def pack(self) -> bytes:
+        """Return the body as it travels."""
         return self._BODY.pack(*self._fields())
 
     def _fields(self) -> tuple[Any, ...]:
@@ -45,6 +46,7 @@ class Message:
 
     @classmethod
     def unpack(cls, body: memoryview) -> Self:
+        """Return the message with this body. Raises Malformed."""
         if len(body) != cls._BODY.size:
             raise Malformed(f"a body of {len(body)} bytes instead of {cls._BODY.size}")
         return cls._from_fields(*cls._BODY.unpack(body))
@@ -96,10 +98,12 @@ class Hello(Message):
     name: str = ""
 
     def pack(self) -> bytes:
+        """Return the body as it travels."""
         return self._BODY.pack(self.min_version, self.max_version) + _pack_text(self.name)
 
     @classmethod
     def unpack(cls, body: memoryview) -> Self:
+        """Return the message with this body. Raises Malformed."""
         if len(body) < cls._BODY.size:
             raise Malformed("Hello is cut short")
         low, high = cls._BODY.unpack_from(body)
@@ -158,7 +162,7 @@ class Registered(Message):
 
 @dataclass(frozen=True, slots=True)
 class Unregister(Message):
-    """Owner: undo one Register. The last one lets go of the inode. Failed with EBADF: no such registration."""
+    """Owner: undo one Register. The last one releases the inode. Failed with EBADF: no such registration."""
 
     TYPE = 5
     _BODY = struct.Struct("<Q")
@@ -197,10 +201,10 @@ class GetPfn(Message):
     past the end of the file: EINVAL. The answer may cover fewer pages than asked for, from the start on; every
     present page in it is locked against being freed until PutPfn.
 
-    Failed with ENOLCK: pages are locked in too many pieces (page_locks.py); put some first.
+    Failed with ENOLCK: pages are locked in too many ranges (page_locks.py); put some first.
 
     Without `lock` it is as if PutPfn came right behind, in one message: for an owner that makes sure in another way
-    that it maps nothing of what it is told to let go of (kvmsim does: kvmsim/mmu/invalidate.py).
+    that it maps nothing of what is invalidated (kvmsim does: kvmsim/mmu/invalidate.py).
     """
 
     TYPE = 6
@@ -247,6 +251,7 @@ class PfnReply(Message):
     runs: tuple[PfnRun, ...]
 
     def pack(self) -> bytes:
+        """Return the body as it travels."""
         parts = [self._BODY.pack(self.file, self.pages.start, self.pages.end)]
         parts += [
             self._RUN.pack(run.pages.end, self.ABSENT if run.pfn is None else run.pfn, run.order) for run in self.runs
@@ -255,6 +260,7 @@ class PfnReply(Message):
 
     @classmethod
     def unpack(cls, body: memoryview) -> Self:
+        """Return the message with this body. Raises Malformed."""
         tail = body[cls._BODY.size :]
         if len(body) < cls._BODY.size or len(tail) % cls._RUN.size or len(tail) > cls.MAX_RUNS * cls._RUN.size:
             raise Malformed(f"a PfnReply of {len(body)} bytes")
@@ -295,13 +301,12 @@ class PutPfn(Message):
 
 @dataclass(frozen=True, slots=True)
 class Populate(Message):
-    """Owner, or whoever loads an image: fill pages of a guest-sealed file with content, and measure it
-    (store/measurement.py).
+    """Owner, or a program that loads an image: fill pages of a guest-sealed file with content, and measure it.
 
-    Two descriptors travel with this: of the file, open for writing as for Register (it need not be registered), and
-    of a memfd that is sealed against shrinking, where the content is, from byte `source` on. At most MAX_PAGES at a
-    time. Failed with EBUSY: the guest has begun to run. EINVAL: not guest-sealed, past its end, or no such memfd.
-    ENOSPC. Otherwise as Register.
+    Two descriptors travel with this: of the file, open for writing as for Register (it need not be registered), and of
+    a memfd that is sealed against shrinking, where the content is, from byte `source` on. At most MAX_PAGES at a time.
+    Failed with EBUSY: the guest has begun to run. EINVAL: not guest-sealed, past its end, or no such memfd. ENOSPC.
+    Otherwise as Register. store/measurement.py says how it is measured.
     """
 
     TYPE = 16
@@ -368,10 +373,12 @@ class Failed(Message):
     text: str
 
     def pack(self) -> bytes:
+        """Return the body as it travels."""
         return self._BODY.pack(self.errno) + _pack_text(self.text)
 
     @classmethod
     def unpack(cls, body: memoryview) -> Self:
+        """Return the message with this body. Raises Malformed."""
         if len(body) < cls._BODY.size:
             raise Malformed(f"{cls.__name__} is cut short")
         (errno,) = cls._BODY.unpack_from(body)
@@ -380,16 +387,16 @@ class Failed(Message):
 
 @dataclass(frozen=True, slots=True)
 class InvalidateBegin(_OnPages):
-    """Store: these pages are about to go away. After the Ack nothing of the owner maps them, until InvalidateEnd."""
+    """Store: these pages are about to be freed. After the Ack nothing of the owner maps them, until InvalidateEnd."""
 
     TYPE = 11
 
 
 @dataclass(frozen=True, slots=True)
 class InvalidateEnd(_OnPages):
-    """Store: the pages of that InvalidateBegin are gone (or, if freeing failed, still there). Faults may go on.
+    """Store: the pages of that InvalidateBegin are freed (or, if that failed, still there). Faults may go on.
 
-    Not answered: nobody waits for it.
+    Not answered.
     """
 
     TYPE = 12

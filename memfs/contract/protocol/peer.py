@@ -121,7 +121,7 @@ class Call:
         self._peer.poll_for(self)
 
     def done(self) -> None:
-        """It is done; whoever waits goes on."""
+        """Note that it is done, and wake the task that waits for it."""
         self.is_done = True
         if self._event is not None:
             self._event.set()
@@ -439,7 +439,7 @@ class Peer:
                 raise RemoteProtocolError("an empty message")
             return None
         # The kernel keeps back descriptors that the sender put there in excess, and those that we have no room for
-        # (EMFILE). The latter is nobody's fault: the message counts, and whoever needs the descriptors misses them.
+        # (EMFILE). The latter is nobody's fault: the message counts, and the handler misses the descriptors.
         no_room = bool(flags & _MSG_CTRUNC)
         received = self.protocol.receive(data, None if no_room else len(fds))
         if no_room:
@@ -499,7 +499,7 @@ async def open_connection(path: str) -> socket.socket:
 
 
 def close_all(fds: Iterable[int]) -> None:
-    """Close descriptors that nobody wants."""
+    """Close descriptors that are not needed."""
     for fd in fds:
         os.close(fd)
 

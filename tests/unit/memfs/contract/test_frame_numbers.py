@@ -35,11 +35,11 @@ def test_one_frame_is_one_page_of_one_file(asked: list[tuple[int, PageIndex]]) -
     pages_by_pfn: dict[int, tuple[int, PageIndex]] = {}
     for which, index in asked:
         assert pages_by_pfn.setdefault(files[which].pfn(index), (which, index)) == (which, index)
-    assert allocator.taken == len({(which, index // EXTENT_PAGES) for which, index in asked})
+    assert allocator.allocated == len({(which, index // EXTENT_PAGES) for which, index in asked})
     for frames in files:
         frames.close()
         frames.close()
-    assert allocator.taken == 0
+    assert allocator.allocated == 0
 
 
 def test_extent_is_used_again_only_after_it_was_given_back() -> None:
@@ -57,10 +57,10 @@ def test_numbers_run_out_and_nothing_is_taken() -> None:
     frames = FileFrames(allocator)
     last = frames.pfn(PageIndex(0))
     assert (last + EXTENT_PAGES) << 12 == 1 << 52, "physical addresses have 52 bits"
-    before = allocator.taken
+    before = allocator.allocated
     with raises(errno.ENOMEM):
         frames.pfn(PageIndex(EXTENT_PAGES))
-    assert allocator.taken == before
+    assert allocator.allocated == before
     frames.close()
     assert FileFrames(allocator).pfn(PageIndex(5)) == last + 5
 

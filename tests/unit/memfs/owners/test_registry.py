@@ -109,7 +109,7 @@ def registry(tree: Tree) -> Iterator[Registry]:
     for owner in list(registry.owners.values()):
         registry.end(owner)
     registry.check()
-    assert registry._frames.taken == 0
+    assert registry._frames.allocated == 0
 
 
 async def filled(tree: Tree, name: str = "file") -> RegularFile:
