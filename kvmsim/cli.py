@@ -30,7 +30,7 @@ from kvmsim.side import Side
 from kvmsim.slots.memslots import Memslot
 from kvmsim.uapi import PreFaultMemory
 from kvmsim.vcpu import VCPU
-from kvmsim.vm import VM, Listener, create_vm
+from kvmsim.vm import VM, Listener, VmConfig, create_vm
 from kvmsim.vmm.vmm import UnhandledExit, Vmm, open_memory
 from memfs.contract import logs
 from memfs.contract.sizes import parse_size
@@ -138,10 +138,12 @@ async def _simulate(
     options: argparse.Namespace, vmm: Vmm, trace: Trace, private: list[GfnRange], socket_path: str
 ) -> None:
     console = Console(highlight=False, soft_wrap=True)
-    eager = not options.no_map_on_fallocate
-    around = bytes_to_pages(parse_size(options.fault_around))
-    name = f"kvmsim-{os.getpid()}"
-    async with create_vm(socket_path, name=name, map_on_fallocate=eager, fault_around=around) as vm:
+    config = VmConfig(
+        name=f"kvmsim-{os.getpid()}",
+        map_on_fallocate=not options.no_map_on_fallocate,
+        fault_around=bytes_to_pages(parse_size(options.fault_around)),
+    )
+    async with create_vm(socket_path, config) as vm:
         await vmm.add_memory(vm)
         if options.verbose:
             vm.listeners.append(_printer(console))

@@ -4,18 +4,42 @@ from __future__ import annotations
 
 import errno
 from collections import Counter
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import Final, Protocol
 
 import trio
 
 from kvmsim.exits import Exit
+from kvmsim.mmu.mmu import Mmu
+from kvmsim.mmu.page_fault import Access
 from kvmsim.mmu.prefault import prefault
 from kvmsim.mmu.tlb import Tlb
 from kvmsim.uapi import PreFaultMemory
+from kvmsim.vm_type import VmType
 from memfs.contract.units import GfnRange, Gpa, gpa_to_gfn, is_page_aligned, pages_to_bytes
 
-if TYPE_CHECKING:
-    from kvmsim.vm import VM
+
+class VirtualMachine(Protocol):
+    """What a vCPU and its engine need of the VM (vm.py)."""
+
+    @property
+    def type(self) -> VmType:
+        """How its guest says that it means private memory."""
+
+    @property
+    def mmu(self) -> Mmu:
+        """Its secondary MMU."""
+
+    def check_alive(self) -> None:
+        """Raise StoreGone if its memory is gone."""
+
+    async def launch(self) -> None:
+        """Make the initial content of its private memory final."""
+
+    def decode(self, gpa: Gpa, *, write: bool, encrypted: bool = False) -> Access:
+        """Return what an access of the guest means."""
+
+    async def fault(self, access: Access) -> Exit | None:
+        """Make an access possible, or return what the VMM must do."""
 
 
 class Engine(Protocol):
@@ -28,7 +52,7 @@ class Engine(Protocol):
 class VCPU:
     """A vCPU of a VM. Use `VM.create_vcpu`."""
 
-    def __init__(self, vm: VM, vcpu_id: int, engine: Engine) -> None:
+    def __init__(self, vm: VirtualMachine, vcpu_id: int, engine: Engine) -> None:
         self.id: Final = vcpu_id
         self.vm: Final = vm
         self.tlb: Final = Tlb()

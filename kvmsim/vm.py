@@ -17,11 +17,13 @@ with the connection, and then nothing is mapped any more.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Final
+from dataclasses import dataclass
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -50,6 +52,7 @@ from kvmsim.uapi import (
 )
 from kvmsim.vcpu import VCPU, Engine
 from kvmsim.vm_type import VmType
+from memfs.contract.aio.nurseries import open_flat_nursery
 from memfs.contract.protocol.messages import Fallocate, FileId, InvalidateBegin, InvalidateEnd
 from memfs.contract.units import Gfn, GfnRange, Gpa, PageRange, gfn_to_gpa, gpa_to_gfn
 
@@ -57,30 +60,35 @@ from memfs.contract.units import Gfn, GfnRange, Gpa, PageRange, gfn_to_gpa, gpa_
 Listener = Callable[[Notification, Memslot, GfnRange, Side], None]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VmConfig:
+    """What a VM is created with. Raises ValueError, when it is, for `levels` or `fault_around` that cannot be."""
+
+    name: str = "vm"  #: by which memfs knows it
+    vm_type: VmType = VmType.SNP
+    levels: int = 5  #: of its page table: 4, for 2**48 bytes of guest physical memory, or 5, for all that KVM can have
+    map_on_fallocate: bool = True  #: map private memory when it is allocated (RFC v2), and not only when it is used
+    fault_around: int = DEFAULT_PAGES  #: pages that a fault on absent shared memory asks for (mmu/fault_around.py)
+    ownership: OwnershipTable | None = None  #: of private frames; VMs of one process on one memfs share it
+
+
 class VM:
     """A virtual machine. Use `create_vm`."""
 
-    def __init__(
-        self,
-        store: Store,
-        nursery: trio.Nursery,
-        *,
-        map_on_fallocate: bool = True,
-        vm_type: VmType = VmType.SNP,
-        levels: int = 5,
-        fault_around: int = DEFAULT_PAGES,
-        ownership: OwnershipTable | None = None,
-    ) -> None:
-        ownership = ownership or OwnershipTable()
-        self.map_on_fallocate: Final = map_on_fallocate
-        self.type: Final = vm_type
+    def __init__(self, store: Store, nursery: trio.Nursery, config: VmConfig | None = None) -> None:
+        self.config: Final = config or VmConfig()
+        ownership = self.config.ownership or OwnershipTable()
         self.mmu: Final = Mmu(
-            store, PageTable(levels), ownership, ownership.new_vm(), fault_around=FaultAround(fault_around)
+            store,
+            PageTable(self.config.levels),
+            ownership,
+            ownership.new_vm(),
+            fault_around=FaultAround(self.config.fault_around),
         )
         self.vcpus: dict[int, VCPU] = {}
         self.listeners: list[Listener] = []
         self.faults: Counter[Side] = Counter()
-        self.dead = False  #: it has lost its memory, and does not run again
+        self.closed = False  #: it has lost its memory, and does not run again
         self.manual_dirty_log_protect = False  #: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2
         self._to_launch: dict[FileId, StoreFile] = {}  # private files, until a vCPU runs
         self._store: Final = store
@@ -285,6 +293,11 @@ class VM:
             raise StoreGone(self._store.gone)
 
     @property
+    def type(self) -> VmType:
+        """How its guest says that it means private memory."""
+        return self.config.vm_type
+
+    @property
     def store(self) -> Store:
         """The connection to memfs."""
         return self._store
@@ -292,7 +305,7 @@ class VM:
     # -- notifications ----------------------------------------------------------------------------------------------
 
     def _notified(self, message: Notification) -> None:
-        if self.dead:  # it was on its way
+        if self.closed:  # it was on its way
             return
         touched = self.mmu.slots.touching(message.file, message.pages)
         key = (message.file, message.pages)
@@ -306,7 +319,7 @@ class VM:
             elif isinstance(message, Fallocate) and window.side is Side.PRIVATE:
                 self.mmu.unmap(gfns, Side.SHARED)
                 self.mmu.invalidations.conversion()
-                if self.map_on_fallocate and not self._map_at_once(window.slot, gfns):
+                if self.config.map_on_fallocate and not self._map_at_once(window.slot, gfns):
                     self._nursery.start_soon(self._map_private, window.slot, gfns)
             for listener in self.listeners:
                 listener(message, window.slot, gfns, window.side)
@@ -334,9 +347,9 @@ class VM:
         except (OSError, StoreGone, OwnershipViolation):
             return
 
-    def lost_store(self) -> None:
-        """memfs is gone: the VM is dead, and nothing may be mapped any more."""
-        self.dead = True
+    def close(self) -> None:
+        """Unmap all memory, for good: the connection to memfs has ended."""
+        self.closed = True
         self.mmu.unmap(self.mmu.table.everything)
         self.mmu.invalidations.abandon()
 
@@ -358,52 +371,29 @@ class VM:
 
 
 @asynccontextmanager
-async def create_vm(
-    socket_path: str,
-    *,
-    name: str = "vm",
-    map_on_fallocate: bool = True,
-    vm_type: VmType = VmType.SNP,
-    levels: int = 5,
-    fault_around: int = DEFAULT_PAGES,
-    ownership: OwnershipTable | None = None,
-) -> AsyncIterator[VM]:
+async def create_vm(socket_path: str, config: VmConfig | None = None, **changes: Any) -> AsyncIterator[VM]:
     """Create a VM on the memfs that listens on a socket; it ends with the block.
 
-    `levels` of its page table: 4, for 2**48 bytes of guest physical memory, or 5, for all that KVM can have.
-    `fault_around`: pages that a fault on absent shared memory asks for, a power of two (mmu/fault_around.py).
-    `ownership`: of private frames; VMs of one process on one memfs share it. Raises OSError if nobody listens there.
+    `changes` are to `config`, by the names of its fields. Raises OSError if nobody listens there.
     """
+    config = dataclasses.replace(config or VmConfig(), **changes)
     vm: VM | None = None
-    failure: Exception | None = None
 
     def notified(message: Notification) -> None:
         assert vm is not None, "notified before anything was registered"
         vm._notified(message)
 
-    async with connect(socket_path, name, notified) as store:
-        async with trio.open_nursery() as nursery:
-            vm = VM(
-                store,
-                nursery,
-                map_on_fallocate=map_on_fallocate,
-                vm_type=vm_type,
-                levels=levels,
-                fault_around=fault_around,
-                ownership=ownership,
-            )
-            nursery.start_soon(_watch, vm)
-            try:
-                yield vm
-            except Exception as error:
-                failure = error
+    async with connect(socket_path, config.name, notified) as store, open_flat_nursery() as nursery:
+        vm = VM(store, nursery, config)
+        nursery.start_soon(_watch, vm)
+        try:
+            yield vm
+        finally:
+            vm.close()
             nursery.cancel_scope.cancel()
-        vm.lost_store()
-        if failure is not None:
-            raise failure
 
 
 async def _watch(vm: VM) -> None:
     """Unmap everything when memfs goes away."""
     await vm.store.ended.wait()
-    vm.lost_store()
+    vm.close()

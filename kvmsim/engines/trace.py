@@ -179,7 +179,7 @@ class TraceEngine:
         """The same as `_run_to`, one access at a time. Raises IntegrityError."""
         start, misses = self._position, tlb.misses
         columns = (column[start:end].tolist() for column in (self._gpas, self._sizes, self._writes))
-        position, sides, lookup = start, self._sides, tlb.lookup
+        position, sides, shadows, lookup = start, self._sides, self._shadows, tlb.lookup
         try:
             for gpa, size, write in zip(*columns, strict=True):
                 gfn = gpa_to_gfn(Gpa(gpa))
@@ -190,7 +190,7 @@ class TraceEngine:
                     hit = walk(self._vm.mmu, tlb, access)
                     if hit is None:
                         return access
-                at, shadow = hit.offset + offset_in_page(gpa), self._shadows[side]
+                at, shadow = hit.offset + offset_in_page(gpa), shadows[side]
                 if write:
                     self._stored += 1
                     value = stored_value(self._stored, size)

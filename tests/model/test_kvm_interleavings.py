@@ -28,7 +28,7 @@ from kvmsim.mmu.page_fault import Access
 from kvmsim.mmu.pte import is_private, level_pages
 from kvmsim.side import Side
 from kvmsim.uapi import KVM_MEM_FD, UserspaceMemoryRegion
-from kvmsim.vm import VM
+from kvmsim.vm import VM, VmConfig
 from memfs.contract.page_map import ABSENT, ALLOCATED, PageMap
 from memfs.contract.protocol.messages import Fallocate, FileId, InvalidateBegin, InvalidateEnd, PfnReply, PfnRun
 from memfs.contract.units import PAGE_SIZE, ByteOffset, Gfn, GfnRange, Gpa, PageIndex, PageRange, Pfn
@@ -193,7 +193,7 @@ class World:
     async def end(self) -> None:
         await self.scheduler.step(self.store.name("end of the VM"))
         self.store.gone, self.ended = "over", True
-        self.vm.lost_store()
+        self.vm.close()
 
     def notify(self, message: Any) -> None:
         if not self.ended:
@@ -262,7 +262,7 @@ async def run_once(scenario: str, choices: list[int], fast: bool) -> tuple[list[
     scheduler = Scheduler(choices)
     async with trio.open_nursery() as nursery:
         store = ModelStore(scheduler, told=fast)
-        vm = VM(store, nursery, map_on_fallocate=eager, fault_around=4 if fast else 1)  # type: ignore[arg-type]
+        vm = VM(store, nursery, VmConfig(map_on_fallocate=eager, fault_around=4 if fast else 1))  # type: ignore[arg-type]
         await vm.set_user_memory_region(
             UserspaceMemoryRegion(0, KVM_MEM_FD, Gpa(0), PAGES * PAGE_SIZE, ByteOffset(0), SHARED, PRIVATE)
         )

@@ -25,7 +25,7 @@ from kvmsim.exits import HaltExit, MemoryErrorExit
 from kvmsim.mmu.page_fault import Access
 from kvmsim.mmu.tlb import Tlb
 from kvmsim.uapi import KVM_EXIT_MEM_MAP_PRIVATE, KVM_MEM_FD, UserspaceMemoryRegion
-from kvmsim.vm import VM
+from kvmsim.vm import VM, VmConfig
 from memfs.contract.page_map import ABSENT, ALLOCATED, PageMap
 from memfs.contract.protocol.messages import (
     Fallocate,
@@ -172,7 +172,7 @@ async def play(
     with ExitStack() as resources:
         store = DirectStore(resources)
         async with trio.open_nursery() as nursery:
-            vm = VM(store, nursery, map_on_fallocate=False)  # type: ignore[arg-type]
+            vm = VM(store, nursery, VmConfig(map_on_fallocate=False))  # type: ignore[arg-type]
             await vm.set_user_memory_region(
                 UserspaceMemoryRegion(0, KVM_MEM_FD, Gpa(0), PAGES * PAGE_SIZE, ByteOffset(0), SHARED, PRIVATE)
             )
