@@ -1,7 +1,9 @@
-"""Arrays of frame numbers: what faults on many gfns at once, the page table and traces do with them alike."""
+"""Arrays of frame numbers: what faults on many gfns at once, the page table and conversions do with them alike."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import Any, Final, TypeVar
 
 import numpy as np
@@ -10,11 +12,11 @@ import numpy.typing as npt
 Numbers = npt.NDArray[np.int64]
 _T = TypeVar("_T", bound=np.generic)
 
-_SPARSE: Final = 64  # times as large as their number must a span of numbers be, for sorting them to be the faster way
+_SPARSE: Final = 64  # numbers are sorted, and not marked in a table, if their span exceeds this many times their count
 
 
 def distinct(numbers: npt.NDArray[np.integer[Any]], end: int) -> Numbers:
-    """Numbers in ascending order, each once, as int64. Raises ValueError if one is not in [0, end).
+    """Return numbers in ascending order, each once, as int64. Raises ValueError if one is not in [0, end).
 
     >>> distinct(np.array([7, 3, 7], np.uint64), 8)
     array([3, 7])
@@ -36,7 +38,7 @@ def distinct(numbers: npt.NDArray[np.integer[Any]], end: int) -> Numbers:
 
 
 def firsts(keys: npt.NDArray[Any]) -> Numbers:
-    """Where each stretch of equal keys begins.
+    """Return where each stretch of equal keys begins.
 
     >>> firsts(np.array([4, 4, 9, 9, 9, 4]))
     array([0, 2, 5])
@@ -48,8 +50,27 @@ def firsts(keys: npt.NDArray[Any]) -> Numbers:
     return np.concatenate((np.zeros(1, np.int64), changes))
 
 
+def stretches(keys: npt.NDArray[Any]) -> Iterator[tuple[int, int]]:
+    """Generate the stretches of equal keys, as half-open ranges of positions.
+
+    >>> list(stretches(np.array([4, 4, 9, 9, 9, 4])))
+    [(0, 2), (2, 5), (5, 6)]
+    """
+    return itertools.pairwise([*firsts(keys).tolist(), len(keys)])
+
+
+def runs(numbers: Numbers) -> Iterator[tuple[int, int]]:
+    """Generate the runs of consecutive numbers among ascending ones, as half-open ranges.
+
+    >>> list(runs(np.array([3, 4, 5, 9])))
+    [(3, 6), (9, 10)]
+    """
+    for start, end in stretches(numbers - np.arange(len(numbers))):
+        yield int(numbers[start]), int(numbers[end - 1]) + 1
+
+
 def at_numbers(ordered: Numbers, values: npt.NDArray[_T], numbers: npt.NDArray[np.integer[Any]]) -> npt.NDArray[_T]:
-    """The values of numbers, given those of all of them in the order of `distinct`. Same shape as `numbers`.
+    """Return the values of numbers, given those of all of them in the order of `distinct`. Same shape as `numbers`.
 
     >>> at_numbers(np.array([3, 7]), np.array([False, True]), np.array([7, 3, 7]))
     array([ True, False,  True])

@@ -7,7 +7,6 @@ descriptors that the VMM opened, and all else comes over the socket.
 from __future__ import annotations
 
 import errno
-import itertools
 import mmap
 import os
 from collections.abc import AsyncIterator, Callable
@@ -19,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import trio
 
-from kvmsim.arrays import firsts
+from kvmsim.arrays import stretches
 from memfs.contract.frame_numbers import cut_at
 from memfs.contract.page_map import ALLOCATED, PageMapView
 from memfs.contract.protocol import Client, StoreGone, socket_of
@@ -125,7 +124,7 @@ class StoreFile:
             return np.full(len(pages), -1, np.int64)
         known = pages.copy()
         gibibytes = pages >> ORDER_1G
-        for start, end in itertools.pairwise([*firsts(gibibytes).tolist(), len(pages)]):
+        for start, end in stretches(gibibytes):
             shift = self._extents.get(int(gibibytes[start]))
             if shift is None:
                 known[start:end] = -1

@@ -29,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 import trio
 
+from kvmsim.arrays import runs
 from kvmsim.backing import Notification, Store, StoreFile, StoreGone, connect
 from kvmsim.exits import Exit
 from kvmsim.mmu.batch import fault_in_private, fault_in_shared
@@ -40,7 +41,7 @@ from kvmsim.mmu.page_fault import Access, PageFault
 from kvmsim.mmu.page_table import PageTable
 from kvmsim.mmu.pte import level_pages, pte_pfn, side_of
 from kvmsim.side import Side
-from kvmsim.slots.dirty import Bitmap, DirtyLog, runs
+from kvmsim.slots.dirty import Bitmap, DirtyLog, pages_in
 from kvmsim.slots.memslots import AddressSpace, Memslot
 from kvmsim.slots.rules import Change, check_files, check_reach, check_region, gfn_range
 from kvmsim.uapi import (
@@ -207,7 +208,7 @@ class VM:
         self._protect(slot, log.clear(first_page, num_pages, bitmap))
 
     def _protect(self, slot: Memslot, bits: Bitmap) -> None:
-        for start, end in runs(bits):
+        for start, end in runs(pages_in(bits)):
             self.mmu.write_protect(GfnRange(Gfn(slot.gfns.start + start), Gfn(slot.gfns.start + end)))
 
     # -- what an mmu_notifier would do ------------------------------------------------------------------------------

@@ -16,16 +16,15 @@ from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
-import trio
 
-from kvmsim.arrays import at_numbers, distinct, firsts
-from kvmsim.backing import StoreGone
+from kvmsim.arrays import at_numbers, distinct, firsts, runs
 from kvmsim.mmu.fault import map_gfns
 from kvmsim.mmu.mmu import Mmu
 from kvmsim.mmu.page_fault import PageFault
 from kvmsim.mmu.pte import PTE_PRIVATE, PTE_R, PTE_W, Ptes
 from kvmsim.side import Side
 from kvmsim.slots.memslots import Memslot
+from memfs.contract.aio.nurseries import open_flat_nursery
 from memfs.contract.frame_numbers import cut_at
 from memfs.contract.page_map import ABSENT
 from memfs.contract.protocol.messages import PfnRun
@@ -73,15 +72,9 @@ async def fault_in_shared(mmu: Mmu, gfns: Gfns, *, write: bool = False) -> npt.N
             if not mmu.invalidations.is_active(part) and mmu.slots.is_current(slot):
                 await map_gfns(mmu, PageFault(part, write, Side.SHARED, slot, mmu.invalidations.sample()))
 
-    failure: OSError | StoreGone | None = None
-    try:
-        async with trio.open_nursery() as nursery:
-            for _ in range(_ASK_AT_ONCE):
-                nursery.start_soon(ask)
-    except* (OSError, StoreGone) as group:
-        failure = next(iter(_leaves(group)))
-    if failure is not None:
-        raise failure
+    async with open_flat_nursery() as nursery:
+        for _ in range(_ASK_AT_ONCE):
+            nursery.start_soon(ask)
     ptes = mmu.table.translate(gfns)
     wanted = PTE_R | (PTE_W if write else 0)
     served: npt.NDArray[np.bool_] = (ptes & (wanted | PTE_PRIVATE)) == wanted
@@ -97,9 +90,8 @@ def _shared_parts(mmu: Mmu, absent: Gfns) -> Iterator[tuple[Memslot, GfnRange]]:
         if slot is None or slot.shared is None or slot.logs_dirty:
             continue
         size = mmu.fault_around.pages
-        windows = here[firsts(here // size)] // size
-        for run in np.split(windows, np.flatnonzero(np.diff(windows) != 1) + 1):
-            asked = GfnRange(Gfn(int(run[0]) * size), Gfn((int(run[-1]) + 1) * size)).intersect(slot.gfns)
+        for first, last in runs(here[firsts(here // size)] // size):
+            asked = GfnRange(Gfn(first * size), Gfn(last * size)).intersect(slot.gfns)
             pages = slot.pages_of(asked) if asked is not None else None
             pages = pages.intersect(PageRange(PageIndex(0), page_ceil(ByteOffset(slot.shared.size)))) if pages else None
             if pages is None:
@@ -110,14 +102,6 @@ def _shared_parts(mmu: Mmu, absent: Gfns) -> Iterator[tuple[Memslot, GfnRange]]:
                     gfns = slot.gfns_of(part)
                     assert gfns is not None
                     yield slot, gfns
-
-
-def _leaves(group: BaseExceptionGroup[OSError | StoreGone]) -> Iterator[OSError | StoreGone]:
-    for error in group.exceptions:
-        if isinstance(error, BaseExceptionGroup):
-            yield from _leaves(error)
-        else:
-            yield error
 
 
 def _served(ptes: Ptes, write: bool) -> npt.NDArray[np.bool_]:
@@ -142,8 +126,9 @@ def _map(mmu: Mmu, slot: Memslot, gfns: Gfns, write: bool) -> npt.NDArray[np.boo
     blocks = gfns >> ORDER_2M
     first = firsts(blocks)
     whole = _whole(slot, blocks[first], active)
-    for gfn_range in _ranges(whole):
-        for pages in cut_at(slot.pages_of(gfn_range), ORDER_1G):
+    for start, end in runs(whole):
+        neighbours = GfnRange(Gfn(start << ORDER_2M), Gfn(end << ORDER_2M))
+        for pages in cut_at(slot.pages_of(neighbours), ORDER_1G):
             pfn = file.pfn_of(pages.start)
             part = slot.gfns_of(pages)
             assert pfn is not None
@@ -172,10 +157,3 @@ def _whole(slot: Memslot, blocks: Gfns, active: list[GfnRange]) -> Gfns:
     if not blocks.size:
         return blocks
     return blocks[slot.private.page_map.whole_blocks(blocks + (slot.shift >> ORDER_2M))]
-
-
-def _ranges(blocks: Gfns) -> Iterator[GfnRange]:
-    """Neighbouring blocks as ranges of gfns."""
-    for run in np.split(blocks, np.flatnonzero(np.diff(blocks) != 1) + 1):
-        if run.size:
-            yield GfnRange(Gfn(int(run[0]) << ORDER_2M), Gfn((int(run[-1]) + 1) << ORDER_2M))

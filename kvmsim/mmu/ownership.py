@@ -10,13 +10,12 @@ are one array. There is one table for each memfs; VMs on the same one that are s
 
 from __future__ import annotations
 
-import itertools
 from typing import Final, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
-from kvmsim.arrays import firsts
+from kvmsim.arrays import stretches
 from kvmsim.mmu.pte import PFN_MASK, Ptes
 from memfs.contract.units import ORDER_1G, PAGE_SHIFT, Gfn, GfnRange, Pfn
 
@@ -88,7 +87,7 @@ class OwnershipTable:
         wanted = gfns + (vm << _VM_SHIFT)
         extents = pfns >> ORDER_1G
         pieces = []
-        for start, end in itertools.pairwise([*firsts(extents).tolist(), len(pfns)]):
+        for start, end in stretches(extents):
             here = slice(start, end)
             owners, within = self._extent(int(extents[start])), pfns[here] & (_EXTENT - 1)
             current = owners[within]
@@ -130,7 +129,7 @@ class OwnershipTable:
     def release_frames(self, pfns: npt.NDArray[np.int64]) -> None:
         """Frames are nobody's any more."""
         extents = pfns >> ORDER_1G
-        for start, end in itertools.pairwise([*firsts(extents).tolist(), len(pfns)]):
+        for start, end in stretches(extents):
             owners, within = self._extents[int(extents[start])], pfns[start:end] & (_EXTENT - 1)
             self.owned -= int(np.count_nonzero(owners[within]))
             owners[within] = 0

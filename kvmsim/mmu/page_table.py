@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from kvmsim.arrays import firsts
+from kvmsim.arrays import Numbers, firsts
 from kvmsim.mmu.pte import (
     ENTRIES,
     ENTRIES_SHIFT,
@@ -39,7 +39,6 @@ from kvmsim.mmu.pte import (
     side_of,
 )
 from kvmsim.mmu.radix import Radix, entries_of, present
-from kvmsim.mmu.tables import Numbers
 from kvmsim.side import Side
 from memfs.contract.units import PAGE_SHIFT, Gfn, GfnRange, Pfn
 
@@ -105,7 +104,7 @@ class PageTable(Radix):
             entries = self._tables.flat[at]
             if level == PG_LEVEL_2M:  # each block has an entry of its own here
                 absent = np.flatnonzero(entries == 0)
-                entries[absent] = (self._tables.make(len(absent)) << PAGE_SHIFT) | PTE_RWX
+                entries[absent] = (self._tables.allocate(len(absent)) << PAGE_SHIFT) | PTE_RWX
                 self._tables.flat[at[absent]] = entries[absent]
                 np.add.at(self._used, tables[absent], 1)
             for position in np.flatnonzero((entries == 0) | ((entries & PTE_HUGE) != 0)).tolist():
@@ -160,7 +159,7 @@ class PageTable(Radix):
         self._drop_huge(table, PG_LEVEL_2M, entries, (entries & PTE_HUGE) != 0)
         absent = entries == 0
         number = int(np.count_nonzero(absent))
-        entries[absent] = (self._tables.make(number) << PAGE_SHIFT) | PTE_RWX
+        entries[absent] = (self._tables.allocate(number) << PAGE_SHIFT) | PTE_RWX
         self._used[table] += number
         children = (entries & PFN_MASK) >> PAGE_SHIFT
         self.mapped += len(whole) * ENTRIES - int(self._used[children].sum())
@@ -179,7 +178,7 @@ class PageTable(Radix):
             return self._split(table, level, index)
         if entry:
             return pte_pfn(entry)
-        child = self._tables.make_one()
+        child = self._tables.allocate_one()
         self._words[at] = make_pte(child, PTE_RWX)
         self._used[table] += 1
         return child
@@ -187,7 +186,7 @@ class PageTable(Radix):
     def _split(self, table: int, level: int, index: int) -> int:
         """Put a table of smaller leaves, which say the same, in the place of a huge one."""
         entry = int(self._entries[table, index])
-        child = int(self._tables.make(1)[0])
+        child = int(self._tables.allocate(1)[0])
         flags = entry & ~PFN_MASK
         if level == PG_LEVEL_2M:
             flags &= ~PTE_HUGE
@@ -237,7 +236,7 @@ class PageTable(Radix):
             return False
         if level - 1 > PG_LEVEL_4K:
             self.huge[level - 1] -= ENTRIES
-        self._tables.give_back(np.array([child], np.int64))
+        self._tables.free(np.array([child], np.int64))
         self._entries[table, index] = first | marks | PTE_HUGE
         self.huge[level] += 1
         return True
@@ -296,7 +295,7 @@ class PageTable(Radix):
     def _free_child(self, table: int, index: int) -> None:
         """Free the table under an entry, which has become empty."""
         at = table << ENTRIES_SHIFT | index
-        self._tables.give_back_one(pte_pfn(self._words[at]))
+        self._tables.free_one(pte_pfn(self._words[at]))
         self._words[at] = 0
         self._used[table] -= 1
 
@@ -333,7 +332,7 @@ class PageTable(Radix):
         else:
             for child in children.tolist():
                 self._drop(child, level - 1, 0, ENTRIES)
-        self._tables.give_back(children)
+        self._tables.free(children)
         entries[present] = 0
         self._used[table] -= len(children)
 
@@ -352,7 +351,7 @@ class PageTable(Radix):
                 self.mapped -= int(self._used[child])
             else:
                 self._drop(child, level - 1, 0, ENTRIES)
-            self._tables.give_back(np.array([child], np.int64))
+            self._tables.free(np.array([child], np.int64))
         self._words[at] = 0
         self._used[table] -= 1
 
@@ -370,7 +369,7 @@ class PageTable(Radix):
         children = (self._entries[table, indexes] & PFN_MASK) >> PAGE_SHIFT
         empty = self._used[children] == 0
         if empty.any():
-            self._tables.give_back(children[empty])
+            self._tables.free(children[empty])
             self._entries[table, indexes[empty]] = 0
             self._used[table] -= int(np.count_nonzero(empty))
 

@@ -84,7 +84,7 @@ class Radix:
         self._entries: Final = self._tables.entries
         self._words: Final = self._tables.words
         self._used: Final = self._tables.used
-        self._root: Final = int(self._tables.make(1)[0])
+        self._root: Final = int(self._tables.allocate(1)[0])
 
     @property
     def everything(self) -> GfnRange:
@@ -248,7 +248,7 @@ class Radix:
     def check(self) -> None:
         """Raise AssertionError on the first broken invariant."""
         assert not self._entries[NULL_TABLE].any(), "the null table is not null"
-        free = np.array(self._tables.free, np.int64)
+        free = np.array(self._tables.freed, np.int64)
         assert not self._entries[free].any(), "a free table is not empty"
         tables, reached, mapped = np.array([self._root]), 0, 0
         for level in range(self.levels, 0, -1):

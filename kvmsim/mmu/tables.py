@@ -19,14 +19,13 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from kvmsim.arrays import Numbers, runs
 from kvmsim.mmu.pte import ENTRIES, Ptes
 from memfs.contract.units import PAGE_SIZE
 
 MAX_TABLES: Final = 1 << 23  #: enough for the 2**31 - 1 pages of the largest memslot, twice
 NULL_TABLE: Final = 0
-_GIVE_BACK_FROM: Final = 8  # tables; fewer are cheaper to clear than to have faulted in again
-
-Numbers = npt.NDArray[np.int64]  #: of tables
+_MADVISE_FROM: Final = 8  # tables; fewer are cheaper to clear than to have faulted in again
 
 
 class Tables:
@@ -57,11 +56,11 @@ class Tables:
         return len(self) * (PAGE_SIZE + self.used.itemsize)
 
     @property
-    def free(self) -> Sequence[int]:
-        """The numbers that were used and are not."""
+    def freed(self) -> Sequence[int]:
+        """The numbers of tables that were in use and are not."""
         return tuple(self._free)
 
-    def make(self, count: int) -> Numbers:
+    def allocate(self, count: int) -> Numbers:
         """New empty tables; neighbours if possible. Raises MemoryError, changing nothing."""
         reused = self._free[len(self._free) - min(count, len(self._free)) :]
         fresh = count - len(reused)
@@ -74,21 +73,21 @@ class Tables:
         self._next += fresh
         return numbers
 
-    def make_one(self) -> int:
+    def allocate_one(self) -> int:
         """A new empty table. Raises MemoryError, changing nothing."""
-        return self._free.pop() if self._free else int(self.make(1)[0])
+        return self._free.pop() if self._free else int(self.allocate(1)[0])
 
-    def give_back_one(self, number: int) -> None:
+    def free_one(self, number: int) -> None:
         """Free a table that is empty."""
         self._free.append(number)
 
-    def give_back(self, numbers: Numbers) -> None:
+    def free(self, numbers: Numbers) -> None:
         """Free tables, whatever is in them."""
         ordered = np.sort(numbers)
-        for run in np.split(ordered, np.flatnonzero(np.diff(ordered) != 1) + 1):
-            if len(run) >= _GIVE_BACK_FROM:
-                self._memory.madvise(mmap.MADV_DONTNEED, int(run[0]) * PAGE_SIZE, len(run) * PAGE_SIZE)
+        for start, end in runs(ordered):
+            if end - start >= _MADVISE_FROM:
+                self._memory.madvise(mmap.MADV_DONTNEED, start * PAGE_SIZE, (end - start) * PAGE_SIZE)
             else:
-                self.entries[run] = 0
+                self.entries[start:end] = 0
         self.used[numbers] = 0
         self._free.extend(ordered[::-1].tolist())

@@ -10,11 +10,12 @@ One bit a page, least significant first, in whole 64-bit words, as the ioctl has
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
+
+from kvmsim.arrays import Numbers
 
 _WORD: Final = 64  # bits; the granularity in which ranges are cleared
 
@@ -61,7 +62,6 @@ class DirtyLog:
         return cleaned
 
 
-def runs(bits: Bitmap) -> Iterator[tuple[int, int]]:
-    """The neighbouring pages whose bits are set, as half-open ranges of page numbers."""
-    edges = np.flatnonzero(np.diff(np.unpackbits(bits, bitorder="little"), prepend=0, append=0))
-    return zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
+def pages_in(bits: Bitmap) -> Numbers:
+    """Return the numbers of the pages whose bits are set, in order."""
+    return np.flatnonzero(np.unpackbits(bits, bitorder="little"))

@@ -18,16 +18,18 @@ what is discarded (before it goes), and of all that is populated already when th
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
+import numpy as np
 import trio
 
+from kvmsim.arrays import runs
 from kvmsim.side import Side
 from memfs.contract.sparse import data_pages
 from memfs.contract.sys.libc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
-from memfs.contract.units import PAGE_SIZE, PageIndex, PageRange
+from memfs.contract.units import PAGE_SIZE, PageIndex, PageRange, bytes_to_pages
 
 GRANULES: Final = (PAGE_SIZE, 16 * PAGE_SIZE, 512 * PAGE_SIZE)  #: bytes
 _PUNCH: Final = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
@@ -66,7 +68,7 @@ class Converter:
         self._private: Final = private
         self._pages: Final = pages
         self._is_private: Final = is_private
-        self._granule: Final = PageRange.covering(pages.offset, granule).nbytes // PAGE_SIZE
+        self._granule: Final = bytes_to_pages(granule)  # pages
         self._waiting: list[_Request] = []
         self._working = False
         self._listeners: list[RamDiscardListener] = []
@@ -157,14 +159,7 @@ def _indexes(pages: PageRange) -> Iterable[PageIndex]:
     return map(PageIndex, range(pages.start, pages.end))
 
 
-def _runs(indexes: Iterable[int]) -> Iterable[PageRange]:
-    """The maximal runs of ascending page indexes."""
-    start = end = -1
-    for index in indexes:
-        if index != end:
-            if start >= 0:
-                yield PageRange(PageIndex(start), PageIndex(end))
-            start = index
-        end = index + 1
-    if start >= 0:
+def _runs(indexes: Iterable[int]) -> Iterator[PageRange]:
+    """Generate the runs of ascending page indexes."""
+    for start, end in runs(np.fromiter(indexes, np.int64)):
         yield PageRange(PageIndex(start), PageIndex(end))

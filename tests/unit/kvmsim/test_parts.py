@@ -8,12 +8,13 @@ import random
 import numpy as np
 import pytest
 
+from kvmsim.arrays import runs
 from kvmsim.mmu.invalidate import InvalidationState
 from kvmsim.mmu.ownership import OwnershipTable, OwnershipViolation
 from kvmsim.mmu.pte import PTE_PRIVATE, PTE_RWX, make_pte
 from kvmsim.mmu.tlb import Tlb, TlbEntry
 from kvmsim.side import Side
-from kvmsim.slots.dirty import DirtyLog, runs
+from kvmsim.slots.dirty import DirtyLog, pages_in
 from kvmsim.slots.intervals import IntervalIndex
 from kvmsim.vm_type import VmType
 from memfs.contract.units import Gfn, GfnRange, Gpa, Pfn
@@ -107,14 +108,14 @@ def test_dirty_log_cleans_what_it_is_told_to() -> None:
         log.mark(page)
     assert len(log.bitmap()) == 16
     cleaned = log.clear(64, 36, np.array([1, 0, 0, 0, 0], np.uint8))
-    assert list(runs(cleaned)) == [(64, 65)]
-    assert list(runs(log.bitmap())) == [(0, 1), (63, 64), (99, 100)]
+    assert list(runs(pages_in(cleaned))) == [(64, 65)]
+    assert list(runs(pages_in(log.bitmap()))) == [(0, 1), (63, 64), (99, 100)]
     for first, count in ((1, 64), (0, 36), (0, 101), (128, 1), (64, 0), (-64, 64)):
         with raises(errno.EINVAL, match="whole words"):
             log.clear(first, count, np.full(16, 255, np.uint8))
     with pytest.raises(OSError, match="shorter"):
         log.clear(0, 64, np.zeros(7, np.uint8))
-    assert list(runs(log.take())) == [(0, 1), (63, 64), (99, 100)]
+    assert list(runs(pages_in(log.take()))) == [(0, 1), (63, 64), (99, 100)]
     assert not log.bitmap().any()
 
 
