@@ -50,7 +50,7 @@ def say(text: str) -> None:
 
 @contextlib.contextmanager
 def mounted(directory: Path) -> Iterator[Path]:
-    """A memfs; unmounted in the end."""
+    """Mount a memfs for the block."""
     mountpoint = directory / "guest-memory"
     mountpoint.mkdir()
     command = [*MEMFS, "mount", str(mountpoint), "-o", "size=64m", "--socket", str(directory / "memfs.sock")]
@@ -69,7 +69,7 @@ def mounted(directory: Path) -> Iterator[Path]:
 
 
 def demonstrate(mount: Path) -> None:
-    """The demo itself, on a mounted memfs."""
+    """Show it all on a mounted memfs."""
     say("One file for memory that the host may touch, one that only the guest may: the guest seal.")
     run(["touch", "shared"], mount)
     run([*MEMFS, "create", "--seals", "guest", "--size", "4M", "private"], mount)

@@ -42,7 +42,7 @@ class MemoryErrorExit:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """The direction of the conversion, for reports."""
         return "MAP_PRIVATE" if self.type == KVM_EXIT_MEM_MAP_PRIVATE else "MAP_SHARED"
 
     @property

@@ -13,14 +13,14 @@ _MAX_ROWS = 16
 
 
 def state_of(vm: VM, slot: Memslot, gfn: Gfn) -> str:
-    """PRIVATE if allocated in the private file, else SHARED if mapped, else ABSENT."""
+    """Return PRIVATE if allocated in the private file, else SHARED if mapped, else ABSENT."""
     if slot.side(gfn) is Side.PRIVATE:
         return PRIVATE
     return SHARED if vm.mmu.table.lookup(gfn) else ABSENT
 
 
 def draw(vm: VM, gfns: GfnRange) -> str:
-    """Guest memory as rows of characters, one a page or one a group of pages if there are many."""
+    """Return guest memory as rows of characters, one a page or one a group of pages if there are many."""
     group = -(-len(gfns) // (_COLUMNS * _MAX_ROWS))
     cells = []
     for start in range(gfns.start, gfns.end, group):

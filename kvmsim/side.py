@@ -24,4 +24,5 @@ class Side(enum.Flag):
         return Side.PRIVATE if private else Side.SHARED
 
     def __str__(self) -> str:
+        """Return its name in lower case, as reports have it."""
         return str(self.name).lower()

@@ -39,7 +39,7 @@ KVM_EXIT_MEM_MAP_PRIVATE: Final = 2
 
 @dataclass(frozen=True, slots=True)
 class UserspaceMemoryRegion:
-    """What KVM_SET_USER_MEMORY_REGION is given. Sizes and addresses in bytes.
+    """The argument of KVM_SET_USER_MEMORY_REGION. Sizes and addresses in bytes.
 
     Without KVM_MEM_FD, `userspace_addr` is a hva. With it, it is the offset into both files, `fd` the file of shared
     memory and `private_fd` that of private memory, -1 for none.
@@ -56,7 +56,7 @@ class UserspaceMemoryRegion:
 
 @dataclass(slots=True)
 class PreFaultMemory:
-    """What KVM_PRE_FAULT_MEMORY is given (struct kvm_pre_fault_memory), in bytes; it then says what is left."""
+    """The argument of KVM_PRE_FAULT_MEMORY (struct kvm_pre_fault_memory), in bytes; it then says what is left."""
 
     gpa: Gpa
     size: int

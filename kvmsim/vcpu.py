@@ -19,7 +19,7 @@ from memfs.contract.units import GfnRange, Gpa, gpa_to_gfn, is_page_aligned, pag
 
 
 class VirtualMachine(Protocol):
-    """What a vCPU and its engine need of the VM (vm.py)."""
+    """The part of a VM that a vCPU and its engine need (vm.py)."""
 
     @property
     def type(self) -> VmType:
@@ -43,10 +43,10 @@ class VirtualMachine(Protocol):
 
 
 class Engine(Protocol):
-    """What a vCPU executes."""
+    """The code that a vCPU executes."""
 
     async def run(self, vcpu: VCPU) -> Exit:
-        """Go on where it stopped, until something has to be done outside; it is then called again."""
+        """Continue where it stopped, until something has to be done outside; it is then called again."""
 
 
 class VCPU:
@@ -60,7 +60,7 @@ class VCPU:
         self.exits: Counter[str] = Counter()  #: by name
 
     async def run(self) -> Exit:
-        """KVM_RUN: run until an exit. Raises OSError(EFAULT, ENOSPC), StoreGone if memfs is gone."""
+        """Run until an exit (KVM_RUN). Raises OSError(EFAULT, ENOSPC), StoreGone if memfs is gone."""
         self.vm.check_alive()
         await self.vm.launch()
         exit_ = await self._engine.run(self)
@@ -68,7 +68,7 @@ class VCPU:
         return exit_
 
     async def pre_fault_memory(self, memory: PreFaultMemory) -> None:
-        """KVM_PRE_FAULT_MEMORY: map a range as if the vCPU had read each of its pages (Linux 6.11).
+        """Map a range as if the vCPU had read each of its pages (KVM_PRE_FAULT_MEMORY, Linux 6.11).
 
         `memory` is brought up to date as it goes on, so that after an error or a cancellation it says what is left; as
         in KVM, an error is raised only if there was nothing before it. Raises OSError: EINVAL for flags, a range that

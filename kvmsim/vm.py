@@ -8,8 +8,8 @@ What a notification does is done before it is acknowledged, in `_notified`, with
     InvalidateBegin  raise in_progress, drop the mappings of that side
     InvalidateEnd    bump seq, lower in_progress
     Fallocate        of private memory: drop the shared mappings, bump seq. Dropping is mandatory. Mapping the private
-                     pages at once (RFC v2) is the policy `map_on_fallocate`. Where frames have to be asked for, that is
-                     left to a task, which runs under the rules for faults. Mainline never does it.
+                     pages immediately (RFC v2) is the policy `map_on_fallocate`. Where frames must be asked for, that
+                     is left to a task, which runs under the rules for faults. Mainline never does it.
 
 Lifetimes: a slot holds a registration of each of its files; the files live as long as some slot has them; the VM ends
 with the connection, and then nothing is mapped any more.
@@ -63,7 +63,7 @@ Listener = Callable[[Notification, Memslot, GfnRange, Side], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VmConfig:
-    """What a VM is created with. Raises ValueError, when it is, for `levels` or `fault_around` that cannot be."""
+    """The options of a VM. Creating it raises ValueError for `levels` or `fault_around` that cannot be."""
 
     name: str = "vm"  #: by which memfs knows it
     vm_type: VmType = VmType.SNP
@@ -99,7 +99,7 @@ class VM:
     # -- memslots ---------------------------------------------------------------------------------------------------
 
     async def set_user_memory_region(self, region: UserspaceMemoryRegion) -> None:
-        """KVM_SET_USER_MEMORY_REGION: create, move or delete a slot, or change its flags. All or nothing.
+        """Create, move or delete a slot, or change its flags (KVM_SET_USER_MEMORY_REGION). All or nothing.
 
         Raises OSError with KVM's errnos; EPERM if a file has another owner.
         """
@@ -145,7 +145,7 @@ class VM:
     def _replace(
         self, region: UserspaceMemoryRegion, old: Memslot | None, shared: StoreFile | None, private: StoreFile | None
     ) -> list[StoreFile]:
-        """Put a slot in, in the place of its former self. Returns the registrations that nobody needs then."""
+        """Insert a slot in the place of its former self. Returns the files to be unregistered then."""
         gfns = gfn_range(region)
         log: DirtyLog | None = None
         if region.flags & KVM_MEM_LOG_DIRTY_PAGES:
@@ -159,7 +159,7 @@ class VM:
         return held
 
     def _take_out(self, slot: Memslot, *, unmap: bool = True) -> list[StoreFile]:
-        """Remove a slot. Returns what it had registered, which is still to be let go of."""
+        """Remove a slot. Returns its files, which are still to be unregistered."""
         held = list(slot.files)
         if slot.is_classic:
             behind = [window.space for window in self.mmu.slots.windows_of(slot)]
@@ -187,7 +187,7 @@ class VM:
         return slot, slot.dirty
 
     def get_dirty_log(self, slot_id: int) -> Bitmap:
-        """KVM_GET_DIRTY_LOG: which pages were written, dtype uint8, a bit a page, least significant first.
+        """Return which pages were written (KVM_GET_DIRTY_LOG): dtype uint8, a bit a page, least significant first.
 
         Unless `manual_dirty_log_protect`, they count as clean from now on. Raises OSError: EINVAL for an id that no
         slot can have, ENOENT without such a slot or log.
@@ -200,7 +200,7 @@ class VM:
         return taken
 
     def clear_dirty_log(self, slot_id: int, first_page: int, num_pages: int, bitmap: Bitmap) -> None:
-        """KVM_CLEAR_DIRTY_LOG: pages whose bits are set count as clean from now on.
+        """Count pages whose bits are set as clean from now on (KVM_CLEAR_DIRTY_LOG).
 
         `bitmap` begins with `first_page`. Raises OSError as `get_dirty_log` and `DirtyLog.clear` do.
         """
@@ -214,10 +214,10 @@ class VM:
     # -- what an mmu_notifier would do ------------------------------------------------------------------------------
 
     def invalidate_hva(self, addresses: PageRange) -> None:
-        """Classic memory at these pages of our address space is going away or changing (mmu_notifier).
+        """Unmap classic memory at pages of our address space that are going away or changing (mmu_notifier).
 
-        To be called before it does; no vCPU may run from here to the change. Which files are mapped there is asked anew
-        when the guest comes back.
+        To be called before they do; no vCPU may run from here to the change. Which files are mapped there is looked up
+        again when the guest comes back.
         """
         for window, gfns in self.mmu.slots.touching(AddressSpace.HVA, addresses):
             self.mmu.unmap(gfns)
@@ -229,20 +229,20 @@ class VM:
         self.mmu.invalidations.conversion()
 
     def age(self, gfns: GfnRange) -> bool:
-        """kvm_age_gfn: whether a range was accessed since it was last asked."""
+        """Return whether a range was accessed since this was last asked (kvm_age_gfn)."""
         young = self.mmu.table.age(gfns)
         if young:
             self.mmu.flush_tlbs(gfns)  # what a TLB holds would be used without marking it as accessed
         return young
 
     def test_age(self, gfns: GfnRange) -> bool:
-        """kvm_test_age_gfn: the same, and it stays so."""
+        """Return the same without resetting it (kvm_test_age_gfn)."""
         return self.mmu.table.test_age(gfns)
 
     # -- running ----------------------------------------------------------------------------------------------------
 
     def create_vcpu(self, vcpu_id: int, engine: Engine) -> VCPU:
-        """KVM_CREATE_VCPU. Raises OSError: EEXIST for an id in use, EINVAL from KVM_MAX_VCPU_ID on."""
+        """Create a vCPU (KVM_CREATE_VCPU). Raises OSError: EEXIST for an id in use, EINVAL from KVM_MAX_VCPU_ID on."""
         if not 0 <= vcpu_id < KVM_MAX_VCPU_ID:
             raise OSError(errno.EINVAL, f"vCPU ids are below {KVM_MAX_VCPU_ID}")
         if vcpu_id in self.vcpus:
@@ -252,7 +252,7 @@ class VM:
         return vcpu
 
     def decode(self, gpa: Gpa, *, write: bool, encrypted: bool = False) -> Access:
-        """What an access of the guest means, by the VM's type. Raises OSError(EFAULT) as `VmType.decode` does."""
+        """Return what an access of the guest means, by the VM's type. Raises OSError as `VmType.decode` does."""
         address, side = self.type.decode(gpa, encrypted=encrypted)
         return Access(gpa_to_gfn(address), write, side)
 
@@ -278,9 +278,9 @@ class VM:
         return served
 
     async def launch(self) -> None:
-        """The guest begins to run: what its private files were populated with is measured, and final.
+        """Measure what private files were populated with, which is final from now on.
 
-        Done when a vCPU runs (KVM_TDX_FINALIZE_VM, KVM_SEV_SNP_LAUNCH_FINISH); for slots that come later, then.
+        Called when a vCPU runs (KVM_TDX_FINALIZE_VM, KVM_SEV_SNP_LAUNCH_FINISH); for slots that come later, then.
         `StoreFile.measurement` has the measurements.
         """
         while self._to_launch:
@@ -320,13 +320,13 @@ class VM:
             elif isinstance(message, Fallocate) and window.side is Side.PRIVATE:
                 self.mmu.unmap(gfns, Side.SHARED)
                 self.mmu.invalidations.conversion()
-                if self.config.map_on_fallocate and not self._map_at_once(window.slot, gfns):
+                if self.config.map_on_fallocate and not self._map_now(window.slot, gfns):
                     self._nursery.start_soon(self._map_private, window.slot, gfns)
             for listener in self.listeners:
                 listener(message, window.slot, gfns, window.side)
 
-    def _map_at_once(self, slot: Memslot, gfns: GfnRange) -> bool:
-        """Map what was allocated, if it is known where that is. Whether it has been dealt with."""
+    def _map_now(self, slot: Memslot, gfns: GfnRange) -> bool:
+        """Map what was allocated, if its frames are known. Returns whether nothing is left to be done."""
         try:
             return map_known(self.mmu, self._fault_of(slot, gfns))
         except OwnershipViolation:
@@ -337,7 +337,7 @@ class VM:
         return PageFault(gfns, False, Side.PRIVATE, slot, self.mmu.invalidations.sample())
 
     async def _map_private(self, slot: Memslot, gfns: GfnRange) -> None:
-        """The same by asking. A mere optimisation: whatever comes in between, a fault will do it later."""
+        """Map what was allocated, asking for its frames. An optimisation: what comes in between is left to faults."""
         rest: GfnRange | None = gfns
         try:
             while rest is not None:

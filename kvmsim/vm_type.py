@@ -26,6 +26,7 @@ class VmType(enum.Enum):
 
     @property
     def has_private_memory(self) -> bool:
+        """Whether its guest can mean private memory at all."""
         return self is not VmType.DEFAULT
 
     @property

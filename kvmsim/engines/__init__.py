@@ -1,1 +1,1 @@
-"""What a vCPU can execute."""
+"""Engines: the code that a vCPU can execute."""

@@ -1,14 +1,15 @@
 """A block of a trace, prepared to be run as a whole: what of it matters once it is known that nothing in it misses.
 
-Between two turns of the event loop nothing but the guest's own accesses happens to its memory. So of all accesses of a
-block to one byte only these are of consequence: that it is loaded at all, since then it must be what was stored there
-last; and the last store, since that is what remains. Which bytes these are is the trace's alone, and is found out once
-(`Plan.make`); where they lie in host memory depends on translations, and is found out again when the TLB has changed
-(`Plan.place`); what is stored depends on how many stores came before. A pass over a block that has been placed is a
-few array operations over the bytes that it uses.
+Between two checkpoints of the event loop nothing but the guest's own accesses happens to its memory. So of all accesses
+of a block to one byte only these are of consequence: that it is loaded at all, since then it must be what was stored
+there last; and the last store, since that is what remains. Which bytes these are is the trace's alone, and is computed
+once (`Plan.make`); where they lie in host memory depends on translations, and is computed again when the TLB has
+changed (`Plan.place`); what is stored depends on how many stores came before. A pass over a block that has been placed
+is a few array operations over the bytes that it uses.
 
 What is compared is compared twice, before the stores and after. If either differs, or something misses, then the
-block's effects are undone and `run` says False: who runs the block one access at a time finds out which access it was.
+block's effects are undone and `run` returns False; an engine that then makes its accesses one at a time sees which it
+was.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ Bytes = npt.NDArray[np.uint8]
 
 
 def stored_value(number: int, size: int) -> bytes:
-    """What the store with a number writes: 8 bytes that no other store writes, repeated or cut to its size."""
+    """Return what the store with a number writes: 8 bytes that no other store writes, repeated or cut to its size."""
     eight = (number * MIXER & MASK).to_bytes(8, "little")
     return eight[:size] if size <= 8 else (eight * (size // 8 + 1))[:size]
 
@@ -55,7 +56,7 @@ class _Stored:
 
 @dataclass(frozen=True, slots=True)
 class _Placed:
-    """What of a plan lies in one piece of host memory, on one side."""
+    """The part of a plan that lies in one mapping of host memory, on one side."""
 
     memory: Bytes
     shadow: Bytes
@@ -82,7 +83,7 @@ class Plan:
 
     @classmethod
     def make(cls, gpas: Indexes, sizes: Indexes, writes: npt.NDArray[np.bool_]) -> Plan:
-        """From gpas, sizes in bytes, and whether each is a store: shape (n,) each, n > 0; none crosses a page."""
+        """Prepare accesses: gpas, sizes in bytes, and which are stores; shape (n,), n > 0; none crosses a page."""
         gfns = gpas >> PAGE_SHIFT
         low = int(gfns.min())
         kind = np.zeros(int(gfns.max()) - low + 1, np.uint8)  # 1: used, 3: and stored to
@@ -119,15 +120,15 @@ class Plan:
 
     @property
     def nbytes(self) -> int:
-        """About how much memory it takes, placed."""
+        """About how many bytes of memory it takes, placed."""
         return 200 + 150 * len(self.pages) + 24 * len(self._loaded) + 48 * len(self._stored.gpas)
 
     def is_placed(self, version: int) -> bool:
-        """Whether it was placed at that version of the TLB."""
+        """Return whether it was placed at that version of the TLB."""
         return self._placed_at == version
 
     def place(self, version: int, translations: Sequence[TlbEntry], shadows: dict[Side, Bytes]) -> None:
-        """Find out where its bytes are, given the translations of its `pages`."""
+        """Compute where its bytes are, given the translations of its `pages`."""
         keys = [(id(each.memory), each.side) for each in translations]
         groups = {key: number for number, key in enumerate(dict.fromkeys(keys))}
         first = self.pages[0][0]
@@ -155,7 +156,7 @@ class Plan:
         self._placed_at = version
 
     def run(self, before: int) -> bool:
-        """Make all its accesses, after `before` stores; False, and nothing is changed, if a load would be wrong."""
+        """Make all its accesses, after `before` stores. Returns False, changing nothing, if a load would be wrong."""
         if not all(placed.is_as_expected() for placed in self._placed):
             return False
         undo = [_store(placed, before) for placed in self._placed if len(placed.stored_at)]
@@ -166,12 +167,12 @@ class Plan:
         return True
 
     def forget(self) -> None:
-        """Let go of host memory."""
+        """Drop its references to host memory."""
         self._placed, self._placed_at = [], -1
 
 
 def _store(placed: _Placed, before: int) -> Callable[[], None]:
-    """Write what is stored, to memory and shadow; how to undo it."""
+    """Write what is stored, to memory and shadow. Returns what undoes it."""
     gpas, values = placed.stored.gpas, placed.stored.values(before)
     memory, shadow = placed.memory[placed.stored_at], placed.shadow[gpas]
     placed.memory[placed.stored_at] = values
@@ -185,14 +186,14 @@ def _store(placed: _Placed, before: int) -> Callable[[], None]:
 
 
 def _expand(places: Indexes, sizes: Indexes) -> tuple[Indexes, Indexes, Indexes]:
-    """The bytes of accesses, in order: whose each is (a position), where it is, and its number within the access."""
+    """Return the bytes of accesses, in order: the access that each belongs to, its place, and its number there."""
     owner = np.repeat(np.arange(len(places)), sizes)
     within = np.arange(len(owner)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     return owner, places[owner] + within, within
 
 
 def _last_of_each(places: Indexes, latest: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
-    """Which elements are the last of their value; `latest` has a 0 for each value, and not afterwards."""
+    """Return which elements are the last of their value; `latest` has a 0 for each value, and not afterwards."""
     numbers = np.arange(1, len(places) + 1, dtype=np.int32)
     np.maximum.at(latest, places, numbers)  # where an index is repeated, an assignment need not leave the last value
     last: npt.NDArray[np.bool_] = latest[places] == numbers

@@ -56,7 +56,7 @@ Program = Generator[Operation, Any, None]
 
 
 def convert(gpa: Gpa, pages: int, to: Side) -> Hypercall:
-    """The hypercall that asks for a conversion (KVM_HC_MAP_GPA_RANGE)."""
+    """Return the hypercall that asks for a conversion (KVM_HC_MAP_GPA_RANGE)."""
     return Hypercall(KVM_HC_MAP_GPA_RANGE, (gpa, pages, KVM_MAP_GPA_RANGE_ENCRYPTED if to is Side.PRIVATE else 0))
 
 
@@ -94,7 +94,7 @@ class ProgramEngine:
             await trio.lowlevel.checkpoint()
 
     async def _step(self, vcpu: VCPU, operation: Operation) -> Exit | None:
-        """Do the next page of an operation; None: go on."""
+        """Do the next page of an operation. Returns the exit that it needs, if any."""
         if isinstance(operation, Hypercall):
             return HypercallExit(operation.nr, operation.args)
         gpa = Gpa(operation.gpa + len(self._done))
@@ -104,7 +104,7 @@ class ProgramEngine:
         entry = translate(vcpu.vm.mmu, vcpu.tlb, access)
         if entry is None:
             exit_ = await vcpu.vm.fault(access)
-            if isinstance(exit_, MmioExit):  # a device is told of the bytes, not of the page
+            if isinstance(exit_, MmioExit):  # a device gets the bytes, not the page
                 data = operation.data[len(self._done) : len(self._done) + size] if isinstance(operation, Store) else b""
                 return MmioExit(Gpa(gfn_to_gpa(access.gfn) + offset_in_page(gpa)), size, write, data)
             return exit_
@@ -115,7 +115,7 @@ class ProgramEngine:
         return None
 
     def _after_mmio(self, exit_: MmioExit) -> bytes | None:
-        """The device has answered: that part of the access is done. The value, if all of it is."""
+        """Complete the part of an access that a device has answered. Returns the value, if that is all of it."""
         assert self._operation is not None
         assert not isinstance(self._operation, Hypercall)
         self._done += exit_.data[: exit_.size].ljust(exit_.size, b"\xff")  # as a bus on which nobody answers

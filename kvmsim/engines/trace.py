@@ -5,8 +5,8 @@ should be there is kept in a shadow of guest memory, one for shared and one for 
 page have content of their own. A page that the store takes away is empty when it comes back, so the shadow of that side
 is emptied with the notification; any other difference is a byte lost, or one leaked from somewhere else.
 
-Translations are kept in the vCPU's TLB, from which the MMU flushes what it takes away. Between blocks of accesses the
-event loop gets a turn, so that notifications are acted upon: a guest does not stop for them.
+Translations are kept in the vCPU's TLB, from which the MMU flushes what it unmaps. Between blocks of accesses there is
+a checkpoint, so that notifications are acted upon: a guest does not stop for them.
 
 A block in which every access hits the TLB is run as a whole (plan.py). Where one misses, or a byte is wrong, accesses
 are made one at a time until that is behind; what comes of it is the same either way, and a test compares it.
@@ -48,7 +48,7 @@ from memfs.contract.units import (
     offset_in_page,
 )
 
-BLOCK: Final = 4096  #: accesses between two turns of the event loop: 4 ms one at a time, and 0.1 ms as a whole
+BLOCK: Final = 4096  #: accesses between two checkpoints: 4 ms one at a time, and 0.1 ms as a whole
 _WORTH_IT: Final = 192  # accesses; to prepare so many as a whole takes as long as to make them one at a time
 _PLANS: Final = 512 << 20  # bytes that may be spent on keeping plans for the next pass
 
@@ -60,8 +60,8 @@ class IntegrityError(Exception):
 class TraceEngine:
     """Repeats a trace on a VM. `private` are the gfns that the guest means as private; all others it means as shared.
 
-    `repeat_for`: start again from the beginning until so many seconds have passed. `block`: accesses between two turns
-    of the event loop.
+    `repeat_for`: start again from the beginning until so many seconds have passed. `block`: accesses between two
+    checkpoints.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class TraceEngine:
             vm.check_alive()
 
     def _run_to(self, end: int, tlb: Tlb) -> Access | None:
-        """Make accesses until position `end`, or until one faults: then that. Does not await."""
+        """Make accesses until position `end`. Returns the one that faults, if one does. Does not await."""
         while self._position < end:
             ahead = self._hits_ahead(end, tlb)
             if ahead >= min(self._worth_it, end - self._position) and self._run_whole(self._position + ahead, tlb):
@@ -133,7 +133,7 @@ class TraceEngine:
         return None
 
     def _hits_ahead(self, end: int, tlb: Tlb) -> int:
-        """How many accesses from here on, of a block that ends at `end`, hit the TLB."""
+        """Return how many accesses from here on, of a block that ends at `end`, hit the TLB."""
         start = self._position
         plan = self._plan(end)
         if plan.is_placed(tlb.version):
@@ -147,7 +147,7 @@ class TraceEngine:
         return int(found.argmax()) if found.any() else end - start
 
     def _run_whole(self, end: int, tlb: Tlb) -> bool:
-        """Make accesses until position `end` as a whole, all of which hit; False: a byte is wrong."""
+        """Make accesses until position `end` as a whole, all of which hit. Returns False if a byte is wrong."""
         start = self._position
         is_block = start % self._block == 0 and (end - start == self._block or end == len(self._gpas))
         plan = self._plan(end) if is_block else self._make_plan(start, end)
@@ -162,7 +162,7 @@ class TraceEngine:
         return True
 
     def _plan(self, end: int) -> Plan:
-        """Of the block that ends at `end`."""
+        """Return the plan of the block that ends at `end`."""
         start = (end - 1) // self._block * self._block
         plan = self._plans.get(start)
         if plan is None:
@@ -176,7 +176,7 @@ class TraceEngine:
         return Plan.make(self._gpas[start:end], self._sizes[start:end], self._writes[start:end])
 
     def _run_singly(self, end: int, tlb: Tlb) -> Access | None:
-        """The same as `_run_to`, one access at a time. Raises IntegrityError."""
+        """Do what `_run_to` does, one access at a time. Raises IntegrityError."""
         start, misses = self._position, tlb.misses
         columns = (column[start:end].tolist() for column in (self._gpas, self._sizes, self._writes))
         position, sides, shadows, lookup = start, self._sides, self._shadows, tlb.lookup
@@ -212,7 +212,7 @@ class TraceEngine:
     # -- what should be there ---------------------------------------------------------------------------------------
 
     def _adopt(self, slot: Memslot) -> None:
-        """Content that was there before us is what should be there."""
+        """Take content that a slot has already for what should be there."""
         for side in Side:
             file, pages = slot.file(side), slot.pages
             if file is None:

@@ -79,7 +79,7 @@ class Trace:
 
 
 def _check_sizes(archive: zipfile.ZipFile) -> None:
-    """A few kilobytes of zeros can be unpacked to more than there is memory for."""
+    """Reject what would take too much memory: a few kilobytes of zeros can be unpacked to more than there is."""
     if sum(member.file_size for member in archive.infolist()) > _MAX_UNPACKED:
         raise TraceError(f"it would take more than {_MAX_UNPACKED >> 20} MiB")
 

@@ -2,8 +2,8 @@
 
 An engine that knows what it will touch, or a VMM that prefaults, has thousands of gfns to map, of which nothing needs a
 decision: their pages are on the side that is meant, in a slot, and no invalidation concerns them. Private ones that are
-allocated are mapped here under the MMU lock and without a word to the store (the argument is fault.py's); shared ones
-are asked for in ranges, several at a time. Whatever is different is left for a fault of its own.
+allocated are mapped here under the MMU lock and without a message to the store (the argument is fault.py's); shared
+ones are asked for in ranges, several at a time. Whatever is different is left for a fault of its own.
 
 As there, a page is mapped with the largest leaf that all pages of are private. So first the aligned 2 MiB blocks around
 the gfns are looked at; neighbouring ones that are whole are mapped as one range, which finds its 1 GiB leaves itself.
@@ -49,7 +49,7 @@ def fault_in_private(mmu: Mmu, gfns: Gfns, *, write: bool = False) -> npt.NDArra
     ptes = mmu.table.translate_in_order(ordered)
     served = _served(ptes, write)
     absent = np.flatnonzero(ptes == 0)
-    for slot, part in mmu.slots.pieces(ordered[absent]):
+    for slot, part in mmu.slots.split(ordered[absent]):
         if slot is not None and slot.private is not None:
             here = absent[part]
             served[here] = _map(mmu, slot, ordered[here], write)
@@ -82,7 +82,7 @@ async def fault_in_shared(mmu: Mmu, gfns: Gfns, *, write: bool = False) -> npt.N
 
 
 def _shared_parts(mmu: Mmu, absent: Gfns) -> Iterator[tuple[Memslot, GfnRange]]:
-    """What to ask for: the windows around gfns, neighbours together, without private pages and not too long."""
+    """Generate what to ask for: the windows around gfns, neighbours together, without private pages, not too long."""
     while absent.size:
         slot = mmu.slots.find(Gfn(int(absent[0])))
         end = int(absent[0]) + 1 if slot is None else slot.gfns.end
@@ -111,7 +111,7 @@ def _served(ptes: Ptes, write: bool) -> npt.NDArray[np.bool_]:
 
 
 def _map(mmu: Mmu, slot: Memslot, gfns: Gfns, write: bool) -> npt.NDArray[np.bool_]:
-    """Map gfns of one slot, which are in order and absent. Returns which are served by that."""
+    """Map gfns of one slot, which are in order and absent. Returns which are served by that, bool of shape (n,)."""
     file = slot.private
     assert file is not None
     fault = PageFault(slot.gfns, write, Side.PRIVATE, slot, mmu.invalidations.sample())
@@ -133,21 +133,21 @@ def _map(mmu: Mmu, slot: Memslot, gfns: Gfns, write: bool) -> npt.NDArray[np.boo
             part = slot.gfns_of(pages)
             assert pfn is not None
             assert part is not None
-            mmu.frames.learn(file, PfnRun(pages, pfn))
+            mmu.frames.add(file, PfnRun(pages, pfn))
             mmu.install(fault, part, pfn, ORDER_1G)
     if len(whole):
         alone = np.repeat(~np.isin(blocks[first], whole), np.diff(first, append=gfns.size))
         gfns, pfns = gfns[alone], pfns[alone]
     for at in firsts(pfns >> ORDER_1G).tolist():
         page = PageIndex(int(gfns[at]) + slot.shift)
-        mmu.frames.learn(file, PfnRun(PageRange(page, PageIndex(page + 1)), Pfn(int(pfns[at]))))
+        mmu.frames.add(file, PfnRun(PageRange(page, PageIndex(page + 1)), Pfn(int(pfns[at]))))
     for start in range(0, len(gfns), _AT_ONCE):
         mmu.install_private_pages(slot, gfns[start : start + _AT_ONCE], pfns[start : start + _AT_ONCE])
     return served
 
 
 def _whole(slot: Memslot, blocks: Gfns, active: list[GfnRange]) -> Gfns:
-    """Which aligned 2 MiB blocks, by gfn / 512, one leaf may map: wholly private, in the slot, and left in peace."""
+    """Return the aligned 2 MiB blocks (by gfn / 512) that one leaf may map: private, in the slot, not invalidated."""
     if slot.shift % _BLOCK or slot.private is None or slot.private.page_map is None:
         return blocks[:0]
     first, last = -(-slot.gfns.start // _BLOCK), slot.gfns.end // _BLOCK

@@ -46,14 +46,14 @@ from memfs.contract.units import (
 
 
 async def handle_fault(mmu: Mmu, access: Access) -> Exit | None:
-    """Make an access possible (None: run the guest again), or say what the VMM must do.
+    """Make an access possible (None: run the guest again), or return what the VMM must do.
 
     Raises OSError: EFAULT for a private access to a slot without private memory, or a hva at which nothing is mapped;
-    EPERM for a private frame that belongs to somebody else; what the store said (ENOSPC). StoreGone.
+    EPERM for a private frame that another gfn owns; what the store said (ENOSPC). StoreGone.
     """
     gfns = GfnRange(access.gfn, Gfn(access.gfn + 1))
     while True:
-        if mmu.store.gone is not None:  # nobody would tell us when what is mapped now goes away
+        if mmu.store.gone is not None:  # no notification would come for what is mapped now
             raise StoreGone(mmu.store.gone)
         slot = mmu.slots.find(access.gfn)
         if slot is None or (access.write and slot.readonly):
@@ -100,7 +100,7 @@ async def _map_shared(mmu: Mmu, fault: PageFault) -> bool:
     except OSError:
         if len(window) == 1:
             raise
-    # The file has become shorter, or there is no space for all.
+    # The file has become shorter, or there is not enough space for all of the window.
     return await map_gfns(mmu, fault) is not None
 
 
@@ -132,8 +132,8 @@ def _install(mmu: Mmu, fault: PageFault, file: StoreFile, reply: PfnReply) -> bo
             continue
         part = GfnRange(Gfn(run.pages.start + shift), Gfn(run.pages.end + shift))
         if not mmu.is_uniform(fault.slot, part, fault.side):
-            return False  # converted, and the store has not come to telling us
-        mmu.frames.learn(file, run)
+            return False  # converted, and the notification is still to come
+        mmu.frames.add(file, run)
         if len(part) > 1:
             mmu.install(fault, part, run.pfn, ORDER_4K if fault.slot.logs_dirty else run.order)
             continue
@@ -180,7 +180,7 @@ async def _map_classic(mmu: Mmu, fault: PageFault) -> bool:
 
 
 async def _file_behind(mmu: Mmu, slot: Memslot, page: PageIndex, mapping: Mapping) -> StoreFile | None:
-    """The file behind a mapping, registered, with a window of the slot on it. None: the slot has gone meanwhile."""
+    """Return the file behind a mapping, registered, with a window of the slot on it; None if the slot is gone."""
     for window in mmu.slots.windows_of(slot):
         file = None if window.space is AddressSpace.HVA else mmu.store.files[window.space]
         if file is not None and file.ino == mapping.ino and mapping.file_page(page) in window.pages:

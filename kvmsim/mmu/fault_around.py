@@ -1,4 +1,4 @@
-"""How much a fault on absent shared memory asks for: the pages around it, too, since to ask takes longer than to give.
+"""How much a fault on absent shared memory asks for: the pages around it, too, since a round trip is dear.
 
 As the kernel's fault-around (do_fault_around()) and readahead: an aligned window around the page, and twice the window
 before if the fault is where that ended, up to 2 MiB. Unlike the kernel's it allocates, so that a guest that touches one
@@ -33,7 +33,7 @@ class FaultAround:
         self._expected = -1  # where a sequential guest faults next
 
     def window(self, slot: Memslot, gfn: Gfn, invalidations: InvalidationState) -> GfnRange:
-        """The gfns to ask for when one faults, that one among them."""
+        """Return the gfns to ask for when one faults, that one among them."""
         single = GfnRange(gfn, Gfn(gfn + 1))
         if self.pages == 1 or slot.logs_dirty:
             return single

@@ -29,14 +29,14 @@ class FrameMap:
     def __init__(self) -> None:
         self._extents: dict[int, _Extent] = {}
 
-    def learn(self, file: StoreFile, run: PfnRun) -> None:
-        """The store said where pages of a file are."""
+    def add(self, file: StoreFile, run: PfnRun) -> None:
+        """Remember which file an extent is of, as the store said."""
         assert run.pfn is not None
         number, within = divmod(run.pfn, _EXTENT)
         self._extents[number] = _Extent(file, PageIndex(run.pages.start - within))
 
     def locate(self, pfn: Pfn) -> tuple[StoreFile | LocalMemory, ByteOffset]:
-        """What a frame's memory is in, and where in it. Raises KeyError for a frame that was never learnt."""
+        """Return what a frame's memory is in, and where in it. Raises KeyError for a frame of an unknown extent."""
         if pfn >= LOCAL_PFN:
             return LocalMemory(pfn), ByteOffset(0)
         number, within = divmod(pfn, _EXTENT)
@@ -44,5 +44,5 @@ class FrameMap:
         return extent.file, page_offset(PageIndex(extent.first_page + within))
 
     def forget(self, file: StoreFile) -> None:
-        """The file is not registered any more; its frames may become others'."""
+        """Forget a file's extents: it is not registered any more, and its frames may become those of others."""
         self._extents = {number: extent for number, extent in self._extents.items() if extent.file is not file}

@@ -54,11 +54,11 @@ class InvalidationState:
         return len(self._active)
 
     def sample(self) -> int:
-        """What a fault must remember before it decides anything."""
+        """Return what a fault must remember before it decides anything."""
         return self.seq
 
     def begin(self, key: Hashable, gfns: list[GfnRange]) -> None:
-        """Pages are about to go, which serve these gfns; the caller unmaps them before it does anything else.
+        """Begin: pages that serve these gfns are about to go; the caller unmaps them before it does anything else.
 
         `key` names the invalidation until its end: which gfns it concerns may look different by then, since slots come
         and go.
@@ -67,17 +67,17 @@ class InvalidationState:
         self._active[key] = gfns
 
     def end(self, key: Hashable) -> None:
-        """They are gone."""
+        """End: the pages are gone."""
         self.seq += 1
         del self._active[key]
         self._wake()
 
     def conversion(self) -> None:
-        """Pages changed sides without going away; the caller has dropped the mappings of the other side."""
+        """Note that pages changed sides without going away; the caller has dropped the mappings of the other side."""
         self.seq += 1
 
     def must_retry(self, seq: int, gfns: GfnRange) -> bool:
-        """Whether what a fault on these gfns learned since it sampled `seq` may be untrue by now."""
+        """Return whether what a fault on these gfns learned since it sampled `seq` may be untrue by now."""
         return seq != self.seq or self.is_active(gfns)
 
     async def wait_idle(self, gfns: GfnRange | None = None) -> None:
@@ -86,17 +86,17 @@ class InvalidationState:
             await self._ended.wait()
 
     def abandon(self) -> None:
-        """The store is gone; nobody will end what it began."""
+        """End all invalidations: the store is gone, and will not end what it began."""
         self._active.clear()
         self.seq += 1
         self._wake()
 
     def active(self, gfns: GfnRange) -> list[GfnRange]:
-        """What is being invalidated and overlaps a range."""
+        """Return what is being invalidated and overlaps a range."""
         return [active for ranges in self._active.values() for active in ranges if active.overlaps(gfns)]
 
     def is_active(self, gfns: GfnRange) -> bool:
-        """Whether an invalidation of something in a range is in progress."""
+        """Return whether an invalidation of something in a range is in progress."""
         return bool(self._active) and bool(self.active(gfns))
 
     def _wake(self) -> None:

@@ -1,6 +1,6 @@
 """The parts of a VM that faults and notifications work on, and the only two ways in which mappings come and go.
 
-`install` and `unmap` keep page table, ownership of private frames and TLBs in step; nobody else maps or unmaps.
+`install` and `unmap` keep page table, ownership of private frames and TLBs in step; nothing else maps or unmaps.
 Everything here is called under the MMU lock, that is: nothing awaits (invalidate.py).
 """
 
@@ -79,7 +79,7 @@ class Mmu:
         return True
 
     def mark_dirty(self, slot: Memslot, gfns: GfnRange) -> None:
-        """Pages of a slot are written (mark_page_dirty_in_slot)."""
+        """Mark pages of a slot as dirty, if it logs that (mark_page_dirty_in_slot)."""
         if slot.dirty is not None:
             for gfn in range(gfns.start, gfns.end):
                 slot.dirty.mark(gfn - slot.gfns.start)
@@ -96,7 +96,7 @@ class Mmu:
         return count
 
     def _release(self, gfns: GfnRange) -> None:
-        """The private frames of a range are about to be unmapped."""
+        """Release the private frames that a range maps, before it is unmapped."""
         if len(gfns) == 1:
             pte = self.table.lookup(gfns.start)
             if pte and is_private(pte):
@@ -118,7 +118,7 @@ class Mmu:
             self.flush_tlbs(gfns)
 
     def flush_tlbs(self, gfns: GfnRange) -> None:
-        """Something in a range may be used less than before: no vCPU may go on with what it remembers."""
+        """Flush a range from all TLBs: what it maps may be used less than before."""
         self.tlb_flushes += 1
         for tlb in self.tlbs:
             tlb.flush(gfns)

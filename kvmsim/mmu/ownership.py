@@ -1,8 +1,8 @@
-"""Who owns which private frame: what the RMP (SEV-SNP) and the PAMT (TDX) are to hardware.
+"""The owner of each private frame: what the RMP (SEV-SNP) and the PAMT (TDX) are to hardware.
 
-A private frame belongs to one guest frame of one VM, until it is unmapped there. Whoever tries to map it a second time
-is refused, and that is counted: in this system it cannot happen unless the store breaks its promise, which is exactly
-what such a table is for, since a confidential guest does not believe the host's software.
+A private frame belongs to one guest frame of one VM, until it is unmapped there. A second mapping is rejected, and
+counted: in this system it cannot happen unless the store breaks its promise, which is exactly what such a table is for,
+since a confidential guest does not believe the host's software.
 
 The table is as sparse as memory: frames lie in extents of 1 GiB (memfs.contract.frame_numbers), and an extent's owners
 are one array. There is one table for each memfs; VMs on the same one that are simulated in one process share it.
@@ -20,12 +20,12 @@ from kvmsim.mmu.pte import PFN_MASK, Ptes
 from memfs.contract.units import ORDER_1G, PAGE_SHIFT, Gfn, GfnRange, Pfn
 
 _EXTENT: Final = 1 << ORDER_1G
-_VM_SHIFT: Final = 48  # an owner is vm << 48 | gfn; 0 is nobody, since VMs count from 1
+_VM_SHIFT: Final = 48  # an owner is vm << 48 | gfn; 0 is none, since VMs count from 1
 MAX_VMS: Final = 1 << 15
 
 
 class OwnershipViolation(Exception):
-    """A private frame was about to be mapped that belongs to somebody else."""
+    """A private frame was about to be mapped that another gfn owns."""
 
 
 class OwnershipTable:
@@ -44,28 +44,28 @@ class OwnershipTable:
         self._extents: dict[int, npt.NDArray[np.int64]] = {}
         self._vms = 0
         self.owned = 0  #: frames
-        self.violations = 0  #: how often somebody was refused
+        self.violations = 0  #: mappings that were rejected
 
     def new_vm(self) -> int:
-        """A number for a VM, never used again."""
+        """Return a number for a VM, never used again."""
         self._vms += 1
         assert self._vms < MAX_VMS
         return self._vms
 
     def assign(self, vm: int, gfns: GfnRange, pfn: Pfn) -> None:
-        """Neighbouring frames from `pfn` on become those of neighbouring gfns; they may be so already.
+        """Assign neighbouring frames from `pfn` on to neighbouring gfns; they may be theirs already.
 
         Raises OwnershipViolation, changing nothing.
         """
         if len(gfns) == 1:
             self._assign_one(vm, gfns.start, pfn)
             return
-        pieces = self._pieces(pfn, len(gfns))
+        pieces = self._views(pfn, len(gfns))
         for owners, done in pieces:
             wanted = self._wanted(vm, gfns, done, len(owners))
             foreign = np.flatnonzero((owners != 0) & (owners != wanted))
             if len(foreign):
-                self._refuse(pfn + done + int(foreign[0]), int(owners[foreign[0]]))
+                self._reject(pfn + done + int(foreign[0]), int(owners[foreign[0]]))
         for owners, done in pieces:
             self.owned += len(owners) - int(np.count_nonzero(owners))
             owners[:] = self._wanted(vm, gfns, done, len(owners))
@@ -77,10 +77,10 @@ class OwnershipTable:
             owners[within] = wanted
             self.owned += 1
         elif current != wanted:
-            self._refuse(pfn, current)
+            self._reject(pfn, current)
 
     def assign_pages(self, vm: int, gfns: npt.NDArray[np.int64], pfns: npt.NDArray[np.int64]) -> None:
-        """`assign` for single frames: int64 of shape (n,), each frame once.
+        """Do what `assign` does for single frames: int64 of shape (n,), each frame once.
 
         Raises OwnershipViolation, changing nothing.
         """
@@ -93,13 +93,13 @@ class OwnershipTable:
             current = owners[within]
             held = int(np.count_nonzero(current))
             if held and len(foreign := np.flatnonzero((current != 0) & (current != wanted[here]))):
-                self._refuse(int(pfns[start + foreign[0]]), int(current[foreign[0]]))
+                self._reject(int(pfns[start + foreign[0]]), int(current[foreign[0]]))
             pieces.append((owners, within, wanted[here], end - start - held))
         for owners, within, values, new in pieces:
             owners[within] = values
             self.owned += new
 
-    def _refuse(self, pfn: int, owner: int) -> NoReturn:
+    def _reject(self, pfn: int, owner: int) -> NoReturn:
         self.violations += 1
         raise OwnershipViolation(
             f"frame {pfn:#x} belongs to gfn {owner & ((1 << _VM_SHIFT) - 1):#x} of VM {owner >> _VM_SHIFT}"
@@ -111,7 +111,7 @@ class OwnershipTable:
         return self._extents[number]
 
     def release(self, ptes: Ptes, pages: int) -> None:
-        """The frames of private leaves, each of `pages` frames, are nobody's any more."""
+        """Release the frames of private leaves, each of `pages` frames."""
         pfns = (ptes & PFN_MASK) >> PAGE_SHIFT
         if len(pfns) == 1 or (np.diff(pfns) == pages).all():  # neighbours, as most are
             self.release_run(Pfn(int(pfns[0])), len(pfns) * pages)
@@ -121,13 +121,13 @@ class OwnershipTable:
         self.release_frames(pfns)
 
     def release_run(self, pfn: Pfn, count: int) -> None:
-        """Neighbouring frames are nobody's any more."""
-        for owners, _ in self._pieces(pfn, count):
+        """Release neighbouring frames."""
+        for owners, _ in self._views(pfn, count):
             self.owned -= int(np.count_nonzero(owners))
             owners[:] = 0
 
     def release_frames(self, pfns: npt.NDArray[np.int64]) -> None:
-        """Frames are nobody's any more."""
+        """Release frames: int64 of shape (n,)."""
         extents = pfns >> ORDER_1G
         for start, end in stretches(extents):
             owners, within = self._extents[int(extents[start])], pfns[start:end] & (_EXTENT - 1)
@@ -135,7 +135,7 @@ class OwnershipTable:
             owners[within] = 0
 
     def owner(self, pfn: Pfn) -> tuple[int, int] | None:
-        """The (VM, gfn) that a frame belongs to."""
+        """Return the (VM, gfn) that a frame belongs to; None if to none."""
         number, within = divmod(pfn, _EXTENT)
         owner = int(self._extents[number][within]) if number in self._extents else 0
         return (owner >> _VM_SHIFT, owner & ((1 << _VM_SHIFT) - 1)) if owner else None
@@ -145,8 +145,8 @@ class OwnershipTable:
         first = (vm << _VM_SHIFT) + gfns.start + done
         return np.arange(first, first + count, dtype=np.int64)
 
-    def _pieces(self, pfn: int, count: int) -> list[tuple[npt.NDArray[np.int64], int]]:
-        """Views of the owners of neighbouring frames, one an extent, each with how many frames come before it."""
+    def _views(self, pfn: int, count: int) -> list[tuple[npt.NDArray[np.int64], int]]:
+        """Return views of the owners of neighbouring frames, one an extent, and how many frames come before each."""
         pieces, done = [], 0
         while done < count:
             number, within = divmod(pfn + done, _EXTENT)

@@ -1,4 +1,4 @@
-"""What the guest tried, and what is known of a fault while it is being handled."""
+"""An access of the guest, and what is known of its fault while that is being handled."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from memfs.contract.units import Gfn, GfnRange, PageRange
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """What the guest tried. `side`: which memory it meant (PRIVATE if TDX's shared bit is clear, SNP's C-bit set)."""
+    """An access of the guest. `side`: which memory it means (PRIVATE: TDX's shared bit is clear, SNP's C-bit set)."""
 
     gfn: Gfn
     write: bool

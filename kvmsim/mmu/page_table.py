@@ -1,12 +1,16 @@
 """The secondary page table: the tree of radix.py, and how it is changed.
 
+A `Radix` is the tree to those that read it, a `PageTable` the same tree to those that change it, as a Sequence is to a
+MutableSequence. Rejected: a page table that has a tree. All that is read would go through one more call, a look-up
+takes 2 us, and what a change must keep true (counts, free tables) would be said in one class and owned by another.
+
 A huge leaf that is changed in part is split into the table of smaller ones that say the same, and whatever maps a whole
 huge page again takes the place of such a table, so nothing here ever depends on how memory was mapped, only on what is.
 
 Everything is done to ranges. The tree is descended once a range and never once a gfn: what lies under one table of
 level 2 (1 GiB) is read and written as one array.
 
-Tables that become empty are freed at once. Not thread-safe: whoever calls holds the MMU lock (see invalidate.py).
+Tables that become empty are freed immediately. Not thread-safe: callers hold the MMU lock (see invalidate.py).
 """
 
 from __future__ import annotations
@@ -96,7 +100,7 @@ class PageTable(Radix):
         self.mapped += len(gfns)
 
     def _leaf_tables(self, blocks: Ptes) -> Numbers:
-        """The tables of 4 KiB leaves that blocks of 512 gfns lie in, by gfn / 512; made where there are none."""
+        """Return the tables of 4 KiB leaves that blocks of 512 gfns (by gfn / 512) lie in, allocating absent ones."""
         tables = np.full(len(blocks), self._root, np.int64)
         for level in range(self.levels, PG_LEVEL_4K, -1):
             within = (blocks >> level_shift(level - 1)) & (ENTRIES - 1)
@@ -171,7 +175,7 @@ class PageTable(Radix):
         self._used[children] = ENTRIES
 
     def _descend(self, table: int, level: int, index: int) -> int:
-        """The table under an entry: made if absent, split from a huge leaf if it is one."""
+        """Return the table under an entry: allocated if absent, split from a huge leaf if it is one."""
         at = table << ENTRIES_SHIFT | index
         entry = self._words[at]
         if entry & PTE_HUGE:
@@ -406,11 +410,11 @@ class PageTable(Radix):
         return changed
 
     def write_protect(self, gfns: GfnRange) -> int:
-        """Take writability away, so that the next store to each page faults. Returns how many gfns had it."""
+        """Make a range read-only, so that the next store to each page faults. Returns how many gfns were writable."""
         return self.protect_range(gfns, clear=PTE_W)
 
     def age(self, gfns: GfnRange) -> bool:
-        """`test_age`, and clear the accessed bits (kvm_age_gfn). Huge leaves are aged whole, as in KVM."""
+        """Do what `test_age` does, and clear the accessed bits (kvm_age_gfn). Huge leaves are aged whole, as in KVM."""
         young = False
         for leaves in self.leaves(gfns):
             if (leaves.ptes & PTE_A).any():
@@ -420,7 +424,7 @@ class PageTable(Radix):
 
 
 def _run(pfn: int, flags: int, count: int, pages: int) -> Ptes:
-    """PTEs of neighbouring frames, `pages` apart."""
+    """Return PTEs of neighbouring frames, `pages` apart."""
     step = pages << PAGE_SHIFT
     first = make_pte(pfn, flags)
     ptes: Ptes = np.arange(first, first + count * step, step, dtype=np.int64)

@@ -23,11 +23,11 @@ from kvmsim.slots.memslots import Memslot
 from memfs.contract.page_map import ALLOCATED
 from memfs.contract.units import Gfn, GfnRange
 
-_AT_ONCE: Final = 1 << 12  # pages: a turn of the event loop in between, and not too much to do again when interrupted
+_AT_ONCE: Final = 1 << 12  # pages: a checkpoint in between, and not too much to do again when interrupted
 
 
 async def prefault(mmu: Mmu, gfns: GfnRange) -> int:
-    """Map the first gfns of a range; returns how many, at least one.
+    """Map the first gfns of a range. Returns how many, at least one.
 
     Raises OSError: ENOENT if there is no memslot, and as `handle_fault` does. StoreGone.
     """

@@ -43,32 +43,32 @@ Ptes = npt.NDArray[np.int64]  #: bit 63 is never used, so the sign is no matter,
 
 
 def pte_pfn(pte: int) -> Pfn:
-    """The frame that a present leaf names; of a huge one, its first."""
+    """Return the frame that a present leaf names; of a huge one, its first."""
     return Pfn((pte & PFN_MASK) >> PAGE_SHIFT)
 
 
 def make_pte(pfn: int, flags: int) -> int:
-    """An entry that names a frame, or a table by its number."""
+    """Return an entry that names a frame, or a table by its number."""
     return pfn << PAGE_SHIFT | flags
 
 
 def is_private(pte: int) -> bool:
-    """Whether a present PTE maps private memory."""
+    """Return whether a present PTE maps private memory."""
     return bool(pte & PTE_PRIVATE)
 
 
 def level_shift(level: int) -> int:
-    """How far a gfn is shifted to become the index into a table of a level, apart from the mask."""
+    """Return how far a gfn is shifted to become the index into a table of a level, apart from the mask."""
     return ENTRIES_SHIFT * (level - 1)
 
 
 def level_pages(level: int) -> int:
-    """How many frames one entry of a table of a level covers. Also 2**order of a leaf there."""
+    """Return how many frames one entry of a table of a level covers. Also 2**order of a leaf there."""
     return 1 << level_shift(level)
 
 
 def level_of_order(order: int) -> int:
-    """The level at which leaves are 2**order frames large. Raises ValueError for an order that no level has."""
+    """Return the level at which leaves are 2**order frames large. Raises ValueError for an order that no level has."""
     level, rest = divmod(order, ENTRIES_SHIFT)
     if rest or not 0 <= level < PG_LEVEL_1G:
         raise ValueError(f"no leaf has order {order}")
@@ -76,12 +76,12 @@ def level_of_order(order: int) -> int:
 
 
 def order_of_level(level: int) -> int:
-    """The order of a leaf in a table of a level: 0, 9 or 18."""
+    """Return the order of a leaf in a table of a level: 0, 9 or 18."""
     return level_shift(level)
 
 
 def entry_index(gfn: Gfn, level: int) -> int:
-    """Which entry of its table of a level a gfn goes through."""
+    """Return which entry of its table of a level a gfn goes through."""
     return gfn >> level_shift(level) & (ENTRIES - 1)
 
 

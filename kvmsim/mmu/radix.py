@@ -98,11 +98,11 @@ class Radix:
 
     @property
     def nbytes(self) -> int:
-        """How much memory they take."""
+        """How many bytes of memory the tables take."""
         return self._tables.nbytes
 
     def translate(self, gfns: npt.NDArray[np.integer]) -> Ptes:
-        """The leaves of many gfns: any integer dtype and shape in, int64 of the same shape out, 0 where absent.
+        """Return the leaves of many gfns: any integer dtype and shape in, int64 of the same shape out, 0 where absent.
 
         Of a huge leaf, the PTE names the gfn's own frame and keeps PTE_HUGE.
         """
@@ -136,7 +136,7 @@ class Radix:
             out += huge
 
     def translate_in_order(self, gfns: Ptes) -> Ptes:
-        """`translate` for gfns in ascending order, shape (n,), int64: walks once for each 512, and is faster so."""
+        """Translate gfns in ascending order, int64 of shape (n,), by one walk for each 512 of them, which is faster."""
         blocks = gfns >> ENTRIES_SHIFT
         first = firsts(blocks)
         blocks, counts = blocks[first], np.diff(first, append=len(gfns))
@@ -163,7 +163,7 @@ class Radix:
         return ptes
 
     def walk(self, gfn: Gfn) -> Walk:
-        """The entries that a walk of one gfn meets, down to its leaf or the first absent entry."""
+        """Return the entries that a walk of one gfn meets, down to its leaf or the first absent entry."""
         if not 0 <= gfn < self.max_gfn:
             raise ValueError(f"gfn {gfn:#x} is more than a table can hold")
         table, entries = self._root, []
@@ -176,22 +176,21 @@ class Radix:
         return Walk(tuple(entries), level)
 
     def lookup(self, gfn: Gfn) -> int:
-        """The leaf of one gfn as `translate` gives it, 0 if absent."""
+        """Return the leaf of one gfn as `translate` does, 0 if absent."""
         walk = self.walk(gfn)
         return walk.pte + ((gfn & (level_pages(walk.level) - 1)) << PAGE_SHIFT) if walk.pte & PTE_HUGE else walk.pte
 
     def leaves(self, gfns: GfnRange) -> Iterator[Leaves]:
-        """The leaves that a range touches, in order. The tree must not change meanwhile, except through the views."""
+        """Generate the leaves that a range touches, in order. The tree may change meanwhile only through the views."""
         tables = self._tables_to(self._clip(gfns))
         if tables:
             level = self.levels - len(tables) + 1
             yield from self._leaves(tables[-1], level, gfns.start & -level_pages(level + 1), gfns)
 
     def _tables_to(self, gfns: GfnRange) -> list[int]:
-        """The tables from the root down, as far as one entry of each leads to all of a range and to more.
+        """Return the tables from the root down that each lead to the whole range; [] if nothing of it is mapped.
 
-        None if nothing of the range is there. Most ranges are small, and for those all that is said level by level
-        elsewhere comes down to the last of these.
+        Most ranges are small: then what is said level by level elsewhere happens in the last of these alone.
         """
         table = self._root
         tables = [table]
@@ -206,9 +205,9 @@ class Radix:
         return tables
 
     def _level_of(self, gfns: GfnRange) -> int:
-        """The level of the one table through which all of a range goes, as a whole entry or as more than a part of one.
+        """Return the lowest level at which one table covers the whole range.
 
-        That of the highest bit in which the first gfn and the last differ.
+        It is that of the highest bit in which the first gfn and the last differ, or one more if the range is one entry.
         """
         bits = (gfns.start ^ (gfns.end - 1)).bit_length()
         is_entry = bits % ENTRIES_SHIFT == 0 and len(gfns) == 1 << bits
@@ -237,7 +236,7 @@ class Radix:
         )
 
     def test_age(self, gfns: GfnRange) -> bool:
-        """Whether anything in a range was accessed since it was last aged (kvm_test_age_gfn)."""
+        """Return whether anything in a range was accessed since it was last aged (kvm_test_age_gfn)."""
         return any(bool((leaves.ptes & PTE_A).any()) for leaves in self.leaves(gfns))
 
     def _clip(self, gfns: GfnRange) -> GfnRange:
@@ -272,13 +271,13 @@ class Radix:
 
 
 def entries_of(gfns: GfnRange, base: int, level: int) -> tuple[int, int]:
-    """The entries of a table that begins at gfn `base` through which a range inside it goes."""
+    """Return the first and last + 1 of the entries through which a range goes, in a table that begins at gfn `base`."""
     pages = level_pages(level)
     return (gfns.start - base) // pages, -(-(gfns.end - base) // pages)
 
 
 def present(entries: Ptes, first: int, last: int) -> list[int]:
-    """Which entries of a table, from `first` to `last`, are present."""
+    """Return which entries of a table, in [first, last), are present."""
     if last - first == 1:  # above a small range it is one, level after level, and numpy is made for many
         return [first] if entries[first] else []
     indexes: list[int] = (np.flatnonzero(entries[first:last]) + first).tolist()
@@ -286,7 +285,7 @@ def present(entries: Ptes, first: int, last: int) -> list[int]:
 
 
 def _stretches(entries: Ptes, first: int, last: int, whole: range) -> Iterator[tuple[int, int]]:
-    """The present entries from `first` to `last`: each by itself, but neighbouring huge leaves in `whole` together."""
+    """Generate the present entries in [first, last) singly, but neighbouring huge leaves in `whole` together."""
     indexes = present(entries, first, last)
     together = [bool(entries[index] & PTE_HUGE) and index in whole for index in indexes]
     position = 0

@@ -1,8 +1,8 @@
 """Where page tables live: an anonymous mapping in which table n is page n, so that a table is as large as a real one.
 
 The address space is reserved once for as many tables as the largest VM could need, and costs nothing until a table is
-used. So tables never move: a view of one stays true while others are made, and making one copies nothing. A table that
-is freed gives its page back to the kernel, which is also what makes it zero again for its next use.
+used. So tables never move: a view of one stays true while others are allocated, and allocating one copies nothing. The
+pages of freed tables are returned to the kernel, which is also what makes them zero again for their next use.
 
 Table 0 is all zeros and stays so: a walk that comes to an absent entry goes on in table 0, and needs no branch.
 
@@ -29,9 +29,9 @@ _MADVISE_FROM: Final = 8  # tables; fewer are cheaper to clear than to have faul
 
 
 class Tables:
-    """Makes and frees tables. `entries`: shape (MAX_TABLES, 512), int64; `used`: shape (MAX_TABLES,), int32.
+    """Tables, allocated and freed. `entries`: shape (MAX_TABLES, 512), int64; `used`: shape (MAX_TABLES,), int32.
 
-    `used` counts the present entries of each table; whoever changes entries keeps it true.
+    `used` counts the present entries of each table; code that changes entries keeps it true.
     """
 
     def __init__(self) -> None:
@@ -48,11 +48,12 @@ class Tables:
         self._free: list[int] = []
 
     def __len__(self) -> int:
+        """Return how many tables are in use."""
         return self._next - 1 - len(self._free)
 
     @property
     def nbytes(self) -> int:
-        """Memory that the tables in use take, with their counts."""
+        """How many bytes the tables in use take, with their counts."""
         return len(self) * (PAGE_SIZE + self.used.itemsize)
 
     @property
@@ -61,7 +62,7 @@ class Tables:
         return tuple(self._free)
 
     def allocate(self, count: int) -> Numbers:
-        """New empty tables; neighbours if possible. Raises MemoryError, changing nothing."""
+        """Allocate empty tables; neighbours if possible. Raises MemoryError, changing nothing."""
         reused = self._free[len(self._free) - min(count, len(self._free)) :]
         fresh = count - len(reused)
         if self._next + fresh > MAX_TABLES:
@@ -74,7 +75,7 @@ class Tables:
         return numbers
 
     def allocate_one(self) -> int:
-        """A new empty table. Raises MemoryError, changing nothing."""
+        """Allocate one empty table. Raises MemoryError, changing nothing."""
         return self._free.pop() if self._free else int(self.allocate(1)[0])
 
     def free_one(self, number: int) -> None:

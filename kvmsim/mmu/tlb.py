@@ -1,8 +1,8 @@
 """A model of a vCPU's TLB: translations that it used lately, and how often that helped.
 
-What is in it may be used without looking at the page table, so whoever takes a mapping or a permission away must flush
+What is in it may be used without looking at the page table, so code that removes a mapping or a permission must flush
 it in the same critical section; that is the whole of its correctness. A range is flushed by gfn as long as that is
-cheaper than forgetting everything, which is how the kernel decides, too (kvm_flush_remote_tlbs_range).
+cheaper than flushing everything, which is how the kernel decides, too (kvm_flush_remote_tlbs_range).
 
 An entry holds what the PTE led to. The oldest entry makes space for a new one.
 """
@@ -42,7 +42,7 @@ class Tlb:
 
     @property
     def version(self) -> int:
-        """A number that is another one after each change of the entries."""
+        """A number that differs after each change of the entries."""
         return self.misses + self.flushes
 
     def lookup(self, gfn: Gfn, side: Side, write: bool) -> TlbEntry | None:
@@ -51,7 +51,7 @@ class Tlb:
         return entry if entry is not None and entry.side is side and (entry.dirty or not write) else None
 
     def fill(self, gfn: Gfn, entry: TlbEntry) -> None:
-        """Put in what a walk after a miss came to."""
+        """Insert the translation that a walk found after a miss."""
         self.misses += 1
         self.entries.pop(gfn, None)
         if len(self.entries) >= self.capacity:
@@ -59,7 +59,7 @@ class Tlb:
         self.entries[gfn] = entry
 
     def flush(self, gfns: GfnRange) -> None:
-        """Forget the translations of a range."""
+        """Drop the translations of a range."""
         if len(gfns) > len(self.entries):
             gone = [gfn for gfn in self.entries if gfn in gfns]
         else:

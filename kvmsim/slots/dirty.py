@@ -1,7 +1,7 @@
 """Which pages of a slot were written: the bitmap of KVM_GET_DIRTY_LOG and KVM_CLEAR_DIRTY_LOG.
 
 A slot with KVM_MEM_LOG_DIRTY_PAGES maps its pages read-only and small; the first store to each faults, is noted here
-and made writable. Whoever takes the log makes the pages read-only again, so each page faults once a log. That is KVM
+and made writable. When the log is taken, the pages become read-only again, so each page faults once a log. That is KVM
 without PML. Rejected: collecting the dirty bits of PTEs when asked, since they would have to be saved at every unmap.
 
 One bit a page, least significant first, in whole 64-bit words, as the ioctl has it.
@@ -30,15 +30,15 @@ class DirtyLog:
         self._bits: Bitmap = np.zeros(-(-pages // _WORD) * _WORD // 8, np.uint8)
 
     def mark(self, page: int) -> None:
-        """A page, counted from the slot's first, was written."""
+        """Mark a page, counted from the slot's first, as dirty."""
         self._bits[page // 8] |= 1 << page % 8
 
     def bitmap(self) -> Bitmap:
-        """A copy: dtype uint8, one bit a page."""
+        """Return a copy: dtype uint8, one bit a page."""
         return self._bits.copy()
 
     def take(self) -> Bitmap:
-        """The bitmap; all is clean from now on."""
+        """Return the bitmap, and start a clean one."""
         taken, self._bits = self._bits, np.zeros_like(self._bits)
         return taken
 

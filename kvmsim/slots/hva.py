@@ -1,12 +1,12 @@
 """Classic memory: host virtual addresses of this process, which is the VMM's (KVM calls them hva).
 
 KVM asks the host's page tables what lies at a hva, and an mmu_notifier tells it when that changes. This process can see
-its own mappings in /proc/self/maps, but nobody tells it of changes, so:
+its own mappings in /proc/self/maps, but is not notified of changes, so:
 
 - A shared mapping of a file on memfs is followed to the file: it is registered with memfs, pages are asked for there,
-  and a punch of the file is heard of like any other.
+  and a punch of the file is notified like any other.
 - All other memory has no store behind it. Its frame number is its own page number with a high bit, above all that memfs
-  ever allots. A VMM that takes such memory away says so to `VM.invalidate_hva`, which stands for the mmu_notifier.
+  ever allots. A VMM that unmaps such memory says so to `VM.invalidate_hva`, which stands for the mmu_notifier.
 
 As in KVM, a mapping is looked at when a guest first touches it and not when its slot is made.
 """
@@ -54,12 +54,12 @@ class Mapping:
         return self.shared and self.ino != 0 and type_of_device(self.device) == _MEMFS
 
     def file_page(self, page: PageIndex) -> PageIndex:
-        """The page of the file that is mapped at a page of the address space."""
+        """Return the page of the file that is mapped at a page of the address space."""
         return PageIndex(page - self.pages.start + page_floor(self.offset))
 
 
 def find_mapping(page: PageIndex) -> Mapping | None:
-    """What is mapped at a page of our address space."""
+    """Return what is mapped at a page of our address space; None if nothing is."""
     with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as lines:
         for line in lines:
             span, permissions, offset, device, ino = line.split(None, 5)[:5]
@@ -77,9 +77,10 @@ def find_mapping(page: PageIndex) -> Mapping | None:
 
 
 def open_mapped_file(mapping: Mapping) -> int:
-    """A writable descriptor of the file behind a mapping, for the caller to close. Blocking: not for the event loop.
+    """Return a writable descriptor of the file behind a mapping, which the caller closes.
 
-    One that this process has open already, or the one that the kernel offers to root. Raises OSError(EACCES).
+    It is of one that this process has open already, or of the one that the kernel offers to root. Blocking: not for the
+    event loop. Raises OSError(EACCES).
     """
     for name in os.listdir("/proc/self/fd"):
         try:
@@ -97,7 +98,7 @@ def open_mapped_file(mapping: Mapping) -> int:
 
 
 def local_pfn(page: PageIndex) -> Pfn:
-    """The frame of a page of our own address space."""
+    """Return the frame of a page of our own address space."""
     return Pfn(LOCAL_PFN | page)
 
 

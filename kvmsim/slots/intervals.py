@@ -33,6 +33,7 @@ class IntervalIndex(Generic[_T]):
         self._count = 0
 
     def __len__(self) -> int:
+        """Return how many intervals there are."""
         return self._count
 
     def add(self, start: int, end: int, value: _T) -> None:
@@ -57,7 +58,7 @@ class IntervalIndex(Generic[_T]):
         raise KeyError((start, end))
 
     def touching(self, start: int, end: int) -> Iterator[_T]:
-        """The values whose intervals have something in common with [start, end)."""
+        """Generate the values whose intervals overlap with [start, end)."""
         for size, (starts, rest) in self._classes.items():
             low = bisect.bisect(starts, start - (1 << size))
             high = bisect.bisect_left(starts, end)

@@ -53,14 +53,17 @@ class Memslot:
 
     @property
     def readonly(self) -> bool:
+        """KVM_MEM_READONLY: stores exit to the VMM."""
         return bool(self.flags & KVM_MEM_READONLY)
 
     @property
     def logs_dirty(self) -> bool:
+        """KVM_MEM_LOG_DIRTY_PAGES: pages that are written are logged."""
         return bool(self.flags & KVM_MEM_LOG_DIRTY_PAGES)
 
     @property
     def is_classic(self) -> bool:
+        """Not KVM_MEM_FD: it lies on host virtual addresses."""
         return not self.flags & KVM_MEM_FD
 
     @property
@@ -88,23 +91,23 @@ class Memslot:
         return page_floor(self.userspace_addr) - self.gfns.start
 
     def page(self, gfn: Gfn) -> PageIndex:
-        """The page of either file, or of the address space, that serves a gfn."""
+        """Return the page of either file, or of the address space, that serves a gfn."""
         return PageIndex(gfn + self.shift)
 
     def gfns_of(self, pages: PageRange) -> GfnRange | None:
-        """The gfns that those pages serve, clipped to the slot; None if they serve none here."""
+        """Return the gfns that those pages serve, clipped to the slot; None if they serve none here."""
         mine = pages.intersect(self.pages)
         if mine is None:
             return None
         return GfnRange(Gfn(mine.start - self.shift), Gfn(mine.end - self.shift))
 
     def pages_of(self, gfns: GfnRange) -> PageRange:
-        """The pages that serve gfns of the slot."""
+        """Return the pages that serve gfns of the slot."""
         shift = self.shift
         return PageRange(PageIndex(gfns.start + shift), PageIndex(gfns.end + shift))
 
     def windows(self) -> Iterator[Window]:
-        """Those that it has from the beginning."""
+        """Generate the windows that it has initially."""
         if self.is_classic:
             yield Window(self, AddressSpace.HVA, self.pages, self.gfns.start, Side.SHARED)
         if self.shared is not None:
@@ -124,13 +127,13 @@ class Window:
     side: Side  #: PRIVATE: the space is the slot's private file
 
     def gfns_of(self, pages: PageRange) -> GfnRange:
-        """The gfns that pages of the space serve through this window, which they touch."""
+        """Return the gfns that pages of the space serve through this window, which they touch."""
         mine, shift = self.pages, self.gfn - self.pages.start
         start, end = max(pages.start, mine.start), min(pages.end, mine.end)
         return GfnRange(Gfn(start + shift), Gfn(end + shift))
 
     def serves(self, gfns: GfnRange) -> bool:
-        """Whether any of those gfns is served through it."""
+        """Return whether any of those gfns is served through it."""
         return gfns.overlaps(GfnRange(self.gfn, Gfn(self.gfn + len(self.pages))))
 
 
@@ -145,26 +148,28 @@ class Memslots:
         self._windows: dict[int, list[Window]] = {}  # by slot id
 
     def __len__(self) -> int:
+        """Return how many slots there are."""
         return len(self._by_id)
 
     def __iter__(self) -> Iterator[Memslot]:
+        """Iterate over the slots by gfn."""
         return iter(self._in_order)
 
     def get(self, slot_id: int) -> Memslot | None:
-        """The slot with an id."""
+        """Return the slot with an id, if there is one."""
         return self._by_id.get(slot_id)
 
     def is_current(self, slot: Memslot) -> bool:
-        """Whether a slot still is one, unchanged."""
+        """Return whether a slot still is one, unchanged."""
         return self._by_id.get(slot.id) is slot
 
     def find(self, gfn: Gfn) -> Memslot | None:
-        """The slot that a gfn lies in."""
+        """Return the slot that a gfn lies in, if any."""
         index = bisect.bisect_right(self._starts, gfn) - 1
         return self._in_order[index] if index >= 0 and gfn in self._in_order[index].gfns else None
 
-    def pieces(self, gfns: npt.NDArray[np.int64]) -> Iterator[tuple[Memslot | None, slice]]:
-        """Which parts of an array of gfns, in ascending order, lie in which slot, or between slots (None)."""
+    def split(self, gfns: npt.NDArray[np.int64]) -> Iterator[tuple[Memslot | None, slice]]:
+        """Generate which parts of an array of gfns, in ascending order, lie in which slot, or between slots (None)."""
         position = 0
         while position < len(gfns):
             index = bisect.bisect_right(self._starts, gfns[position]) - 1
@@ -179,7 +184,7 @@ class Memslots:
             position = end
 
     def overlapping(self, gfns: GfnRange, but: Memslot | None = None) -> Memslot | None:
-        """Some slot, other than `but`, that shares a gfn with a range."""
+        """Return some slot, other than `but`, that shares a gfn with a range."""
         index = bisect.bisect_left(self._starts, gfns.end) - 1
         while index >= 0 and self._in_order[index].gfns.end > gfns.start:
             if self._in_order[index] is not but:
@@ -188,14 +193,14 @@ class Memslots:
         return None
 
     def touching(self, space: Space, pages: PageRange) -> list[tuple[Window, GfnRange]]:
-        """The windows through which pages of a space serve gfns, and which gfns."""
+        """Return the windows through which pages of a space serve gfns, and which gfns."""
         index = self._spaces.get(space)
         if index is None:
             return []
         return [(window, window.gfns_of(pages)) for window in index.touching(pages.start, pages.end)]
 
     def windows_of(self, slot: Memslot) -> list[Window]:
-        """All windows of a slot."""
+        """Return all windows of a slot."""
         return list(self._windows[slot.id])
 
     def add(self, slot: Memslot) -> None:
@@ -220,12 +225,12 @@ class Memslots:
         del self._starts[index], self._in_order[index]
 
     def add_window(self, window: Window) -> None:
-        """One more part of a slot's memory has been traced to its space."""
+        """Add a window: one more part of a slot's memory has been traced to its space."""
         self._spaces.setdefault(window.space, IntervalIndex()).add(window.pages.start, window.pages.end, window)
         self._windows[window.slot.id].append(window)
 
     def remove_window(self, window: Window) -> None:
-        """It is not served from there any more."""
+        """Remove a window: the slot is not served from there any more."""
         index = self._spaces[window.space]
         index.remove(window.pages.start, window.pages.end, window)
         if not len(index):

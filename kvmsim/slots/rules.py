@@ -39,7 +39,7 @@ class Change(enum.Enum):
 
 
 def check_region(slots: Memslots, region: UserspaceMemoryRegion) -> Change:
-    """What setting a region would change; its files are not looked at yet.
+    """Return what setting a region would change; its files are not looked at yet.
 
     Raises OSError. EINVAL: flags, alignment, wrap, size, immutability; EEXIST: gfns that another slot has; EBADF: no
     fd. A region that is to be created or moved must also pass `check_reach`, after its files.
@@ -59,7 +59,7 @@ def check_region(slots: Memslots, region: UserspaceMemoryRegion) -> Change:
 
 
 def _change(old: Memslot, region: UserspaceMemoryRegion) -> Change:
-    """What becomes of a slot. Raises OSError(EINVAL)."""
+    """Return what becomes of a slot. Raises OSError(EINVAL)."""
     if old.private is not None or (region.private_fd >= 0 and region.flags & KVM_MEM_FD):
         raise OSError(errno.EINVAL, "a slot with private memory can only be deleted")  # RFC patch 06
     if region.userspace_addr != old.userspace_addr or bytes_to_pages(region.memory_size) != len(old.gfns):
@@ -121,6 +121,6 @@ def check_reach(region: UserspaceMemoryRegion, max_gpa: int) -> None:
 
 
 def gfn_range(region: UserspaceMemoryRegion) -> GfnRange:
-    """The gfns of a region that is not empty."""
+    """Return the gfns of a region that is not empty."""
     end = gpa_to_gfn(Gpa(region.guest_phys_addr + region.memory_size))
     return GfnRange(gpa_to_gfn(region.guest_phys_addr), end)

@@ -2,7 +2,7 @@
 
 Each conversion is a few system calls that wait for memfs, which waits for KVM, so converting a burst page by page costs
 the burst many round trips. Requests that come while others are being worked on are kept; then neighbours of the same
-direction become one range, and all who asked go on together. In the order that never pays for a page twice:
+direction become one range, and all callers continue together. In the order that never pays for a page twice:
 
     to private   punch the range out of the shared file, then fallocate it in the private one
     to shared    punch it out of the private file; shared pages come with the next faults
@@ -11,8 +11,8 @@ The **granule** (4 KiB, 64 KiB, 2 MiB) is how far around what was asked for may 
 destroys content, so it takes in only neighbours that have none: pages that are in neither file. Rejected: rounding
 every request to the granule, which would lose what a guest keeps in the neighbourhood.
 
-Listeners are QEMU's RamDiscardListener: told of what is populated (shared memory that a device may map from now on) and
-what is discarded (before it goes), and of all that is populated already when they register.
+Listeners are QEMU's RamDiscardListener: notified of what is populated (shared memory that a device may map from now on)
+and what is discarded (before it goes), and of all that is populated already when they register.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ _PUNCH: Final = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 
 
 class RamDiscardListener(Protocol):
-    """Who has to know which memory the host may touch (QEMU: include/system/memory.h)."""
+    """An object that must know which memory the host may touch (QEMU: include/system/memory.h)."""
 
     def populate(self, pages: PageRange) -> None:
-        """These pages are shared from now on."""
+        """Take notice that pages are shared from now on."""
 
     def discard(self, pages: PageRange) -> None:
-        """These pages are about to stop being shared: let go of them."""
+        """Stop using pages that will not be shared any more."""
 
 
 @dataclass(slots=True)
@@ -73,16 +73,16 @@ class Converter:
         self._working = False
         self._listeners: list[RamDiscardListener] = []
         self.ranges = 0  #: how many were converted: system calls, about
-        self.extra = 0  #: pages that nobody had asked for
+        self.extra = 0  #: pages that were not asked for
 
     def register(self, listener: RamDiscardListener) -> None:
-        """Tell a listener from now on, and at once of all that is populated."""
+        """Notify a listener from now on, and immediately of all that is populated."""
         self._listeners.append(listener)
         for run in _runs(index for index in _indexes(self._pages) if not self._is_private(index)):
             listener.populate(run)
 
     def unregister(self, listener: RamDiscardListener) -> None:
-        """Tell it no more; all that is populated is discarded for it first."""
+        """Stop notifying a listener; all that is populated is discarded for it first."""
         self._listeners.remove(listener)
         for run in _runs(index for index in _indexes(self._pages) if not self._is_private(index)):
             listener.discard(run)
@@ -97,7 +97,7 @@ class Converter:
             self._working = True
             try:
                 with trio.CancelScope(shield=True):  # others wait for what this task has begun
-                    await trio.lowlevel.checkpoint()  # who faults at the same moment comes along
+                    await trio.lowlevel.checkpoint()  # requests of the same moment come along
                     while self._waiting:
                         await self._work()
             finally:
@@ -107,7 +107,7 @@ class Converter:
             raise request.failure
 
     async def _work(self) -> None:
-        """Do the requests of one direction that are waiting, from the oldest on to the first of the other."""
+        """Serve the waiting requests of one direction, from the oldest on to the first of the other."""
         to = self._waiting[0].to
         number = next((i for i, each in enumerate(self._waiting) if each.to is not to), len(self._waiting))
         requests, self._waiting = self._waiting[:number], self._waiting[number:]
@@ -144,7 +144,7 @@ class Converter:
             listener.populate(run)
 
     def _neighbours(self, asked: Iterable[int]) -> set[PageIndex]:
-        """Pages in the granules of those asked for that are in neither file. Blocking: asks the filesystem."""
+        """Return pages in the granules of those asked for that are in neither file. Blocking: asks the filesystem."""
         found: set[PageIndex] = set()
         for granule in {index // self._granule for index in asked}:
             start = granule * self._granule

@@ -2,14 +2,14 @@
 
     KVM_EXIT_MEMORY_ERROR    convert the memory (convert.py), then run the vCPU again. Mainline's KVM_EXIT_MEMORY_FAULT
                              is another view of the same exit and is answered likewise
-    KVM_EXIT_HYPERCALL       KVM_HC_MAP_GPA_RANGE asks for the same of a range, and is told how it went
+    KVM_EXIT_HYPERCALL       KVM_HC_MAP_GPA_RANGE asks for the same of a range, and gets an errno back
     KVM_EXIT_MMIO            the device at that address, if there is one
     KVM_EXIT_HLT             the end
 
 Any other exit is one that this VMM has no answer to; it stops and says so, rather than run a guest on that waits.
 
 File operations wait, inside the kernel and memfs, for KVM's own acknowledgement, so they must not be called from the
-thread in which KVM acknowledges: they go to another one.
+thread in which KVM acknowledges: another one makes them.
 """
 
 from __future__ import annotations
