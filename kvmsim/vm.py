@@ -1,7 +1,7 @@
 """A virtual machine: memslots, the secondary page table, and what notifications do to it.
 
 One VM is one connection to memfs, that is, one owner (RFC patch 01). All of it runs in one trio thread. The MMU lock is
-that nothing under it awaits; the slots lock is a real one, because setting a slot talks to memfs.
+that nothing under it awaits; setting a slot waits for memfs, under a lock of its own (regions.py).
 
 What a notification does is done before it is acknowledged, in `_notified`, without awaiting:
 
@@ -30,7 +30,7 @@ import numpy.typing as npt
 import trio
 
 from kvmsim.arrays import runs
-from kvmsim.backing import Notification, Store, StoreFile, StoreGone, connect
+from kvmsim.backing import Notification, Store, StoreGone, connect
 from kvmsim.exits import Exit
 from kvmsim.mmu.batch import fault_in_private, fault_in_shared
 from kvmsim.mmu.fault import handle_fault, map_gfns, map_known
@@ -40,22 +40,20 @@ from kvmsim.mmu.ownership import OwnershipTable, OwnershipViolation
 from kvmsim.mmu.page_fault import Access, PageFault
 from kvmsim.mmu.page_table import PageTable
 from kvmsim.mmu.pte import level_pages, pte_pfn, side_of
+from kvmsim.regions import Regions
 from kvmsim.side import Side
 from kvmsim.slots.dirty import Bitmap, DirtyLog, pages_in
 from kvmsim.slots.memslots import AddressSpace, Memslot
-from kvmsim.slots.rules import Change, check_files, check_reach, check_region, gfn_range
 from kvmsim.uapi import (
     KVM_MAX_VCPU_ID,
-    KVM_MEM_FD,
-    KVM_MEM_LOG_DIRTY_PAGES,
     KVM_USER_MEM_SLOTS,
     UserspaceMemoryRegion,
 )
 from kvmsim.vcpu import VCPU, Engine
 from kvmsim.vm_type import VmType
 from memfs.contract.aio.nurseries import open_flat_nursery
-from memfs.contract.protocol.messages import Fallocate, FileId, InvalidateBegin, InvalidateEnd
-from memfs.contract.units import Gfn, GfnRange, Gpa, PageRange, gfn_to_gpa, gpa_to_gfn
+from memfs.contract.protocol.messages import Fallocate, InvalidateBegin, InvalidateEnd
+from memfs.contract.units import Gfn, GfnRange, Gpa, PageRange, gpa_to_gfn
 
 #: Called with each notification, slot by slot, after it has been acted upon, and the side of memory that it is about
 Listener = Callable[[Notification, Memslot, GfnRange, Side], None]
@@ -91,9 +89,8 @@ class VM:
         self.faults: Counter[Side] = Counter()
         self.closed = False  #: it has lost its memory, and does not run again
         self.manual_dirty_log_protect = False  #: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2
-        self._to_launch: dict[FileId, StoreFile] = {}  # private files, until a vCPU runs
+        self._regions: Final = Regions(self.mmu, self.config.vm_type)
         self._store: Final = store
-        self._slots_lock: Final = trio.Lock()
         self._nursery: Final = nursery
 
     # -- memslots ---------------------------------------------------------------------------------------------------
@@ -103,80 +100,7 @@ class VM:
 
         Raises OSError with KVM's errnos; EPERM if a file has another owner.
         """
-        async with self._slots_lock:
-            change = check_region(self.mmu.slots, region)
-            await self.mmu.invalidations.wait_idle()  # slots do not change under an invalidation (RFC patch 10)
-            old = self.mmu.slots.get(region.slot)
-            if change is Change.DELETE:
-                assert old is not None
-                await self._release(self._take_out(old))
-                return
-            shared, private = await self._register(region, old) if region.flags & KVM_MEM_FD else (None, None)
-            try:
-                if change in (Change.CREATE, Change.MOVE):
-                    check_reach(region, gfn_to_gpa(Gfn(self.mmu.table.max_gfn)))
-            except OSError:
-                await self._release([file for file in (shared, private) if file is not None])
-                raise
-            if change is not Change.NONE:
-                held = self._replace(region, old, shared, private)
-            else:
-                held = [file for file in (shared, private) if file is not None]
-            await self._release(held)
-
-    async def _register(self, region: UserspaceMemoryRegion, old: Memslot | None) -> tuple[StoreFile, StoreFile | None]:
-        """Register the files of a region, both or none."""
-        registered: list[StoreFile] = []
-        try:
-            if region.private_fd >= 0 and not self.type.has_private_memory:
-                raise OSError(errno.EINVAL, "a VM of this type has no private memory")
-            registered.append(shared := await self._store.register(region.fd))
-            private = None
-            if region.private_fd >= 0:
-                registered.append(private := await self._store.register(region.private_fd))
-                if private.page_map is not None:
-                    self._to_launch[private.id] = private
-            check_files(self.mmu.slots, region, shared, private, old)
-        except OSError:
-            await self._release(registered)
-            raise
-        return shared, private
-
-    def _replace(
-        self, region: UserspaceMemoryRegion, old: Memslot | None, shared: StoreFile | None, private: StoreFile | None
-    ) -> list[StoreFile]:
-        """Insert a slot in the place of its former self. Returns the files to be unregistered then."""
-        gfns = gfn_range(region)
-        log: DirtyLog | None = None
-        if region.flags & KVM_MEM_LOG_DIRTY_PAGES:
-            log = old.dirty if old is not None and old.dirty is not None else DirtyLog(len(gfns))
-        slot = Memslot(region.slot, region.flags, gfns, region.userspace_addr, shared, private, log)
-        stays = old is not None and old.gfns == gfns
-        held = [] if old is None else self._take_out(old, unmap=not stays)
-        self.mmu.slots.add(slot)
-        if stays and slot.logs_dirty:
-            self.mmu.write_protect(gfns)
-        return held
-
-    def _take_out(self, slot: Memslot, *, unmap: bool = True) -> list[StoreFile]:
-        """Remove a slot. Returns its files, which are still to be unregistered."""
-        held = list(slot.files)
-        if slot.is_classic:
-            behind = [window.space for window in self.mmu.slots.windows_of(slot)]
-            held += [self._store.files[space] for space in behind if not isinstance(space, AddressSpace)]
-            unmap = True  # its windows on files go and come back with the faults
-        self.mmu.slots.remove(slot)
-        self.mmu.invalidations.conversion()  # faults that found the slot must look again
-        if unmap:
-            self.mmu.unmap(slot.gfns)
-        return held
-
-    async def _release(self, files: list[StoreFile]) -> None:
-        with trio.CancelScope(shield=True):
-            for file in files:
-                if file.registrations == 1:
-                    self.mmu.frames.forget(file)
-                await self._store.unregister(file)
+        await self._regions.set(region)
 
     def _slot_with_log(self, slot_id: int) -> tuple[Memslot, DirtyLog]:
         if not 0 <= slot_id < KVM_USER_MEM_SLOTS:
@@ -225,7 +149,7 @@ class VM:
                 if isinstance(other.space, AddressSpace) or not other.serves(gfns):
                     continue
                 self.mmu.slots.remove_window(other)
-                self._nursery.start_soon(self._release, [self._store.files[other.space]])
+                self._nursery.start_soon(self._regions.release, [self._store.files[other.space]])
         self.mmu.invalidations.conversion()
 
     def age(self, gfns: GfnRange) -> bool:
@@ -283,10 +207,7 @@ class VM:
         Called when a vCPU runs (KVM_TDX_FINALIZE_VM, KVM_SEV_SNP_LAUNCH_FINISH); for slots that come later, then.
         `StoreFile.measurement` has the measurements.
         """
-        while self._to_launch:
-            file_id, file = self._to_launch.popitem()
-            if file_id in self._store.files:
-                await self._store.launch(file)
+        await self._regions.launch()
 
     def check_alive(self) -> None:
         """Raise StoreGone if the connection to memfs, and with it all memory, is gone."""

@@ -1,0 +1,118 @@
+"""Setting memslots: what KVM_SET_USER_MEMORY_REGION does once the rules (slots/rules.py) let a change pass.
+
+A slot holds one registration of each of its files, and so does each window of a classic slot on a file behind it; the
+last one to go unregisters the file. A file is registered before the slot is there, and unregistered when nothing of it
+is mapped any more (RFC patches 04 to 06).
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import Final
+
+import trio
+
+from kvmsim.backing import StoreFile
+from kvmsim.mmu.mmu import Mmu
+from kvmsim.slots.dirty import DirtyLog
+from kvmsim.slots.memslots import AddressSpace, Memslot
+from kvmsim.slots.rules import Change, check_files, check_reach, check_region, gfn_range
+from kvmsim.uapi import KVM_MEM_FD, KVM_MEM_LOG_DIRTY_PAGES, UserspaceMemoryRegion
+from kvmsim.vm_type import VmType
+from memfs.contract.protocol.messages import FileId
+from memfs.contract.units import Gfn, gfn_to_gpa
+
+
+class Regions:
+    """The memory regions of one VM, which become its slots. One is set at a time."""
+
+    def __init__(self, mmu: Mmu, vm_type: VmType) -> None:
+        self._mmu: Final = mmu
+        self._type: Final = vm_type
+        self._lock: Final = trio.Lock()  # setting a slot waits for memfs
+        self._to_launch: dict[FileId, StoreFile] = {}  # private files, until a vCPU runs
+
+    async def set(self, region: UserspaceMemoryRegion) -> None:
+        """Create, move or delete a slot, or change its flags (KVM_SET_USER_MEMORY_REGION). All or nothing.
+
+        Raises OSError with KVM's errnos; EPERM if a file has another owner.
+        """
+        async with self._lock:
+            change = check_region(self._mmu.slots, region)
+            await self._mmu.invalidations.wait_idle()  # slots do not change under an invalidation (RFC patch 10)
+            old = self._mmu.slots.get(region.slot)
+            if change is Change.DELETE:
+                assert old is not None
+                await self.release(self._take_out(old))
+                return
+            shared, private = await self._register(region, old) if region.flags & KVM_MEM_FD else (None, None)
+            held = [file for file in (shared, private) if file is not None]
+            try:
+                if change in (Change.CREATE, Change.MOVE):
+                    check_reach(region, gfn_to_gpa(Gfn(self._mmu.table.max_gfn)))
+                if change is not Change.NONE:
+                    held = self._replace(region, old, shared, private)
+            finally:
+                await self.release(held)
+
+    async def _register(self, region: UserspaceMemoryRegion, old: Memslot | None) -> tuple[StoreFile, StoreFile | None]:
+        """Register the files of a region, both or none."""
+        registered: list[StoreFile] = []
+        try:
+            if region.private_fd >= 0 and not self._type.has_private_memory:
+                raise OSError(errno.EINVAL, "a VM of this type has no private memory")
+            registered.append(shared := await self._mmu.store.register(region.fd))
+            private = None
+            if region.private_fd >= 0:
+                registered.append(private := await self._mmu.store.register(region.private_fd))
+                if private.page_map is not None:
+                    self._to_launch[private.id] = private
+            check_files(self._mmu.slots, region, shared, private, old)
+        except OSError:
+            await self.release(registered)
+            raise
+        return shared, private
+
+    def _replace(
+        self, region: UserspaceMemoryRegion, old: Memslot | None, shared: StoreFile | None, private: StoreFile | None
+    ) -> list[StoreFile]:
+        """Insert a slot in the place of its former self. Returns the files to be unregistered then."""
+        gfns = gfn_range(region)
+        log: DirtyLog | None = None
+        if region.flags & KVM_MEM_LOG_DIRTY_PAGES:
+            log = old.dirty if old is not None and old.dirty is not None else DirtyLog(len(gfns))
+        slot = Memslot(region.slot, region.flags, gfns, region.userspace_addr, shared, private, log)
+        stays = old is not None and old.gfns == gfns
+        held = [] if old is None else self._take_out(old, unmap=not stays)
+        self._mmu.slots.add(slot)
+        if stays and slot.logs_dirty:
+            self._mmu.write_protect(gfns)
+        return held
+
+    def _take_out(self, slot: Memslot, *, unmap: bool = True) -> list[StoreFile]:
+        """Remove a slot. Returns its files, which are still to be unregistered."""
+        held = list(slot.files)
+        if slot.is_classic:
+            behind = [window.space for window in self._mmu.slots.windows_of(slot)]
+            held += [self._mmu.store.files[space] for space in behind if not isinstance(space, AddressSpace)]
+            unmap = True  # its windows on files go and come back with the faults
+        self._mmu.slots.remove(slot)
+        self._mmu.invalidations.conversion()  # faults that found the slot must look again
+        if unmap:
+            self._mmu.unmap(slot.gfns)
+        return held
+
+    async def release(self, files: list[StoreFile]) -> None:
+        """Undo one registration of each file."""
+        with trio.CancelScope(shield=True):
+            for file in files:
+                if file.registrations == 1:
+                    self._mmu.frames.forget(file)
+                await self._mmu.store.unregister(file)
+
+    async def launch(self) -> None:
+        """Measure the content of private files that have been registered since this was last called."""
+        while self._to_launch:
+            file_id, file = self._to_launch.popitem()
+            if file_id in self._mmu.store.files:
+                await self._mmu.store.launch(file)
