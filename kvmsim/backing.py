@@ -1,6 +1,6 @@
 """The memory that memfs holds for a VM: registers files, asks for frames, passes notifications on (RFC patches 04-06).
 
-`Store` is the KVM side of guest_ops and guest_mem_ops. It never touches the mount itself: files are named by
+`Backing` is the KVM side of guest_ops and guest_mem_ops. It never touches the mount itself: files are named by
 descriptors that the VMM opened, and all else comes over the socket.
 """
 
@@ -36,10 +36,10 @@ from memfs.contract.protocol.messages import (
 from memfs.contract.protocol.peer import close_all
 from memfs.contract.units import ORDER_1G, PageIndex, PageRange, Pfn
 
-__all__ = ["Counters", "Notification", "Store", "StoreFile", "StoreGone", "connect", "socket_of"]
+__all__ = ["Backing", "Counters", "GuestFile", "Notification", "StoreGone", "connect", "socket_of"]
 
 
-class StoreFile:
+class GuestFile:
     """A registered file: its memory, mapped, and for a guest-sealed file its page map."""
 
     def __init__(self, registered: Registered, fds: tuple[int, ...]) -> None:
@@ -150,13 +150,13 @@ class Counters:
     fallocate: int = 0
 
 
-class Store:
+class Backing:
     """A connection to memfs, and the files that are registered over it. Use `connect`."""
 
     def __init__(self, client: Client, notify: Callable[[Notification], None]) -> None:
         self._client: Final = client
         self._notify: Final = notify
-        self.files: dict[FileId, StoreFile] = {}
+        self.files: dict[FileId, GuestFile] = {}
         self.counters = Counters()
 
     @property
@@ -180,13 +180,13 @@ class Store:
                 self.counters.fallocate += 1
         self._notify(message)
 
-    async def register(self, fd: int) -> StoreFile:
+    async def register(self, fd: int) -> GuestFile:
         """Own the file behind a descriptor (memfd_register_guest). Raises OSError as `messages.Register` says."""
         registered, fds = await self._client.register(fd)
         file = self.files.get(registered.file)
         if file is None:
             try:
-                file = self.files[registered.file] = StoreFile(registered, fds)
+                file = self.files[registered.file] = GuestFile(registered, fds)
             except (OSError, ValueError):
                 await self._client.unregister(registered.file)
                 raise
@@ -196,7 +196,7 @@ class Store:
         file.registrations += 1
         return file
 
-    async def unregister(self, file: StoreFile) -> None:
+    async def unregister(self, file: GuestFile) -> None:
         """Undo one `register`. Nothing may be mapped from the file any more."""
         file.registrations -= 1
         if not file.registrations:
@@ -204,12 +204,12 @@ class Store:
             file.close()
         await self._client.unregister(file.id)
 
-    async def launch(self, file: StoreFile) -> bytes:
+    async def launch(self, file: GuestFile) -> bytes:
         """Say that the guest begins to run: a guest-sealed file's initial content is measured. Returns 48 bytes."""
         file.measurement = await self._client.launch(file.id)
         return file.measurement
 
-    async def get_pfn(self, file: StoreFile, pages: PageRange, *, alloc: bool) -> PfnReply:
+    async def get_pfn(self, file: GuestFile, pages: PageRange, *, alloc: bool) -> PfnReply:
         """Ask for the frames of pages (get_lock_pfn and put_unlock_pfn). May cover only a part, from the start on.
 
         The pages are not locked: the reply holds only under the protocol of mmu/invalidate.py. A lock would be one more
@@ -228,17 +228,17 @@ class Store:
 
 
 @asynccontextmanager
-async def connect(path: str, name: str, notify: Callable[[Notification], None]) -> AsyncIterator[Store]:
+async def connect(path: str, name: str, notify: Callable[[Notification], None]) -> AsyncIterator[Backing]:
     """Connect to memfs's socket; `notify` is called with each notification and has acted when it returns.
 
     Raises OSError if nobody listens there, or the protocol versions do not match.
     """
 
     async def notified(message: Notification) -> None:
-        store.act(message)
+        backing.act(message)
 
     with ExitStack() as last:  # what is closed while a task still reads from it is a bad descriptor there
         async with protocol.connect(path, name, notified) as client:
-            store = Store(client, notify)
-            last.callback(store.close)
-            yield store
+            backing = Backing(client, notify)
+            last.callback(backing.close)
+            yield backing

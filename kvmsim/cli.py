@@ -218,7 +218,7 @@ def _report(
     console: Console, vm: VM, vmm: Vmm, vcpu: VCPU, engine: TraceEngine, seconds: float, failure: Exception | None
 ) -> None:
     everything = vm.mmu.table.everything
-    heard = vm.store.counters
+    heard = vm.backing.counters
     rows = {
         "accesses": f"{engine.accesses:,} in {seconds:.2f} s, {engine.passes} passes of the trace",
         "faults": f"{vm.faults[Side.PRIVATE]:,} private, {vm.faults[Side.SHARED]:,} shared, {vm.mmu.retries:,} retried",

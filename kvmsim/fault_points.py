@@ -9,7 +9,7 @@ from memfs.contract.protocol.fault_points import STEPS_OF_PEERS, after_notificat
 
 STEPS: Final = {
     **STEPS_OF_PEERS,
-    "kvmsim.backing:Store.act": Step(before_notification, after_notification),
+    "kvmsim.backing:Backing.act": Step(before_notification, after_notification),
 }
 
 

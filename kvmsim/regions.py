@@ -12,7 +12,7 @@ from typing import Final
 
 import trio
 
-from kvmsim.backing import StoreFile
+from kvmsim.backing import GuestFile
 from kvmsim.mmu.mmu import Mmu
 from kvmsim.slots.dirty import DirtyLog
 from kvmsim.slots.memslots import AddressSpace, Memslot
@@ -30,7 +30,7 @@ class Regions:
         self._mmu: Final = mmu
         self._type: Final = vm_type
         self._lock: Final = trio.Lock()  # setting a slot waits for memfs
-        self._to_launch: dict[FileId, StoreFile] = {}  # private files, until a vCPU runs
+        self._to_launch: dict[FileId, GuestFile] = {}  # private files, until a vCPU runs
 
     async def set(self, region: UserspaceMemoryRegion) -> None:
         """Create, move or delete a slot, or change its flags (KVM_SET_USER_MEMORY_REGION). All or nothing.
@@ -55,16 +55,16 @@ class Regions:
             finally:
                 await self.release(held)
 
-    async def _register(self, region: UserspaceMemoryRegion, old: Memslot | None) -> tuple[StoreFile, StoreFile | None]:
+    async def _register(self, region: UserspaceMemoryRegion, old: Memslot | None) -> tuple[GuestFile, GuestFile | None]:
         """Register the files of a region, both or none."""
-        registered: list[StoreFile] = []
+        registered: list[GuestFile] = []
         try:
             if region.private_fd >= 0 and not self._type.has_private_memory:
                 raise OSError(errno.EINVAL, "a VM of this type has no private memory")
-            registered.append(shared := await self._mmu.store.register(region.fd))
+            registered.append(shared := await self._mmu.backing.register(region.fd))
             private = None
             if region.private_fd >= 0:
-                registered.append(private := await self._mmu.store.register(region.private_fd))
+                registered.append(private := await self._mmu.backing.register(region.private_fd))
                 if private.page_map is not None:
                     self._to_launch[private.id] = private
             check_files(self._mmu.slots, region, shared, private, old)
@@ -74,8 +74,8 @@ class Regions:
         return shared, private
 
     def _replace(
-        self, region: UserspaceMemoryRegion, old: Memslot | None, shared: StoreFile | None, private: StoreFile | None
-    ) -> list[StoreFile]:
+        self, region: UserspaceMemoryRegion, old: Memslot | None, shared: GuestFile | None, private: GuestFile | None
+    ) -> list[GuestFile]:
         """Insert a slot in the place of its former self. Returns the files to be unregistered then."""
         gfns = gfn_range(region)
         log: DirtyLog | None = None
@@ -89,12 +89,12 @@ class Regions:
             self._mmu.write_protect(gfns)
         return held
 
-    def _take_out(self, slot: Memslot, *, unmap: bool = True) -> list[StoreFile]:
+    def _take_out(self, slot: Memslot, *, unmap: bool = True) -> list[GuestFile]:
         """Remove a slot. Returns its files, which are still to be unregistered."""
         held = list(slot.files)
         if slot.is_classic:
             behind = [window.space for window in self._mmu.slots.windows_of(slot)]
-            held += [self._mmu.store.files[space] for space in behind if not isinstance(space, AddressSpace)]
+            held += [self._mmu.backing.files[space] for space in behind if not isinstance(space, AddressSpace)]
             unmap = True  # its windows on files go and come back with the faults
         self._mmu.slots.remove(slot)
         self._mmu.invalidations.conversion()  # faults that found the slot must look again
@@ -102,17 +102,17 @@ class Regions:
             self._mmu.unmap(slot.gfns)
         return held
 
-    async def release(self, files: list[StoreFile]) -> None:
+    async def release(self, files: list[GuestFile]) -> None:
         """Undo one registration of each file."""
         with trio.CancelScope(shield=True):
             for file in files:
                 if file.registrations == 1:
                     self._mmu.frames.forget(file)
-                await self._mmu.store.unregister(file)
+                await self._mmu.backing.unregister(file)
 
     async def launch(self) -> None:
         """Measure the content of private files that have been registered since this was last called."""
         while self._to_launch:
             file_id, file = self._to_launch.popitem()
-            if file_id in self._mmu.store.files:
-                await self._mmu.store.launch(file)
+            if file_id in self._mmu.backing.files:
+                await self._mmu.backing.launch(file)

@@ -30,7 +30,7 @@ import numpy.typing as npt
 import trio
 
 from kvmsim.arrays import runs
-from kvmsim.backing import Notification, Store, StoreGone, connect
+from kvmsim.backing import Backing, Notification, StoreGone, connect
 from kvmsim.exits import Exit
 from kvmsim.mmu.batch import fault_in_private, fault_in_shared
 from kvmsim.mmu.fault import handle_fault, map_gfns, map_known
@@ -74,11 +74,11 @@ class VmConfig:
 class VM:
     """A virtual machine. Use `create_vm`."""
 
-    def __init__(self, store: Store, nursery: trio.Nursery, config: VmConfig | None = None) -> None:
+    def __init__(self, backing: Backing, nursery: trio.Nursery, config: VmConfig | None = None) -> None:
         self.config: Final = config or VmConfig()
         ownership = self.config.ownership or OwnershipTable()
         self.mmu: Final = Mmu(
-            store,
+            backing,
             PageTable(self.config.levels),
             ownership,
             ownership.new_vm(),
@@ -90,7 +90,6 @@ class VM:
         self.closed = False  #: it has lost its memory, and does not run again
         self.manual_dirty_log_protect = False  #: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2
         self._regions: Final = Regions(self.mmu, self.config.vm_type)
-        self._store: Final = store
         self._nursery: Final = nursery
 
     # -- memslots ---------------------------------------------------------------------------------------------------
@@ -149,7 +148,7 @@ class VM:
                 if isinstance(other.space, AddressSpace) or not other.serves(gfns):
                     continue
                 self.mmu.slots.remove_window(other)
-                self._nursery.start_soon(self._regions.release, [self._store.files[other.space]])
+                self._nursery.start_soon(self._regions.release, [self.backing.files[other.space]])
         self.mmu.invalidations.conversion()
 
     def age(self, gfns: GfnRange) -> bool:
@@ -205,14 +204,14 @@ class VM:
         """Measure what private files were populated with, which is final from now on.
 
         Called when a vCPU runs (KVM_TDX_FINALIZE_VM, KVM_SEV_SNP_LAUNCH_FINISH); for slots that come later, then.
-        `StoreFile.measurement` has the measurements.
+        `GuestFile.measurement` has the measurements.
         """
         await self._regions.launch()
 
     def check_alive(self) -> None:
         """Raise StoreGone if the connection to memfs, and with it all memory, is gone."""
-        if self._store.gone is not None:
-            raise StoreGone(self._store.gone)
+        if self.backing.gone is not None:
+            raise StoreGone(self.backing.gone)
 
     @property
     def type(self) -> VmType:
@@ -220,9 +219,9 @@ class VM:
         return self.config.vm_type
 
     @property
-    def store(self) -> Store:
+    def backing(self) -> Backing:
         """The connection to memfs."""
-        return self._store
+        return self.mmu.backing
 
     # -- notifications ----------------------------------------------------------------------------------------------
 
@@ -305,8 +304,8 @@ async def create_vm(socket_path: str, config: VmConfig | None = None, **changes:
         assert vm is not None, "notified before anything was registered"
         vm._notified(message)
 
-    async with connect(socket_path, config.name, notified) as store, open_flat_nursery() as nursery:
-        vm = VM(store, nursery, config)
+    async with connect(socket_path, config.name, notified) as backing, open_flat_nursery() as nursery:
+        vm = VM(backing, nursery, config)
         nursery.start_soon(_watch, vm)
         try:
             yield vm
@@ -317,5 +316,5 @@ async def create_vm(socket_path: str, config: VmConfig | None = None, **changes:
 
 async def _watch(vm: VM) -> None:
     """Unmap everything when memfs goes away."""
-    await vm.store.ended.wait()
+    await vm.backing.ended.wait()
     vm.close()

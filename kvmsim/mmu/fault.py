@@ -21,7 +21,7 @@ import os
 
 import trio
 
-from kvmsim.backing import StoreFile, StoreGone
+from kvmsim.backing import GuestFile, StoreGone
 from kvmsim.exits import Exit, MemoryErrorExit, MmioExit
 from kvmsim.mmu.mmu import Mmu
 from kvmsim.mmu.ownership import OwnershipViolation
@@ -53,8 +53,8 @@ async def handle_fault(mmu: Mmu, access: Access) -> Exit | None:
     """
     gfns = GfnRange(access.gfn, Gfn(access.gfn + 1))
     while True:
-        if mmu.store.gone is not None:  # no notification would come for what is mapped now
-            raise StoreGone(mmu.store.gone)
+        if mmu.backing.gone is not None:  # no notification would come for what is mapped now
+            raise StoreGone(mmu.backing.gone)
         slot = mmu.slots.find(access.gfn)
         if slot is None or (access.write and slot.readonly):
             return MmioExit(gfn_to_gpa(access.gfn), PAGE_SIZE, access.write)
@@ -112,14 +112,14 @@ async def map_gfns(mmu: Mmu, fault: PageFault) -> GfnRange | None:
     """
     file = fault.slot.file(fault.side)
     assert file is not None
-    reply = await mmu.store.get_pfn(file, fault.pages, alloc=fault.side is Side.SHARED)
+    reply = await mmu.backing.get_pfn(file, fault.pages, alloc=fault.side is Side.SHARED)
     # Under the MMU lock: nothing from here to the end of the installation awaits.
     if not _install(mmu, fault, file, reply):
         return None
     return GfnRange(fault.gfns.start, Gfn(fault.gfns.start + len(reply.pages)))
 
 
-def _install(mmu: Mmu, fault: PageFault, file: StoreFile, reply: PfnReply) -> bool:
+def _install(mmu: Mmu, fault: PageFault, file: GuestFile, reply: PfnReply) -> bool:
     """Map what the store said about the first pages of a fault, if that still holds. Returns whether it does."""
     gfns = GfnRange(fault.gfns.start, Gfn(fault.gfns.start + len(reply.pages)))
     if not mmu.slots.is_current(fault.slot) or mmu.invalidations.must_retry(fault.seq, gfns):
@@ -175,24 +175,24 @@ async def _map_classic(mmu: Mmu, fault: PageFault) -> bool:
     if file is None:
         return False
     file_page = mapping.file_page(page)
-    reply = await mmu.store.get_pfn(file, PageRange(file_page, PageIndex(file_page + 1)), alloc=True)
+    reply = await mmu.backing.get_pfn(file, PageRange(file_page, PageIndex(file_page + 1)), alloc=True)
     return _install(mmu, fault, file, reply)
 
 
-async def _file_behind(mmu: Mmu, slot: Memslot, page: PageIndex, mapping: Mapping) -> StoreFile | None:
+async def _file_behind(mmu: Mmu, slot: Memslot, page: PageIndex, mapping: Mapping) -> GuestFile | None:
     """Return the file behind a mapping, registered, with a window of the slot on it; None if the slot is gone."""
     for window in mmu.slots.windows_of(slot):
-        file = None if window.space is AddressSpace.HVA else mmu.store.files[window.space]
+        file = None if window.space is AddressSpace.HVA else mmu.backing.files[window.space]
         if file is not None and file.ino == mapping.ino and mapping.file_page(page) in window.pages:
             return file
     fd = await trio.to_thread.run_sync(open_mapped_file, mapping)
     try:
-        file = await mmu.store.register(fd)
+        file = await mmu.backing.register(fd)
     finally:
         await trio.to_thread.run_sync(os.close, fd)  # close(2) asks the filesystem, too
     if not mmu.slots.is_current(slot):
         with trio.CancelScope(shield=True):
-            await mmu.store.unregister(file)
+            await mmu.backing.unregister(file)
         return None
     pages = mapping.pages.intersect(slot.pages)
     assert pages is not None

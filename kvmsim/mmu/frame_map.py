@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvmsim.backing import StoreFile
+from kvmsim.backing import GuestFile
 from kvmsim.slots.hva import LOCAL_PFN, LocalMemory
 from memfs.contract.protocol.messages import PfnRun
 from memfs.contract.units import ORDER_1G, ByteOffset, PageIndex, Pfn, page_offset
@@ -19,7 +19,7 @@ _EXTENT = 1 << ORDER_1G
 
 @dataclass(frozen=True, slots=True)
 class _Extent:
-    file: StoreFile
+    file: GuestFile
     first_page: PageIndex  # the page that the extent's first frame holds; negative if frames are out of step
 
 
@@ -29,13 +29,13 @@ class FrameMap:
     def __init__(self) -> None:
         self._extents: dict[int, _Extent] = {}
 
-    def add(self, file: StoreFile, run: PfnRun) -> None:
+    def add(self, file: GuestFile, run: PfnRun) -> None:
         """Remember which file an extent is of, as the store said."""
         assert run.pfn is not None
         number, within = divmod(run.pfn, _EXTENT)
         self._extents[number] = _Extent(file, PageIndex(run.pages.start - within))
 
-    def locate(self, pfn: Pfn) -> tuple[StoreFile | LocalMemory, ByteOffset]:
+    def locate(self, pfn: Pfn) -> tuple[GuestFile | LocalMemory, ByteOffset]:
         """Return what a frame's memory is in, and where in it. Raises KeyError for a frame of an unknown extent."""
         if pfn >= LOCAL_PFN:
             return LocalMemory(pfn), ByteOffset(0)
@@ -43,6 +43,6 @@ class FrameMap:
         extent = self._extents[number]
         return extent.file, page_offset(PageIndex(extent.first_page + within))
 
-    def forget(self, file: StoreFile) -> None:
+    def forget(self, file: GuestFile) -> None:
         """Forget a file's extents: it is not registered any more, and its frames may become those of others."""
         self._extents = {number: extent for number, extent in self._extents.items() if extent.file is not file}

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from kvmsim.backing import Store
+from kvmsim.backing import Backing
 from kvmsim.mmu.fault_around import FaultAround
 from kvmsim.mmu.frame_map import FrameMap
 from kvmsim.mmu.invalidate import InvalidationState
@@ -29,7 +29,7 @@ from memfs.contract.units import GfnRange, Pfn
 class Mmu:
     """The secondary MMU of one VM."""
 
-    store: Store
+    backing: Backing
     table: PageTable
     ownership: OwnershipTable
     vm: int  #: its number in the ownership table

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from kvmsim.backing import StoreFile
+from kvmsim.backing import GuestFile
 from kvmsim.side import Side
 from kvmsim.slots.dirty import DirtyLog
 from kvmsim.slots.intervals import IntervalIndex
@@ -47,8 +47,8 @@ class Memslot:
     flags: int
     gfns: GfnRange
     userspace_addr: ByteOffset  #: into both files, or a hva
-    shared: StoreFile | None  #: None for a classic slot
-    private: StoreFile | None
+    shared: GuestFile | None  #: None for a classic slot
+    private: GuestFile | None
     dirty: DirtyLog | None = None  #: with KVM_MEM_LOG_DIRTY_PAGES
 
     @property
@@ -73,11 +73,11 @@ class Memslot:
         return PageRange(first, PageIndex(first + len(self.gfns)))
 
     @property
-    def files(self) -> tuple[StoreFile, ...]:
+    def files(self) -> tuple[GuestFile, ...]:
         """What it keeps registered, apart from files behind mappings."""
         return tuple(file for file in (self.shared, self.private) if file is not None)
 
-    def file(self, side: Side) -> StoreFile | None:
+    def file(self, side: Side) -> GuestFile | None:
         """Return the file that serves one side; None if none does."""
         return self.private if side is Side.PRIVATE else self.shared
 

@@ -10,7 +10,7 @@ import enum
 import errno
 from typing import Final
 
-from kvmsim.backing import StoreFile
+from kvmsim.backing import GuestFile
 from kvmsim.slots.memslots import Memslot, Memslots
 from kvmsim.uapi import (
     KVM_MAX_GPA,
@@ -93,7 +93,7 @@ def _check_numbers(region: UserspaceMemoryRegion) -> None:
 
 
 def check_files(
-    slots: Memslots, region: UserspaceMemoryRegion, shared: StoreFile, private: StoreFile | None, old: Memslot | None
+    slots: Memslots, region: UserspaceMemoryRegion, shared: GuestFile, private: GuestFile | None, old: Memslot | None
 ) -> None:
     """Raise OSError(EINVAL) if files do not fit a region: past their end, of the wrong kind, or bound already."""
     for file in (shared, private):

@@ -97,7 +97,7 @@ async def serve(socket: str, vmm: Vmm) -> None:
 
 async def watch(vm: VM) -> None:
     """memfs may go while nobody asks for anything."""
-    await vm.store.ended.wait()
+    await vm.backing.ended.wait()
     vm.check_alive()
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import trio
 
-from kvmsim.backing import StoreFile
+from kvmsim.backing import GuestFile
 from kvmsim.engines.program import Hypercall, Load, Program, ProgramEngine, Store, convert
 from kvmsim.exits import HypercallExit, MemoryErrorExit
 from kvmsim.mmu.page_fault import Access
@@ -78,14 +78,14 @@ async def run(vm: VM, vmm: Vmm, program: Program, vcpu_id: int = 0) -> dict[str,
     return dict(vcpu.exits)
 
 
-def shared_of(vm: VM) -> StoreFile:
+def shared_of(vm: VM) -> GuestFile:
     """The shared file of slot 0."""
     file = not_none(vm.mmu.slots.get(0)).shared
-    assert isinstance(file, StoreFile)
+    assert isinstance(file, GuestFile)
     return file
 
 
-def private_of(vm: VM) -> StoreFile:
+def private_of(vm: VM) -> GuestFile:
     """The private file of slot 0."""
     return not_none(not_none(vm.mmu.slots.get(0)).private)
 
@@ -296,10 +296,10 @@ async def test_classic_slot_over_a_mapping_hears_of_punches_of_its_file(guest: G
         punch = ["fallocate", "-p", "-o", str((1 << 18) + 0x2000), "-l", "4096", "classic"]
         assert (await trio.to_thread.run_sync(lambda: memfs.run(*punch))).returncode == 0
         assert not vm.mmu.table.lookup(gfn)
-        assert vm.store.counters.invalidate_begin == 1
+        assert vm.backing.counters.invalidate_begin == 1
         await vmm.run(vcpu)
         await vm.set_user_memory_region(UserspaceMemoryRegion(1, 0, Gpa(0), 0, ByteOffset(0)))
-        assert len(vm.store.files) == 2, "the file behind the mapping is let go of with the slot"
+        assert len(vm.backing.files) == 2, "the file behind the mapping is let go of with the slot"
     assert seen == [b"here", 0, bytes(4)]
 
 

@@ -109,7 +109,7 @@ class ModelStore:
         return reply
 
     def known(self, asked: PageRange) -> PfnReply | None:
-        """As a StoreFile that has been told of the gibibyte, or has not."""
+        """As a GuestFile that has been told of the gibibyte, or has not."""
         if not self.told or self.page_map.count(asked) != len(asked):
             return None
         return PfnReply(PRIVATE, asked, (PfnRun(asked, Pfn((PRIVATE << 18) + asked.start), 18),))

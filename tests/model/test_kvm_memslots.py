@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 import pytest
 import trio
 
-from kvmsim.backing import Store
+from kvmsim.backing import Backing
 from kvmsim.uapi import KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, UserspaceMemoryRegion
 from kvmsim.vm import VM
 from memfs.contract.units import PAGE_SIZE, ByteOffset, Gpa
@@ -30,11 +30,11 @@ FLAGS = [0, 0, 0, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, KVM_MEM_LOG_DIRTY_P
 
 
 @asynccontextmanager
-async def vm_without_store() -> AsyncIterator[VM]:
+async def vm_without_backing() -> AsyncIterator[VM]:
     """A VM whose slots are all classic never talks to a store."""
     async with trio.open_nursery() as nursery:
-        store: Store = None  # type: ignore[assignment]
-        yield VM(store, nursery)
+        backing: Backing = None  # type: ignore[assignment]
+        yield VM(backing, nursery)
         nursery.cancel_scope.cancel()
 
 
@@ -75,7 +75,7 @@ async def test_same_answers_as_the_real_kvm(seed: int) -> None:
 async def compare(real: RealKvm, seed: int, calls: int) -> None:
     random_ = random.Random(seed)
     answers = set()
-    async with vm_without_store() as vm:
+    async with vm_without_backing() as vm:
         for number in range(calls):
             call = some_call(random_, vm)
             expected, got = real.set_region(*call), await ours(vm, call)
@@ -85,7 +85,7 @@ async def compare(real: RealKvm, seed: int, calls: int) -> None:
 
 
 async def test_all_slots_at_once() -> None:
-    async with vm_without_store() as vm:
+    async with vm_without_backing() as vm:
         for slot in range(32764):
             await vm.set_user_memory_region(
                 UserspaceMemoryRegion(slot, 0, Gpa(slot * 2 * K4), K4, ByteOffset(0x10000000))

@@ -18,7 +18,7 @@ import trio
 from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 
-from kvmsim.backing import StoreFile
+from kvmsim.backing import GuestFile
 from kvmsim.engines.trace import IntegrityError, TraceEngine
 from kvmsim.engines.trace_file import RECORD, Trace
 from kvmsim.exits import HaltExit, MemoryErrorExit
@@ -59,19 +59,19 @@ class DirectStore:
         self.gone: str | None = None
         self.page_map = PageMap("test")
         resources.callback(self.page_map.close)
-        self.files: dict[int, StoreFile] = {}
+        self.files: dict[int, GuestFile] = {}
         for number in (SHARED, PRIVATE):
             fds = [os.memfd_create("test")]
             os.ftruncate(fds[0], PAGES * PAGE_SIZE)
             if number == PRIVATE:
                 fds.append(os.dup(self.page_map.fd))
-            self.files[number] = StoreFile(Registered(FileId(number), number, PAGES * PAGE_SIZE, 0), tuple(fds))
+            self.files[number] = GuestFile(Registered(FileId(number), number, PAGES * PAGE_SIZE, 0), tuple(fds))
             resources.callback(self.files[number].close)
 
-    async def register(self, fd: int) -> StoreFile:
+    async def register(self, fd: int) -> GuestFile:
         return self.files[fd]
 
-    async def get_pfn(self, file: StoreFile, pages: PageRange, *, alloc: bool) -> PfnReply:
+    async def get_pfn(self, file: GuestFile, pages: PageRange, *, alloc: bool) -> PfnReply:
         await trio.lowlevel.checkpoint()
         runs = [
             PfnRun(one(index), Pfn((file.id << 18) + index) if alloc or file.is_private(PageIndex(index)) else None)
@@ -79,7 +79,7 @@ class DirectStore:
         ]
         return PfnReply(file.id, pages, tuple(runs))
 
-    async def launch(self, file: StoreFile) -> None:
+    async def launch(self, file: GuestFile) -> None:
         """Nothing was populated."""
 
 

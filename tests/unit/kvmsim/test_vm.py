@@ -9,7 +9,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from kvmsim.backing import StoreFile, StoreGone
+from kvmsim.backing import GuestFile, StoreGone
 from kvmsim.exits import MemoryErrorExit, MmioExit
 from kvmsim.mmu.page_fault import Access
 from kvmsim.mmu.pte import PTE_W, is_private, pte_pfn
@@ -50,7 +50,7 @@ async def test_shared_fault_maps_the_page_of_the_shared_file(new_vm: NewVm) -> N
         assert not is_private(pte)
         assert pte & PTE_W
         file, offset = vm.mmu.frames.locate(pte_pfn(pte))
-        assert isinstance(file, StoreFile)
+        assert isinstance(file, GuestFile)
         assert (file.id, offset) == (store.by_fd(shared).id, 5 * PAGE_SIZE)
 
 
