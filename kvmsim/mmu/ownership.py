@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kvmsim.arrays import stretches
-from kvmsim.mmu.pte import PFN_MASK, Ptes
-from memfs.contract.units import ORDER_1G, PAGE_SHIFT, Gfn, GfnRange, Pfn
+from kvmsim.mmu.pte import Ptes, pte_pfns
+from memfs.contract.units import ORDER_1G, Gfn, GfnRange, Pfn
 
 _EXTENT: Final = 1 << ORDER_1G
 _VM_SHIFT: Final = 48  # an owner is vm << 48 | gfn; 0 is none, since VMs count from 1
@@ -112,7 +112,7 @@ class OwnershipTable:
 
     def release(self, ptes: Ptes, pages: int) -> None:
         """Release the frames of private leaves, each of `pages` frames."""
-        pfns = (ptes & PFN_MASK) >> PAGE_SHIFT
+        pfns = pte_pfns(ptes)
         if len(pfns) == 1 or (np.diff(pfns) == pages).all():  # neighbours, as most are
             self.release_run(Pfn(int(pfns[0])), len(pfns) * pages)
             return

@@ -38,7 +38,9 @@ from kvmsim.mmu.pte import (
     level_pages,
     level_shift,
     make_pte,
+    make_ptes,
     pte_pfn,
+    pte_pfns,
     select,
     side_of,
 )
@@ -93,9 +95,7 @@ class PageTable(Radix):
         index += gfns & (ENTRIES - 1)
         if self._tables.flat[index].any():
             raise ValueError("one of these gfns is mapped")
-        ptes = pfns << PAGE_SHIFT
-        ptes |= flags
-        self._tables.flat[index] = ptes
+        self._tables.flat[index] = make_ptes(pfns, flags)
         self._used[tables] += counts.astype(np.int32)
         self.mapped += len(gfns)
 
@@ -108,12 +108,12 @@ class PageTable(Radix):
             entries = self._tables.flat[at]
             if level == PG_LEVEL_2M:  # each block has an entry of its own here
                 absent = np.flatnonzero(entries == 0)
-                entries[absent] = (self._tables.allocate(len(absent)) << PAGE_SHIFT) | PTE_RWX
+                entries[absent] = make_ptes(self._tables.allocate(len(absent)), PTE_RWX)
                 self._tables.flat[at[absent]] = entries[absent]
                 np.add.at(self._used, tables[absent], 1)
             for position in np.flatnonzero((entries == 0) | ((entries & PTE_HUGE) != 0)).tolist():
                 entries[position] = make_pte(self._descend(int(tables[position]), level, int(within[position])), 0)
-            tables = (entries & PFN_MASK) >> PAGE_SHIFT
+            tables = pte_pfns(entries)
         return tables
 
     def _map(self, table: int, level: int, base: int, gfns: GfnRange, pfn: int, flags: int, largest: int) -> None:
@@ -163,9 +163,9 @@ class PageTable(Radix):
         self._drop_huge(table, PG_LEVEL_2M, entries, (entries & PTE_HUGE) != 0)
         absent = entries == 0
         number = int(np.count_nonzero(absent))
-        entries[absent] = (self._tables.allocate(number) << PAGE_SHIFT) | PTE_RWX
+        entries[absent] = make_ptes(self._tables.allocate(number), PTE_RWX)
         self._used[table] += number
-        children = (entries & PFN_MASK) >> PAGE_SHIFT
+        children = pte_pfns(entries)
         self.mapped += len(whole) * ENTRIES - int(self._used[children].sum())
         ptes = _run(pfn, flags, len(whole) * ENTRIES, 1).reshape(len(whole), ENTRIES)
         if children[-1] - children[0] == len(whole) - 1 and (np.diff(children) == 1).all():
@@ -312,7 +312,7 @@ class PageTable(Radix):
         is_huge = (entries & PTE_HUGE) != 0
         self._drop_huge(table, PG_LEVEL_2M, entries, is_huge & select(entries, side))
         indexes = np.flatnonzero((entries != 0) & ~is_huge)
-        children = (entries[indexes] & PFN_MASK) >> PAGE_SHIFT
+        children = pte_pfns(entries[indexes])
         ptes = self._entries[children]
         gone = select(ptes, side)
         numbers = np.count_nonzero(gone, axis=1)
@@ -330,7 +330,7 @@ class PageTable(Radix):
         entries = self._entries[table, first:last]
         self._drop_huge(table, level, entries, (entries & PTE_HUGE) != 0)
         present = entries != 0
-        children = (entries[present] & PFN_MASK) >> PAGE_SHIFT
+        children = pte_pfns(entries[present])
         if level == PG_LEVEL_2M:
             self.mapped -= int(self._used[children].sum())
         else:
@@ -370,7 +370,7 @@ class PageTable(Radix):
 
     def _free_if_empty(self, table: int, indexes: Numbers) -> None:
         """Free those of the tables under entries that have become empty."""
-        children = (self._entries[table, indexes] & PFN_MASK) >> PAGE_SHIFT
+        children = pte_pfns(self._entries[table, indexes])
         empty = self._used[children] == 0
         if empty.any():
             self._tables.free(children[empty])

@@ -52,6 +52,19 @@ def make_pte(pfn: int, flags: int) -> int:
     return pfn << PAGE_SHIFT | flags
 
 
+def pte_pfns(ptes: Ptes) -> Ptes:
+    """Return the frames, or numbers of tables, that entries name; 0 of absent ones. Same shape."""
+    pfns: Ptes = (ptes & PFN_MASK) >> PAGE_SHIFT
+    return pfns
+
+
+def make_ptes(pfns: Ptes, flags: int) -> Ptes:
+    """Return entries that name frames, or tables by their numbers. Same shape."""
+    ptes = pfns << PAGE_SHIFT
+    ptes |= flags
+    return ptes
+
+
 def is_private(pte: int) -> bool:
     """Return whether a present PTE maps private memory."""
     return bool(pte & PTE_PRIVATE)

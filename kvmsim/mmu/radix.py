@@ -20,7 +20,6 @@ from kvmsim.arrays import firsts
 from kvmsim.mmu.pte import (
     ENTRIES,
     ENTRIES_SHIFT,
-    PFN_MASK,
     PG_LEVEL_1G,
     PG_LEVEL_2M,
     PG_LEVEL_4K,
@@ -33,6 +32,7 @@ from kvmsim.mmu.pte import (
     level_shift,
     make_pte,
     pte_pfn,
+    pte_pfns,
     select,
 )
 from kvmsim.mmu.tables import NULL_TABLE, Tables
@@ -152,7 +152,7 @@ class Radix:
                 inside = (blocks[is_huge] << ENTRIES_SHIFT) & (level_pages(level) - 1)
                 whole[is_huge] = entries[is_huge] + (inside << PAGE_SHIFT)
                 entries[is_huge] = make_pte(NULL_TABLE, 0)
-            tables = (entries & PFN_MASK) >> PAGE_SHIFT
+            tables = pte_pfns(entries)
         index = np.repeat(tables << ENTRIES_SHIFT, counts)
         index += gfns & (ENTRIES - 1)
         ptes: Ptes = self._tables.flat[index]
@@ -260,7 +260,7 @@ class Radix:
             is_leaf = (present & PTE_HUGE) != 0 if level > PG_LEVEL_4K else np.ones(len(present), np.bool_)
             assert level > PG_LEVEL_4K or not (present & PTE_HUGE).any(), "a 4 KiB leaf that claims to be huge"
             assert level <= PG_LEVEL_1G or not is_leaf.any(), "a leaf that is larger than any"
-            frames = (present & PFN_MASK) >> PAGE_SHIFT
+            frames = pte_pfns(present)
             assert not (frames[is_leaf] % level_pages(level)).any(), "a huge leaf on unaligned frames"
             assert level not in self.huge or self.huge[level] == is_leaf.sum(), "huge leaves are miscounted"
             mapped += int(is_leaf.sum()) * level_pages(level)
