@@ -36,10 +36,6 @@ def number(output: str, what: str) -> int:
     return int(match[1].replace(",", ""))
 
 
-def test_version() -> None:
-    assert re.fullmatch(r"kvmsim \d+\.\d+\.\d+\n", run(*KVMSIM, "--version").stdout)
-
-
 def test_trace_runs_and_converts_what_it_touches(guest: Memfs) -> None:
     result = guest.run(*RUN)
     assert result.returncode == 0, result.stdout + result.stderr
