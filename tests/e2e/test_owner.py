@@ -34,6 +34,7 @@ from tests.helpers import pages
 
 from .conftest import Memfs, MountMemfs, memfs_command
 from .owner import connected, shell
+from .tools import skip_without, tools_in
 
 SIZE = 4 << 20
 
@@ -167,6 +168,7 @@ async def test_host_and_owner_see_the_same_shared_bytes(memfs: Memfs) -> None:
     ],
 )
 async def test_descriptor_that_will_not_do(memfs: Memfs, prepare: str, flags: int, number: int) -> None:
+    skip_without(*tools_in(prepare))
     await shell("touch", "file", cwd=memfs.path)
     assert (await shell(*prepare.split(), "file", cwd=memfs.path)).returncode == 0
     path = memfs.path if flags & os.O_DIRECTORY else memfs.path / "file"

@@ -16,6 +16,8 @@ from .conftest import run
 
 #: Program -> the Debian package it is in
 PACKAGES: Final = {
+    "chattr": "e2fsprogs",
+    "lsattr": "e2fsprogs",
     "getfacl": "acl",
     "setfacl": "acl",
     "getfattr": "attr",
