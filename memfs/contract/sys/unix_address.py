@@ -12,7 +12,7 @@ MAX_ADDRESS: Final = 107  #: bytes
 
 @contextmanager
 def address_of(path: str) -> Iterator[str]:
-    """An address for bind(2) or connect(2) within the block, however long the path is. Raises OSError."""
+    """Yield an address for bind(2) or connect(2) within the block, however long the path is. Raises OSError."""
     if len(os.fsencode(path)) <= MAX_ADDRESS:
         yield path
         return
