@@ -1,8 +1,8 @@
 """One mounted memfs: puts the parts together, runs them, and takes them apart again, whichever way it ends.
 
-    kernel -- Channel -- Names, Requests ----------\\
-                  \\----- pyfuse3 -- Operations ----- Tree, OpenFiles, File -- Backing
-    owners -- Server -- Registry ------------------/
+    kernel -- Channel -- handlers (fuse/opcodes.py) --\\
+                  \\----- pyfuse3 -- Operations ------- Tree, OpenFiles, File -- Backing
+    owners -- Server -- Registry --------------------/
 
 It ends when the filesystem is unmounted (the kernel closes the channel) or on a signal (we unmount; signals.py). In
 both cases the socket is removed and every file's memory is freed.
@@ -27,12 +27,15 @@ from memfs.contract.aio.nurseries import open_flat_nursery
 from memfs.contract.logs import fields
 from memfs.contract.units import SECTORS_PER_PAGE, pages_to_bytes
 from memfs.fuse.channel import Channel
+from memfs.fuse.files import FileHandlers
+from memfs.fuse.init import Init
+from memfs.fuse.ioctl import IoctlHandlers
 from memfs.fuse.mount import FuseMount, MountError, mount_fuse
-from memfs.fuse.names import Names
-from memfs.fuse.observers import Observers
+from memfs.fuse.names import NameHandlers
+from memfs.fuse.opcodes import who_answers
 from memfs.fuse.operations import Operations
 from memfs.fuse.passthrough import Passthrough, Wanted
-from memfs.fuse.requests import Requests
+from memfs.fuse.xattrs import XattrHandlers
 from memfs.options import MountOptions, RemountOptions
 from memfs.owners.admission import Clients
 from memfs.owners.listener import Listener, listen
@@ -117,9 +120,9 @@ class _Memfs:
         self._backing: Final = backing
         self._passthrough: Final = passthrough
         self._tree: Final = Tree(self._new_file, options.nr_inodes, options.mode, options.uid, options.gid)
-        self._handles: Final = OpenFiles(self._tree, passthrough)
+        self._open_files: Final = OpenFiles(self._tree, passthrough)
         control = Control(socket_path, self.describe_in, self.remount)
-        self._attributes: Final = Xattrs(self._tree, control)
+        self._xattrs: Final = Xattrs(self._tree, control)
         self._registry: Final = Registry(self._tree, options.notify_timeout)
         self._clients: Final = Clients(options.socket_mode, options.socket_group)
 
@@ -134,15 +137,17 @@ class _Memfs:
     ) -> None:
         """Serve the mount and the socket, until either the mount or we are to end."""
         initialized, unmounted = trio.Event(), trio.Event()
-        handlers = {
-            **Names(self._tree, self._handles, self._attributes, self._backing).handlers,
-            **Requests(self._tree, self._handles).handlers,
-        }
-        observers = Observers(self._tree, self._passthrough, initialized.set)
-        channel = Channel(self._mount.fuse_fd, handlers, observers.observers)
-        observers.max_message = channel.max_message
         noatime = self._settings.options.atime == "noatime"
-        operations = Operations(self._tree, self._handles, self._attributes, self._backing, noatime=noatime)
+        files = FileHandlers(self._tree, self._open_files, self._backing)
+        table = who_answers(
+            Init(self._passthrough, initialized.set),
+            NameHandlers(self._tree, self._open_files, files, self._xattrs, noatime=noatime),
+            files,
+            XattrHandlers(self._xattrs),
+            IoctlHandlers(self._tree, self._open_files),
+        )
+        channel = Channel(self._mount.fuse_fd, table)
+        operations = Operations(self._tree, self._xattrs, noatime=noatime)
         pyfuse3.init(operations, f"/dev/fd/{channel.hand_over()}", options=set())
         server = Server(listener.socket, self._clients, self._registry, self._tree, self._mount.device)
         try:
@@ -160,7 +165,7 @@ class _Memfs:
                 ready()
         finally:
             self._mount.unmount()
-            self._handles.backing_ids = None
+            self._passthrough.end()
             pyfuse3.terminate()
             pyfuse3.close(unmount=False)
             channel.close()
@@ -178,7 +183,7 @@ class _Memfs:
             "used": pages_to_bytes(self._backing.total_pages - self._backing.free_pages),
             "nr_inodes": self._tree.space.nr_inodes,
             "inodes used": len(self._tree.inodes),
-            "open handles": len(self._handles),
+            "open handles": len(self._open_files),
             "owners": len(owners),
             "registered files": sum(len(owner.registrations) for owner in owners),
             "owners fenced": self._registry.fenced,
@@ -253,7 +258,7 @@ class _Memfs:
     def check(self) -> None:
         """Raise AssertionError on the first broken invariant."""
         self._tree.check()
-        self._handles.check()
+        self._open_files.check()
         self._registry.check()
         # Who has a file open through passthrough may go on writing while we count, even after the end of the mount.
         free = self._backing.free_pages
@@ -265,7 +270,7 @@ class _Memfs:
         """Free everything."""
         for owner in list(self._registry.owners.values()):
             self._registry.end(owner)
-        self._handles.close()
+        self._open_files.close()
         self._tree.close()
         self._backing.close()
 

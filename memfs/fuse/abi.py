@@ -7,42 +7,64 @@ so the numbers stand here. Everything is in host byte order, as the kernel write
 from __future__ import annotations
 
 import enum
-import os
+import errno
 import struct
 from dataclasses import dataclass
 from typing import Final
 
-from memfs.contract.units import PAGE_SIZE
-from memfs.tree.inode import FOREVER, Stat
-
 
 class Opcode(enum.IntEnum):
-    """What the kernel asks for. Only those that memfs names; the kernel has more."""
+    """All that the kernel asks for (enum fuse_opcode, Linux 6.18; those of virtiofs's DAX and of CUSE left out)."""
 
     LOOKUP = 1
     FORGET = 2
     GETATTR = 3
     SETATTR = 4
+    READLINK = 5
+    SYMLINK = 6
+    MKNOD = 8
+    MKDIR = 9
     UNLINK = 10
+    RMDIR = 11
+    RENAME = 12
+    LINK = 13
     OPEN = 14
+    READ = 15
     WRITE = 16
+    STATFS = 17
     RELEASE = 18
     FSYNC = 20
+    SETXATTR = 21
     GETXATTR = 22
+    LISTXATTR = 23
+    REMOVEXATTR = 24
     FLUSH = 25
     INIT = 26
     OPENDIR = 27
+    READDIR = 28
     RELEASEDIR = 29
+    FSYNCDIR = 30
+    GETLK = 31
+    SETLK = 32
+    SETLKW = 33
+    ACCESS = 34
     CREATE = 35
     INTERRUPT = 36
+    BMAP = 37
+    DESTROY = 38
     IOCTL = 39
+    POLL = 40
+    NOTIFY_REPLY = 41
     BATCH_FORGET = 42
     FALLOCATE = 43
+    READDIRPLUS = 44
+    RENAME2 = 45
     LSEEK = 46
     COPY_FILE_RANGE = 47
     SYNCFS = 50
     TMPFILE = 51
     STATX = 52
+    COPY_FILE_RANGE_64 = 53
 
 
 IN_HEADER: Final = struct.Struct("=IIQQIIIHH")  # len, opcode, unique, nodeid, uid, gid, pid, extlen, padding
@@ -55,12 +77,18 @@ LSEEK_OUT: Final = struct.Struct("=Q")  # offset
 IOCTL_IN: Final = struct.Struct("=QIIQII")  # fh, flags, cmd, arg, in_size, out_size
 IOCTL_OUT: Final = struct.Struct("=iIII")  # result, flags, in_iovs, out_iovs
 GETXATTR_IN: Final = struct.Struct("=II")  # size (0: only how long it is), padding
-GETXATTR_OUT: Final = GETXATTR_IN
+GETXATTR_OUT: Final = GETXATTR_IN  # and of LISTXATTR
+SETXATTR_IN: Final = struct.Struct("=II")  # size of the value, flags; then the name and the value
 RELEASE_IN: Final = struct.Struct("=QIIQ")  # fh, flags, release_flags, lock_owner
 INTERRUPT_IN: Final = struct.Struct("=Q")  # unique of the interrupted request
 INIT_IN: Final = struct.Struct("=IIIII44x")  # major, minor, max_readahead, flags, flags2; rest reserved
-SETATTR_VALID: Final = struct.Struct("=I")  # what a SETATTR request begins with: which attributes are set
-WRITE_IN: Final = struct.Struct("=QQIIQII")  # fh, offset, size, write_flags, lock_owner, flags, padding
+SETATTR_IN: Final = struct.Struct("=I4xQQ8xqq8xIIII4xII4x")  # valid (FATTR_*), fh, size, atime, mtime (s),
+# atime, mtime, ctime (ns), mode, uid, gid; left out: lock_owner, ctime (s), padding
+READ_IN: Final = struct.Struct("=QQIIQII")  # fh, offset (of a directory: cookie), size, read_flags, lock_owner, flags
+WRITE_IN: Final = READ_IN  # fh, offset, size, write_flags, lock_owner, flags, padding; then the data
+WRITE_OUT: Final = struct.Struct("=II")  # size, padding
+STATFS_OUT: Final = struct.Struct("=QQQQQIII28x")  # struct fuse_kstatfs: blocks, bfree, bavail, files, ffree; bsize,
+# namelen, frsize; spare
 OPEN_IN: Final = struct.Struct("=II")  # flags, open_flags
 CREATE_IN: Final = struct.Struct("=IIII")  # flags, mode, umask, open_flags; then the name
 OPEN_OUT: Final = struct.Struct("=QIi")  # fh, open_flags, backing_id
@@ -70,25 +98,35 @@ FORGET_IN: Final = struct.Struct("=Q")  # nlookup
 BATCH_FORGET_IN: Final = struct.Struct("=II")  # count, padding; then as many of
 FORGET_ONE: Final = struct.Struct("=QQ")  # nodeid, nlookup
 
-_ENTRY_HEAD: Final = struct.Struct("=QQQQII")  # nodeid, generation, timeouts of entry and attributes: s, then ns
-_ATTR_HEAD: Final = struct.Struct("=QII")  # timeout of the attributes: s, ns; padding
-_ATTRIBUTES: Final = struct.Struct(
-    "=QQQqqqIIIIIIIIII"
-)  # struct fuse_attr: ino, size, blocks, times (s, then ns), mode,
+ENTRY_OUT: Final = struct.Struct("=QQQQII")  # nodeid, generation, timeouts of entry and attributes: s, then ns; then
+# the attributes
+ATTR_OUT: Final = struct.Struct("=QII")  # timeout of the attributes: s, ns; padding; then the attributes
+ATTRIBUTES: Final = struct.Struct("=QQQqqqIIIIIIIIII")  # struct fuse_attr: ino, size, blocks, times (s, then ns), mode,
 # nlink, uid, gid, rdev, blksize, flags. Times before 1970 are negative.
-_STATX_HEAD: Final = struct.Struct("=QII16x")  # timeout of the attributes: s, ns; flags
-_STATX: Final = struct.Struct("=IIQIIIHHQQQQqIiqIiqIiqIiIIII112x")  # struct fuse_statx: mask, blksize, attributes,
+STATX_OUT: Final = struct.Struct("=QII16x")  # timeout of the attributes: s, ns; flags; then
+STATX: Final = struct.Struct("=IIQIIIHHQQQQqIiqIiqIiqIiIIII112x")  # struct fuse_statx: mask, blksize, attributes,
 # nlink, uid, gid, mode, ino, size, blocks, attributes_mask; atime, btime, ctime, mtime (s, ns, reserved); rdev, dev
-_STATX_BASIC_AND_BTIME: Final = 0xFFF
-_SECOND: Final = 1_000_000_000
-#: struct fuse_entry_out that says: there is nothing of that name, and you may remember that
-NO_ENTRY: Final = _ENTRY_HEAD.pack(0, 0, FOREVER, 0, 0, 0) + bytes(_ATTRIBUTES.size)
+STATX_BASIC_STATS_AND_BTIME: Final = 0xFFF
+DIRENT: Final = struct.Struct("=QQII")  # ino, cookie, length of the name, type (mode >> 12); then the name, then
+DIRENT_ALIGN: Final = 8  # zeros up to a multiple of so many bytes
 
 FUSE_DONT_MASK: Final = 1 << 6
 FUSE_HANDLE_KILLPRIV_V2: Final = 1 << 28
 FUSE_INIT_EXT: Final = 1 << 30  # there is a flags2
 FUSE_PASSTHROUGH_2: Final = 1 << 5  # FUSE_PASSTHROUGH (bit 37), as a bit of flags2
 MAX_STACK_DEPTH: Final = 1  # the backing of a passthrough file must not itself be stacked
+FUSE_SETXATTR_EXT: Final = 1 << 29  # SETXATTR_IN is longer
+
+FATTR_MODE: Final = 1 << 0  # which attributes SETATTR sets
+FATTR_UID: Final = 1 << 1
+FATTR_GID: Final = 1 << 2
+FATTR_SIZE: Final = 1 << 3
+FATTR_ATIME: Final = 1 << 4
+FATTR_MTIME: Final = 1 << 5
+FATTR_FH: Final = 1 << 6  # there is a file handle
+FATTR_ATIME_NOW: Final = 1 << 7  # with FATTR_ATIME, and the time beside it
+FATTR_MTIME_NOW: Final = 1 << 8
+FATTR_LOCKOWNER: Final = 1 << 9
 FATTR_KILL_SUIDGID: Final = 1 << 11
 FUSE_WRITE_KILL_SUIDGID: Final = 1 << 2
 FUSE_OPEN_KILL_SUIDGID: Final = 1 << 0
@@ -115,84 +153,70 @@ class Malformed(Exception):
     """Bytes from the kernel's side that are not a request."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Request:
-    """One request of the kernel. `body` is a view into the receive buffer: copy what must outlive the call."""
+    """One request of the kernel.
 
+    `message` is a view into the buffer that the next request is read into. When a handler waits for the first time,
+    `keep` has replaced it by a copy: what was cut out of `body` before is worth nothing then, `body` itself is.
+    """
+
+    message: memoryview  #: all of it
     opcode: int
     unique: int
     nodeid: int
     uid: int
     gid: int
     pid: int
-    body: memoryview
 
     @classmethod
-    def parse(cls, data: memoryview) -> Request:
-        """Raises Malformed."""
-        if len(data) < IN_HEADER.size:
-            raise Malformed(f"a request of {len(data)} bytes")
-        length, opcode, unique, nodeid, uid, gid, pid, _, _ = IN_HEADER.unpack_from(data)
-        if length != len(data):
-            raise Malformed(f"a request of {len(data)} bytes that claims {length}")
-        return cls(opcode, unique, nodeid, uid, gid, pid, data[IN_HEADER.size :])
+    def parse(cls, message: memoryview) -> Request:
+        """Return the request that a message is. Raises Malformed."""
+        if len(message) < IN_HEADER.size:
+            raise Malformed(f"a request of {len(message)} bytes")
+        length, opcode, unique, nodeid, uid, gid, pid, _, _ = IN_HEADER.unpack_from(message)
+        if length != len(message):
+            raise Malformed(f"a request of {len(message)} bytes that claims {length}")
+        return cls(message, opcode, unique, nodeid, uid, gid, pid)
+
+    @property
+    def body(self) -> memoryview:
+        """What follows the header."""
+        return self.message[IN_HEADER.size :]
+
+    def keep(self) -> None:
+        """Copy the message out of the buffer."""
+        self.message = memoryview(bytes(self.message))
 
 
 def unpack(layout: struct.Struct, body: memoryview) -> tuple[int, ...]:
-    """The fields of a request's body. Raises Malformed if it is too short."""
+    """Return the fields that a request's body begins with. Raises Malformed if it is too short."""
     if len(body) < layout.size:
         raise Malformed(f"a body of {len(body)} bytes instead of {layout.size}")
     return layout.unpack_from(body)
 
 
+def unpack_name(data: memoryview) -> bytes:
+    """Return the name that the rest of a request is: it ends with a zero byte. Raises Malformed or OSError(EINVAL)."""
+    name = bytes(data)
+    if not name.endswith(b"\0"):
+        raise Malformed("a name without an end")
+    if len(name) == 1:
+        raise OSError(errno.EINVAL, "an empty name")
+    return name[:-1]
+
+
 def reply(unique: int, payload: bytes = b"") -> bytes:
-    """A successful answer."""
+    """Return the message that a request succeeded."""
     return OUT_HEADER.pack(OUT_HEADER.size + len(payload), 0, unique) + payload
 
 
+def error_reply(unique: int, error: int) -> bytes:
+    """Return the message that a request failed with an errno."""
+    return OUT_HEADER.pack(OUT_HEADER.size, -error, unique)
+
+
 def invalidate_attributes(nodeid: int) -> bytes:
-    """Not an answer but FUSE_NOTIFY_INVAL_INODE: the kernel must ask for an inode's attributes again."""
+    """Return FUSE_NOTIFY_INVAL_INODE, which answers nothing: the kernel must ask for an inode's attributes again."""
     payload = _INVAL_INODE.pack(nodeid, -1, 0)  # a negative offset: nothing of the page cache
     return OUT_HEADER.pack(OUT_HEADER.size + len(payload), _FUSE_NOTIFY_INVAL_INODE, 0) + payload
-
-
-def pack_entry(stat: Stat) -> bytes:
-    """struct fuse_entry_out for an inode: its name may be believed, its attributes if they are stable."""
-    attr_timeout = FOREVER if stat.stable else 0
-    return _ENTRY_HEAD.pack(stat.ino, 0, FOREVER, attr_timeout, 0, 0) + _pack_attributes(stat)
-
-
-def pack_attr(stat: Stat) -> bytes:
-    """struct fuse_attr_out for an inode."""
-    return _ATTR_HEAD.pack(FOREVER if stat.stable else 0, 0, 0) + _pack_attributes(stat)
-
-
-def pack_statx(stat: Stat) -> bytes:
-    """struct fuse_statx_out for an inode: all that fuse_attr_out says, and when it was made."""
-    times = (
-        part for time_ns in (stat.atime_ns, stat.btime_ns, stat.ctime_ns, stat.mtime_ns) for part in _timestamp(time_ns)
-    )
-    device = os.major(stat.rdev), os.minor(stat.rdev)
-    return _STATX_HEAD.pack(FOREVER if stat.stable else 0, 0, 0) + _STATX.pack(
-        *(_STATX_BASIC_AND_BTIME, PAGE_SIZE, 0, stat.nlink, stat.uid, stat.gid, stat.mode, 0),
-        *(stat.ino, stat.size, stat.blocks, 0, *times, *device, 0, 0),
-    )
-
-
-def _timestamp(time_ns: int) -> tuple[int, int, int]:
-    return (*divmod(time_ns, _SECOND), 0)
-
-
-def _pack_attributes(stat: Stat) -> bytes:
-    atime, atime_ns = divmod(stat.atime_ns, _SECOND)
-    mtime, mtime_ns = divmod(stat.mtime_ns, _SECOND)
-    ctime, ctime_ns = divmod(stat.ctime_ns, _SECOND)
-    return _ATTRIBUTES.pack(
-        *(stat.ino, stat.size, stat.blocks, atime, mtime, ctime, atime_ns, mtime_ns, ctime_ns),
-        *(stat.mode, stat.nlink, stat.uid, stat.gid, stat.rdev, PAGE_SIZE, 0),
-    )
-
-
-def error_reply(unique: int, errno: int) -> bytes:
-    """A refusal."""
-    return OUT_HEADER.pack(OUT_HEADER.size, -errno, unique)

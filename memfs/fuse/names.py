@@ -1,231 +1,146 @@
-"""Answers to the requests that programs make most: finding, making, opening, asking about and removing files.
+"""Answers to requests by name: finding, creating and removing what programs create most, and reading directories.
 
-pyfuse3 could answer these, and did, until it was measured: each of its answers costs two more turns of the event loop,
-one for libfuse to see the request behind the socketpair and one for the channel to see the reply, and that was half of
-what a create, stat and unlink took. So these are answered where they arrive; and extended attributes, because the
-kernel asks for security.capability before it changes content. What is asked for less often stays in operations.py; no
-request is answered in both.
-
-What the kernel may cache follows from who can change what. Names and attributes change only through this mount, so the
-kernel, which has seen every request, may believe them for good, absent names included. Not so the block count of a file
-with content: an owner, or a program that writes to a mapping, changes it and nobody tells. Such a file's attributes are
-asked for each time.
-
-Where there is no cache there is nothing to flush, and close(2) need not ask (FOPEN_NOFLUSH): a daemon killed while it
-had a descriptor of its own mount would otherwise wait, in exit(2), for an answer of its own.
+What programs ask for less often by name is left to pyfuse3 (operations.py). It could answer these, too: each of its
+answers costs two more event-loop iterations, one for libfuse to see the request behind the socketpair and one for the
+channel to see the reply, and that was half of what a create, stat and unlink took; and what a directory contains can be
+too long for the socketpair.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import errno
 import os
 import stat
-from collections.abc import Callable, Coroutine
-from typing import Any, Final
+from typing import Final
 
 from memfs.fuse.abi import (
     BATCH_FORGET_IN,
     CREATE_IN,
-    FOPEN_DIRECT_IO,
-    FOPEN_KEEP_CACHE,
-    FOPEN_NOFLUSH,
-    FOPEN_PASSTHROUGH,
     FORGET_IN,
     FORGET_ONE,
-    FUSE_OPEN_KILL_SUIDGID,
-    GETXATTR_IN,
-    GETXATTR_OUT,
-    NO_ENTRY,
     OPEN_IN,
     OPEN_OUT,
-    RELEASE_IN,
+    READ_IN,
     Malformed,
-    Opcode,
     Request,
-    pack_attr,
-    pack_entry,
-    pack_statx,
-    reply,
     unpack,
+    unpack_name,
 )
-from memfs.fuse.caller import in_group_or_capable
-from memfs.fuse.channel import Handler
-from memfs.store.backing import Backing
-from memfs.tree import inode_flags
-from memfs.tree.inode import RegularFile
-from memfs.tree.open_files import Access, OpenFiles
+from memfs.fuse.files import FileHandlers
+from memfs.fuse.reply import NO_ENTRY, pack_direntplus, pack_entry
+from memfs.tree.inode import DOT_COOKIE, DOTDOT_COOKIE, Inode, RegularFile
+from memfs.tree.open_files import OpenFiles
 from memfs.tree.tree import Tree
 from memfs.tree.xattrs import Xattrs
 
 
-class Names:
-    """The channel's handlers for names and handles. They raise OSError; the channel makes replies of that."""
+class NameHandlers:
+    """The channel's handlers for names and directories. `noatime`: reading a directory does not change its times."""
 
-    def __init__(self, tree: Tree, handles: OpenFiles, attributes: Xattrs, backing: Backing) -> None:
+    def __init__(
+        self, tree: Tree, open_files: OpenFiles, files: FileHandlers, xattrs: Xattrs, *, noatime: bool
+    ) -> None:
         self._tree: Final = tree
-        self._handles: Final = handles
-        self._attributes: Final = attributes
-        self._backing: Final = backing
-        self.handlers: Final[dict[int, Handler]] = {
-            Opcode.LOOKUP: self._lookup,
-            Opcode.FORGET: self._forget,
-            Opcode.BATCH_FORGET: self._batch_forget,
-            Opcode.GETATTR: self._getattr,
-            Opcode.STATX: self._statx,
-            Opcode.GETXATTR: self._getxattr,
-            Opcode.UNLINK: self._unlink,
-            Opcode.CREATE: lambda request: self._with_room(request, self._create),
-            Opcode.TMPFILE: lambda request: self._with_room(request, self._tmpfile),
-            Opcode.OPEN: self._open,
-            Opcode.RELEASE: self._release,
-            Opcode.OPENDIR: self._opendir,
-            Opcode.RELEASEDIR: self._release,
-        }
+        self._open_files: Final = open_files
+        self._files: Final = files
+        self._xattrs: Final = xattrs
+        self._noatime: Final = noatime
 
-    def _lookup(self, request: Request) -> bytes:
+    # -- finding ----------------------------------------------------------------------------------------------------
+
+    async def lookup(self, request: Request) -> bytes:
+        """Find what a name in a directory names."""
         try:
-            inode = self._tree.lookup(request.nodeid, _name(request.body))
+            inode = self._tree.lookup(request.nodeid, unpack_name(request.body))
         except FileNotFoundError:
-            return reply(request.unique, NO_ENTRY)
-        inode.nlookup += 1
-        return reply(request.unique, pack_entry(inode.stat()))
+            return NO_ENTRY
+        return self._entry(inode)
 
-    def _forget(self, request: Request) -> None:
+    def _entry(self, inode: Inode) -> bytes:
+        """Return struct fuse_entry_out, by which the kernel has looked an inode up."""
+        self._tree.looked_up(inode)
+        return pack_entry(inode.stat())
+
+    async def forget(self, request: Request) -> None:
+        """Forget look-ups of an inode."""
         (nlookup,) = unpack(FORGET_IN, request.body)
         self._tree.forget(request.nodeid, nlookup)
 
-    def _batch_forget(self, request: Request) -> None:
-        count, _ = unpack(BATCH_FORGET_IN, request.body)
-        forgotten = request.body[BATCH_FORGET_IN.size :]
+    async def batch_forget(self, request: Request) -> None:
+        """Forget look-ups of many inodes."""
+        body = request.body
+        count, _ = unpack(BATCH_FORGET_IN, body)
+        forgotten = body[BATCH_FORGET_IN.size :]
         if len(forgotten) != count * FORGET_ONE.size:
             raise Malformed(f"{count} inodes to forget in {len(forgotten)} bytes")
         for nodeid, nlookup in FORGET_ONE.iter_unpack(forgotten):
             self._tree.forget(nodeid, nlookup)
 
-    def _getattr(self, request: Request) -> bytes:
-        return reply(request.unique, pack_attr(self._tree.inode(request.nodeid).stat()))
+    # -- creating and removing --------------------------------------------------------------------------------------
 
-    def _statx(self, request: Request) -> bytes:
-        return reply(request.unique, pack_statx(self._tree.inode(request.nodeid).stat()))
-
-    def _getxattr(self, request: Request) -> bytes:
-        size, _ = unpack(GETXATTR_IN, request.body)
-        value = self._attributes.get(request.nodeid, _name(request.body[GETXATTR_IN.size :]))
-        if not size:
-            return reply(request.unique, GETXATTR_OUT.pack(len(value), 0))
-        if len(value) > size:
-            raise OSError(errno.ERANGE, "the attribute is larger")
-        return reply(request.unique, value)
-
-    def _unlink(self, request: Request) -> bytes:
-        self._tree.unlink(request.nodeid, _name(request.body))
-        return reply(request.unique)
-
-    def _create(self, request: Request) -> bytes:
-        flags, mode, umask = _unpack_create(request.body)
-        name = _name(request.body[CREATE_IN.size :])
-        inode = self._tree.create(
-            request.nodeid,
-            name,
-            mode,
-            request.uid,
-            request.gid,
-            umask=umask,
-            seals=self._attributes.default_seals(request.nodeid),
-        )
+    async def create(self, request: Request) -> bytes:
+        """open(2) of a regular file that is not there, with O_CREAT."""
+        await self._files.space()
+        body = request.body
+        flags, mode, umask = _unpack_create(body)
+        name = unpack_name(body[CREATE_IN.size :])
+        seals = self._xattrs.default_seals(request.nodeid)
+        inode = self._tree.create(request.nodeid, name, mode, request.uid, request.gid, umask=umask, seals=seals)
         try:
-            return self._created(request, inode, flags)
+            return self._created(inode, flags)
         except OSError:  # EMFILE: all or nothing
             self._tree.unlink(request.nodeid, name)
             raise
 
-    def _tmpfile(self, request: Request) -> bytes:
+    async def tmpfile(self, request: Request) -> bytes:
+        """open(2) with O_TMPFILE."""
+        await self._files.space()
         flags, mode, umask = _unpack_create(request.body)
-        seals = self._attributes.default_seals(request.nodeid)
+        seals = self._xattrs.default_seals(request.nodeid)
         inode = self._tree.create_unlinked(request.nodeid, mode, request.uid, request.gid, umask=umask, seals=seals)
-        return self._created(request, inode, flags)
+        return self._created(inode, flags)
 
-    def _created(self, request: Request, inode: object, flags: int) -> bytes:
+    def _created(self, inode: Inode, flags: int) -> bytes:
         assert isinstance(inode, RegularFile)
-        opened = self._opened(inode, flags)
-        inode.nlookup += 1
-        return reply(request.unique, pack_entry(inode.stat()) + opened)
+        opened = self._files.opened(inode, flags)
+        return self._entry(inode) + opened
 
-    def _open(self, request: Request) -> bytes | Coroutine[Any, Any, bytes]:
-        flags, open_flags = unpack(OPEN_IN, request.body)
-        inode = self._tree.regular(request.nodeid)
-        inode_flags.check_open(inode, flags)
-        if open_flags & FUSE_OPEN_KILL_SUIDGID:
-            inode.kill_suidgid(in_group=in_group_or_capable(request, inode.gid))
-        if flags & os.O_TRUNC:
-            return self._truncate_and_open(request.unique, inode, flags)
-        if flags & os.O_ACCMODE != os.O_RDONLY and self._is_room_coming():
-            return self._wait_and_open(request.unique, inode, flags)
-        return reply(request.unique, self._opened(inode, flags))
+    async def unlink(self, request: Request) -> bytes:
+        """unlink(2)."""
+        self._tree.unlink(request.nodeid, unpack_name(request.body))
+        return b""
 
-    def _is_room_coming(self) -> bool:
-        """Whether more is being freed than there is: then who opens a file to write to waits for that (reaper.py)."""
-        reaper = self._backing.reaper
-        return not reaper.is_idle and reaper.pages > self._backing.free_pages
+    # -- directories ------------------------------------------------------------------------------------------------
 
-    def _with_room(self, request: Request, make: Callable[[Request], bytes]) -> bytes | Coroutine[Any, Any, bytes]:
-        """Make and open a file, if room is coming when it is there."""
-        if not self._is_room_coming():
-            return make(request)
-        kept = dataclasses.replace(request, body=memoryview(bytes(request.body)))
-
-        async def make_later() -> bytes:
-            await self._backing.reaper.drain()
-            return make(kept)
-
-        return make_later()
-
-    async def _wait_and_open(self, unique: int, inode: RegularFile, flags: int) -> bytes:
-        with self._tree.holding(inode):  # it may be unlinked meanwhile
-            await self._backing.reaper.drain()
-            return reply(unique, self._opened(inode, flags))
-
-    async def _truncate_and_open(self, unique: int, inode: RegularFile, flags: int) -> bytes:
-        with self._tree.holding(inode):
-            await inode.file.truncate(0)
-            if self._is_room_coming():
-                await self._backing.reaper.drain()
-            return reply(unique, self._opened(inode, flags))
-
-    def _opened(self, inode: RegularFile, flags: int) -> bytes:
-        fh, handle = self._handles.open_file(inode, flags)
-        if handle.access is Access.PASSTHROUGH:
-            backing_id = inode.file.opens.backing_id
-            assert backing_id is not None
-            return OPEN_OUT.pack(fh, FOPEN_PASSTHROUGH | FOPEN_NOFLUSH, backing_id)
-        if handle.access is Access.DIRECT:
-            return OPEN_OUT.pack(fh, FOPEN_DIRECT_IO | FOPEN_NOFLUSH, 0)
-        # What the page cache holds is true unless an owner may have written behind its back.
-        return OPEN_OUT.pack(fh, 0 if inode.file.take_stale() else FOPEN_KEEP_CACHE, 0)
-
-    def _opendir(self, request: Request) -> bytes:
+    async def opendir(self, request: Request) -> bytes:
+        """opendir(3)."""
         flags, _ = unpack(OPEN_IN, request.body)
-        fh = self._handles.open_directory(self._tree.directory(request.nodeid), flags)
-        return reply(request.unique, OPEN_OUT.pack(fh, 0, 0))
+        fh = self._open_files.open_directory(self._tree.directory(request.nodeid), flags)
+        return OPEN_OUT.pack(fh, 0, 0)
 
-    def _release(self, request: Request) -> bytes:
-        fh, *_ = unpack(RELEASE_IN, request.body)
-        self._handles.release(fh)
-        return reply(request.unique)
+    async def readdirplus(self, request: Request) -> bytes:
+        """getdents(2): as many entries after a cookie as fit into so many bytes; each but . and .. is looked up."""
+        fh, cookie, size, *_ = unpack(READ_IN, request.body)
+        handle = self._open_files.directory(fh)
+        directory = handle.inode
+        if not self._noatime and not handle.flags & os.O_NOATIME:
+            directory.accessed()
+        packed = bytearray()
+        for own_cookie, name, inode in ((DOT_COOKIE, b".", directory), (DOTDOT_COOKIE, b"..", directory.parent)):
+            if cookie < own_cookie:
+                packed += pack_direntplus(name, inode.stat(), own_cookie)
+        for entry in handle.entries_after(cookie):
+            direntplus = pack_direntplus(entry.name, entry.inode.stat(), entry.cookie)
+            if len(packed) + len(direntplus) > size:
+                break
+            packed += direntplus
+            self._tree.looked_up(entry.inode)
+        return bytes(packed)
 
 
 def _unpack_create(body: memoryview) -> tuple[int, int, int]:
-    """Flags, mode and umask. What open(2) makes is a regular file, whatever type is said, and a umask has nine bits."""
+    """Return flags, mode and umask.
+
+    What open(2) creates is a regular file, whatever type the mode says, and a umask has nine bits.
+    """
     flags, mode, umask, _ = unpack(CREATE_IN, body)
     return flags, stat.S_IMODE(mode) | stat.S_IFREG, umask & 0o777
-
-
-def _name(data: memoryview) -> bytes:
-    """A name in a request: it ends with a zero byte."""
-    name = bytes(data)
-    if not name.endswith(b"\0"):
-        raise Malformed("a name without an end")
-    if len(name) == 1:
-        raise OSError(errno.EINVAL, "an empty name")
-    return name[:-1]

@@ -42,6 +42,7 @@ class Passthrough:
 
     def __init__(self, fuse_fd: int, wanted: Wanted, unable: str | None) -> None:
         self._fuse: Final = fuse_fd
+        self._is_over = False
         self.wanted: Final = wanted
         #: why it is not in force, a sentence for people; None if it is
         self.why_not: str | None = "switched off (passthrough=off)" if wanted is Wanted.OFF else unable
@@ -72,9 +73,15 @@ class Passthrough:
             return None
         return number
 
-    def close(self, number: int) -> None:
+    def close(self, backing_id: int) -> None:
         """Unregister a backing file."""
+        if self._is_over:
+            return
         try:
-            fcntl.ioctl(self._fuse, FUSE_DEV_IOC_BACKING_CLOSE, _U32.pack(number))
+            fcntl.ioctl(self._fuse, FUSE_DEV_IOC_BACKING_CLOSE, _U32.pack(backing_id))
         except OSError as error:
-            log.warning("backing %d cannot be let go of: %s", number, error.strerror)
+            log.warning("backing id %d cannot be unregistered: %s", backing_id, error.strerror)
+
+    def end(self) -> None:
+        """The mount is gone, and with it all that was registered: use the descriptor no more."""
+        self._is_over = True

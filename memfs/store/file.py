@@ -189,7 +189,7 @@ class File:
         seals.check(self.seals, Operation.READ)
         return os.pread(self.fd, length, offset)
 
-    def write(self, offset: ByteOffset, data: bytes) -> int:
+    def write(self, offset: ByteOffset, data: bytes | memoryview) -> int:
         """Write as much as there is space for and return its length. EPERM if sealed against it, ENOSPC if none."""
         seals.check(self.seals, Operation.WRITE)
         if self.seals & seals.F_SEAL_GROW:

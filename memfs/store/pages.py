@@ -99,7 +99,7 @@ class Pages:
 
     # -- allocating -------------------------------------------------------------------------------------------------
 
-    def write(self, offset: ByteOffset, data: bytes) -> int:
+    def write(self, offset: ByteOffset, data: bytes | memoryview) -> int:
         """Write as much as there is space for and return its length. Raises OSError(ENOSPC) if there is none."""
         if self._accounting is None or not data:
             return os.pwrite(self._file.fd, data, offset)

@@ -96,8 +96,7 @@ class OpenFiles:
 
     def __init__(self, tree: Tree, backing_ids: BackingIds | None = None) -> None:
         self._tree: Final = tree
-        #: None when the mount has ended, and with it all backing ids
-        self.backing_ids = backing_ids
+        self._backing_ids: Final = backing_ids
         self._next = Fh(1)
         self._open: dict[Fh, OpenFile | OpenDirectory] = {}
 
@@ -122,8 +121,8 @@ class OpenFiles:
             return Access.DIRECT
         if file.seals & seals.ON_WRITES:
             return self._sealed_access(file, flags)
-        if not direct and not file.opens.mappable and self.backing_ids is not None:
-            file.opens.pass_through(self.backing_ids.open(file.fd))
+        if not direct and not file.opens.mappable and self._backing_ids is not None:
+            file.opens.pass_through(self._backing_ids.open(file.fd))
         if file.opens.backing_id is not None:
             return Access.PASSTHROUGH
         return Access.DIRECT if direct else Access.CACHED
@@ -163,8 +162,8 @@ class OpenFiles:
             raise OSError(errno.EBADF, f"no open handle {fh}")
         if isinstance(handle, OpenFile) and handle.mappable:
             unused = handle.inode.file.opens.remove(writable=handle.writable)
-            if unused is not None and self.backing_ids is not None:
-                self.backing_ids.close(unused)
+            if unused is not None and self._backing_ids is not None:
+                self._backing_ids.close(unused)
         self._tree.release(handle.inode)
 
     def close(self) -> None:

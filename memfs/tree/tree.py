@@ -317,6 +317,10 @@ class Tree:
         finally:
             self.release(inode)
 
+    def looked_up(self, inode: Inode) -> None:
+        """Count a reply by which the kernel knows an inode until it forgets it."""
+        inode.nlookup += 1
+
     def forget(self, ino: int, nlookup: int) -> None:
         """Forget so many of the kernel's look-ups (FUSE_FORGET). Never raises: there is no reply."""
         inode = self.inodes.get(Ino(ino))

@@ -40,7 +40,7 @@ from memfs.fuse import abi
 from memfs.fuse.abi import Opcode
 from memfs.store import seals
 
-from .targets import _Mount
+from .targets import OPCODES
 
 CORPUS: Final = Path(__file__).with_name("corpus")
 PAGES: Final = PageRange(PageIndex(0), PageIndex(512))
@@ -82,12 +82,8 @@ def protocol() -> dict[str, bytes]:
 
 
 def requests() -> dict[str, bytes]:
-    mount = _Mount()
-    opcodes = mount.opcodes
-    mount.close()
-
     def asked(opcode: Opcode, nodeid: int, body: bytes) -> bytes:
-        return piece(bytes([opcodes.index(opcode), nodeid]) + body, 1)
+        return piece(bytes([OPCODES.index(opcode), nodeid]) + body, 1)
 
     def fallocate(fh: int, offset: int, length: int, mode: int) -> bytes:
         return asked(Opcode.FALLOCATE, fh + 1, abi.FALLOCATE_IN.pack(fh, offset, length, mode, 0))
@@ -97,6 +93,9 @@ def requests() -> dict[str, bytes]:
 
     def ioctl(command: int, data: bytes, out: int) -> bytes:
         return asked(Opcode.IOCTL, 2, abi.IOCTL_IN.pack(1, 0, command, 0, len(data), out) + data)
+
+    def set_attributes(valid: int, size: int = 0) -> bytes:
+        return asked(Opcode.SETATTR, 2, abi.SETATTR_IN.pack(valid, 1, size, -1, 1 << 40, 5, 5, 0, 0o600, 1, 2))
 
     create = abi.CREATE_IN.pack(2, 0o644, 0o22, 0)
     allocate = [(fh, place, length, mode) for fh in (1, 2) for place, length, mode in ((0, 65536, 0), (4096, 4096, 3))]
@@ -125,9 +124,25 @@ def requests() -> dict[str, bytes]:
             ioctl(abi.FS_IOC_GETFLAGS, b"", 4),
             ioctl(abi.FS_IOC_FSGETXATTR, b"", 28),
         ],
-        "observed": [
-            asked(Opcode.SETATTR, 2, struct.pack("=I", 1 << 11)),
+        "change": [set_attributes(abi.FATTR_KILL_SUIDGID), set_attributes(0x37), set_attributes(0x48, 4096)],
+        "content": [
             asked(Opcode.WRITE, 2, abi.WRITE_IN.pack(1, 0, 4, 4, 0, 0, 0) + b"data"),
+            asked(Opcode.READ, 2, abi.READ_IN.pack(1, 0, 4096, 0, 0, 0, 0)),
+        ],
+        "directory": [
+            asked(Opcode.OPENDIR, 1, abi.OPEN_IN.pack(0, 0)),
+            asked(Opcode.READDIRPLUS, 1, abi.READ_IN.pack(3, 0, 4096, 0, 0, 0, 0)),
+            asked(Opcode.RELEASEDIR, 1, abi.RELEASE_IN.pack(3, 0, 0, 0)),
+        ],
+        "extended attributes": [
+            asked(Opcode.SETXATTR, 2, abi.SETXATTR_IN.pack(5, 1) + b"user.name\0value"),
+            asked(Opcode.GETXATTR, 2, abi.GETXATTR_IN.pack(0, 0) + b"user.name\0"),
+            asked(Opcode.LISTXATTR, 2, abi.GETXATTR_IN.pack(4096, 0)),
+            asked(Opcode.REMOVEXATTR, 2, b"user.name\0"),
+            asked(Opcode.SETXATTR, 2, abi.SETXATTR_IN.pack(4, 0) + b"user.memfs.seals\0grow"),
+        ],
+        "space": [asked(Opcode.STATFS, 1, b"")],
+        "session": [
             asked(Opcode.INIT, 0, abi.INIT_IN.pack(7, 40, 0, 0xFFFFFFFF, 0xFFFFFFFF)),
         ],
         "whole": [piece(b"\xff" + abi.IN_HEADER.pack(40, Opcode.GETATTR, 2, 1, 0, 0, 0, 0, 0), 1)],

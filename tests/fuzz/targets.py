@@ -13,7 +13,7 @@ import os
 import stat
 import struct
 import tempfile
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,11 +23,15 @@ from kvmsim.engines.trace_file import Trace, TraceError, read_lackey
 from memfs.contract.protocol.connection import Connection, RemoteProtocolError, Role, State
 from memfs.contract.protocol.messages import Hello, HelloReply
 from memfs.contract.units import PAGE_SIZE, ByteOffset
-from memfs.fuse.abi import IN_HEADER, Malformed, Request
-from memfs.fuse.names import Names
-from memfs.fuse.observers import Observers
+from memfs.fuse.abi import IN_HEADER, Malformed, Opcode, Request
+from memfs.fuse.channel import Pyfuse3
+from memfs.fuse.files import FileHandlers
+from memfs.fuse.init import Init
+from memfs.fuse.ioctl import IoctlHandlers
+from memfs.fuse.names import NameHandlers
+from memfs.fuse.opcodes import who_answers
 from memfs.fuse.passthrough import Passthrough, Wanted
-from memfs.fuse.requests import Requests
+from memfs.fuse.xattrs import XattrHandlers
 from memfs.options import MountOptions, OptionError, RemountOptions
 from memfs.store import seals
 from memfs.store.backing import MemfdBacking
@@ -37,6 +41,7 @@ from memfs.tree.tree import ROOT_INO, Tree
 from memfs.tree.xattrs import Control, Xattrs
 
 Target = Callable[[bytes], None]
+OPCODES: Final = sorted(Opcode)  # inputs name opcodes by their place in this list
 _HEADER: Final = struct.Struct("<HHIQ")
 
 
@@ -91,29 +96,33 @@ class _Mount:
             (b"private", stat.S_IFREG, seals.F_SEAL_GUEST),
             (b"directory", stat.S_IFDIR, 0),
         ):
-            self.tree.create(ROOT_INO, name, mode | 0o755, 0, 0, seals=born_with).nlookup += 1
+            self.tree.looked_up(self.tree.create(ROOT_INO, name, mode | 0o755, 0, 0, seals=born_with))
         for ino in (2, 3):  # fh 1 and 2
             self.handles.open_file(self.tree.regular(ino), os.O_RDWR)
         self.tree.regular(2).file.write(ByteOffset(0), b"content")
-        attributes = Xattrs(self.tree, Control("/socket", lambda most: "{}", lambda options: None))
-        self.handlers = {
-            **Names(self.tree, self.handles, attributes, self.backing).handlers,
-            **Requests(self.tree, self.handles).handlers,
-        }
-        self.observers = Observers(self.tree, Passthrough(-1, Wanted.OFF, None), lambda: None).observers
-        self.opcodes = sorted({*self.handlers, *self.observers})
+        xattrs = Xattrs(self.tree, Control("/socket", lambda most: "{}", lambda options: None))
+        files = FileHandlers(self.tree, self.handles, self.backing)
+        self.table = who_answers(
+            Init(Passthrough(-1, Wanted.OFF, None), lambda: None),
+            NameHandlers(self.tree, self.handles, files, xattrs, noatime=False),
+            files,
+            XattrHandlers(xattrs),
+            IoctlHandlers(self.tree, self.handles),
+        )
 
     async def ask(self, data: bytes) -> None:
         """As Channel does; what it would make an error reply of passes silently, if its kind is meant for that."""
         with contextlib.suppress(OSError, Malformed):
             request = Request.parse(memoryview(data))
-            if handler := self.handlers.get(request.opcode):
-                answer = handler(request)
-                if isinstance(answer, Coroutine):
-                    answer = await answer
-                assert answer is None or len(answer) == int.from_bytes(answer[:4], "little")
-            elif observer := self.observers.get(request.opcode):
-                observer(request)
+            match self.table.get(request.opcode):
+                case None:
+                    pass
+                case Pyfuse3(amend=amend):
+                    if amend is not None:
+                        amend(request)
+                case handler:
+                    answer = await handler(request)
+                    assert answer is None or isinstance(answer, bytes)
 
     def close(self) -> None:
         self.tree.check()
@@ -137,7 +146,7 @@ def requests(data: bytes) -> None:
             if opcode == 255:
                 await mount.ask(piece[1:])
                 continue
-            opcode = mount.opcodes[opcode % len(mount.opcodes)]
+            opcode = OPCODES[opcode % len(OPCODES)]
             header = IN_HEADER.pack(IN_HEADER.size + len(body), opcode, 2, nodeid, 0, 0, 0, 0, 0)
             await mount.ask(header + body)
 

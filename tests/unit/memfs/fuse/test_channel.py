@@ -6,8 +6,6 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Coroutine
-from typing import Any
 
 import pytest
 import trio
@@ -15,6 +13,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from memfs.contract.logs import current_request
 from memfs.fuse.abi import (
+    BUFFER_SIZE,
     IN_HEADER,
     OUT_HEADER,
     Malformed,
@@ -25,11 +24,12 @@ from memfs.fuse.abi import (
     reply,
     unpack,
 )
-from memfs.fuse.channel import Amendment, Channel
+from memfs.fuse.channel import Amendment, Channel, Pyfuse3
 
 GETATTR, AT_ONCE, LATER, SILENT, FAILS, BREAKS, OBSERVED = 3, 200, 201, 202, 203, 204, 205
 AT_ONCE_AFTER_ALL = 206
 NODE = 1
+SO_SNDBUFFORCE = 32  # linux: asm-generic/socket.h
 
 
 def request(opcode: int, unique: int, body: bytes = b"") -> bytes:
@@ -44,21 +44,21 @@ class Sides:
     """Both ends of a channel: what the kernel and what libfuse would hold, and the handlers in between."""
 
     def __init__(self) -> None:
-        self.kernel, fuse = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.kernel, self.fuse = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.may_go_on = trio.Event()
         self.finished: list[int] = []
         self.observed_while: list[int] = []  # the requests that were being worked on
         self.channel = Channel(
-            fuse.detach(),
+            os.dup(self.fuse.fileno()),
             {
-                AT_ONCE: lambda request: reply(request.unique, bytes(request.body)),
+                AT_ONCE: self.echo,
                 LATER: self.later,
-                SILENT: lambda request: None,
+                SILENT: self.be_silent,
                 FAILS: self.fail,
                 BREAKS: self.break_down,
                 AT_ONCE_AFTER_ALL: self.at_once_after_all,
+                OBSERVED: Pyfuse3("immediate", self.observe),
             },
-            {OBSERVED: self.observe},
         )
         self.libfuse = socket.socket(fileno=self.channel.hand_over())
         for end in (self.kernel, self.libfuse):
@@ -70,29 +70,30 @@ class Sides:
         finally:
             self.channel.close()
             self.kernel.close()
+            self.fuse.close()
             self.libfuse.close()
 
-    def later(self, request: Request) -> Coroutine[Any, Any, bytes]:
-        async def work() -> bytes:
-            await self.may_go_on.wait()
-            self.finished.append(request.unique)
-            return reply(request.unique, b"later")
+    async def echo(self, request: Request) -> bytes:
+        return bytes(request.body)
 
-        return work()
+    async def be_silent(self, request: Request) -> None:
+        pass
 
-    def at_once_after_all(self, request: Request) -> Coroutine[Any, Any, bytes]:
-        async def work() -> bytes:
-            if request.body:
-                raise OSError(errno.EXDEV, "told to")
-            self.finished.append(request.unique)
-            return reply(request.unique, b"at once")
+    async def later(self, request: Request) -> bytes:
+        await self.may_go_on.wait()
+        self.finished.append(request.unique)
+        return bytes(request.body) or b"later"
 
-        return work()
+    async def at_once_after_all(self, request: Request) -> bytes:
+        if request.body:
+            raise OSError(errno.EXDEV, "told to")
+        self.finished.append(request.unique)
+        return b"at once"
 
-    def fail(self, request: Request) -> bytes:
+    async def fail(self, request: Request) -> bytes:
         raise OSError(errno.EXDEV, "told to")
 
-    def break_down(self, request: Request) -> bytes:
+    async def break_down(self, request: Request) -> bytes:
         unpack(struct.Struct("=Q"), request.body)
         raise ZeroDivisionError
 
@@ -158,6 +159,14 @@ async def test_handler_that_waits_holds_up_nobody(sides: Sides) -> None:
     assert await sides.forwarded() == [request(GETATTR, 6)]
     sides.may_go_on.set()
     assert await sides.answers() == [reply(2, b"later")]
+
+
+async def test_body_of_a_request_that_waits_is_kept(sides: Sides) -> None:
+    for message in (request(LATER, 2, b"body"), request(AT_ONCE, 4, b"other body")):
+        sides.kernel.send(message)
+    assert await sides.answers() == [reply(4, b"other body")]
+    sides.may_go_on.set()
+    assert await sides.answers() == [reply(2, b"body")]
 
 
 async def test_handler_that_could_wait_and_does_not_has_answered_before_the_next_request(sides: Sides) -> None:
@@ -268,13 +277,46 @@ async def test_amendment_changes_one_successful_reply(sides: Sides) -> None:
 
 
 async def test_large_requests_fit(sides: Sides) -> None:
-    body = os.urandom(sides.channel.max_message - IN_HEADER.size)
-    sides.kernel.setsockopt(socket.SOL_SOCKET, 32, 4 << 20)
+    body = os.urandom(BUFFER_SIZE - IN_HEADER.size)
     try:
-        sides.kernel.send(request(GETATTR, 2, body))
+        for end in (sides.kernel, sides.fuse):
+            end.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, 4 << 20)
+        sides.kernel.send(request(AT_ONCE, 2, body))
     except OSError as error:
         pytest.skip(f"the machine limits socket buffers: {error.strerror}")
-    assert await sides.forwarded() == [request(GETATTR, 2, body)]
+    assert await sides.answers() == [reply(2, body)]
+
+
+async def fill(sides: Sides) -> list[bytes]:
+    """Have more sent to libfuse than fits into the socketpair. Returns all of it, in order."""
+    asked = []
+    for number in range(200):
+        asked.append(request(GETATTR, 2 * number + 2, bytes(4096)))
+        sides.kernel.send(asked[-1])
+        await wait_all_tasks_blocked()
+    return asked
+
+
+async def test_libfuse_that_does_not_read_holds_up_nobody(sides: Sides) -> None:
+    asked = await fill(sides)
+    sides.kernel.send(request(AT_ONCE, 1000, b"body"))
+    assert await sides.answers() == [reply(1000, b"body")]
+    got = await sides.forwarded()
+    assert 0 < len(got) < len(asked)
+    while len(got) < len(asked) and (more := await sides.forwarded()):
+        got += more
+    assert got == asked
+
+
+async def test_interrupted_request_that_libfuse_has_not_got_is_not_handed_on(sides: Sides) -> None:
+    asked = await fill(sides)
+    last = 2 * len(asked)
+    sides.kernel.send(interrupt(last))
+    assert await sides.answers() == [invalidate_attributes(NODE), error_reply(last, errno.EINTR)]
+    got: list[bytes] = []
+    while more := await sides.forwarded():
+        got += more
+    assert got == asked[:-1]
 
 
 def test_requests_are_parsed_or_refused() -> None:

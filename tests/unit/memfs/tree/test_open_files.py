@@ -217,16 +217,6 @@ def test_numbers_of_what_is_not_open(opens: OpenFiles, tree_place: OnTree) -> No
     assert opens.open_file(make(tree_place, name="other"), READ)[0] not in (fh, directory), "never used twice"
 
 
-def test_mount_that_is_gone_has_no_numbers(tree_place: OnTree, kernel: Kernel) -> None:
-    opens, inode = OpenFiles(tree_place.tree, kernel), make(tree_place)
-    opens.open_file(inode, WRITE)
-    opens.backing_ids = None
-    opens.close()
-    opens.check()
-    assert (len(opens), inode.holds, inode.file.opens.backing_id) == (0, 0, None)
-    assert kernel.registered == {1}, "the kernel forgot it by itself"
-
-
 BROKEN: dict[str, tuple[Callable[[OpenFiles, RegularFile], object], str]] = {
     "a handle too few": (lambda opens, inode: inode.file.opens.remove(writable=True), "mappable opens"),
     "a number that nobody uses": (lambda opens, inode: setattr(inode.file.opens, "backing_id", None), "backing id"),

@@ -1,0 +1,248 @@
+"""Answers to requests on inodes and open files: opening and closing them, their attributes, content and pages.
+
+The kernel gives no name in these, but the inode's number and, for what is open, the handle's.
+
+Where there is no cache there is nothing to flush, and close(2) need not ask (FOPEN_NOFLUSH): a daemon killed while it
+had a descriptor of its own mount would otherwise wait, in exit(2), for an answer of its own.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from typing import Final
+
+import pyfuse3
+
+from memfs.contract.logs import fields
+from memfs.contract.sys.libc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
+from memfs.contract.units import MAX_OFFSET, PAGE_SIZE, ByteOffset
+from memfs.fuse.abi import (
+    FALLOCATE_IN,
+    FATTR_ATIME,
+    FATTR_ATIME_NOW,
+    FATTR_FH,
+    FATTR_GID,
+    FATTR_KILL_SUIDGID,
+    FATTR_LOCKOWNER,
+    FATTR_MODE,
+    FATTR_MTIME,
+    FATTR_MTIME_NOW,
+    FATTR_SIZE,
+    FATTR_UID,
+    FOPEN_DIRECT_IO,
+    FOPEN_KEEP_CACHE,
+    FOPEN_NOFLUSH,
+    FOPEN_PASSTHROUGH,
+    FUSE_OPEN_KILL_SUIDGID,
+    FUSE_WRITE_KILL_SUIDGID,
+    LSEEK_IN,
+    LSEEK_OUT,
+    MAX_WRITE,
+    OPEN_IN,
+    OPEN_OUT,
+    READ_IN,
+    RELEASE_IN,
+    SETATTR_IN,
+    STATFS_OUT,
+    WRITE_IN,
+    WRITE_OUT,
+    Malformed,
+    Request,
+    unpack,
+)
+from memfs.fuse.reply import pack_attr, pack_statx
+from memfs.store.backing import Backing
+from memfs.tree import inode_flags
+from memfs.tree.inode import Inode, RegularFile
+from memfs.tree.open_files import Access, OpenFiles
+from memfs.tree.tree import NAME_MAX, Tree
+
+log = logging.getLogger(__name__)
+
+_PUNCH: Final = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+_NOT_TIMES: Final = FATTR_MODE | FATTR_UID | FATTR_GID | FATTR_SIZE
+_TIMES: Final = FATTR_ATIME | FATTR_MTIME
+_TIMES_TO_NOW: Final = _TIMES | FATTR_ATIME_NOW | FATTR_MTIME_NOW
+
+
+class FileHandlers:
+    """The channel's handlers for inodes and open files."""
+
+    def __init__(self, tree: Tree, open_files: OpenFiles, backing: Backing) -> None:
+        self._tree: Final = tree
+        self._open_files: Final = open_files
+        self._backing: Final = backing
+
+    # -- attributes -------------------------------------------------------------------------------------------------
+
+    async def getattr(self, request: Request) -> bytes:
+        """stat(2)."""
+        return pack_attr(self._tree.inode(request.nodeid).stat())
+
+    async def statx(self, request: Request) -> bytes:
+        """statx(2)."""
+        return pack_statx(self._tree.inode(request.nodeid).stat())
+
+    async def setattr(self, request: Request) -> bytes:
+        """chmod(2), chown(2), truncate(2) and utimensat(2)."""
+        valid, _, size, atime, mtime, atime_ns, mtime_ns, _, mode, uid, gid = unpack(SETATTR_IN, request.body)
+        inode = self._tree.inode(request.nodeid)
+        if valid & _TIMES_TO_NOW == _TIMES_TO_NOW and not valid & _NOT_TIMES:
+            inode_flags.check_touch(inode)
+        elif valid & (_NOT_TIMES | _TIMES_TO_NOW):
+            inode_flags.check_change(inode)
+        if valid & FATTR_KILL_SUIDGID or not valid & ~(FATTR_FH | FATTR_LOCKOWNER):
+            _kill_suidgid(inode, request)
+        if valid & FATTR_MODE and isinstance(inode, RegularFile):
+            inode.file.check_chmod(inode.mode, mode)
+        if valid & FATTR_SIZE:
+            await self._truncate(request, size, by_path=not valid & FATTR_FH)
+        if valid & FATTR_MODE:
+            inode.chmod(mode)
+        if valid & FATTR_UID:
+            inode.uid = uid
+        if valid & FATTR_GID:
+            inode.gid = gid
+        if valid & _TIMES:
+            inode.set_times(
+                atime * 1_000_000_000 + atime_ns if valid & FATTR_ATIME else None,
+                mtime * 1_000_000_000 + mtime_ns if valid & FATTR_MTIME else None,
+            )
+        if not valid & FATTR_SIZE:  # what a new size does to the times has been done
+            inode.changed()
+        return pack_attr(inode.stat())
+
+    async def _truncate(self, request: Request, size: int, *, by_path: bool) -> None:
+        inode = self._tree.regular(request.nodeid)
+        new_size = _in_range(size)
+        if inode.file.owner is not None and log.isEnabledFor(logging.INFO):
+            log.info("truncate", extra=fields(ino=inode.ino, size=size, pid=request.pid, uid=request.uid))
+        with self._tree.holding(inode):
+            await inode.file.truncate(new_size, by_path=by_path)
+
+    async def statfs(self, request: Request) -> bytes:
+        """statfs(2): when nothing is being freed."""
+        await self._backing.reaper.drain()
+        free, free_inodes = self._backing.free_pages, self._tree.space.free_inodes
+        return STATFS_OUT.pack(
+            *(self._backing.total_pages, free, free, self._tree.space.nr_inodes, free_inodes),
+            *(PAGE_SIZE, NAME_MAX, PAGE_SIZE),
+        )
+
+    # -- opening and closing ----------------------------------------------------------------------------------------
+
+    async def open(self, request: Request) -> bytes:
+        """open(2) of a regular file that is there."""
+        flags, open_flags = unpack(OPEN_IN, request.body)
+        inode = self._tree.regular(request.nodeid)
+        inode_flags.check_open(inode, flags)
+        if open_flags & FUSE_OPEN_KILL_SUIDGID:
+            _kill_suidgid(inode, request)
+        with self._tree.holding(inode):  # it may be unlinked meanwhile
+            if flags & os.O_TRUNC:
+                await inode.file.truncate(0)
+            if flags & (os.O_TRUNC | os.O_ACCMODE):
+                await self.space()
+            return self.opened(inode, flags)
+
+    async def space(self) -> None:
+        """Wait until deferred frees are done, if they return more space than is free now (store/reaper.py).
+
+        What opens a file to write to it waits for this.
+        """
+        reaper = self._backing.reaper
+        if not reaper.is_idle and reaper.pages > self._backing.free_pages:
+            await reaper.drain()
+
+    def opened(self, inode: RegularFile, flags: int) -> bytes:
+        """Open a file and return struct fuse_open_out."""
+        fh, handle = self._open_files.open_file(inode, flags)
+        if handle.access is Access.PASSTHROUGH:
+            backing_id = inode.file.opens.backing_id
+            assert backing_id is not None
+            return OPEN_OUT.pack(fh, FOPEN_PASSTHROUGH | FOPEN_NOFLUSH, backing_id)
+        if handle.access is Access.DIRECT:
+            return OPEN_OUT.pack(fh, FOPEN_DIRECT_IO | FOPEN_NOFLUSH, 0)
+        # What the page cache holds is true unless an owner may have written behind its back.
+        return OPEN_OUT.pack(fh, 0 if inode.file.take_stale() else FOPEN_KEEP_CACHE, 0)
+
+    async def release(self, request: Request) -> bytes:
+        """close(2) of the last descriptor of a file or directory, after munmap(2) of the last mapping."""
+        fh, *_ = unpack(RELEASE_IN, request.body)
+        self._open_files.release(fh)
+        return b""
+
+    # -- content ----------------------------------------------------------------------------------------------------
+
+    async def read(self, request: Request) -> bytes:
+        """read(2) of a file that is not in passthrough mode."""
+        fh, offset, size, *_ = unpack(READ_IN, request.body)
+        if size > MAX_WRITE:
+            raise Malformed(f"{size} bytes to read at once")
+        return self._open_files.file(fh).inode.file.read(_in_range(offset), size)
+
+    async def write(self, request: Request) -> bytes:
+        """write(2) to a file that is not in passthrough mode."""
+        body = request.body
+        fh, offset, size, write_flags, *_ = unpack(WRITE_IN, body)
+        data = body[WRITE_IN.size :]
+        if len(data) != size:
+            raise Malformed(f"{len(data)} bytes to write instead of {size}")
+        inode = self._open_files.file(fh).inode
+        if write_flags & FUSE_WRITE_KILL_SUIDGID:
+            _kill_suidgid(inode, request)
+        return WRITE_OUT.pack(inode.file.write(_in_range(offset), data), 0)
+
+    async def lseek(self, request: Request) -> bytes:
+        """lseek(2) with SEEK_DATA or SEEK_HOLE; the rest is the kernel's."""
+        fh, offset, whence, _ = unpack(LSEEK_IN, request.body)
+        if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
+            raise OSError(errno.EINVAL, f"whence {whence}")
+        signed = offset - (1 << 64) if offset >> 63 else offset
+        return LSEEK_OUT.pack(self._open_files.file(fh).inode.file.seek(ByteOffset(signed), whence))
+
+    # -- pages ------------------------------------------------------------------------------------------------------
+
+    async def fallocate(self, request: Request) -> bytes:
+        """fallocate(2): allocate a range, or free one."""
+        fh, offset, length, mode, _ = unpack(FALLOCATE_IN, request.body)
+        if mode not in (0, FALLOC_FL_KEEP_SIZE, _PUNCH):
+            raise OSError(errno.EOPNOTSUPP, f"fallocate mode {mode:#x}")
+        if not length or offset > MAX_OFFSET:
+            raise OSError(errno.EINVAL, f"{length} bytes from {offset} on")
+        if offset + length > MAX_OFFSET:
+            raise OSError(errno.EFBIG, f"{length} bytes from {offset} on")
+        inode = self._open_files.file(fh).inode
+        inode_flags.check_fallocate(inode, mode)
+        if log.isEnabledFor(logging.INFO):
+            said = fields(ino=inode.ino, mode=mode, offset=offset, length=length, pid=request.pid, uid=request.uid)
+            log.info("fallocate", extra=said)
+        if mode == _PUNCH:
+            await inode.file.punch(ByteOffset(offset), length)
+        else:
+            await inode.file.allocate(ByteOffset(offset), length, keep_size=bool(mode))
+        return b""
+
+
+def _in_range(offset: int) -> ByteOffset:
+    """Return a place in a file. Raises OSError(EINVAL) if no file is so long."""
+    if offset > MAX_OFFSET:
+        raise OSError(errno.EINVAL, f"{offset} is beyond any file")
+    return ByteOffset(offset)
+
+
+def _kill_suidgid(inode: Inode, request: Request) -> None:
+    """Drop the setuid and setgid bits that a change by the caller must drop."""
+    inode.kill_suidgid(in_group=_in_group_or_capable(request, inode.gid))
+
+
+def _in_group_or_capable(request: Request, gid: int) -> bool:
+    """Return whether the caller belongs to a group, or may act as if (CAP_FSETID, which root is taken to have)."""
+    if request.uid == 0 or request.gid == gid:
+        return True
+    try:
+        return gid in pyfuse3.get_sup_groups(request.pid)
+    except (OSError, RuntimeError):  # the process is gone already
+        return False

@@ -1,0 +1,59 @@
+"""INIT: what the kernel offers, and what memfs wants of it.
+
+pyfuse3 answers INIT, but knows neither kernel passthrough nor HANDLE_KILLPRIV_V2. So its reply is amended on its way
+back to the kernel.
+
+HANDLE_KILLPRIV_V2 is needed for speed as much as for safety: once GETXATTR has been answered, a kernel without it asks
+for security.capability before every single write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from memfs.contract.units import bytes_to_pages
+from memfs.fuse.abi import (
+    FUSE_DONT_MASK,
+    FUSE_HANDLE_KILLPRIV_V2,
+    FUSE_INIT_EXT,
+    FUSE_PASSTHROUGH_2,
+    FUSE_SETXATTR_EXT,
+    INIT_IN,
+    INIT_OUT,
+    MAX_STACK_DEPTH,
+    MAX_WRITE,
+    OUT_HEADER,
+    Request,
+    unpack,
+)
+from memfs.fuse.channel import Amendment
+from memfs.fuse.passthrough import Passthrough
+
+
+class Init:
+    """Negotiates with the kernel. `initialized` is called when INIT has been answered."""
+
+    def __init__(self, passthrough: Passthrough, initialized: Callable[[], None]) -> None:
+        self._passthrough: Final = passthrough
+        self._initialized: Final = initialized
+
+    def amend(self, request: Request) -> Amendment:
+        """Return how pyfuse3's reply to INIT is to be amended."""
+        _, _, _, offered, offered2 = unpack(INIT_IN, request.body)
+        passthrough = self._passthrough.negotiate(bool(offered & FUSE_INIT_EXT and offered2 & FUSE_PASSTHROUGH_2))
+
+        def amend(reply: bytearray) -> None:
+            fields = list(INIT_OUT.unpack_from(reply, OUT_HEADER.size))
+            fields[6] = min(fields[6], MAX_WRITE)  # max_write and max_pages: no request that does not fit our buffer
+            fields[8] = bytes_to_pages(fields[6])
+            fields[3] |= offered & (FUSE_HANDLE_KILLPRIV_V2 | FUSE_DONT_MASK)
+            fields[3] &= ~FUSE_SETXATTR_EXT
+            if passthrough:
+                fields[3] |= FUSE_INIT_EXT
+                fields[10] |= FUSE_PASSTHROUGH_2
+                fields[11] = MAX_STACK_DEPTH
+            INIT_OUT.pack_into(reply, OUT_HEADER.size, *fields)
+            self._initialized()
+
+        return amend

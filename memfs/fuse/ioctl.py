@@ -1,0 +1,66 @@
+"""Answers to ioctl(2): seals on an open file, and chattr(1)'s inode flags."""
+
+from __future__ import annotations
+
+import errno
+import struct
+from typing import Final
+
+from memfs.fuse import abi
+from memfs.fuse.abi import IOCTL_IN, IOCTL_OUT, Request, unpack
+from memfs.store import seals
+from memfs.tree import inode_flags
+from memfs.tree.open_files import OpenFiles
+from memfs.tree.tree import Tree
+
+_U32: Final = struct.Struct("=I")
+_FSXATTR: Final = struct.Struct("=I24x")  # struct fsxattr: xflags; extent sizes, projects
+#: FS_IMMUTABLE_FL, FS_APPEND_FL, FS_NODUMP_FL and FS_NOATIME_FL, and the same as FS_XFLAG_*
+_XFLAGS: Final = {inode_flags.FS_IMMUTABLE_FL: 0x8, inode_flags.FS_APPEND_FL: 0x10, 0x40: 0x80, 0x80: 0x40}
+_DONE: Final = IOCTL_OUT.pack(0, 0, 0, 0)  # what a command that returns 0 is answered with, before its data
+
+
+class IoctlHandlers:
+    """The channel's handler for ioctl(2)."""
+
+    def __init__(self, tree: Tree, open_files: OpenFiles) -> None:
+        self._tree: Final = tree
+        self._open_files: Final = open_files
+
+    async def ioctl(self, request: Request) -> bytes:
+        """ioctl(2). ENOTTY for a command that is not known, or without room for its result."""
+        body = request.body
+        fh, _, command, _, in_size, out_size = unpack(IOCTL_IN, body)
+        data = body[IOCTL_IN.size : IOCTL_IN.size + in_size]
+        match command:
+            case seals.MEMFS_IOC_GET_SEALS if out_size >= _U32.size:
+                return _DONE + _U32.pack(self._open_files.file(fh).inode.file.seals)
+            case seals.MEMFS_IOC_ADD_SEALS:
+                (bits,) = unpack(_U32, data)
+                await self._add_seals(fh, bits)
+                return _DONE
+            case abi.FS_IOC_GETFLAGS if out_size >= _U32.size:
+                return _DONE + _U32.pack(self._tree.inode(request.nodeid).flags)
+            case abi.FS_IOC_SETFLAGS:
+                (flags,) = unpack(_U32, data)
+                self._set_flags(request.nodeid, flags)
+                return _DONE
+            case abi.FS_IOC_FSGETXATTR if out_size >= _FSXATTR.size:
+                flags = self._tree.inode(request.nodeid).flags
+                xflags = sum(xflag for flag, xflag in _XFLAGS.items() if flags & flag)
+                return _DONE + _FSXATTR.pack(xflags)
+        raise OSError(errno.ENOTTY, f"ioctl {command:#x}")
+
+    async def _add_seals(self, fh: int, bits: int) -> None:
+        handle = self._open_files.file(fh)
+        if not handle.writable:
+            raise OSError(errno.EPERM, "not open for writing")
+        await handle.inode.file.add_seals(bits)
+        handle.inode.changed()
+
+    def _set_flags(self, nodeid: int, flags: int) -> None:
+        inode = self._tree.inode(nodeid)
+        if flags & ~sum(_XFLAGS):
+            raise OSError(errno.EOPNOTSUPP, f"inode flags {flags:#x}")
+        inode.flags = flags
+        inode.changed()

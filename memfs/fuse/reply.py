@@ -1,0 +1,90 @@
+"""What stat(2) tells of an inode, as the kernel wants it: as bytes, and for pyfuse3 as its EntryAttributes.
+
+What the kernel may cache follows from who can change what. Names and attributes change only through this mount, so the
+kernel, which has seen every request, may believe them for good, absent names included. Not so the block count of a file
+with content: an owner, or a program that writes to a mapping, changes it and nobody is notified. The attributes of such
+a file are asked for each time.
+"""
+
+from __future__ import annotations
+
+import os
+from stat import S_IFMT
+from typing import Final
+
+from pyfuse3 import EntryAttributes, InodeT, ModeT
+
+from memfs.contract.units import PAGE_SIZE
+from memfs.fuse.abi import (
+    ATTR_OUT,
+    ATTRIBUTES,
+    DIRENT,
+    DIRENT_ALIGN,
+    ENTRY_OUT,
+    STATX,
+    STATX_BASIC_STATS_AND_BTIME,
+    STATX_OUT,
+)
+from memfs.tree.inode import FOREVER, Stat
+
+_SECOND: Final = 1_000_000_000  # nanoseconds
+#: struct fuse_entry_out that says: there is nothing of that name, and this may be cached
+NO_ENTRY: Final = ENTRY_OUT.pack(0, 0, FOREVER, 0, 0, 0) + bytes(ATTRIBUTES.size)
+
+
+def _timeout(stat: Stat) -> int:
+    """Return for how many seconds the kernel may cache attributes."""
+    return FOREVER if stat.stable else 0
+
+
+def pack_entry(stat: Stat) -> bytes:
+    """Return struct fuse_entry_out: an inode that a name was found to name."""
+    return ENTRY_OUT.pack(stat.ino, 0, FOREVER, _timeout(stat), 0, 0) + _pack_attributes(stat)
+
+
+def pack_attr(stat: Stat) -> bytes:
+    """Return struct fuse_attr_out."""
+    return ATTR_OUT.pack(_timeout(stat), 0, 0) + _pack_attributes(stat)
+
+
+def pack_statx(stat: Stat) -> bytes:
+    """Return struct fuse_statx_out: all that fuse_attr_out says, and when the inode was created."""
+    times = (
+        part for time_ns in (stat.atime_ns, stat.btime_ns, stat.ctime_ns, stat.mtime_ns) for part in _timestamp(time_ns)
+    )
+    device = os.major(stat.rdev), os.minor(stat.rdev)
+    return STATX_OUT.pack(_timeout(stat), 0, 0) + STATX.pack(
+        *(STATX_BASIC_STATS_AND_BTIME, PAGE_SIZE, 0, stat.nlink, stat.uid, stat.gid, stat.mode, 0),
+        *(stat.ino, stat.size, stat.blocks, 0, *times, *device, 0, 0),
+    )
+
+
+def pack_direntplus(name: bytes, stat: Stat, cookie: int) -> bytes:
+    """Return struct fuse_direntplus: an entry of a directory, with what a look-up of it would tell."""
+    dirent = DIRENT.pack(stat.ino, cookie, len(name), S_IFMT(stat.mode) >> 12)
+    return pack_entry(stat) + dirent + name + bytes(-len(dirent + name) % DIRENT_ALIGN)
+
+
+def entry_attributes(stat: Stat) -> EntryAttributes:
+    """Return what `pack_entry` packs in pyfuse3's form, which it packs itself."""
+    entry = EntryAttributes()
+    entry.st_ino, entry.st_mode = InodeT(stat.ino), ModeT(stat.mode)
+    entry.st_nlink, entry.st_uid, entry.st_gid, entry.st_rdev = stat.nlink, stat.uid, stat.gid, stat.rdev
+    entry.st_size, entry.st_blocks, entry.st_blksize = stat.size, stat.blocks, PAGE_SIZE
+    entry.st_atime_ns, entry.st_mtime_ns, entry.st_ctime_ns = stat.atime_ns, stat.mtime_ns, stat.ctime_ns
+    entry.entry_timeout, entry.attr_timeout = FOREVER, _timeout(stat)
+    return entry
+
+
+def _timestamp(time_ns: int) -> tuple[int, int, int]:
+    return (*divmod(time_ns, _SECOND), 0)
+
+
+def _pack_attributes(stat: Stat) -> bytes:
+    atime, atime_ns = divmod(stat.atime_ns, _SECOND)
+    mtime, mtime_ns = divmod(stat.mtime_ns, _SECOND)
+    ctime, ctime_ns = divmod(stat.ctime_ns, _SECOND)
+    return ATTRIBUTES.pack(
+        *(stat.ino, stat.size, stat.blocks, atime, mtime, ctime, atime_ns, mtime_ns, ctime_ns),
+        *(stat.mode, stat.nlink, stat.uid, stat.gid, stat.rdev, PAGE_SIZE, 0),
+    )

@@ -1,0 +1,71 @@
+"""Answers to requests on extended attributes. What they mean is said in tree/xattrs.py.
+
+To set one may wait (a seal takes the file's lock), and a list of them can be 64 KiB long: neither is for pyfuse3. And
+the kernel reads security.capability before it changes content, so that to read one has to be quick.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import Final
+
+from memfs.fuse.abi import GETXATTR_IN, GETXATTR_OUT, SETXATTR_IN, Malformed, Request, unpack, unpack_name
+from memfs.tree.xattrs import Xattrs
+
+
+class XattrHandlers:
+    """The channel's handlers for extended attributes."""
+
+    def __init__(self, xattrs: Xattrs) -> None:
+        self._xattrs: Final = xattrs
+
+    async def get(self, request: Request) -> bytes:
+        """getxattr(2)."""
+        body = request.body
+        size, _ = unpack(GETXATTR_IN, body)
+        return _fitting(self._xattrs.get(request.nodeid, unpack_name(body[GETXATTR_IN.size :])), size)
+
+    async def list(self, request: Request) -> bytes:
+        """listxattr(2)."""
+        size, _ = unpack(GETXATTR_IN, request.body)
+        names = self._xattrs.list(request.nodeid, uid=request.uid)
+        return _fitting(b"".join(name + b"\0" for name in names), size)
+
+    async def set(self, request: Request) -> bytes:
+        """setxattr(2)."""
+        body = request.body
+        size, flags = unpack(SETXATTR_IN, body)
+        name, _, value = bytes(body[SETXATTR_IN.size :]).partition(b"\0")
+        if len(value) != size:
+            raise Malformed(f"an attribute's value of {len(value)} bytes instead of {size}")
+        self._check_existence(request.nodeid, name, flags)
+        await self._xattrs.set(request.nodeid, name, value, uid=request.uid)
+        return b""
+
+    def _check_existence(self, nodeid: int, name: bytes, flags: int) -> None:
+        """Raise OSError if XATTR_CREATE or XATTR_REPLACE forbid to set an attribute."""
+        if not flags & (os.XATTR_CREATE | os.XATTR_REPLACE):
+            return
+        try:
+            self._xattrs.get(nodeid, name)
+        except OSError as error:
+            if error.errno != errno.ENODATA or flags & os.XATTR_REPLACE:
+                raise
+        else:
+            if flags & os.XATTR_CREATE:
+                raise OSError(errno.EEXIST, "the attribute exists")
+
+    async def remove(self, request: Request) -> bytes:
+        """removexattr(2)."""
+        self._xattrs.remove(request.nodeid, unpack_name(request.body))
+        return b""
+
+
+def _fitting(value: bytes, size: int) -> bytes:
+    """Return a value of up to `size` bytes; if that is 0, only how long it is. Raises OSError(ERANGE)."""
+    if not size:
+        return GETXATTR_OUT.pack(len(value), 0)
+    if len(value) > size:
+        raise OSError(errno.ERANGE, "the attribute is larger")
+    return value

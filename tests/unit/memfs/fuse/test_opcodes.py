@@ -1,0 +1,151 @@
+"""The table of who answers which request."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import struct
+from collections.abc import Iterator
+
+import pytest
+
+from memfs.fuse.abi import (
+    ATTR_OUT,
+    ATTRIBUTES,
+    DIRENT,
+    ENTRY_OUT,
+    FATTR_FH,
+    FATTR_SIZE,
+    IN_HEADER,
+    OPEN_IN,
+    OPEN_OUT,
+    READ_IN,
+    SETATTR_IN,
+    SETXATTR_IN,
+    Opcode,
+    Request,
+)
+from memfs.fuse.channel import Handler, Pyfuse3
+from memfs.fuse.files import FileHandlers
+from memfs.fuse.init import Init
+from memfs.fuse.ioctl import IoctlHandlers
+from memfs.fuse.names import NameHandlers
+from memfs.fuse.opcodes import who_answers
+from memfs.fuse.passthrough import Passthrough, Wanted
+from memfs.fuse.xattrs import XattrHandlers
+from memfs.store.backing import MemfdBacking
+from memfs.store.file import File
+from memfs.tree.open_files import OpenFiles
+from memfs.tree.tree import ROOT_INO, Tree
+from memfs.tree.xattrs import Control, Xattrs
+from tests.helpers import raises
+
+
+class Mount:
+    """What answers requests, without a kernel."""
+
+    def __init__(self) -> None:
+        self.backing = MemfdBacking(1 << 20)
+        self.tree = Tree(lambda ino, seals: File(self.backing, ino, seals), 100, 0o1777, 0, 0)
+        self.open_files = OpenFiles(self.tree)
+        xattrs = Xattrs(self.tree, Control("/socket", lambda most: "{}", lambda options: None))
+        files = FileHandlers(self.tree, self.open_files, self.backing)
+        self.table: dict[int, Handler | Pyfuse3] = who_answers(
+            Init(Passthrough(-1, Wanted.OFF, None), lambda: None),
+            NameHandlers(self.tree, self.open_files, files, xattrs, noatime=False),
+            files,
+            XattrHandlers(xattrs),
+            IoctlHandlers(self.tree, self.open_files),
+        )
+
+    async def ask(self, opcode: Opcode, nodeid: int, body: bytes = b"") -> bytes:
+        """Return what the kernel would be answered."""
+        handler = self.table[opcode]
+        assert not isinstance(handler, Pyfuse3)
+        message = IN_HEADER.pack(IN_HEADER.size + len(body), opcode, 2, nodeid, 0, 0, 0, 0, 0) + body
+        return await handler(Request.parse(memoryview(message))) or b""
+
+    def close(self) -> None:
+        self.open_files.close()
+        self.tree.check()
+        self.tree.close()
+        assert self.backing.free_pages == self.backing.total_pages
+
+
+@pytest.fixture
+def mount() -> Iterator[Mount]:
+    mount = Mount()
+    yield mount
+    mount.close()
+
+
+def test_every_request_is_answered_by_us_or_by_pyfuse3_for_a_reason(mount: Mount) -> None:
+    assert set(mount.table) == set(Opcode)
+    for opcode, entry in mount.table.items():
+        if isinstance(entry, Pyfuse3):
+            assert entry.why.startswith("immediate: "), Opcode(opcode).name
+
+
+def test_what_can_wait_or_is_long_is_not_left_to_pyfuse3(mount: Mount) -> None:
+    ours = {opcode for opcode, entry in mount.table.items() if not isinstance(entry, Pyfuse3)}
+    can_wait = {Opcode.SETATTR, Opcode.STATFS, Opcode.OPEN, Opcode.CREATE, Opcode.TMPFILE, Opcode.FALLOCATE}
+    is_long = {Opcode.READ, Opcode.WRITE, Opcode.READDIRPLUS, Opcode.SETXATTR, Opcode.LISTXATTR}
+    assert can_wait | is_long <= ours
+
+
+def entries(data: bytes) -> list[tuple[bytes, int, int]]:
+    """Names, numbers and cookies in the answer to READDIRPLUS."""
+    found = []
+    while data:
+        ino, cookie, length, _ = DIRENT.unpack_from(data, ENTRY_OUT.size + ATTRIBUTES.size)
+        start = ENTRY_OUT.size + ATTRIBUTES.size + DIRENT.size
+        found.append((data[start : start + length], ino, cookie))
+        data = data[start + -(-length // 8) * 8 :]
+    return found
+
+
+async def test_a_directory_is_read_in_parts_that_fit_and_what_was_read_is_looked_up(mount: Mount) -> None:
+    made = [mount.tree.create(ROOT_INO, b"%0*d" % (number, number), stat.S_IFREG, 0, 0) for number in range(1, 20)]
+    fh, _, _ = OPEN_OUT.unpack(await mount.ask(Opcode.OPENDIR, ROOT_INO, OPEN_IN.pack(0, 0)))
+    read: list[tuple[bytes, int, int]] = []
+    while True:
+        cookie = read[-1][2] if read else 0
+        part = await mount.ask(Opcode.READDIRPLUS, ROOT_INO, READ_IN.pack(fh, cookie, 700, 0, 0, 0, 0))
+        assert len(part) <= 700
+        if not part:
+            break
+        read += entries(part)
+    assert [name for name, _, _ in read] == [b".", b"..", *(b"%0*d" % (n, n) for n in range(19, 0, -1))]
+    assert {inode.nlookup for inode in made} == {1}
+    assert mount.tree.root.nlookup == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "error"),
+    [
+        (b"user.old", os.XATTR_CREATE, errno.EEXIST),
+        (b"user.new", os.XATTR_REPLACE, errno.ENODATA),
+        (b"user.new", os.XATTR_CREATE, None),
+        (b"user.old", os.XATTR_REPLACE, None),
+    ],
+)
+async def test_whether_an_attribute_may_be_there_is_heeded(
+    mount: Mount, name: bytes, flags: int, error: int | None
+) -> None:
+    mount.tree.setxattr(ROOT_INO, b"user.old", b"old")
+    body = SETXATTR_IN.pack(5, flags) + name + b"\0" + b"value"
+    if error is None:
+        await mount.ask(Opcode.SETXATTR, ROOT_INO, body)
+        assert mount.tree.getxattr(ROOT_INO, name) == b"value"
+    else:
+        with raises(error):
+            await mount.ask(Opcode.SETXATTR, ROOT_INO, body)
+
+
+async def test_truncation_says_the_new_size(mount: Mount) -> None:
+    inode = mount.tree.create(ROOT_INO, b"file", stat.S_IFREG | 0o600, 0, 0)
+    fh, _ = mount.open_files.open_file(mount.tree.regular(inode.ino), os.O_RDWR)
+    body = SETATTR_IN.pack(FATTR_SIZE | FATTR_FH, fh, 8192, 0, 0, 0, 0, 0, 0, 0, 0)
+    answer = await mount.ask(Opcode.SETATTR, inode.ino, body)
+    assert struct.unpack_from("=QQ", answer, ATTR_OUT.size) == (inode.ino, 8192)
