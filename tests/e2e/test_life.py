@@ -30,7 +30,7 @@ OWNER = f"""
 import os, sys, trio
 from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parents[2])!r})
-from memfs.contract.protocol.messages import Ack, GetPfn, InvalidateBegin, InvalidateEnd
+from memfs.contract.protocol.messages import GetPfn, InvalidateBegin, InvalidateEnd
 from memfs.contract.units import PageIndex, PageRange
 from tests.e2e.owner import Owner, connected
 
@@ -38,12 +38,12 @@ where, socket, path = sys.argv[1:]
 ALL = PageRange(PageIndex(0), PageIndex({SIZE >> 12}))
 
 class Stops(Owner):
-    async def _acknowledge(self, request):
+    async def hear(self, message):
         stop = {{"begin": InvalidateBegin, "between": InvalidateEnd}}.get(where)
-        if stop is not None and isinstance(request.message, stop):
+        if stop is not None and isinstance(message, stop):
             os.write(1, where.encode() + b"\\n")
             await trio.sleep_forever()
-        await super()._acknowledge(request)
+        await super().hear(message)
 
 async def main():
     import tests.e2e.owner
