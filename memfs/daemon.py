@@ -38,6 +38,7 @@ from memfs.fuse.passthrough import Passthrough, Wanted
 from memfs.fuse.xattrs import XattrHandlers
 from memfs.options import MountOptions, RemountOptions
 from memfs.owners.admission import Clients
+from memfs.owners.closer import Closer
 from memfs.owners.listener import Listener, listen
 from memfs.owners.registry import Registry
 from memfs.owners.server import Server
@@ -66,6 +67,7 @@ class Settings:
     mountpoint: str
     socket_paths: Sequence[str]  #: the first that can be had counts
     options: MountOptions
+    closer: Closer
     log_beside_socket: bool = False  #: whether the log's name goes by the socket's
     check: bool = False  #: verify every invariant before the end (for tests)
 
@@ -105,6 +107,7 @@ async def serve(settings: Settings, ready: Callable[[list[str]], None]) -> None:
                     memfs.close()
         finally:
             listener.close()
+            settings.closer.stop()
 
 
 class _Memfs:
@@ -149,7 +152,9 @@ class _Memfs:
         channel = Channel(self._mount.fuse_fd, table)
         operations = Operations(self._tree, self._xattrs, noatime=noatime)
         pyfuse3.init(operations, f"/dev/fd/{channel.hand_over()}", options=set())
-        server = Server(listener.socket, self._clients, self._registry, self._tree, self._mount.device)
+        server = Server(
+            listener.socket, self._clients, self._settings.closer, self._registry, self._tree, self._mount.device
+        )
         try:
             async with open_flat_nursery() as nursery:
                 nursery.start_soon(pyfuse3.main)

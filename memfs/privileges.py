@@ -50,15 +50,15 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
 
 
-def drop(*, setuid_helper: bool) -> None:
-    """Keep the capabilities in KEPT, as far as we have them, and nothing else. `setuid_helper`: we shall run one.
+def drop(*, setuid_helper: bool, keep: frozenset[int] = KEPT) -> None:
+    """Keep these capabilities, as far as we have them, and nothing else. `setuid_helper`: we shall run one.
 
     Raises OSError if the kernel refuses what it must not refuse to anybody.
     """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with contextlib.suppress(PermissionError), open("/proc/self/oom_score_adj", "w") as score:
         score.write(_OOM_SCORE_ADJ_MIN)
-    _drop_capabilities()
+    _drop_capabilities(keep)
     if not setuid_helper:
         _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     _prctl(_PR_SET_DUMPABLE, 0)
@@ -70,16 +70,16 @@ def drop(*, setuid_helper: bool) -> None:
         log.warning("this kernel lets no process look at itself that others may not: our memory can be dumped")
 
 
-def _drop_capabilities() -> None:
+def _drop_capabilities(keep: frozenset[int]) -> None:
     last = int(_read("/proc/sys/kernel/cap_last_cap"))
-    for capability in set(range(last + 1)) - KEPT:
+    for capability in set(range(last + 1)) - keep:
         with contextlib.suppress(PermissionError):  # without CAP_SETPCAP, and then the set is of no use either
             _prctl(_PR_CAPBSET_DROP, capability)
     _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
     data = ctypes.create_string_buffer(_SETS.size)
     _check(_libc.capget(_HEADER, data))
     permitted = _SETS.unpack(data.raw)[1::3]
-    kept = [permitted[word] & sum(1 << cap % 32 for cap in KEPT if cap // 32 == word) for word in (0, 1)]
+    kept = [permitted[word] & sum(1 << cap % 32 for cap in keep if cap // 32 == word) for word in (0, 1)]
     _check(_libc.capset(_HEADER, _SETS.pack(kept[0], kept[0], 0, kept[1], kept[1], 0)))
 
 

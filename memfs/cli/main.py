@@ -210,6 +210,7 @@ def _serve(mount: _Mount, ready: Callable[[list[str]], None]) -> None:
     from memfs import fault_points
     from memfs.daemon import Settings, serve
     from memfs.fuse.mount import MountError
+    from memfs.owners.closer import Closer
     from memfs.owners.listener import ListenError, prepare_directory
     from memfs.run_files import default_paths
 
@@ -221,15 +222,16 @@ def _serve(mount: _Mount, ready: Callable[[list[str]], None]) -> None:
         prepare_directory(os.path.dirname(log_files[0]))
     logs.set_up(log_files, logging.INFO if mount.verbose else logging.WARNING, when_needed=by_default)
     asked_for = mount.socket or mount.options.socket
-    settings = Settings(
-        mount.mountpoint,
-        [asked_for] if asked_for else default_paths(mount.mountpoint, "sock"),
-        mount.options,
-        log_beside_socket=by_default and not asked_for,
-        check=mount.check,
-    )
     try:
         raise_limits()
+        settings = Settings(
+            mount.mountpoint,
+            [asked_for] if asked_for else default_paths(mount.mountpoint, "sock"),
+            mount.options,
+            Closer.start(),
+            log_beside_socket=by_default and not asked_for,
+            check=mount.check,
+        )
         trio.run(serve, settings, ready)
     except (InheritedError, ListenError, MountError, OptionError) as error:
         raise CommandError(str(error)) from error

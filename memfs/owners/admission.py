@@ -8,12 +8,11 @@ A connection costs memory and a descriptor, so there are limits: for all, for ea
 that the daemon runs as, who could stop it anyway), and for connections that have not said Hello. Of the latter the
 oldest is disconnected when there are too many, so that clients that say nothing do not keep out those that do.
 
-Descriptors from strangers are never closed in the event loop, nor looked at. close(2) may have to ask the filesystem
-behind the descriptor (FUSE_FLUSH), and that may be one that never answers, or ourselves; a socket may linger; and
-/proc/self/fdinfo of an epoll descriptor waits for whoever is polling it. The same goes for a connection's own socket:
-closing it closes what lies in its queue. Threads do that, a few for each user, so that a user's descriptors hold up
-that user only. Until they are closed, they count as the user's connections do: a client that sends descriptors which
-block in close(2) exhausts its own connection quota, not the daemon's threads.
+Descriptors from strangers are received, looked at and closed by another process (closer.py). A connection's own socket
+is closed here, but not in the event loop: closing it closes what lies in its queue, and a socket there may linger.
+Threads do that, a few for each user, so that a user's descriptors hold up that user only. Until they are closed, here
+and there, they count as the user's connections do: a client that sends descriptors which block in close(2) exhausts its
+own connection quota, not the daemon's threads.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Final, ParamSpec, TypeVar
 
@@ -41,6 +40,9 @@ _MAX_GROUPS_BYTES: Final = 1024  # the most that Python's getsockopt takes
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
+
+#: Closes a descriptor, and returns when it is closed
+Close = Callable[[int], Awaitable[None]]
 
 
 class Rejected(Exception):
@@ -125,26 +127,29 @@ class Client:
         self._user.connections -= 1
         self._clients.forget(self.credentials.uid)
 
-    def discard(self, fds: Iterable[int]) -> list[trio.Event]:
-        """Close descriptors that it sent, in threads. Returns events that say when; one may never come."""
+    def discard(self, fds: Iterable[int], close: Close | None = None) -> list[trio.Event]:
+        """Close descriptors that it sent, in threads unless `close` says how. Returns events that say when.
+
+        An event may never come.
+        """
         done = []
         for fd in fds:
             self._user.closing += 1
             done.append(trio.Event())
-            trio.lowlevel.spawn_system_task(self._close, fd, done[-1])
+            trio.lowlevel.spawn_system_task(self._close, fd, close or self._user.close, done[-1])
         return done
 
-    async def close(self, fds: Iterable[int]) -> None:
+    async def close(self, fds: Iterable[int], close: Close | None = None) -> None:
         """Close descriptors that it sent, and wait for that. If cancelled, they will be closed all the same."""
-        for done in self.discard(fds):
+        for done in self.discard(fds, close):
             await done.wait()
 
     async def run_in_thread(self, function: Callable[_P, _T], *args: _P.args, **_: _P.kwargs) -> _T:
         """Run a function that may take as long as this user likes, where only this user waits. Raises NoThread."""
         return await self._user.run_in_thread(function, *args)
 
-    async def _close(self, fd: int, done: trio.Event) -> None:
-        await self._user.close(fd)
+    async def _close(self, fd: int, close: Close, done: trio.Event) -> None:
+        await close(fd)
         self._user.closing -= 1
         self._clients.forget(self.credentials.uid)
         done.set()

@@ -14,6 +14,7 @@ import trio
 from memfs.contract.aio.poller import Poller
 from memfs.contract.logs import fields
 from memfs.owners.admission import Clients, Credentials, Rejected
+from memfs.owners.closer import Closer
 from memfs.owners.registry import Owner, Registry
 from memfs.owners.session import Session
 from memfs.tree.tree import Tree
@@ -30,9 +31,12 @@ class Server:
     `device` is the mount's device number as "major:minor".
     """
 
-    def __init__(self, listener: socket.socket, clients: Clients, registry: Registry, tree: Tree, device: str) -> None:
+    def __init__(
+        self, listener: socket.socket, clients: Clients, closer: Closer, registry: Registry, tree: Tree, device: str
+    ) -> None:
         self._listener: Final = listener
         self._clients: Final = clients
+        self._closer: Final = closer
         self._registry: Final = registry
         self._tree: Final = tree
         self._device: Final = device
@@ -95,7 +99,7 @@ class Server:
             self._clients.reject(sock)
             return
         try:
-            session = Session(sock, client, self._registry, self._tree, self._device)
+            session = Session(sock, client, self._closer, self._registry, self._tree, self._device)
         except OSError as error:  # no memory, or no space in an epoll, is no reason to end everybody else
             log.error("%s is turned away: %s", credentials, error.strerror)  # noqa: TRY400
             client.disconnected()

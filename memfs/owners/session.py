@@ -1,14 +1,14 @@
 """A session: one connection to memfs's socket, that is, one owner, and the answers to its requests.
 
 A file is named by an open descriptor of it, as KVM takes an fd, so who may own a file is who may open it for writing.
-What the descriptor is, the session reads from /proc/self/fdinfo: flags, inode number and mount id. It must not fstat
-it, nor do anything else that asks the filesystem behind it: that is ourselves, and we would wait for us for ever. The
-mount id is looked up in mountinfo, ours or, for a peer in another mount namespace, the peer's, and the device number
-found there says whether the file is one of this mount's (whatever bind mount it was opened through).
+What the descriptor is, fdinfo says: flags, inode number and mount id. Nothing may ask the filesystem behind it: that is
+ourselves, and we would wait for us for ever. The mount id is looked up in mountinfo, ours or, for a peer in another
+mount namespace, the peer's, and the device number found there says whether the file is one of this mount's (whatever
+bind mount it was opened through).
 
 A descriptor that a stranger sent may lead to a filesystem that answers nothing, and one of our own files has the kernel
-ask us before close(2) returns, so descriptors are looked at and closed where that holds up nobody (admission.py). What
-an owner gets is opened anew for it: a description shared with us would let it set O_APPEND on ours.
+ask us before close(2) returns, so another process has them (closer.py). What an owner gets is opened anew for it: a
+description shared with us would let it set O_APPEND on ours.
 
 Requests are acted upon in order, and one that has to wait (for a file, or for a descriptor to be looked at) holds up
 none behind it: an Ack or a PutPfn there may be what others wait for.
@@ -46,13 +46,14 @@ from memfs.contract.protocol.messages import (
     Unregister,
 )
 from memfs.contract.protocol.peer import Call, Incoming, Peer, PeerGone, close_all
-from memfs.contract.sys.fdinfo import fdinfo
 from memfs.contract.sys.mountinfo import device_of_mount_id
 from memfs.contract.units import PAGE_SIZE
 from memfs.owners.admission import Client
+from memfs.owners.closer import Closer
 from memfs.owners.liveness import is_dying
 from memfs.owners.populate import launch, populate
 from memfs.owners.registry import Owner, Registration, Registry
+from memfs.owners.sent import Sent
 from memfs.store import seals
 from memfs.store.file import File
 from memfs.tree import inode_flags
@@ -67,9 +68,12 @@ _FAREWELL: Final = 0.1  # seconds for which we try to send the final message
 class Session(Owner):
     """An owner's connection. `device` is the mount's device number as "major:minor"."""
 
-    def __init__(self, sock: socket.socket, client: Client, registry: Registry, tree: Tree, device: str) -> None:
+    def __init__(
+        self, sock: socket.socket, client: Client, closer: Closer, registry: Registry, tree: Tree, device: str
+    ) -> None:
         self._client: Final = client
-        self._peer: Final = Peer(sock, Role.STORE, client.discard)
+        self._sent: Final = Sent(client, closer)
+        self._peer: Final = Peer(sock, Role.STORE, self._sent)
         self.pid: Final = client.credentials.pid
         self._tree: Final = tree
         self._device: Final = device
@@ -131,7 +135,7 @@ class Session(Owner):
             except OSError as error:
                 reply = Failed(error.errno or errno.EIO, str(error.strerror))
             finally:
-                await self._client.close(request.fds)
+                await self._sent.close_all(request.fds)
             with contextlib.suppress(PeerGone):
                 await self._peer.reply(request.id, reply, fds)
         finally:
@@ -182,7 +186,11 @@ class Session(Owner):
             raise OSError(errno.EMFILE, "memfs has no descriptors left for the file's and the content's")
         inode = await self._identify(fds[0])
         with self._tree.holding(inode):
-            return Measured(await populate(inode.file, message.pages, fds[1], message.source))
+            source = self._sent.fetch(fds[1])
+            try:
+                return Measured(await populate(inode.file, message.pages, source, message.source))
+            finally:
+                os.close(source)
 
     async def _launch(self, registration: Registration) -> Message:
         with self._tree.holding(registration.inode):
@@ -191,7 +199,7 @@ class Session(Owner):
 
     async def _identify(self, fd: int) -> RegularFile:
         """Return the file that a descriptor is of. Raises OSError as `messages.Register` says."""
-        info = await self._client.run_in_thread(fdinfo, fd)
+        info = await self._sent.look(fd)
         device = device_of_mount_id(info["mnt_id"], "self")
         if device is None:  # a peer may have mounted so much that to read it all takes long
             device = await self._client.run_in_thread(device_of_mount_id, info["mnt_id"], str(self.pid))

@@ -41,8 +41,9 @@ from memfs.contract.protocol.connection import (
     is_answered,
     is_reply,
 )
+from memfs.contract.protocol.custody import Custody, Datagram
 from memfs.contract.protocol.messages import Message
-from memfs.contract.protocol.transport import Datagram, Datagrams, Rights
+from memfs.contract.protocol.transport import Datagrams, Rights
 from memfs.contract.sys.unix_address import address_of
 
 # One descriptor more than is allowed, so that too many are noticed rather than cut off.
@@ -139,8 +140,7 @@ class _Unsent:
 class Peer:
     """One end of a connection, whose socket it owns. `serve` must be running for anything to arrive at all.
 
-    `discard` closes descriptors that nobody wants, and the socket; memfs, which does not trust its peers, lets a thread
-    do that (owners/admission.py). `busy_poll` is for replies.
+    `custody` has the descriptors that come: those of a message are numbers that it knows. `busy_poll` is for replies.
     """
 
     __slots__ = (
@@ -164,11 +164,12 @@ class Peer:
         self,
         sock: socket.socket,
         role: Role,
-        discard: Callable[[tuple[int, ...]], object] | None = None,
+        custody: Custody | None = None,
         busy_poll: BusyPoll | None = None,
     ) -> None:
-        self._datagrams: Final = Datagrams(sock)
-        self._discard: Final = discard or close_all
+        custody = custody or Custody()
+        self._datagrams: Final = Datagrams(sock, custody)
+        self._discard: Final = custody.discard
         self._busy_poll: Final = busy_poll or BusyPoll(_MAX_POLL)
         self.protocol: Final = Connection(role)
         self._postponed: Final[deque[Call]] = deque()  # as many as may be are unanswered
@@ -455,7 +456,7 @@ class Peer:
             return
         self._closed = True
         self.protocol.close()
-        self._datagrams.close(self._discard)
+        self._datagrams.close()
         self._forget_unsent()
         for call in (*self._calls.values(), *self._postponed):
             call.done()

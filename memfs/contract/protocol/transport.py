@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Callable
 from typing import Any, Final
 
 import trio
 
 from memfs.contract.aio.poller import Poller, Reader
+from memfs.contract.protocol.custody import Custody, Datagram
 
 Rights = list[tuple[int, int, Any]]  #: descriptors, as sendmsg's ancillary data
-Datagram = tuple[bytes, list[Any], int, Any]  #: what recvmsg returns: data, ancillary data, flags, address
 
 _MSG_PEEK: Final = int(socket.MSG_PEEK)
 
@@ -30,11 +29,12 @@ class Datagrams:
     `send`, `receive` and `peek` raise OSError, and BlockingIOError where they would have to wait.
     """
 
-    __slots__ = ("_poller", "_socket")
+    __slots__ = ("_custody", "_poller", "_socket")
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, custody: Custody) -> None:
         sock.setblocking(False)
         self._socket: Final = sock
+        self._custody: Final = custody
         self._poller: Final = Poller.here()
 
     def read(self, reader: Reader) -> None:
@@ -55,20 +55,16 @@ class Datagrams:
 
     def receive(self, size: int, ancillary: int, flags: int) -> Datagram:
         """Receive a datagram (recvmsg(2))."""
-        return self._socket.recvmsg(size, ancillary, flags)
+        return self._custody.receive(self._socket, size, ancillary, flags)
 
     def peek(self, size: int) -> bytes:
         """Return the first bytes of the datagram that comes next, and leave it there; b"" at the end."""
         return self._socket.recv(size, _MSG_PEEK)
 
-    def close(self, discard: Callable[[tuple[int]], object]) -> None:
-        """End the connection, and have `discard` close the descriptor.
-
-        That closes what was sent over it and not received, too, and a descriptor that is sent may be one that takes
-        its time to be closed (SO_LINGER).
-        """
+    def close(self) -> None:
+        """End the connection."""
         self.pause()
         trio.lowlevel.notify_closing(self._socket)
         with contextlib.suppress(OSError):  # the other end has gone
             self._socket.shutdown(socket.SHUT_RDWR)
-        discard((self._socket.detach(),))
+        self._custody.close(self._socket)

@@ -67,7 +67,7 @@ def _mountinfo(pid: str) -> list[list[str]]:
         # newline: a carriage return may be part of a name
         with open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape", newline="\n") as table:
             return [line.split(" ") for line in table]
-    except OSError:  # the process is gone, or not ours to look at
+    except (FileNotFoundError, ProcessLookupError, PermissionError):  # it is gone, or not ours to look at
         return []
 
 

@@ -40,6 +40,7 @@ from memfs.contract.protocol.messages import (
 from memfs.contract.protocol.peer import Incoming, Peer, close_all, open_connection
 from memfs.contract.units import PAGE_SIZE, ByteOffset
 from memfs.owners.admission import Clients
+from memfs.owners.closer import Closer
 from memfs.owners.listener import listen
 from memfs.owners.registry import Registry
 from memfs.owners.server import Server
@@ -71,19 +72,20 @@ class Guest:
 class Mount:
     """Everything but FUSE: files that are in the Tree and on the tmpfs, and a server."""
 
-    def __init__(self, ours: OnTree, beside: OnTmpfs, root: Path, path: str) -> None:
+    def __init__(self, ours: OnTree, beside: OnTmpfs, root: Path, path: str, closer: Closer) -> None:
         self.ours = ours
         self.beside = beside
         self.root = root
         self.path = path
         self.registry = Registry(ours.tree, notify_timeout=30)
         self.clients = Clients(0o600, None)
+        self.closer = closer
 
     def server(self, listener: socket.socket) -> Server:
         """The server of this mount."""
         device = os.stat(self.root).st_dev
         name = f"{os.major(device)}:{os.minor(device)}"
-        return Server(listener, self.clients, self.registry, self.ours.tree, name)
+        return Server(listener, self.clients, self.closer, self.registry, self.ours.tree, name)
 
     def make(self, name: str, seals: int = 0, mode: int = stat.S_IFREG | 0o600) -> RegularFile:
         """Make a file."""
@@ -128,12 +130,20 @@ def tree_place(request: pytest.FixtureRequest) -> Iterator[OnTree]:
 
 
 @pytest.fixture
+def closer() -> Iterator[Closer]:
+    """A closer."""
+    closer = Closer.start()
+    yield closer
+    closer.stop()
+
+
+@pytest.fixture
 async def mount(
-    tree_place: OnTree, tmpfs: Path, tmp_path_factory: pytest.TempPathFactory, nursery: trio.Nursery
+    tree_place: OnTree, tmpfs: Path, tmp_path_factory: pytest.TempPathFactory, nursery: trio.Nursery, closer: Closer
 ) -> AsyncIterator[Mount]:
     """A mount whose server runs; in the end nothing is registered."""
     path = str(tmp_path_factory.mktemp("socket") / "memfs.sock")
-    mount = Mount(tree_place, OnTmpfs(tmpfs), tmpfs, path)
+    mount = Mount(tree_place, OnTmpfs(tmpfs), tmpfs, path, closer)
     with closing(listen([path], 0o600, None)) as listener:
         server = mount.server(listener.socket)
         nursery.start_soon(server.run)

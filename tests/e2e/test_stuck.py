@@ -1,0 +1,107 @@
+"""A filesystem that never answers keeps no daemon alive: one that is told to end, or killed, is gone, and its mount."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from memfs.contract.sys.libc import MNT_DETACH, umount
+from tests.helpers import raises
+
+from .conftest import Memfs, memfs_command, run
+from .test_mount import until
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounts a filesystem, so it needs root")
+
+
+@contextmanager
+def stuck(memfs: Memfs, directory: Path, what: str) -> Iterator[None]:
+    """Have a client send a descriptor that is closed, or looked at, for as long as the block."""
+    mountpoint = directory / "stuck"
+    mountpoint.mkdir()
+    command = [sys.executable, "-m", "tests.e2e.stuck_filesystem", str(mountpoint), str(memfs.socket), what]
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=root, start_new_session=True) as hostile:
+        try:
+            assert hostile.stdout is not None
+            assert hostile.stdout.readline() == b"asked\n"
+            if what == "epoll":  # it is said before the descriptor is sent
+                until(lambda: "anon_inode:[eventpoll]" in held_by(closer_of(memfs)))
+            yield
+        finally:
+            os.killpg(hostile.pid, signal.SIGKILL)
+            umount(str(mountpoint), MNT_DETACH)
+
+
+def closer_of(memfs: Memfs) -> int:
+    """Return the process that closes descriptors for a daemon."""
+    pid = memfs.process.pid
+    (child,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return int(child)
+
+
+def held_by(pid: int) -> list[str]:
+    """What a process's descriptors are of."""
+    return [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
+
+
+@pytest.mark.parametrize("what", ["file", "epoll"])
+def test_killed_daemon_is_gone(memfs: Memfs, tmp_path: Path, what: str) -> None:
+    closer = closer_of(memfs)
+    with stuck(memfs, tmp_path, what):
+        memfs.process.kill()
+        assert memfs.process.wait(10) == -signal.SIGKILL
+        with raises(errno.ENOTCONN):
+            os.statvfs(memfs.path)
+        again = run(*memfs_command("mount", memfs.path, "-o", "size=1m", "--socket", memfs.socket), timeout=30)
+        assert again.returncode == 0, again.stderr
+        (memfs.path / "file").write_text("content")
+        subprocess.run(["umount", memfs.path], check=True)
+    until(lambda: not os.path.exists(f"/proc/{closer}"))
+
+
+@pytest.mark.parametrize("what", ["file", "epoll"])
+@pytest.mark.parametrize("how", ["SIGTERM", "umount"])
+def test_daemon_that_is_told_to_end_is_gone(memfs: Memfs, tmp_path: Path, what: str, how: str) -> None:
+    closer = closer_of(memfs)
+    with stuck(memfs, tmp_path, what):
+        if how == "umount":
+            subprocess.run(["umount", memfs.path], check=True)
+        else:
+            memfs.process.send_signal(signal.SIGTERM)
+        memfs.see_end()
+    until(lambda: not os.path.exists(f"/proc/{closer}"))
+
+
+def test_closer_holds_nothing_of_the_daemon_s(memfs: Memfs) -> None:
+    (memfs.path / "file").write_text("content")
+    closer = closer_of(memfs)
+    assert all(link == "/dev/null" or link.startswith("socket:") for link in held_by(closer))
+    assert len(held_by(closer)) == 5
+    status = dict(line.split(":\t", 1) for line in Path(f"/proc/{closer}/status").read_text().splitlines())
+    assert {int(status[name], 16) for name in ("CapEff", "CapPrm", "CapInh", "CapBnd", "CapAmb")} == {0}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        os.kill(closer, number)
+    memfs.process.send_signal(signal.SIGTERM)
+    memfs.see_end()
+    until(lambda: not os.path.exists(f"/proc/{closer}"))
+
+
+def test_without_closer_the_daemon_goes_on(memfs: Memfs) -> None:
+    memfs.expected.append("the closer is gone")
+    memfs.run("sh", "-c", "echo content > shared")
+    memfs.run(*memfs_command("create", "--seals", "guest", "--size", "1m", "private"))
+    os.kill(closer_of(memfs), signal.SIGKILL)
+    refused = memfs.run(*memfs_command("populate", "private", "shared"))
+    assert refused.returncode == 1
+    assert "no descriptors left" in refused.stderr
+    assert memfs.run("sh", "-c", "echo other > shared && cat shared").stdout == "other\n"
+    memfs.stop()
