@@ -11,10 +11,9 @@ from dataclasses import dataclass
 
 from kvmsim.backing import GuestFile
 from kvmsim.slots.hva import LOCAL_PFN, LocalMemory
+from memfs.contract.frame_numbers import EXTENT_PAGES
 from memfs.contract.protocol.messages import PfnRun
-from memfs.contract.units import ORDER_1G, ByteOffset, PageIndex, Pfn, page_offset
-
-_EXTENT = 1 << ORDER_1G
+from memfs.contract.units import ByteOffset, PageIndex, Pfn, page_offset
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +31,14 @@ class FrameMap:
     def add(self, file: GuestFile, run: PfnRun) -> None:
         """Remember which file an extent is of, as the store said."""
         assert run.pfn is not None
-        number, within = divmod(run.pfn, _EXTENT)
+        number, within = divmod(run.pfn, EXTENT_PAGES)
         self._extents[number] = _Extent(file, PageIndex(run.pages.start - within))
 
     def locate(self, pfn: Pfn) -> tuple[GuestFile | LocalMemory, ByteOffset]:
         """Return what a frame's memory is in, and where in it. Raises KeyError for a frame of an unknown extent."""
         if pfn >= LOCAL_PFN:
             return LocalMemory(pfn), ByteOffset(0)
-        number, within = divmod(pfn, _EXTENT)
+        number, within = divmod(pfn, EXTENT_PAGES)
         extent = self._extents[number]
         return extent.file, page_offset(PageIndex(extent.first_page + within))
 

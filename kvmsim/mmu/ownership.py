@@ -17,9 +17,9 @@ import numpy.typing as npt
 
 from kvmsim.arrays import stretches
 from kvmsim.mmu.pte import Ptes, pte_pfns
+from memfs.contract.frame_numbers import EXTENT_PAGES
 from memfs.contract.units import ORDER_1G, Gfn, GfnRange, Pfn
 
-_EXTENT: Final = 1 << ORDER_1G
 _VM_SHIFT: Final = 48  # an owner is vm << 48 | gfn; 0 is none, since VMs count from 1
 MAX_VMS: Final = 1 << 15
 
@@ -71,7 +71,7 @@ class OwnershipTable:
             owners[:] = self._wanted(vm, gfns, done, len(owners))
 
     def _assign_one(self, vm: int, gfn: Gfn, pfn: Pfn) -> None:
-        owners, within = self._extent(pfn >> ORDER_1G), pfn & (_EXTENT - 1)
+        owners, within = self._extent(pfn >> ORDER_1G), pfn & (EXTENT_PAGES - 1)
         current, wanted = int(owners[within]), (vm << _VM_SHIFT) + gfn
         if not current:
             owners[within] = wanted
@@ -89,7 +89,7 @@ class OwnershipTable:
         pieces = []
         for start, end in stretches(extents):
             here = slice(start, end)
-            owners, within = self._extent(int(extents[start])), pfns[here] & (_EXTENT - 1)
+            owners, within = self._extent(int(extents[start])), pfns[here] & (EXTENT_PAGES - 1)
             current = owners[within]
             held = int(np.count_nonzero(current))
             if held and len(foreign := np.flatnonzero((current != 0) & (current != wanted[here]))):
@@ -107,7 +107,7 @@ class OwnershipTable:
 
     def _extent(self, number: int) -> npt.NDArray[np.int64]:
         if number not in self._extents:
-            self._extents[number] = np.zeros(_EXTENT, np.int64)
+            self._extents[number] = np.zeros(EXTENT_PAGES, np.int64)
         return self._extents[number]
 
     def release(self, ptes: Ptes, pages: int) -> None:
@@ -130,13 +130,13 @@ class OwnershipTable:
         """Release frames: int64 of shape (n,)."""
         extents = pfns >> ORDER_1G
         for start, end in stretches(extents):
-            owners, within = self._extents[int(extents[start])], pfns[start:end] & (_EXTENT - 1)
+            owners, within = self._extents[int(extents[start])], pfns[start:end] & (EXTENT_PAGES - 1)
             self.owned -= int(np.count_nonzero(owners[within]))
             owners[within] = 0
 
     def owner(self, pfn: Pfn) -> tuple[int, int] | None:
         """Return the (VM, gfn) that a frame belongs to; None if to none."""
-        number, within = divmod(pfn, _EXTENT)
+        number, within = divmod(pfn, EXTENT_PAGES)
         owner = int(self._extents[number][within]) if number in self._extents else 0
         return (owner >> _VM_SHIFT, owner & ((1 << _VM_SHIFT) - 1)) if owner else None
 
@@ -149,7 +149,7 @@ class OwnershipTable:
         """Return views of the owners of neighbouring frames, one an extent, and how many frames come before each."""
         pieces, done = [], 0
         while done < count:
-            number, within = divmod(pfn + done, _EXTENT)
+            number, within = divmod(pfn + done, EXTENT_PAGES)
             owners = self._extent(number)[within : within + count - done]
             pieces.append((owners, done))
             done += len(owners)

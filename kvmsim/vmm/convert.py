@@ -28,11 +28,10 @@ import trio
 from kvmsim.arrays import runs
 from kvmsim.side import Side
 from memfs.contract.sparse import data_pages
-from memfs.contract.sys.libc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
+from memfs.contract.sys.libc import PUNCH_HOLE, fallocate
 from memfs.contract.units import PAGE_SIZE, PageIndex, PageRange, bytes_to_pages
 
 GRANULES: Final = (PAGE_SIZE, 16 * PAGE_SIZE, 512 * PAGE_SIZE)  #: bytes
-_PUNCH: Final = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 
 
 class RamDiscardListener(Protocol):
@@ -130,13 +129,13 @@ class Converter:
             for listener in self._listeners:
                 listener.discard(run)
             try:
-                await trio.to_thread.run_sync(fallocate, self._shared, _PUNCH, run.offset, run.nbytes)
+                await trio.to_thread.run_sync(fallocate, self._shared, PUNCH_HOLE, run.offset, run.nbytes)
                 await trio.to_thread.run_sync(fallocate, self._private, 0, run.offset, run.nbytes)
             except OSError:
                 self._populate(run)  # it is shared still
                 raise
         else:
-            await trio.to_thread.run_sync(fallocate, self._private, _PUNCH, run.offset, run.nbytes)
+            await trio.to_thread.run_sync(fallocate, self._private, PUNCH_HOLE, run.offset, run.nbytes)
             self._populate(run)
 
     def _populate(self, run: PageRange) -> None:
