@@ -20,7 +20,7 @@ DOCUMENTS = sorted(
     for path in ROOT.glob(pattern)
 )
 #: of a path in a document; `NAME` and the like are the reader's
-NAMED = re.compile(r"`((?:memfs|kvmsim|tests|bench|demo|docs|examples|\.ci|\.github)/[\w./-]*\w/?)`")
+NAMED = re.compile(r"`((?:memfs|kvmsim|tests|bench(?!/out/)|demo|docs|examples|\.ci|\.github)/[\w./-]*\w/?)`")
 
 
 def text(document: str) -> str:
