@@ -10,8 +10,7 @@ import sys
 
 import trio
 
-from memfs.contract.protocol.client import StoreGone, connect, socket_of
-from memfs.contract.protocol.messages import InvalidateBegin, Notification
+from memfs.contract.protocol import InvalidateBegin, Notification, StoreGone, connect, socket_of
 
 
 async def act(message: Notification) -> None:
