@@ -1,7 +1,7 @@
-"""One mounted memfs: puts the parts together, runs them, and takes them apart again, whichever way it ends.
+r"""One mounted memfs: puts the parts together, runs them, and takes them apart again, whichever way it ends.
 
-    kernel -- Channel -- handlers (fuse/opcodes.py) --\\
-                  \\----- pyfuse3 -- Operations ------- Tree, OpenFiles, File -- Backing
+    kernel -- Channel -- handlers (fuse/opcodes.py) --\
+                  \----- pyfuse3 -- Operations ------- Tree, OpenFiles, File -- Backing
     owners -- Server -- Registry --------------------/
 
 It ends when the filesystem is unmounted (the kernel closes the channel) or on a signal (we unmount; signals.py). In
@@ -176,7 +176,7 @@ class _Memfs:
             channel.close()
 
     def describe(self) -> dict[str, Any]:
-        """The state of the mount, for `memfs stat`."""
+        """Return the state of the mount, for `memfs stat`."""
         owners = self._registry.owners.values()
         return {
             "mountpoint": self._settings.mountpoint,
@@ -199,7 +199,7 @@ class _Memfs:
         }
 
     def describe_in(self, most_bytes: int) -> str:
-        """The state as JSON, with as many owners, files and notifications as fit into so many bytes."""
+        """Return the state as JSON, with as many owners, files and notifications as fit into so many bytes."""
         most = most_bytes // _LEAST_BYTES
         while True:
             text = json.dumps({**self.describe(), "registry": self._registry.describe(most)})

@@ -101,7 +101,7 @@ class Channel:
         os.set_blocking(fuse_fd, False)
         self._ours, self._libfuse = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._ours.setblocking(False)
-        self._may_send: Final = trio.Lock()  # held by the request that waits for room in the socketpair
+        self._may_send: Final = trio.Lock()  # held by the request that waits for space in the socketpair
 
     def hand_over(self) -> int:
         """Return the descriptor for libfuse to use (as /dev/fd/N) and to close."""

@@ -1,6 +1,6 @@
 """Answers to requests on inodes and open files: opening and closing them, their attributes, content and pages.
 
-The kernel gives no name in these, but the inode's number and, for what is open, the handle's.
+These requests carry no name, but the number of an inode and, for an open file, of its handle.
 
 Where there is no cache there is nothing to flush, and close(2) need not ask (FOPEN_NOFLUSH): a daemon killed while it
 had a descriptor of its own mount would otherwise wait, in exit(2), for an answer of its own.
@@ -68,7 +68,7 @@ _TIMES_TO_NOW: Final = _TIMES | FATTR_ATIME_NOW | FATTR_MTIME_NOW
 
 
 class FileHandlers:
-    """The channel's handlers for inodes and open files."""
+    """The channel's handlers for inodes and open files. Each raises OSError with the errno to answer."""
 
     def __init__(self, tree: Tree, open_files: OpenFiles, backing: Backing) -> None:
         self._tree: Final = tree
@@ -78,15 +78,15 @@ class FileHandlers:
     # -- attributes -------------------------------------------------------------------------------------------------
 
     async def getattr(self, request: Request) -> bytes:
-        """stat(2)."""
+        """Answer stat(2)."""
         return pack_attr(self._tree.inode(request.nodeid).stat())
 
     async def statx(self, request: Request) -> bytes:
-        """statx(2)."""
+        """Answer statx(2)."""
         return pack_statx(self._tree.inode(request.nodeid).stat())
 
     async def setattr(self, request: Request) -> bytes:
-        """chmod(2), chown(2), truncate(2) and utimensat(2)."""
+        """Answer chmod(2), chown(2), truncate(2) and utimensat(2)."""
         valid, _, size, atime, mtime, atime_ns, mtime_ns, _, mode, uid, gid = unpack(SETATTR_IN, request.body)
         inode = self._tree.inode(request.nodeid)
         if valid & _TIMES_TO_NOW == _TIMES_TO_NOW and not valid & _NOT_TIMES:
@@ -110,7 +110,7 @@ class FileHandlers:
                 atime * 1_000_000_000 + atime_ns if valid & FATTR_ATIME else None,
                 mtime * 1_000_000_000 + mtime_ns if valid & FATTR_MTIME else None,
             )
-        if not valid & FATTR_SIZE:  # what a new size does to the times has been done
+        if not valid & FATTR_SIZE:  # the truncation has set the times
             inode.changed()
         return pack_attr(inode.stat())
 
@@ -123,7 +123,7 @@ class FileHandlers:
             await inode.file.truncate(new_size, by_path=by_path)
 
     async def statfs(self, request: Request) -> bytes:
-        """statfs(2): when nothing is being freed."""
+        """Answer statfs(2), when what was being freed is free."""
         await self._backing.reaper.drain()
         free, free_inodes = self._backing.free_pages, self._tree.space.free_inodes
         return STATFS_OUT.pack(
@@ -134,7 +134,7 @@ class FileHandlers:
     # -- opening and closing ----------------------------------------------------------------------------------------
 
     async def open(self, request: Request) -> bytes:
-        """open(2) of a regular file that is there."""
+        """Answer open(2) of a regular file that exists."""
         flags, open_flags = unpack(OPEN_IN, request.body)
         inode = self._tree.regular(request.nodeid)
         inode_flags.check_open(inode, flags)
@@ -148,9 +148,9 @@ class FileHandlers:
             return self.opened(inode, flags)
 
     async def space(self) -> None:
-        """Wait until deferred frees are done, if they return more space than is free now (store/reaper.py).
+        """Wait for deferred frees if they will return more space than is free now (store/reaper.py).
 
-        What opens a file to write to it waits for this.
+        Every open(2) for writing does.
         """
         reaper = self._backing.reaper
         if not reaper.is_idle and reaper.pages > self._backing.free_pages:
@@ -169,7 +169,7 @@ class FileHandlers:
         return OPEN_OUT.pack(fh, 0 if inode.file.take_stale() else FOPEN_KEEP_CACHE, 0)
 
     async def release(self, request: Request) -> bytes:
-        """close(2) of the last descriptor of a file or directory, after munmap(2) of the last mapping."""
+        """Answer the close(2) of the last descriptor of a handle, after the munmap(2) of its last mapping."""
         fh, *_ = unpack(RELEASE_IN, request.body)
         self._open_files.release(fh)
         return b""
@@ -177,14 +177,14 @@ class FileHandlers:
     # -- content ----------------------------------------------------------------------------------------------------
 
     async def read(self, request: Request) -> bytes:
-        """read(2) of a file that is not in passthrough mode."""
+        """Answer read(2) of a file that is not in passthrough mode."""
         fh, offset, size, *_ = unpack(READ_IN, request.body)
         if size > MAX_WRITE:
             raise Malformed(f"{size} bytes to read at once")
         return self._open_files.file(fh).inode.file.read(_in_range(offset), size)
 
     async def write(self, request: Request) -> bytes:
-        """write(2) to a file that is not in passthrough mode."""
+        """Answer write(2) to a file that is not in passthrough mode."""
         body = request.body
         fh, offset, size, write_flags, *_ = unpack(WRITE_IN, body)
         data = body[WRITE_IN.size :]
@@ -196,7 +196,7 @@ class FileHandlers:
         return WRITE_OUT.pack(inode.file.write(_in_range(offset), data), 0)
 
     async def lseek(self, request: Request) -> bytes:
-        """lseek(2) with SEEK_DATA or SEEK_HOLE; the rest is the kernel's."""
+        """Answer lseek(2) with SEEK_DATA or SEEK_HOLE; the kernel answers the others itself."""
         fh, offset, whence, _ = unpack(LSEEK_IN, request.body)
         if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
             raise OSError(errno.EINVAL, f"whence {whence}")
@@ -206,7 +206,7 @@ class FileHandlers:
     # -- pages ------------------------------------------------------------------------------------------------------
 
     async def fallocate(self, request: Request) -> bytes:
-        """fallocate(2): allocate a range, or free one."""
+        """Answer fallocate(2): allocate a range, or free one."""
         fh, offset, length, mode, _ = unpack(FALLOCATE_IN, request.body)
         if mode not in (0, FALLOC_FL_KEEP_SIZE, _PUNCH):
             raise OSError(errno.EOPNOTSUPP, f"fallocate mode {mode:#x}")

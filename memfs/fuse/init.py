@@ -1,4 +1,4 @@
-"""INIT: what the kernel offers, and what memfs wants of it.
+"""INIT: the features that the kernel offers, and those that memfs uses.
 
 pyfuse3 answers INIT, but knows neither kernel passthrough nor HANDLE_KILLPRIV_V2. So its reply is amended on its way
 back to the kernel.
@@ -39,7 +39,7 @@ class Init:
         self._initialized: Final = initialized
 
     def amend(self, request: Request) -> Amendment:
-        """Return how pyfuse3's reply to INIT is to be amended."""
+        """Return the amendment of pyfuse3's reply to INIT."""
         _, _, _, offered, offered2 = unpack(INIT_IN, request.body)
         passthrough = self._passthrough.negotiate(bool(offered & FUSE_INIT_EXT and offered2 & FUSE_PASSTHROUGH_2))
 

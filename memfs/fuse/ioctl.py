@@ -17,7 +17,7 @@ _U32: Final = struct.Struct("=I")
 _FSXATTR: Final = struct.Struct("=I24x")  # struct fsxattr: xflags; extent sizes, projects
 #: FS_IMMUTABLE_FL, FS_APPEND_FL, FS_NODUMP_FL and FS_NOATIME_FL, and the same as FS_XFLAG_*
 _XFLAGS: Final = {inode_flags.FS_IMMUTABLE_FL: 0x8, inode_flags.FS_APPEND_FL: 0x10, 0x40: 0x80, 0x80: 0x40}
-_DONE: Final = IOCTL_OUT.pack(0, 0, 0, 0)  # what a command that returns 0 is answered with, before its data
+_DONE: Final = IOCTL_OUT.pack(0, 0, 0, 0)  # the reply to a command that returns 0, before its data
 
 
 class IoctlHandlers:
@@ -28,7 +28,7 @@ class IoctlHandlers:
         self._open_files: Final = open_files
 
     async def ioctl(self, request: Request) -> bytes:
-        """ioctl(2). ENOTTY for a command that is not known, or without room for its result."""
+        """Answer ioctl(2). ENOTTY: an unknown command, or no space for its result."""
         body = request.body
         fh, _, command, _, in_size, out_size = unpack(IOCTL_IN, body)
         data = body[IOCTL_IN.size : IOCTL_IN.size + in_size]

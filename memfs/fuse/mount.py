@@ -200,7 +200,7 @@ def _unmount_dead(mountpoint: str) -> None:
 
 @contextmanager
 def _opened(path: str) -> Iterator[int]:
-    """A descriptor of a directory, or of the root of what is mounted on it, which is not asked."""
+    """Open a directory, or the root of what is mounted on it, with O_PATH: what is mounted is not asked."""
     fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         yield fd

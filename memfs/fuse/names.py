@@ -1,9 +1,9 @@
-"""Answers to requests by name: finding, creating and removing what programs create most, and reading directories.
+"""Answers to requests by name: looking up, creating and removing regular files, and reading directories.
 
-What programs ask for less often by name is left to pyfuse3 (operations.py). It could answer these, too: each of its
-answers costs two more event-loop iterations, one for libfuse to see the request behind the socketpair and one for the
-channel to see the reply, and that was half of what a create, stat and unlink took; and what a directory contains can be
-too long for the socketpair.
+Requests by name that programs make less often are left to pyfuse3 (operations.py). It could answer most of these, too,
+but each of its answers costs two more event-loop iterations, one for libfuse to see the request behind the socketpair
+and one for the channel to see the reply, and that was half of what a create, stat and unlink took. And the contents of
+a directory can be too long for the socketpair.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ from memfs.tree.xattrs import Xattrs
 
 
 class NameHandlers:
-    """The channel's handlers for names and directories. `noatime`: reading a directory does not change its times."""
+    """The channel's handlers for names and directories. Each raises OSError with the errno to answer.
+
+    With `noatime`, reading a directory leaves its access time alone.
+    """
 
     def __init__(
         self, tree: Tree, open_files: OpenFiles, files: FileHandlers, xattrs: Xattrs, *, noatime: bool
@@ -48,7 +51,7 @@ class NameHandlers:
     # -- finding ----------------------------------------------------------------------------------------------------
 
     async def lookup(self, request: Request) -> bytes:
-        """Find what a name in a directory names."""
+        """Answer a look-up of a name in a directory; that there is no such name may be cached, too."""
         try:
             inode = self._tree.lookup(request.nodeid, unpack_name(request.body))
         except FileNotFoundError:
@@ -56,7 +59,7 @@ class NameHandlers:
         return self._entry(inode)
 
     def _entry(self, inode: Inode) -> bytes:
-        """Return struct fuse_entry_out, by which the kernel has looked an inode up."""
+        """Return struct fuse_entry_out, which the kernel counts as a look-up of the inode."""
         self._tree.looked_up(inode)
         return pack_entry(inode.stat())
 
@@ -78,7 +81,7 @@ class NameHandlers:
     # -- creating and removing --------------------------------------------------------------------------------------
 
     async def create(self, request: Request) -> bytes:
-        """open(2) of a regular file that is not there, with O_CREAT."""
+        """Answer open(2) that creates a regular file."""
         await self._files.space()
         body = request.body
         flags, mode, umask = _unpack_create(body)
@@ -92,7 +95,7 @@ class NameHandlers:
             raise
 
     async def tmpfile(self, request: Request) -> bytes:
-        """open(2) with O_TMPFILE."""
+        """Answer open(2) with O_TMPFILE."""
         await self._files.space()
         flags, mode, umask = _unpack_create(request.body)
         seals = self._xattrs.default_seals(request.nodeid)
@@ -105,20 +108,20 @@ class NameHandlers:
         return self._entry(inode) + opened
 
     async def unlink(self, request: Request) -> bytes:
-        """unlink(2)."""
+        """Answer unlink(2)."""
         self._tree.unlink(request.nodeid, unpack_name(request.body))
         return b""
 
     # -- directories ------------------------------------------------------------------------------------------------
 
     async def opendir(self, request: Request) -> bytes:
-        """opendir(3)."""
+        """Answer opendir(3)."""
         flags, _ = unpack(OPEN_IN, request.body)
         fh = self._open_files.open_directory(self._tree.directory(request.nodeid), flags)
         return OPEN_OUT.pack(fh, 0, 0)
 
     async def readdirplus(self, request: Request) -> bytes:
-        """getdents(2): as many entries after a cookie as fit into so many bytes; each but . and .. is looked up."""
+        """Answer getdents(2) with as many entries after a cookie as fit. Each but . and .. counts as a look-up."""
         fh, cookie, size, *_ = unpack(READ_IN, request.body)
         handle = self._open_files.directory(fh)
         directory = handle.inode
@@ -140,7 +143,7 @@ class NameHandlers:
 def _unpack_create(body: memoryview) -> tuple[int, int, int]:
     """Return flags, mode and umask.
 
-    What open(2) creates is a regular file, whatever type the mode says, and a umask has nine bits.
+    open(2) creates a regular file, whatever type the mode says, and a umask has nine bits.
     """
     flags, mode, umask, _ = unpack(CREATE_IN, body)
     return flags, stat.S_IMODE(mode) | stat.S_IFREG, umask & 0o777

@@ -30,7 +30,7 @@ _T = TypeVar("_T")
 
 
 def _translated(method: Callable[_P, Awaitable[_T]]) -> Callable[_P, Coroutine[object, object, _T]]:
-    """The one place where exceptions become errnos."""
+    """Turn exceptions into errnos; this is the one place that does."""
 
     @functools.wraps(method)
     async def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _T:
@@ -47,7 +47,7 @@ def _translated(method: Callable[_P, Awaitable[_T]]) -> Callable[_P, Coroutine[o
 
 
 class Operations(pyfuse3.Operations):
-    """What pyfuse3 calls."""
+    """The operations that pyfuse3 calls. `noatime`: reading a link leaves its access time alone."""
 
     supports_dot_lookup = True
     enable_writeback_cache = False
@@ -61,6 +61,7 @@ class Operations(pyfuse3.Operations):
 
     @_translated
     async def readlink(self, inode: InodeT, ctx: RequestContext) -> FileNameT:
+        """Answer readlink(2)."""
         node = self._tree.inode(inode)
         if not isinstance(node, Symlink):
             raise OSError(errno.EINVAL, "not a symbolic link")
@@ -72,26 +73,31 @@ class Operations(pyfuse3.Operations):
     async def mknod(
         self, parent_inode: InodeT, name: FileNameT, mode: ModeT, rdev: int, ctx: RequestContext
     ) -> EntryAttributes:
+        """Answer mknod(2)."""
         return self._entry(self._make(parent_inode, name, mode, ctx, rdev))
 
     @_translated
     async def mkdir(self, parent_inode: InodeT, name: FileNameT, mode: ModeT, ctx: RequestContext) -> EntryAttributes:
+        """Answer mkdir(2)."""
         return self._entry(self._make(parent_inode, name, mode, ctx))
 
     @_translated
     async def symlink(
         self, parent_inode: InodeT, name: FileNameT, target: FileNameT, ctx: RequestContext
     ) -> EntryAttributes:
+        """Answer symlink(2)."""
         return self._entry(self._tree.symlink(parent_inode, name, target, ctx.uid, ctx.gid))
 
     @_translated
     async def link(
         self, inode: InodeT, new_parent_inode: InodeT, new_name: FileNameT, ctx: RequestContext
     ) -> EntryAttributes:
+        """Answer link(2)."""
         return self._entry(self._tree.link(inode, new_parent_inode, new_name))
 
     @_translated
     async def rmdir(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
+        """Answer rmdir(2)."""
         self._tree.rmdir(parent_inode, name)
 
     @_translated
@@ -104,6 +110,7 @@ class Operations(pyfuse3.Operations):
         flags: FlagT,
         ctx: RequestContext,
     ) -> None:
+        """Answer rename(2)."""
         self._tree.rename(parent_inode_old, name_old, parent_inode_new, name_new, flags, uid=ctx.uid, gid=ctx.gid)
 
     def _make(self, parent: InodeT, name: FileNameT, mode: ModeT, ctx: RequestContext, rdev: int = 0) -> Inode:
@@ -111,6 +118,6 @@ class Operations(pyfuse3.Operations):
         return self._tree.create(parent, name, mode, ctx.uid, ctx.gid, umask=ctx.umask, rdev=rdev, seals=seals)
 
     def _entry(self, inode: Inode) -> EntryAttributes:
-        """Return a reply by which the kernel has looked an inode up."""
+        """Return a reply that the kernel counts as a look-up of the inode."""
         self._tree.looked_up(inode)
         return entry_attributes(inode.stat())

@@ -1,12 +1,12 @@
 """Kernel passthrough: reads, writes and mappings of ordinary files go straight from the kernel to the backing file.
 
 Since Linux 6.9 a FUSE server with CAP_SYS_ADMIN may register a backing file on /dev/fuse and answer OPEN with its
-number (FOPEN_PASSTHROUGH). From then on that handle never asks the server for content.
+backing id (FOPEN_PASSTHROUGH). From then on that handle never asks the server for content.
 
 While such a handle or a mapping made through it lives, the kernel refuses (EIO) every other open of the inode that is
 not answered with the same backing. So one rule decides for an inode, in `tree/open_files.py`: as its open handles have
-it. The number is registered with the first handle and unregistered with the last: a number forgotten would pin the
-backing inode's memory.
+it. The backing file is registered with the first handle and unregistered with the last: a backing id that is forgotten
+would pin the backing inode's memory.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Passthrough:
         self.why_not: str | None = "switched off (passthrough=off)" if wanted is Wanted.OFF else unable
 
     def negotiate(self, offered: bool) -> bool:
-        """The kernel offers it, or not. Returns whether it is in force from now on."""
+        """Take note of whether the kernel offers it, and return whether it is in force from now on."""
         if self.why_not is None and not offered:
             self.why_not = (
                 f"the kernel is older than 6.9 or built without CONFIG_FUSE_PASSTHROUGH ({os.uname().release})"
@@ -57,21 +57,22 @@ class Passthrough:
 
     @property
     def in_force(self) -> bool:
+        """Whether ordinary files are opened in passthrough mode."""
         return self.why_not is None
 
     def open(self, fd: int) -> int | None:
-        """Register a backing file. Its number (> 0), or None if the kernel will not have it; then why is logged."""
+        """Register a backing file and return its backing id (> 0), or None if the kernel refuses it; that is logged."""
         if not self.in_force:
             return None
         try:
             # With a mutable argument, fcntl.ioctl returns what ioctl(2) returned.
-            number: int = fcntl.ioctl(self._fuse, FUSE_DEV_IOC_BACKING_OPEN, bytearray(BACKING_MAP.pack(fd, 0, 0)))
+            backing_id: int = fcntl.ioctl(self._fuse, FUSE_DEV_IOC_BACKING_OPEN, bytearray(BACKING_MAP.pack(fd, 0, 0)))
         except OSError as error:
             log.warning("no passthrough for a file: %s", error.strerror)
             if error.errno == errno.EPERM:
                 self.why_not = "the daemon has no CAP_SYS_ADMIN"
             return None
-        return number
+        return backing_id
 
     def close(self, backing_id: int) -> None:
         """Unregister a backing file."""
@@ -83,5 +84,5 @@ class Passthrough:
             log.warning("backing id %d cannot be unregistered: %s", backing_id, error.strerror)
 
     def end(self) -> None:
-        """The mount is gone, and with it all that was registered: use the descriptor no more."""
+        """Unregister nothing any more: the mount has ended, and with it all backing ids."""
         self._is_over = True

@@ -1,7 +1,7 @@
-"""Answers to requests on extended attributes. What they mean is said in tree/xattrs.py.
+"""Answers to requests on extended attributes. tree/xattrs.py says what they mean.
 
-To set one may wait (a seal takes the file's lock), and a list of them can be 64 KiB long: neither is for pyfuse3. And
-the kernel reads security.capability before it changes content, so that to read one has to be quick.
+Setting an attribute may wait (a seal takes the file's lock), and a list of names can be 64 KiB long: neither is for
+pyfuse3. Reading one has to be fast, because the kernel reads security.capability before it changes content.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from memfs.tree.xattrs import Xattrs
 
 
 class XattrHandlers:
-    """The channel's handlers for extended attributes."""
+    """The channel's handlers for extended attributes. Each raises OSError with the errno to answer."""
 
     def __init__(self, xattrs: Xattrs) -> None:
         self._xattrs: Final = xattrs
 
     async def get(self, request: Request) -> bytes:
-        """getxattr(2)."""
+        """Answer getxattr(2)."""
         body = request.body
         size, _ = unpack(GETXATTR_IN, body)
         return _fitting(self._xattrs.get(request.nodeid, unpack_name(body[GETXATTR_IN.size :])), size)
 
     async def list(self, request: Request) -> bytes:
-        """listxattr(2)."""
+        """Answer listxattr(2)."""
         size, _ = unpack(GETXATTR_IN, request.body)
         names = self._xattrs.list(request.nodeid, uid=request.uid)
         return _fitting(b"".join(name + b"\0" for name in names), size)
 
     async def set(self, request: Request) -> bytes:
-        """setxattr(2)."""
+        """Answer setxattr(2)."""
         body = request.body
         size, flags = unpack(SETXATTR_IN, body)
         name, _, value = bytes(body[SETXATTR_IN.size :]).partition(b"\0")
@@ -44,7 +44,7 @@ class XattrHandlers:
         return b""
 
     def _check_existence(self, nodeid: int, name: bytes, flags: int) -> None:
-        """Raise OSError if XATTR_CREATE or XATTR_REPLACE forbid to set an attribute."""
+        """Raise OSError if XATTR_CREATE or XATTR_REPLACE forbids setting an attribute."""
         if not flags & (os.XATTR_CREATE | os.XATTR_REPLACE):
             return
         try:
@@ -57,13 +57,13 @@ class XattrHandlers:
                 raise OSError(errno.EEXIST, "the attribute exists")
 
     async def remove(self, request: Request) -> bytes:
-        """removexattr(2)."""
+        """Answer removexattr(2)."""
         self._xattrs.remove(request.nodeid, unpack_name(request.body))
         return b""
 
 
 def _fitting(value: bytes, size: int) -> bytes:
-    """Return a value of up to `size` bytes; if that is 0, only how long it is. Raises OSError(ERANGE)."""
+    """Return a value, or only its length if `size` is 0. Raises OSError(ERANGE) if it is longer than `size` bytes."""
     if not size:
         return GETXATTR_OUT.pack(len(value), 0)
     if len(value) > size:

@@ -135,7 +135,10 @@ class _Mount:
 
 
 def requests(data: bytes) -> None:
-    """Requests from the kernel. Each piece: which opcode, which inode, then the body; or, for opcode 255, all of it."""
+    """Send requests as the kernel does.
+
+    Each piece: which opcode, which inode, then the body; or, for opcode 255, all of it.
+    """
     mount = _Mount()
 
     async def ask_all() -> None:
@@ -157,7 +160,7 @@ def requests(data: bytes) -> None:
 
 
 def options(data: bytes) -> None:
-    """What follows -o, and seals by name."""
+    """Parse what follows -o, and seals by name."""
     text = data.decode(errors="surrogateescape")
     for parse in (MountOptions.parse, RemountOptions.parse):
         with contextlib.suppress(OptionError):
@@ -178,7 +181,7 @@ def lackey(data: bytes) -> None:
 
 
 def trace(data: bytes) -> None:
-    """A trace file."""
+    """Load a trace file."""
     with tempfile.NamedTemporaryFile(suffix=".npz") as file:
         file.write(data)
         file.flush()
