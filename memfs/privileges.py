@@ -22,12 +22,12 @@ Capabilities are a thread's own: this must be called while there is one thread.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
-import os
 import resource
 import struct
 from typing import Final
+
+from memfs.contract.sys.libc import capget, capset, prctl
 
 log = logging.getLogger(__name__)
 
@@ -46,9 +46,6 @@ _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
 _HEADER: Final = struct.pack("=Ii", 0x20080522, 0)
 _SETS: Final = struct.Struct("=6I")
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
-
 
 def drop(*, setuid_helper: bool, keep: frozenset[int] = KEPT) -> None:
     """Keep these capabilities, as far as we have them, and nothing else. `setuid_helper`: we shall run one.
@@ -60,13 +57,13 @@ def drop(*, setuid_helper: bool, keep: frozenset[int] = KEPT) -> None:
         score.write(_OOM_SCORE_ADJ_MIN)
     _drop_capabilities(keep)
     if not setuid_helper:
-        _prctl(_PR_SET_NO_NEW_PRIVS, 1)
-    _prctl(_PR_SET_DUMPABLE, 0)
+        prctl(_PR_SET_NO_NEW_PRIVS, 1)
+    prctl(_PR_SET_DUMPABLE, 0)
     try:
         with open("/proc/self/fdinfo/0"):
             pass
     except PermissionError:  # before Linux 5.14, without root: then not even we may look
-        _prctl(_PR_SET_DUMPABLE, 1)
+        prctl(_PR_SET_DUMPABLE, 1)
         log.warning("this kernel lets no process look at itself that others may not: our memory can be dumped")
 
 
@@ -74,22 +71,11 @@ def _drop_capabilities(keep: frozenset[int]) -> None:
     last = int(_read("/proc/sys/kernel/cap_last_cap"))
     for capability in set(range(last + 1)) - keep:
         with contextlib.suppress(PermissionError):  # without CAP_SETPCAP, and then the set is of no use either
-            _prctl(_PR_CAPBSET_DROP, capability)
-    _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
-    data = ctypes.create_string_buffer(_SETS.size)
-    _check(_libc.capget(_HEADER, data))
-    permitted = _SETS.unpack(data.raw)[1::3]
+            prctl(_PR_CAPBSET_DROP, capability)
+    prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
+    permitted = _SETS.unpack(capget(_HEADER, _SETS.size))[1::3]
     kept = [permitted[word] & sum(1 << cap % 32 for cap in keep if cap // 32 == word) for word in (0, 1)]
-    _check(_libc.capset(_HEADER, _SETS.pack(kept[0], kept[0], 0, kept[1], kept[1], 0)))
-
-
-def _prctl(option: int, argument: int) -> None:
-    _check(_libc.prctl(option, argument, 0, 0, 0))
-
-
-def _check(result: int) -> None:
-    if result < 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    capset(_HEADER, _SETS.pack(kept[0], kept[0], 0, kept[1], kept[1], 0))
 
 
 def _read(path: str) -> str:

@@ -1,6 +1,6 @@
 """The system calls that Python's os module lacks, through ctypes, with its manners: bytes in, OSError out.
 
-fallocate(2) with modes, mount(2), umount2(2) and statx(2) go through libc; the mount API of Linux 5.2 (fsopen,
+fallocate(2) with modes, mount(2), prctl(2) and their like go through libc; the mount API of Linux 5.2 (fsopen,
 fsconfig, fsmount, move_mount, fspick) has no libc wrapper on older systems and goes through syscall(2). ctypes releases
 the GIL during a call, so a long fallocate in a thread holds up nobody.
 """
@@ -47,6 +47,7 @@ _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c
 _libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
 _libc.umount2.argtypes = [ctypes.c_char_p, ctypes.c_int]
 _libc.statx.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_char_p]
+_libc.prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
 _libc.syscall.restype = ctypes.c_long
 
 
@@ -60,6 +61,23 @@ def _checked(result: int, what: str = "") -> int:
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     """Call fallocate(2): offset and length in bytes, mode of FALLOC_FL_* bits. Raises OSError."""
     _checked(_libc.fallocate(fd, mode, offset, length))
+
+
+def prctl(option: int, argument: int) -> None:
+    """Call prctl(2), with one of PR_* and its first argument. Raises OSError."""
+    _checked(_libc.prctl(option, argument, 0, 0, 0))
+
+
+def capget(header: bytes, size: int) -> bytes:
+    """Call capget(2): return the `size` bytes of capability sets, as the header's version has them. Raises OSError."""
+    data = ctypes.create_string_buffer(size)
+    _checked(_libc.capget(header, data))
+    return data.raw
+
+
+def capset(header: bytes, sets: bytes) -> None:
+    """Call capset(2). Raises OSError."""
+    _checked(_libc.capset(header, sets))
 
 
 def mount(source: str, target: str, fstype: str, flags: int, data: str) -> None:
