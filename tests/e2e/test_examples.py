@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
-from .conftest import Memfs, run
+from .conftest import Memfs, interruptible, run
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -15,3 +17,22 @@ def test_vmm(memfs: Memfs) -> None:
     assert (result.returncode, result.stderr) == (0, "")
     assert "'hello, host'" in result.stdout
     assert "1 to private, 1 to shared" in result.stdout
+
+
+def test_owner(memfs: Memfs) -> None:
+    path = memfs.path / "private"
+    path.touch()
+    command = [sys.executable, "-u", str(EXAMPLES / "owner.py"), str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=interruptible) as owner:
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == f"owner of inode {path.stat().st_ino}, 0 bytes\n"
+        memfs.run("fallocate", "--length", "64K", path)
+        memfs.run("fallocate", "--punch-hole", "--length", "8K", path)
+        owner.send_signal(signal.SIGINT)
+        assert [line.split()[0] for line in owner.stdout] == ["Fallocate", "InvalidateBegin", "InvalidateEnd"]
+
+
+def test_owner_without_memfs_says_why(tmp_path: Path) -> None:
+    result = run(sys.executable, EXAMPLES / "owner.py", tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1

@@ -61,7 +61,7 @@ def test_readme_is_read_in_three_minutes() -> None:
 
 def test_readme_quotes_an_example_that_runs() -> None:
     blocks = re.findall(r"```python\n(.*?)```", text("README.md"), re.DOTALL)
-    example = text("examples/owner.py")
+    example = text("examples/vmm.py")
     assert blocks
     for block in blocks:
         assert block in example or textwrap.indent(block, "    ") in example
