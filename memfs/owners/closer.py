@@ -203,7 +203,7 @@ class Closer:
         return bool(data)
 
     def _lose(self) -> None:
-        """It is gone, and with it all that it had."""
+        """Note that the closer is gone, and with it all that it held."""
         if not self._is_gone:
             log.error("the closer is gone: no client can send a descriptor any more")
         self._end()

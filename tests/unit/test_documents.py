@@ -110,3 +110,10 @@ def test_make_test_installs_the_tools_that_tests_need() -> None:
 def test_make_help_lists_every_target() -> None:
     targets = set(re.findall(r"^\.PHONY: (.*)$", text("Makefile"), re.MULTILINE)[0].split()) - {"system"}
     assert targets == set(re.findall(r"^([a-z-]+):.*## ", text("Makefile"), re.MULTILINE))
+
+
+def test_architecture_says_who_answers_each_request() -> None:
+    rows = table("docs/ARCHITECTURE.md", "requests")
+    listed = [name for row in rows for name in re.findall(r"\b[A-Z][A-Z0-9_]{2,}\b", row[0]) if name != "ENOSYS"]
+    answered = re.findall(r"^        Opcode\.(\w+): ", text("memfs/fuse/opcodes.py"), re.MULTILINE)
+    assert sorted(listed) == sorted(answered)
