@@ -34,6 +34,7 @@ from kvmsim.vm import VM, Listener, VmConfig, create_vm
 from kvmsim.vmm.vmm import UnhandledExit, Vmm, open_memory
 from memfs.contract import logs
 from memfs.contract.sizes import parse_size
+from memfs.contract.sys.dumpable import hide_memory
 from memfs.contract.sys.standard_descriptors import fill_standard_descriptors
 from memfs.contract.units import PAGE_SIZE, Gfn, GfnRange, Gpa, bytes_to_pages, gpa_to_gfn, is_page_aligned
 
@@ -122,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> None:
     """Run a trace as a guest over two files of a memfs, convert memory as it asks, and say what happened."""
+    hide_memory()  # before there is any of the guest's in it
     if options.log_file:
         logs.set_up([options.log_file], logging.INFO)
     size = _size(options.mem, "--mem")

@@ -22,14 +22,11 @@ Capabilities are a thread's own: this must be called while there is one thread.
 from __future__ import annotations
 
 import contextlib
-import logging
-import resource
 import struct
 from typing import Final
 
+from memfs.contract.sys.dumpable import hide_memory
 from memfs.contract.sys.libc import capget, capset, prctl
-
-log = logging.getLogger(__name__)
 
 CAP_DAC_READ_SEARCH: Final = 2
 CAP_SYS_ADMIN: Final = 21
@@ -38,7 +35,6 @@ KEPT: Final = frozenset({CAP_DAC_READ_SEARCH, CAP_SYS_ADMIN})
 _OOM_SCORE_ADJ_MIN: Final = "-1000"  # linux/oom.h
 
 # linux/prctl.h
-_PR_SET_DUMPABLE: Final = 4
 _PR_CAPBSET_DROP: Final = 24
 _PR_SET_NO_NEW_PRIVS: Final = 38
 _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
@@ -52,19 +48,12 @@ def drop(*, setuid_helper: bool, keep: frozenset[int] = KEPT) -> None:
 
     Raises OSError if the kernel refuses what it must not refuse to anybody.
     """
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with contextlib.suppress(PermissionError), open("/proc/self/oom_score_adj", "w") as score:
         score.write(_OOM_SCORE_ADJ_MIN)
     _drop_capabilities(keep)
     if not setuid_helper:
         prctl(_PR_SET_NO_NEW_PRIVS, 1)
-    prctl(_PR_SET_DUMPABLE, 0)
-    try:
-        with open("/proc/self/fdinfo/0"):
-            pass
-    except PermissionError:  # before Linux 5.14, without root: then not even we may look
-        prctl(_PR_SET_DUMPABLE, 1)
-        log.warning("this kernel lets no process look at itself that others may not: our memory can be dumped")
+    hide_memory()
 
 
 def _drop_capabilities(keep: frozenset[int]) -> None:

@@ -57,6 +57,13 @@ class IntegrityError(Exception):
     """Memory held something else than what was stored there."""
 
 
+def _make_shadow(size: int) -> mmap.mmap:
+    """Return `size` bytes of zeros. A copy of guest memory is no more for our core dumps than that memory itself."""
+    shadow = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    shadow.madvise(mmap.MADV_DONTDUMP)
+    return shadow
+
+
 class TraceEngine:
     """Repeats a trace on a VM. `private` are the gfns that the guest means as private; all others it means as shared.
 
@@ -82,10 +89,7 @@ class TraceEngine:
         self._position = 0
         self._stored = 0
         self._deadline: Final = trio.current_time() + repeat_for
-        self._shadows: Final = {
-            side: mmap.mmap(-1, max(trace.memory_size, PAGE_SIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            for side in Side
-        }
+        self._shadows: Final = {side: _make_shadow(max(trace.memory_size, PAGE_SIZE)) for side in Side}
         self._shadow_bytes: Final = {side: np.frombuffer(shadow, np.uint8) for side, shadow in self._shadows.items()}
         self._pages: Final = max(trace.memory_size // PAGE_SIZE, 1)
         self.accesses = 0  #: how many were made

@@ -62,6 +62,13 @@ def test_guest_memory_is_not_in_core_dumps(guest: Memfs) -> None:
     files = re.findall(r"^[0-9a-f]+-[0-9a-f]+ rw-s .* /[-0-9]+\n(?:\w+: .*\n)*?VmFlags: (.*)$", mappings, re.MULTILINE)
     assert len(files) == 2, "shared and private memory"
     assert all("dd" in flags.split() for flags in files)
+    hidden = re.findall(
+        r"^[0-9a-f]+-[0-9a-f]+ rw-p 00000000 00:00 0 *\nSize: +(\d+) kB\n(?:\w+: .*\n)*?VmFlags: .*\bdd\b.*$",
+        mappings,
+        re.MULTILINE,
+    )
+    used = number(run(*KVMSIM, "info", "sort").stdout, "KiB")
+    assert sum(map(int, hidden)) >= 2 * used, "the trace engine's copy of each"
 
 
 def test_prefaulted_memory_does_not_fault(guest: Memfs) -> None:

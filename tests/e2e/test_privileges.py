@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -83,3 +85,22 @@ def test_daemon_of_a_user_is_closed_to_the_user(home: Home) -> None:  # noqa: F8
         assert looked.returncode != 0
         assert "ermission denied" in looked.stderr
     assert subprocess.run(["ls", f"/proc/{pid}/fd/"], capture_output=True, check=False).returncode == 0  # root may
+
+
+def test_kvmsim_of_a_user_is_closed_to_the_user(home: Home) -> None:  # noqa: F811
+    """It has guest memory mapped, and a copy of it."""
+    memfs = [sys.executable, "-P", "-m", "memfs"]
+    assert home.run(*memfs, "create", "--seals", "guest", "--size", "4M", "mnt/private").returncode == 0
+    assert home.run("touch", "mnt/shared").returncode == 0
+    kvmsim = [sys.executable, "-P", "-m", "kvmsim", "run", "--shared", "mnt/shared", "--private", "mnt/private"]
+    guest = home.start(*kvmsim, "--mem", "4M", "--duration", "60")
+    try:
+        deadline = time.monotonic() + 20
+        while home.run("stat", "-c", "%b", "mnt/private").stdout == "0\n":
+            assert time.monotonic() < deadline, "the guest does not start"
+        for look in ("ls /proc/{}/fd/", "ls /proc/{}/map_files/", "cat /proc/{}/maps", "head -c 1 /proc/{}/mem"):
+            assert "ermission denied" in home.run("sh", "-c", look.format(guest.pid)).stderr, look
+        assert run("sh", "-c", f"grep 'core file' /proc/{guest.pid}/limits").stdout.split()[4:6] == ["0", "0"]
+    finally:
+        guest.kill()
+        guest.communicate()

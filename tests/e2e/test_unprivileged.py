@@ -8,7 +8,7 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -41,10 +41,22 @@ class Home:
 
     def run(self, *command: str | Path) -> subprocess.CompletedProcess[str]:
         """Run a command as the user, in the namespace, in the directory above the mount."""
+        return run(*self._as_user(command), env=self._environment)
+
+    def start(self, *command: str | Path) -> subprocess.Popen[str]:
+        """Start a command in the same way; its process is the one that is returned."""
+        words = [str(word) for word in self._as_user(command)]
+        return subprocess.Popen(
+            words, env=self._environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    def _as_user(self, command: Sequence[str | Path]) -> list[str | Path]:
         enter = ["nsenter", f"--target={self._namespace.pid}", "--mount"]
-        there: list[str | Path] = ["sh", "-c", 'cd "$0" && exec "$@"', self.path]
-        environment = {**os.environ, "HOME": str(self.path), "XDG_RUNTIME_DIR": str(self.path)}
-        return run(*enter, *there, *DROP, *command, env=environment)
+        return [*enter, "sh", "-c", 'cd "$0" && exec "$@"', self.path, *DROP, *command]
+
+    @property
+    def _environment(self) -> dict[str, str]:
+        return {**os.environ, "HOME": str(self.path), "XDG_RUNTIME_DIR": str(self.path)}
 
     def close(self) -> None:
         self._namespace.kill()
