@@ -10,6 +10,7 @@ import sys
 
 import trio
 
+from memfs.contract.on_memfs import locate
 from memfs.contract.protocol import InvalidateBegin, Notification, StoreGone, connect, socket_of
 
 
@@ -22,8 +23,9 @@ async def act(message: Notification) -> None:
 
 async def own(path: str) -> None:
     """Own a file until the connection ends."""
-    async with connect(socket_of(path), "example", act) as client:
-        fd = os.open(path, os.O_RDWR)
+    with locate(path) as file:  # refuses what does not lie on a memfs
+        fd = file.open(os.O_RDWR)
+    async with connect(socket_of(fd), "example", act) as client:
         registered, backing = await client.register(fd)
         for each in (fd, *backing):  # a VMM maps the backing file and, of a guest-sealed one, the page map
             os.close(each)

@@ -180,6 +180,10 @@ class Backing:
                 self.counters.fallocate += 1
         self._notify(message)
 
+    def check_recipient(self, fd: int) -> None:
+        """Raise OSError(EPERM) unless whoever listens on the socket may have a file's descriptor."""
+        self._client.check_recipient(fd)
+
     async def register(self, fd: int) -> GuestFile:
         """Own the file behind a descriptor (memfd_register_guest). Raises OSError as `messages.Register` says."""
         registered, fds = await self._client.register(fd)

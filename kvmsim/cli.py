@@ -131,8 +131,8 @@ def _run(options: argparse.Namespace) -> None:
     if trace.memory_size > size:
         raise CommandError(f"--mem {options.mem} is too small: the trace uses {trace.memory_size >> 10} KiB")
     private = _ranges(options.private_ranges) if options.private_ranges else _default_private(trace)
-    socket_path = options.socket or _socket_of(options.shared)
     with open_memory(options.shared, options.private, size, parse_size(options.granule)) as vmm:
+        socket_path = options.socket or socket_of(vmm.shared)
         trio.run(_simulate, options, vmm, trace, private, socket_path, restrict_keyboard_interrupt_to_checkpoints=True)
 
 
@@ -284,12 +284,3 @@ def _ranges(text: str) -> list[GfnRange]:
 def _default_private(trace: Trace) -> list[GfnRange]:
     pages = trace.memory_size // PAGE_SIZE * 3 // 4
     return [GfnRange(Gfn(0), Gfn(pages))] if pages else []
-
-
-def _socket_of(path: str) -> str:
-    try:
-        return socket_of(path)
-    except FileNotFoundError:
-        raise
-    except OSError:
-        raise CommandError(f"{path} does not lie on a memfs") from None

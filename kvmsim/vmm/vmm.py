@@ -17,8 +17,10 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Final
+
+import trio
 
 from kvmsim.exits import Exit, HaltExit, HypercallExit, MemoryErrorExit, MemoryFaultExit, MmioExit
 from kvmsim.side import Side
@@ -35,6 +37,7 @@ from kvmsim.uapi import (
 from kvmsim.vcpu import VCPU
 from kvmsim.vm import VM
 from kvmsim.vmm.convert import GRANULES, Converter
+from memfs.contract.on_memfs import locate
 from memfs.contract.units import (
     ByteOffset,
     Gpa,
@@ -77,13 +80,25 @@ class Vmm:
         )
 
     async def add_memory(self, vm: VM) -> Converter:
-        """Make the memslot, and what converts its memory. Raises OSError as `VM.set_user_memory_region` does."""
+        """Make the files as large as the memory, the memslot on them, and what converts its memory.
+
+        Raises OSError as `VM.set_user_memory_region` does; EPERM, with nothing changed, if those who listen on the
+        socket are not to have the files.
+        """
+        for fd in (self.shared, self.private):
+            vm.backing.check_recipient(fd)
+        await trio.to_thread.run_sync(self._grow_files)
         await vm.set_user_memory_region(self.region)
         slot = vm.mmu.slots.get(0)
         assert slot is not None
         assert slot.private is not None
         self.converter = Converter(self.shared, self.private, slot.pages, slot.private.is_private, self.granule)
         return self.converter
+
+    def _grow_files(self) -> None:
+        for fd in (self.shared, self.private):
+            if os.fstat(fd).st_size < self.size:
+                os.ftruncate(fd, self.size)
 
     def add_device(self, gpa: Gpa, size: int, device: Device) -> None:
         """Have a device answer MMIO exits of `size` bytes from `gpa` on."""
@@ -137,18 +152,14 @@ class Vmm:
 
 @contextmanager
 def open_memory(shared: str, private: str, size: int, granule: int = GRANULES[0]) -> Iterator[Vmm]:
-    """Open both files and make them as large as guest memory, `size` bytes. Blocking: before the event loop.
+    """Open both files of guest memory of `size` bytes, which must lie on a memfs (memfs/contract/on_memfs.py).
 
-    Raises OSError.
+    Blocking: before the event loop. Raises OSError.
     """
-    fds: list[int] = []
-    try:
+    with ExitStack() as opened:
+        fds = []
         for path in (shared, private):
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-            fds.append(fd)
-            if os.fstat(fd).st_size < size:
-                os.ftruncate(fd, size)
+            with locate(path) as file:
+                fds.append(file.open(os.O_RDWR))
+                opened.callback(os.close, fds[-1])
         yield Vmm(fds[0], fds[1], size, granule)
-    finally:
-        for fd in fds:
-            os.close(fd)

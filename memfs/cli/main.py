@@ -21,6 +21,7 @@ from typing import NoReturn
 
 from memfs import __version__
 from memfs.contract import logs
+from memfs.contract.on_memfs import locate
 from memfs.contract.sizes import parse_bytes
 from memfs.contract.sys.mountinfo import real_mountpoint
 from memfs.contract.sys.standard_descriptors import fill_standard_descriptors
@@ -254,12 +255,14 @@ def _print_notes(notes: list[str]) -> None:
 def _remount(arguments: argparse.Namespace) -> None:
     """Change how large a mounted memfs may become, in bytes and inodes. Below what is in use: Invalid argument."""
     RemountOptions.parse(arguments.options)  # for its clear words; the daemon parses it again
-    os.setxattr(arguments.path, "user.memfs.remount", arguments.options.encode())
+    with locate(arguments.path, last_link=True) as mount:
+        mount.set("user.memfs.remount", arguments.options)
 
 
 def _stat(arguments: argparse.Namespace) -> None:
     """Show the state of a mounted memfs: its options, what is in use, and whether it is in passthrough mode."""
-    text = os.getxattr(arguments.path, "user.memfs.stat").decode()
+    with locate(arguments.path, last_link=True) as mount:
+        text = mount.get("user.memfs.stat")
     if arguments.json:
         print(text)
         return
@@ -285,39 +288,48 @@ def _shown(value: object) -> str:
 
 def _seal(arguments: argparse.Namespace) -> None:
     """Add seals to a file on a memfs. It must be empty and open nowhere for the guest seal."""
-    os.setxattr(arguments.file, "user.memfs.seals", ",".join(arguments.seals).encode())
+    with locate(arguments.file) as file:
+        file.set("user.memfs.seals", ",".join(arguments.seals))
 
 
 def _show_seals(arguments: argparse.Namespace) -> None:
     """Print the seals of a file on a memfs, separated by commas; an empty line if it has none."""
-    print(os.getxattr(arguments.file, "user.memfs.seals").decode())
+    with locate(arguments.file) as file:
+        print(file.get("user.memfs.seals"))
 
 
 def _create(arguments: argparse.Namespace) -> None:
     """Create a file on a memfs. It must not exist."""
     bits = seals.parse(arguments.seals)
-    # With O_DIRECT the handle cannot be mapped, so that it does not stand in the way of the guest seal.
-    fd = os.open(arguments.file, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC, 0o600)
-    try:
-        if bits:
-            fcntl.ioctl(fd, seals.MEMFS_IOC_ADD_SEALS, seals.IOC_ARGUMENT.pack(bits))
-        os.ftruncate(fd, arguments.size)
-        if arguments.allocate and arguments.size:
-            from memfs.cli import populate
+    directory, name = os.path.split(arguments.file)
+    with locate(directory or ".", last_link=True) as parent:
+        # With O_DIRECT the handle cannot be mapped, so that it does not stand in the way of the guest seal.
+        fd = parent.create(name, os.O_RDWR | os.O_DIRECT)
+        try:
+            if bits:
+                fcntl.ioctl(fd, seals.MEMFS_IOC_ADD_SEALS, seals.IOC_ARGUMENT.pack(bits))
+            os.ftruncate(fd, arguments.size)
+            if arguments.allocate and arguments.size:
+                from memfs.cli import populate
 
-            populate.allocate(arguments.file, ByteOffset(0), arguments.size)
-    except OSError:
-        os.unlink(arguments.file)
-        raise
-    finally:
-        os.close(fd)
+                populate.allocate(fd, ByteOffset(0), arguments.size)
+        except OSError:
+            os.unlink(name, dir_fd=parent.fd)
+            raise
+        finally:
+            os.close(fd)
 
 
 def _allocate(arguments: argparse.Namespace) -> None:
     """Allocate the memory of a file on a memfs, as fallocate(1) does, with a progress bar on a terminal."""
     from memfs.cli import populate
 
-    populate.allocate(arguments.file, ByteOffset(arguments.offset), arguments.length)
+    with locate(arguments.file) as file:
+        fd = file.open(os.O_RDWR | os.O_DIRECT)
+        try:
+            populate.allocate(fd, ByteOffset(arguments.offset), arguments.length)
+        finally:
+            os.close(fd)
 
 
 def _populate(arguments: argparse.Namespace) -> None:
@@ -328,9 +340,12 @@ def _populate(arguments: argparse.Namespace) -> None:
     """
     from memfs.cli import populate
 
-    with open(
-        0 if arguments.source == "-" else arguments.source, "rb", buffering=0, closefd=arguments.source != "-"
-    ) as source:
+    with (
+        locate(arguments.file) as file,
+        open(
+            0 if arguments.source == "-" else arguments.source, "rb", buffering=0, closefd=arguments.source != "-"
+        ) as source,
+    ):
         status = os.fstat(source.fileno())
         total = status.st_size if stat.S_ISREG(status.st_mode) else None
-        print(populate.populate(arguments.file, source, ByteOffset(arguments.offset), total).hex())
+        print(populate.populate(file, source, ByteOffset(arguments.offset), total).hex())

@@ -17,6 +17,7 @@ import trio
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
+from memfs.contract.on_memfs import OnMemfs
 from memfs.contract.protocol import StoreGone, connect, socket_of
 from memfs.contract.protocol.messages import Notification, Populate
 from memfs.contract.sys.libc import fallocate
@@ -26,48 +27,44 @@ _STEP: Final = 256 << 20  # bytes that are allocated at a time
 _CHUNK: Final = pages_to_bytes(Populate.MAX_PAGES)
 
 
-def allocate(path: str, offset: ByteOffset, length: int | None) -> None:
+def allocate(fd: int, offset: ByteOffset, length: int | None) -> None:
     """Allocate memory to a file from byte `offset` on, `length` bytes or up to its end, with a progress bar.
 
     Raises OSError: ENOSPC, and what had been allocated until then stays.
     """
-    fd = os.open(path, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
-    try:
-        end = os.fstat(fd).st_size if length is None else offset + length
-        if offset >= end:
-            raise OSError(errno.EINVAL, "Nothing to allocate: the file is empty; say how much", path)
-        with _progress("allocate", end - offset) as bar:
-            for start in range(offset, end, _STEP):
-                fallocate(fd, 0, start, min(_STEP, end - start))
-                bar(min(_STEP, end - start))
-    finally:
-        os.close(fd)
+    end = os.fstat(fd).st_size if length is None else offset + length
+    if offset >= end:
+        raise OSError(errno.EINVAL, "Nothing to allocate: the file is empty; say how much")
+    with _progress("allocate", end - offset) as bar:
+        for start in range(offset, end, _STEP):
+            fallocate(fd, 0, start, min(_STEP, end - start))
+            bar(min(_STEP, end - start))
 
 
-def populate(path: str, source: BinaryIO, offset: ByteOffset, total: int | None) -> bytes:
+def populate(file: OnMemfs, source: BinaryIO, offset: ByteOffset, total: int | None) -> bytes:
     """Fill a guest-sealed file from byte `offset` on with all that `source` gives, with a progress bar.
 
     The last page is filled up with zeros. `total` is how many bytes there will be, if that is known. Returns the
     measurement (store/measurement.py). Raises OSError as `messages.Populate` says.
     """
     if offset % PAGE_SIZE:
-        raise OSError(errno.EINVAL, f"The offset must be a multiple of {PAGE_SIZE}", path)
-    return trio.run(_populate, path, source, offset, total)
+        raise OSError(errno.EINVAL, f"The offset must be a multiple of {PAGE_SIZE}", file.path)
+    return trio.run(_populate, file, source, offset, total)
 
 
-async def _populate(path: str, source: BinaryIO, offset: ByteOffset, total: int | None) -> bytes:
-    fd = os.open(path, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
+async def _populate(file: OnMemfs, source: BinaryIO, offset: ByteOffset, total: int | None) -> bytes:
+    fd = file.open(os.O_RDWR | os.O_DIRECT)
     with closing(_Buffer()) as buffer, _progress("populate", total) as bar:
         try:
             measurement = b""
-            async with connect(socket_of(path), "populate", _own_nothing) as client:
+            async with connect(socket_of(fd), "populate", _own_nothing) as client:
                 while size := buffer.fill(source):
                     pages = PageRange.covering(offset, size)
                     measurement = await client.populate(fd, pages, buffer.fd, ByteOffset(0))
                     offset = ByteOffset(offset + size)
                     bar(size)
         except StoreGone as error:
-            raise OSError(errno.ECONNRESET, str(error), path) from error
+            raise OSError(errno.ECONNRESET, str(error), file.path) from error
         finally:
             os.close(fd)
     return measurement

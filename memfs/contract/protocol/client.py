@@ -4,9 +4,13 @@
         if isinstance(message, InvalidateBegin):
             unmap(message.file, message.pages)
 
-    async with connect(socket_of(path), "vm-1", on_notification) as client:
+    with locate(path) as file:
+        fd = file.open(os.O_RDWR)
+    async with connect(socket_of(fd), "vm-1", on_notification) as client:
         registered, fds = await client.register(fd)
         reply = await client.get_pfn(registered.file, pages, alloc=True)
+
+A descriptor is sent only to those who may have it (memfs/contract/on_memfs.py): else EPERM, before it is.
 
 RFC patch 01 calls these functions guest_mem_ops, and the notifications guest_ops. Errors are what the system calls
 would say: OSError with the errno that memfs gave. When the connection has ended, everything raises StoreGone: the guest
@@ -24,6 +28,7 @@ from typing import Final, TypeVar
 
 import trio
 
+from memfs.contract import on_memfs
 from memfs.contract.aio.nurseries import open_flat_nursery
 from memfs.contract.aio.poller import Poller
 from memfs.contract.logs import fields, working_on
@@ -72,13 +77,18 @@ class StoreGone(Exception):
 class Client:
     """A connection to memfs. Use `connect`."""
 
-    def __init__(self, peer: Peer, on_notification: OnNotification) -> None:
+    def __init__(self, peer: Peer, listening_user: int, on_notification: OnNotification) -> None:
         self._peer: Final = peer
+        self._listening_user: Final = listening_user
         self._on_notification: Final = on_notification
         self._poller: Final = Poller.here()
         self.fenced: Fenced | None = None  #: memfs's final message, if it sent one
         self.gone: str | None = None  #: why the connection has ended; None while it has not
         self.ended: Final = trio.Event()
+
+    def check_recipient(self, fd: int) -> None:
+        """Raise OSError(EPERM) unless whoever listens on the socket may have a file's descriptor."""
+        on_memfs.check_recipient(self._listening_user, fd)
 
     async def register(self, fd: int) -> tuple[Registered, tuple[int, ...]]:
         """Own the file behind a descriptor (memfd_register_guest).
@@ -87,6 +97,7 @@ class Client:
         file, its page map. There are none if this process has no space for them. Raises OSError as
         `messages.Register` says.
         """
+        self.check_recipient(fd)
         reply = await self._request(Register(), [fd])
         return _expect(Registered, reply), reply.fds
 
@@ -112,6 +123,7 @@ class Client:
         `fd` and `content` are descriptors of the file and of the memfd. Returns the measurement so far, 48 bytes.
         Raises OSError as `messages.Populate` says.
         """
+        self.check_recipient(fd)
         return _expect(Measured, await self._request(Populate(pages, source), [fd, content])).measurement
 
     async def launch(self, file: FileId) -> bytes:
@@ -183,7 +195,7 @@ async def connect(path: str, name: str, on_notification: OnNotification) -> Asyn
     """
     sock = await open_connection(path)
     async with open_flat_nursery() as nursery:
-        client = Client(Peer(sock, Role.OWNER), on_notification)
+        client = Client(Peer(sock, Role.OWNER), on_memfs.listening_user(sock), on_notification)
         nursery.start_soon(client.serve)
         try:
             await client.greet(name)
@@ -193,12 +205,13 @@ async def connect(path: str, name: str, on_notification: OnNotification) -> Asyn
         nursery.cancel_scope.cancel()
 
 
-def socket_of(path: str) -> str:
-    """Return the path of the socket of the memfs that a file lies on. Blocking: not for the event loop.
+def socket_of(fd: int) -> str:
+    """Return the path of the socket of the memfs that a descriptor's file lies on. Blocking: not for the event loop.
 
-    Raises OSError(ENODATA or EOPNOTSUPP) if it lies on something else.
+    Raises OSError(EOPNOTSUPP) if it lies on something else.
     """
-    return os.fsdecode(os.getxattr(path, SOCKET_XATTR))
+    on_memfs.check(fd)
+    return os.fsdecode(os.getxattr(fd, SOCKET_XATTR))
 
 
 def _expect(kind: type[_Reply], reply: Incoming) -> _Reply:

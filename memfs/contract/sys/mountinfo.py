@@ -61,6 +61,18 @@ def mountpoints_of_type(kind: str) -> list[str]:
     ]
 
 
+def type_and_options(mount_id: str) -> tuple[str, str] | None:
+    """Return the filesystem type, with its subtype, and the filesystem's own options of a mount.
+
+    None if it is not in our mount namespace.
+    """
+    for fields in _mountinfo("self"):
+        if fields[0] == mount_id:
+            separator = fields.index("-", 6)  # what comes before may be called so
+            return fields[separator + 1], fields[separator + 3].rstrip("\n")
+    return None
+
+
 def _mountinfo(pid: str) -> list[list[str]]:
     """Read /proc/PID/mountinfo (proc_pid_mountinfo(5)): mount id, parent id, device, root, mountpoint, ..."""
     try:
