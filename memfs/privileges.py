@@ -22,6 +22,7 @@ Capabilities are a thread's own: this must be called while there is one thread.
 from __future__ import annotations
 
 import contextlib
+import os
 import struct
 from typing import Final
 
@@ -32,6 +33,7 @@ CAP_DAC_READ_SEARCH: Final = 2
 CAP_SYS_ADMIN: Final = 21
 KEPT: Final = frozenset({CAP_DAC_READ_SEARCH, CAP_SYS_ADMIN})
 
+_USER_NS_INIT_INO: Final = 0xEFFFFFFD  # linux/nsfs.h
 _OOM_SCORE_ADJ_MIN: Final = "-1000"  # linux/oom.h
 
 # linux/prctl.h
@@ -54,6 +56,11 @@ def drop(*, setuid_helper: bool, keep: frozenset[int] = KEPT) -> None:
     if not setuid_helper:
         prctl(_PR_SET_NO_NEW_PRIVS, 1)
     hide_memory()
+
+
+def is_root_of_the_host() -> bool:
+    """Return whether we are root in the initial user namespace, so that our callers' capabilities are in that, too."""
+    return os.geteuid() == 0 and os.stat("/proc/self/ns/user").st_ino == _USER_NS_INIT_INO
 
 
 def _drop_capabilities(keep: frozenset[int]) -> None:

@@ -256,7 +256,10 @@ def _remount(arguments: argparse.Namespace) -> None:
     """Change how large a mounted memfs may become, in bytes and inodes. Below what is in use: Invalid argument."""
     RemountOptions.parse(arguments.options)  # for its clear words; the daemon parses it again
     with locate(arguments.path, last_link=True) as mount:
-        mount.set("user.memfs.remount", arguments.options)
+        try:
+            mount.set("trusted.memfs.remount", arguments.options)
+        except PermissionError:  # not root: then it must be our own
+            mount.set("user.memfs.remount", arguments.options)
 
 
 def _stat(arguments: argparse.Namespace) -> None:

@@ -53,13 +53,14 @@ class Listener:
 def listen(paths: Sequence[str], mode: int, group: int | None) -> Listener:
     """Listen on a socket of this mode and group (None: ours), at the first of these paths that can be had.
 
+    The listener's path is the one that was found to be safe, without symbolic links: no other may be told to anybody.
     Blocking. Raises ListenError.
     """
     for path in paths:
         try:
-            prepare_directory(os.path.dirname(path))
-            make_way(path)
-            return Listener(path, _bind(path, mode, group))
+            real = os.path.join(prepare_directory(os.path.dirname(path)), os.path.basename(path))
+            make_way(real)
+            return Listener(real, _bind(real, mode, group))
         except OSError as error:
             if error.errno != errno.EADDRINUSE or path == paths[-1]:
                 raise ListenError(f"cannot listen on {path}: {error.strerror or error}") from error
@@ -84,12 +85,24 @@ def _bind(path: str, mode: int, group: int | None) -> socket.socket:
     return sock
 
 
-def prepare_directory(directory: str) -> None:
-    """Create a directory if it is missing. Raises OSError(EPERM) if others could replace it, or what lies there."""
-    os.makedirs(directory, mode=0o755, exist_ok=True)
+def prepare_directory(directory: str) -> str:
+    """Make a directory if it is missing, and return its path without symbolic links.
+
+    Raises OSError(EPERM) if somebody else could replace what lies there, or it itself.
+    """
     path = Path(os.path.realpath(directory))
+    _check_directories(path)
+    os.makedirs(path, mode=0o755, exist_ok=True)
+    _check_directories(path)  # somebody else may have been first
+    return str(path)
+
+
+def _check_directories(path: Path) -> None:
     for each in (path, *path.parents):
-        status = each.stat()
+        try:
+            status = each.lstat()
+        except FileNotFoundError:
+            continue
         if status.st_uid not in (0, os.geteuid()):
             raise OSError(errno.EPERM, f"{each} belongs to another user")
         if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not status.st_mode & stat.S_ISVTX:

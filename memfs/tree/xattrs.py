@@ -4,7 +4,14 @@
     user.memfs.default_seals  of a directory: initial seals of regular files created in it
     user.memfs.socket         of anything, read-only: the socket on which owners talk to this memfs
     user.memfs.stat           of anything, read-only: the state of the mount, as JSON (`memfs stat`)
-    user.memfs.remount        of anything, write-only, for root and the mounter: options to change (`memfs remount`)
+    trusted.memfs.remount     of anything, write-only: options to change (`memfs remount`), for CAP_SYS_ADMIN
+    user.memfs.remount        the same, for the user that mounted it without being root
+
+Who may remount is who has CAP_SYS_ADMIN over the mount, as for mount(2), and a FUSE request does not say who that is:
+uid 0 may be the root of a container that has no capabilities. But the kernel asks for CAP_SYS_ADMIN, in the initial
+user namespace, before it lets anybody set a trusted attribute. Rejected: to read the caller's capabilities in
+/proc/PID/status, since anybody has all of them in a user namespace of one's own, and which namespace a process is in
+the kernel tells only those who may trace it.
 
 getfattr -d and cp -a see only those that were set: the seals of a sealed file, the default seals of a directory.
 """
@@ -20,6 +27,7 @@ from typing import Final
 from memfs.contract.protocol.messages import SOCKET_XATTR
 from memfs.contract.sys.constants import XATTR_SIZE_MAX
 from memfs.options import OptionError, RemountOptions
+from memfs.privileges import is_root_of_the_host
 from memfs.store import seals
 from memfs.tree import acl, inode_flags
 from memfs.tree.inode import Directory, Inode, RegularFile
@@ -30,6 +38,7 @@ DEFAULT_SEALS: Final = b"user.memfs.default_seals"
 SOCKET: Final = SOCKET_XATTR.encode()
 STAT: Final = b"user.memfs.stat"
 REMOUNT: Final = b"user.memfs.remount"
+PRIVILEGED_REMOUNT: Final = b"trusted.memfs.remount"
 _PREFIX: Final = b"user.memfs."
 _NAMESPACES: Final = (b"user.", b"trusted.", b"security.")  # those of tmpfs; who may use which the kernel checks
 
@@ -63,8 +72,10 @@ class Xattrs:
             await inode.file.add_seals(seals.parse(_text(value)))
             inode.changed()
             return
-        if name == REMOUNT:
-            self._remount(_text(value), uid)
+        if name in (REMOUNT, PRIVILEGED_REMOUNT):
+            if name == REMOUNT and (uid != os.geteuid() or is_root_of_the_host()):
+                raise OSError(errno.EPERM, "only with CAP_SYS_ADMIN, or for the ordinary user that mounted it")
+            self._remount(_text(value))
             return
         if name == acl.ACCESS:
             self._set_access_acl(inode, value)
@@ -85,9 +96,7 @@ class Xattrs:
         inode.mode = mode
         inode.changed()
 
-    def _remount(self, options: str, uid: int) -> None:
-        if uid not in (0, os.geteuid()):
-            raise OSError(errno.EPERM, "only for root and the user who mounted it")
+    def _remount(self, options: str) -> None:
         try:
             self._control.remount(RemountOptions.parse(options))
         except OptionError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import socket
@@ -254,3 +255,29 @@ def test_without_permission_it_says_so(can_mount: None, tmp_path: Path) -> None:
     assert result.returncode == 1
     assert "no permission to mount: run as root, or install fusermount3" in result.stderr
     assert not (tmp_path / "socket").exists()
+
+
+def test_socket_s_path_is_told_as_it_was_checked(mount_memfs: MountMemfs, tmp_path: Path) -> None:
+    """A link may lead elsewhere by the time that somebody sends descriptors there."""
+    safe, link = tmp_path / "safe", tmp_path / "link"
+    safe.mkdir()
+    link.symlink_to(safe)
+    memfs = mount_memfs("size=1m", "--socket", str(link / "sub" / "socket"))
+    link.unlink()
+    link.symlink_to("/nowhere")
+    told = os.getxattr(memfs.path, "user.memfs.socket").decode()
+    assert told == str(safe / "sub" / "socket")
+    assert Path(told).is_socket()
+    assert json.loads(run(*memfs_command("stat", memfs.path, "--json")).stdout)["socket"] == told
+
+
+def test_directories_are_made_in_safe_places_only(tmp_path: Path) -> None:
+    strangers = tmp_path / "strangers"
+    strangers.mkdir()
+    os.chown(strangers, 65534, 65534)
+    mountpoint = tmp_path / "mnt"
+    mountpoint.mkdir()
+    result = run(*memfs_command("mount", mountpoint, "--socket", strangers / "new" / "socket"))
+    assert result.returncode == 1
+    assert "belongs to another user" in result.stderr
+    assert list(strangers.iterdir()) == []

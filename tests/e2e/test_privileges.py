@@ -16,7 +16,7 @@ from memfs.privileges import KEPT
 
 from .conftest import Memfs, MountMemfs, memfs_command, run, start_memfs
 from .test_unprivileged import Home, home  # noqa: F401  (a fixture)
-from .tools import needs
+from .tools import needs, skip_without
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="without root there is nothing to give up")
 NOBODY = 65534
@@ -104,3 +104,34 @@ def test_kvmsim_of_a_user_is_closed_to_the_user(home: Home) -> None:  # noqa: F8
     finally:
         guest.kill()
         guest.communicate()
+
+
+WITHOUT_CAPABILITIES = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--ambient-caps=-all"]
+
+
+@pytest.mark.parametrize(
+    "as_whom",
+    [
+        WITHOUT_CAPABILITIES,
+        [*WITHOUT_CAPABILITIES, "unshare", "--user", "--map-root-user"],
+        ["unshare", "--user", "--map-root-user"],
+    ],
+    ids=["uid 0 of a container", "that in a user namespace of its own", "root in a user namespace of its own"],
+)
+def test_who_has_no_power_over_the_mount_does_not_remount_it(memfs: Memfs, as_whom: list[str]) -> None:
+    skip_without("setpriv", "unshare", "setfattr")
+    if run(*as_whom, "true").returncode:
+        pytest.skip("this root may not drop capabilities, or make a user namespace")
+    before = os.statvfs(memfs.path).f_blocks
+    tried = run(*as_whom, *memfs_command("remount", memfs.path, "-o", "size=1g"))
+    assert (tried.returncode, tried.stderr) == (1, f"memfs: {memfs.path}: Operation not permitted\n")
+    for attribute in ("user.memfs.remount", "trusted.memfs.remount"):
+        assert run(*as_whom, "setfattr", "-n", attribute, "-v", "size=1g", memfs.path).returncode != 0
+    assert os.statvfs(memfs.path).f_blocks == before
+    assert run(*memfs_command("remount", memfs.path, "-o", "size=1g")).returncode == 0
+    assert os.statvfs(memfs.path).f_blocks > before
+
+
+def test_user_remounts_what_is_the_user_s(home: Home) -> None:  # noqa: F811
+    assert home.run(sys.executable, "-P", "-m", "memfs", "remount", "mnt", "-o", "size=8m").returncode == 0
+    assert home.run("stat", "--file-system", "--format=%b", "mnt").stdout == f"{(8 << 20) // 4096}\n"

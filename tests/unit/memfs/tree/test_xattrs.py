@@ -228,11 +228,12 @@ class Mount:
         if self.refuses:
             raise OSError(errno.EINVAL, "less than what is in use")
 
-    def remount(self, options: bytes, uid: int = 0) -> None:
-        """Set the attribute that changes options."""
+    def remount(self, options: bytes, uid: int | None = None) -> None:
+        """Set the attribute that changes options: that for CAP_SYS_ADMIN, or that for a user."""
+        name = b"trusted.memfs.remount" if uid is None else b"user.memfs.remount"
 
         async def set_xattr() -> None:
-            await self.xattrs.set(ROOT_INO, b"user.memfs.remount", options, uid=uid)
+            await self.xattrs.set(ROOT_INO, name, options, uid=uid or 0)
 
         trio.run(set_xattr)
 
@@ -263,12 +264,17 @@ def test_others_of_memfs_cannot_be_set(tree_place: OnTree, name: str) -> None:
         assert tree_place.listxattr(path) == []
 
 
-def test_remount_is_for_root_and_who_mounted_it(mount: Mount, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remount_is_for_the_capable_and_who_mounted_it(mount: Mount, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.geteuid", lambda: 1000)
     mount.remount(b"size=8k,nr_inodes=5")
     mount.remount(b"nr_inodes=6\0", uid=1000)
-    with raises(errno.EPERM):
-        mount.remount(b"nr_inodes=7", uid=1001)
+    for uid in (0, 1001):
+        with raises(errno.EPERM):
+            mount.remount(b"nr_inodes=7", uid=uid)
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    monkeypatch.setattr("memfs.tree.xattrs.is_root_of_the_host", lambda: True)
+    with raises(errno.EPERM):  # uid 0 is not all that it takes
+        mount.remount(b"nr_inodes=7", uid=0)
     assert mount.asked == [RemountOptions(8192, 5), RemountOptions(None, 6)]
 
 
