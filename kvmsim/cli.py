@@ -36,6 +36,7 @@ from memfs.contract import logs
 from memfs.contract.sizes import parse_size
 from memfs.contract.sys.dumpable import hide_memory
 from memfs.contract.sys.standard_descriptors import fill_standard_descriptors
+from memfs.contract.terminal import Parser, printable
 from memfs.contract.units import PAGE_SIZE, Gfn, GfnRange, Gpa, bytes_to_pages, gpa_to_gfn, is_page_aligned
 
 DEFAULT_TRACE: Final = "sort"
@@ -53,16 +54,17 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         options.run(options)
     except (CommandError, TraceError, IntegrityError, UnhandledExit, StoreGone) as error:
-        sys.exit(f"kvmsim: {error}")
+        sys.exit(f"kvmsim: {printable(error)}")
     except OSError as error:
-        sys.exit(f"kvmsim: {error.filename + ': ' if error.filename else ''}{error.strerror or error}")
+        where = f"{printable(error.filename)}: " if error.filename else ""
+        sys.exit(f"kvmsim: {where}{printable(error.strerror or error)}")
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(0)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="kvmsim", description="The KVM side of guest private memory, in userspace.")
+    parser = Parser(prog="kvmsim", description="The KVM side of guest private memory, in userspace.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -139,7 +141,7 @@ def _run(options: argparse.Namespace) -> None:
 async def _simulate(
     options: argparse.Namespace, vmm: Vmm, trace: Trace, private: list[GfnRange], socket_path: str
 ) -> None:
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     config = VmConfig(
         name=f"kvmsim-{os.getpid()}",
         map_on_fallocate=not options.no_map_on_fallocate,
@@ -234,7 +236,7 @@ def _report(
         "integrity": "every byte was as stored" if failure is None else f"FAILED: {failure}",
     }
     for name, value in rows.items():
-        console.print(f"{name:13}  {value}")
+        console.print(f"{name:13}  {printable(value)}")
 
 
 def _convert(options: argparse.Namespace) -> None:
@@ -251,7 +253,7 @@ def _convert(options: argparse.Namespace) -> None:
 def _info(options: argparse.Namespace) -> None:
     """Show what a trace is: the program, its accesses, the memory that it needs."""
     trace = _load(options.trace)
-    print(f"command   {trace.command or 'not known'}")
+    print(f"command   {printable(trace.command) or 'not known'}")
     print(f"accesses  {len(trace.records):,}, {int(trace.records['write'].sum()):,} of them stores")
     print(f"memory    {trace.memory_size >> 10:,} KiB, {trace.memory_size // PAGE_SIZE:,} pages")
 

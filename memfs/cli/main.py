@@ -25,6 +25,7 @@ from memfs.contract.on_memfs import locate
 from memfs.contract.sizes import parse_bytes
 from memfs.contract.sys.mountinfo import real_mountpoint
 from memfs.contract.sys.standard_descriptors import fill_standard_descriptors
+from memfs.contract.terminal import Parser, printable, quoted
 from memfs.contract.units import ByteOffset
 from memfs.inherited import InheritedError, leave_behind, raise_limits
 from memfs.options import MountOptions, OptionError, RemountOptions
@@ -42,16 +43,16 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         parsed.run(parsed)
     except (CommandError, OptionError) as error:
-        sys.exit(f"memfs: {error}")
+        sys.exit(f"memfs: {printable(error)}")
     except OSError as error:
-        sys.exit(f"memfs: {error.filename or parsed.command}: {error.strerror}")
+        sys.exit(f"memfs: {printable(error.filename or parsed.command)}: {printable(error.strerror)}")
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(0)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="memfs", description="A filesystem that is the memory of virtual machines.")
+    parser = Parser(prog="memfs", description="A filesystem that is the memory of virtual machines.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -170,7 +171,7 @@ def _mount(arguments: argparse.Namespace) -> None:
 
         def ready(notes: list[str]) -> None:
             _print_notes(notes)
-            print(f"memfs: {_shown(mount.mountpoint)} is mounted", flush=True)
+            print(f"memfs: {quoted(mount.mountpoint)} is mounted", flush=True)
 
         leave_behind()
         _serve(mount, ready)
@@ -249,7 +250,7 @@ def _detach() -> None:
 
 def _print_notes(notes: list[str]) -> None:
     for note in notes:
-        print(f"memfs: {note}", file=sys.stderr)
+        print(f"memfs: {printable(note)}", file=sys.stderr)
 
 
 def _remount(arguments: argparse.Namespace) -> None:
@@ -266,27 +267,24 @@ def _stat(arguments: argparse.Namespace) -> None:
     """Show the state of a mounted memfs: its options, what is in use, and whether it is in passthrough mode."""
     with locate(arguments.path, last_link=True) as mount:
         text = mount.get("user.memfs.stat")
+    try:
+        state = json.loads(text)
+    except ValueError as error:
+        raise CommandError(f"{arguments.path}: what it says of its state is no JSON") from error
     if arguments.json:
-        print(text)
+        print(json.dumps(state))
         return
-    state = json.loads(text)
     registry = state.pop("registry")
     width = max(map(len, state))
     for name, value in state.items():
-        print(f"{name:{width}}  {_shown(value)}")
+        print(f"{printable(name):{width}}  {quoted(value)}")
     for owner in registry:
         files, pending = owner.pop("files"), owner.pop("pending")
         print("", _line(owner), *(f"  {_line(each)}" for each in (*files, *pending)), sep="\n")
 
 
 def _line(values: dict[str, object]) -> str:
-    return "  ".join(f"{name} {_shown(value)}" for name, value in values.items() if value != "")
-
-
-def _shown(value: object) -> str:
-    """Return a value for a terminal: what a client calls itself may have escape sequences in it."""
-    text = str(value)
-    return text if text.isprintable() else json.dumps(text)
+    return "  ".join(f"{printable(name)} {quoted(value)}" for name, value in values.items() if value != "")
 
 
 def _seal(arguments: argparse.Namespace) -> None:
@@ -298,7 +296,7 @@ def _seal(arguments: argparse.Namespace) -> None:
 def _show_seals(arguments: argparse.Namespace) -> None:
     """Print the seals of a file on a memfs, separated by commas; an empty line if it has none."""
     with locate(arguments.file) as file:
-        print(file.get("user.memfs.seals"))
+        print(printable(file.get("user.memfs.seals")))
 
 
 def _create(arguments: argparse.Namespace) -> None:

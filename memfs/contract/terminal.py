@@ -8,6 +8,7 @@ their user had typed.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from typing import NoReturn
 
@@ -16,12 +17,22 @@ def printable(value: object) -> str:
     r"""Return a value as text for people, on one line, with whatever is not to be printed escaped; bytes as file names.
 
     >>> printable(b"\x1b]0;x\x07 \xff")
-    '\\x1b]0;x\\x07 \\xff'
+    '\\u001b]0;x\\u0007 \\xff'
     >>> printable("naïve\n")
     'naïve\\n'
     """
     text = os.fsdecode(value) if isinstance(value, bytes) else str(value)
     return text if text.isprintable() else "".join(map(_escaped, text))
+
+
+def quoted(value: object) -> str:
+    r"""Return the same in quotes if anything had to be escaped, so that no value looks like several.
+
+    >>> print(quoted("vm-1"), quoted("vm\n1"))
+    vm-1 "vm\n1"
+    """
+    text = str(value)
+    return text if text.isprintable() else f'"{printable(text)}"'
 
 
 def _escaped(character: str) -> str:
@@ -30,7 +41,7 @@ def _escaped(character: str) -> str:
     code = ord(character)
     if 0xDC80 <= code <= 0xDCFF:  # os.fsdecode's for a byte that is not UTF-8
         return f"\\x{code - 0xDC00:02x}"
-    return character.encode("unicode_escape").decode()
+    return json.dumps(character)[1:-1]
 
 
 class Parser(argparse.ArgumentParser):
