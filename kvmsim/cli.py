@@ -40,6 +40,7 @@ from memfs.contract.terminal import Parser, printable
 from memfs.contract.units import PAGE_SIZE, Gfn, GfnRange, Gpa, bytes_to_pages, gpa_to_gfn, is_page_aligned
 
 DEFAULT_TRACE: Final = "sort"
+_PRINTED_A_SECOND: Final = 1000  # notifications, with -v
 
 
 class CommandError(Exception):
@@ -209,11 +210,20 @@ async def _show_progress(progress: Progress, engine: TraceEngine) -> None:
 
 
 def _printer(console: Console) -> Listener:
-    started = time.monotonic()
+    """Print notifications, so many a second: others decide how many there are."""
+    started = second = time.monotonic()
+    printed = 0
 
     def print_notification(message: Notification, slot: Memslot, gfns: GfnRange, side: Side) -> None:
-        name = type(message).__name__
-        console.print(f"  {time.monotonic() - started:7.3f}s  {name:15} {side!s:7} pages {message.pages}")
+        nonlocal second, printed
+        name, now = type(message).__name__, time.monotonic()
+        if now - second >= 1:
+            if printed > _PRINTED_A_SECOND:
+                console.print(f"  {now - started:7.3f}s  and {printed - _PRINTED_A_SECOND:,} more before that")
+            second, printed = now, 0
+        printed += 1
+        if printed <= _PRINTED_A_SECOND:
+            console.print(f"  {now - started:7.3f}s  {name:15} {side!s:7} pages {message.pages}")
 
     return print_notification
 

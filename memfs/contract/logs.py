@@ -22,6 +22,7 @@ import json
 import logging
 import os
 import re
+import stat
 import time
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 
 _PLAIN: Final = re.compile(r"[A-Za-z0-9_.:/@+,\[\]()%-]+")
 _FIELDS: Final = "fields"  # the attribute of a log record that holds them
+MOST_BYTES: Final = 32 << 20  #: of a log file, and of the one before it
 _BURST, _INTERVAL = 10, 5.0  # lines, seconds: printk_ratelimit and printk_ratelimit_burst
 
 _request: ContextVar[int] = ContextVar("request", default=0)
@@ -118,6 +120,7 @@ class _LogFile(logging.FileHandler):
     """A log file that is made when there is something to log, and can be opened anew when somebody has moved it away.
 
     Of several names the first is taken that no other process logs to, which a lock says (flock(2)); of one that one.
+    Its size is bounded: what is logged with -v is what clients and users do, as often as they like.
     """
 
     def __init__(self, names: Sequence[str], *, when_needed: bool) -> None:
@@ -134,6 +137,26 @@ class _LogFile(logging.FileHandler):
             else:
                 return file
         return _open_log(self._names[-1])
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line. A file that is full then becomes NAME.1, in the place of the one before."""
+        super().emit(record)
+        if self.stream is not None:
+            status = os.fstat(self.stream.fileno())
+            if status.st_size >= MOST_BYTES and stat.S_ISREG(status.st_mode):
+                self._begin_anew(self.stream)
+
+    def _begin_anew(self, full: TextIOWrapper) -> None:
+        try:
+            if os.path.islink(full.name):  # /dev/stdout
+                full.truncate(0)
+                return
+            if _is_still_there(full):
+                os.replace(full.name, f"{full.name}.1")
+            self.stream = self._open()
+            full.close()
+        except OSError:  # then what is in it goes
+            full.truncate(0)
 
     def prefer(self, name: str) -> None:
         """Take this name if it can be had, the next time that the file is opened."""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
-from memfs.contract.logs import Formatter, RateLimit, current_request, fields, working_on
+from memfs.contract.logs import Formatter, RateLimit, current_request, fields, set_up, working_on
 
 
 def record(message: str, line: int = 1, **values: object) -> logging.LogRecord:
@@ -63,3 +66,44 @@ def test_lines_from_one_place_are_limited_and_those_left_out_are_counted(monkeyp
     assert limit.filter(after)
     assert "suppressed=15" in Formatter().format(after)
     assert "suppressed" not in Formatter().format(record("flood"))
+
+
+@contextmanager
+def logging_to(log: Path) -> Iterator[logging.Logger]:
+    """Log to a file within the block, and nowhere else."""
+    root = logging.getLogger()
+    others, level = root.handlers[:], root.level
+    root.handlers.clear()
+    try:
+        set_up([str(log)], logging.INFO)
+        yield logging.getLogger("memfs.test")
+    finally:
+        for handler in root.handlers:
+            handler.close()
+        root.handlers[:] = others
+        root.setLevel(level)
+
+
+def test_a_log_file_does_not_grow_without_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("memfs.contract.logs.MOST_BYTES", 10_000)
+    log = tmp_path / "log"
+    with logging_to(log) as logger:
+        for number in range(1005):
+            logger.info("line", extra=fields(number=number))
+    kept = [*(tmp_path / "log.1").read_text().splitlines(), *log.read_text().splitlines()]
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 21_000
+    assert [int(line.rpartition("=")[2]) for line in kept] == list(range(1005 - len(kept), 1005))
+    assert len(kept) > 100
+
+
+def test_what_a_log_is_a_link_to_is_not_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As /dev/stdout is."""
+    monkeypatch.setattr("memfs.contract.logs.MOST_BYTES", 10_000)
+    log, target = tmp_path / "log", tmp_path / "target"
+    log.symlink_to(target)
+    with logging_to(log) as logger:
+        for number in range(1005):
+            logger.info("line", extra=fields(number=number))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "target"]
+    assert log.is_symlink()
+    assert 0 < target.stat().st_size < 10_100
