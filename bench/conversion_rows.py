@@ -1,8 +1,8 @@
 """Conversions, through the mount, with an owner that must act on them; and faults of the secondary MMU.
 
 Three take part in a conversion: the program that calls fallocate (C, so that no Python of it is measured), the daemon,
-and the owner, which is told and lets go. The first shares a CPU with the owner or with both. The kernel's own part is
-measured on a plain tmpfs with the same calls, and what processes cannot help is a message and its answer between two
+and the owner, which is notified and unmaps. The first shares a CPU with the owner or with both. The kernel's own part
+is measured on a plain tmpfs with the same calls, and what processes cannot help is a message and its answer between two
 Python processes.
 
 Faults stand beside userfaultfd(2), with which a VMM gives memory page by page today: those on memory that is there
@@ -203,7 +203,7 @@ def _faults(run: Run) -> Iterator[Row]:
 
 
 async def _fault_samples(run: Run, ours: Path, theirs: Path, name: str) -> dict[str, Sample]:
-    """Pages mapped a second, by kind of fault."""
+    """Measure how many pages are mapped a second, by kind of fault."""
     socket_path = (await trio.to_thread.run_sync(os.getxattr, ours, "user.memfs.socket")).decode()
     pages = _GIB // (8 if run.quick else 4)
     values: dict[str, list[float]] = {}
@@ -230,7 +230,7 @@ async def _fault_samples(run: Run, ours: Path, theirs: Path, name: str) -> dict[
 
 
 def _remove(directory: Path, name: str) -> None:
-    """Files take memory until nobody has them."""
+    """Remove files, which take memory until nobody has them."""
     for path in directory.glob(f"{name}-*"):
         shutil.rmtree(path)
 
@@ -286,7 +286,7 @@ def _raw(path: Path, pages: int) -> float:
 
 
 def _many_vms(run: Run) -> Iterator[Row]:
-    """As many conversions by a thousand VMs as by one, and how long the unluckiest waited."""
+    """Measure as many conversions by a thousand VMs as by one, and how long the slowest took."""
     vms = _MANY // (8 if run.quick else 1)
     with memfs(run, f"{_SIZE}") as mounted:
         for placement, (cpu, daemon_cpu) in placements().items():

@@ -52,7 +52,7 @@ class _OneAtATime(TraceEngine):
 
 
 async def _rates(vmm: Vmm, vcpu: VCPU, engine: TraceEngine) -> tuple[float, float]:
-    """Million accesses a second in the first pass, and in those after it."""
+    """Measure million accesses a second in the first pass, and in those after it."""
     started = now()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(vmm.run, vcpu)

@@ -118,7 +118,7 @@ print(rss() - before)
 
 
 def _resident(pages: int, order: int) -> float:
-    """MiB that a page table adds to a fresh process."""
+    """Return how many MiB a page table adds to a fresh process."""
     result = subprocess.run(
         [sys.executable, "-c", _SIZE_PROGRAM, str(pages), str(order)],
         capture_output=True,

@@ -232,14 +232,14 @@ def _report(
     console: Console, vm: VM, vmm: Vmm, vcpu: VCPU, engine: TraceEngine, seconds: float, failure: Exception | None
 ) -> None:
     everything = vm.mmu.table.everything
-    heard = vm.backing.counters
+    counters = vm.backing.counters
     rows = {
         "accesses": f"{engine.accesses:,} in {seconds:.2f} s, {engine.passes} passes of the trace",
         "faults": f"{vm.faults[Side.PRIVATE]:,} private, {vm.faults[Side.SHARED]:,} shared, {vm.mmu.retries:,} retried",
         "exits": ", ".join(f"{count:,} {name}" for name, count in sorted(vcpu.exits.items())) or "none",
         "conversions": f"{vmm.conversions[Side.PRIVATE]:,} to private, {vmm.conversions[Side.SHARED]:,} to shared",
-        "notifications": f"{heard.invalidate_begin:,} invalidate begin, {heard.invalidate_end:,} end, "
-        f"{heard.fallocate:,} fallocate",
+        "notifications": f"{counters.invalidate_begin:,} invalidate begin, {counters.invalidate_end:,} end, "
+        f"{counters.fallocate:,} fallocate",
         "TLB": f"{vcpu.tlb.hits:,} hits, {vcpu.tlb.misses:,} misses, {vcpu.tlb.flushes:,} flushes",
         "mapped pages": f"{vm.mmu.table.count(everything, Side.PRIVATE):,} private, "
         f"{vm.mmu.table.count(everything, Side.SHARED):,} shared, in {vm.mmu.table.nr_tables} tables",

@@ -73,7 +73,7 @@ class Settings:
 
 
 async def serve(settings: Settings, ready: Callable[[list[str]], None]) -> None:
-    """Mount and serve until unmounted or told to stop.
+    """Mount and serve until unmounted, or until a signal asks for the end.
 
     `ready` is called when the mount answers, with sentences about what could not be had. Raises MountError or
     OptionError if it cannot be mounted; then nothing is left behind.
@@ -265,7 +265,7 @@ class _Memfs:
         self._tree.check()
         self._open_files.check()
         self._registry.check()
-        # Who has a file open through passthrough may go on writing while we count, even after the end of the mount.
+        # A program that has a file open in passthrough mode may write while we count, even after the end of the mount.
         free = self._backing.free_pages
         in_files = sum(inode.stat().blocks for inode in self._tree.inodes.values()) // SECTORS_PER_PAGE
         least, most = sorted(self._backing.total_pages - now for now in (free, self._backing.free_pages))

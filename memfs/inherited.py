@@ -1,4 +1,4 @@
-"""What a daemon inherits from whoever mounts it, and must not keep: it lives longer than they do.
+"""Resources that a daemon inherits from the process that mounts it, and must not keep: it lives longer.
 
 An inherited descriptor would hold a lock (`flock LOCK memfs mount DIR`), a pipe's end or a mount for as long as the
 filesystem is mounted; the working directory would keep its filesystem busy; a umask or a limit that was meant for
@@ -26,7 +26,7 @@ _REFUSED: Final = {
 
 
 class InheritedError(Exception):
-    """What was inherited makes it impossible: a sentence."""
+    """Something inherited makes it impossible to mount; the message is a sentence."""
 
 
 def leave_behind(keep: Iterable[int] = ()) -> None:

@@ -1,13 +1,13 @@
-"""What signals mean to a mounted memfs: none of them leaves a mount or a socket that nobody serves.
+"""The meaning of signals to a mounted memfs: none of them leaves a mount or a socket that nobody serves.
 
     INT, TERM, QUIT, ABRT, TRAP, SYS, PWR   unmount and end
     HUP                                     open the log file anew (logrotate); without one, the terminal is gone: end
     USR1                                    log the state
-    KILL, SEGV, BUS, FPE, ILL               what nobody can do anything about, or only in C
+    KILL, SEGV, BUS, FPE, ILL               the default: nothing can be done about it, or only in C
     others, of which most would kill        nothing
 
 It does not matter which of them are ignored when we are started, as a shell ignores INT and QUIT for what its script
-sends to the background: who sends one to us means us.
+sends to the background: a signal that is sent to us is meant for us.
 """
 
 from __future__ import annotations

@@ -60,13 +60,13 @@ class OwnershipTable:
         if len(gfns) == 1:
             self._assign_one(vm, gfns.start, pfn)
             return
-        pieces = self._views(pfn, len(gfns))
-        for owners, done in pieces:
+        parts = self._views(pfn, len(gfns))
+        for owners, done in parts:
             wanted = self._wanted(vm, gfns, done, len(owners))
             foreign = np.flatnonzero((owners != 0) & (owners != wanted))
             if len(foreign):
                 self._reject(pfn + done + int(foreign[0]), int(owners[foreign[0]]))
-        for owners, done in pieces:
+        for owners, done in parts:
             self.owned += len(owners) - int(np.count_nonzero(owners))
             owners[:] = self._wanted(vm, gfns, done, len(owners))
 
@@ -86,7 +86,7 @@ class OwnershipTable:
         """
         wanted = gfns + (vm << _VM_SHIFT)
         extents = pfns >> ORDER_1G
-        pieces = []
+        parts = []
         for start, end in stretches(extents):
             here = slice(start, end)
             owners, within = self._extent(int(extents[start])), pfns[here] & (EXTENT_PAGES - 1)
@@ -94,8 +94,8 @@ class OwnershipTable:
             held = int(np.count_nonzero(current))
             if held and len(foreign := np.flatnonzero((current != 0) & (current != wanted[here]))):
                 self._reject(int(pfns[start + foreign[0]]), int(current[foreign[0]]))
-            pieces.append((owners, within, wanted[here], end - start - held))
-        for owners, within, values, new in pieces:
+            parts.append((owners, within, wanted[here], end - start - held))
+        for owners, within, values, new in parts:
             owners[within] = values
             self.owned += new
 
@@ -147,10 +147,10 @@ class OwnershipTable:
 
     def _views(self, pfn: int, count: int) -> list[tuple[npt.NDArray[np.int64], int]]:
         """Return views of the owners of neighbouring frames, one an extent, and how many frames come before each."""
-        pieces, done = [], 0
+        parts, done = [], 0
         while done < count:
             number, within = divmod(pfn + done, EXTENT_PAGES)
             owners = self._extent(number)[within : within + count - done]
-            pieces.append((owners, done))
+            parts.append((owners, done))
             done += len(owners)
-        return pieces
+        return parts

@@ -140,7 +140,7 @@ def _size(text: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Mount:
-    """What `memfs mount` was told. Paths are absolute, and the mountpoint's is without symbolic links."""
+    """The command line of `memfs mount`. Paths are absolute, and the mountpoint's is without symbolic links."""
 
     mountpoint: str
     options: MountOptions

@@ -100,7 +100,7 @@ class PageMapView:
         return int(self._seq[0])
 
     def is_allocated(self, index: PageIndex) -> bool:
-        """Whether one page is allocated."""
+        """Return whether one page is allocated."""
         return bool(self.pages[index] == ALLOCATED)
 
     def states(self, indexes: npt.NDArray[np.int64]) -> _Bytes:

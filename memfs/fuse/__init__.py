@@ -3,7 +3,7 @@ r"""The kernel's side of memfs: /dev/fuse, the mount, and two servers of FUSE re
     kernel  <- /dev/fuse ->  channel.py  -- handlers by subject: names.py, files.py, xattrs.py, ioctl.py
                                   \------- pyfuse3: operations.py
 
-Who answers which opcode is one table, opcodes.py. pyfuse3 knows neither FALLOCATE nor LSEEK nor IOCTL, each of its
+Which of the two answers is one table, opcodes.py. pyfuse3 knows neither FALLOCATE nor LSEEK nor IOCTL, each of its
 answers costs two event-loop iterations more, and whatever fills its 99 tasks or its socketpair stops the mount for
 everybody. So our own handlers answer what pyfuse3 does not know, what programs ask for most, and all that can wait or
 is long; pyfuse3 answers the rest, which is immediate and short: INIT (amended by init.py), and the names that are

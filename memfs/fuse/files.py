@@ -180,7 +180,7 @@ class FileHandlers:
         """Answer read(2) of a file that is not in passthrough mode."""
         fh, offset, size, *_ = unpack(READ_IN, request.body)
         if size > MAX_WRITE:
-            raise Malformed(f"{size} bytes to read at once")
+            raise Malformed(f"{size} bytes to read")
         return self._open_files.file(fh).inode.file.read(_in_range(offset), size)
 
     async def write(self, request: Request) -> bytes:

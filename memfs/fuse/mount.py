@@ -9,7 +9,7 @@ Without CAP_SYS_ADMIN the setuid helper fusermount3 opens /dev/fuse, mounts, and
 socket whose number it finds in the environment variable _FUSE_COMMFD. It does not mount on what is dead, so that is
 unmounted first, and for a moment there is the directory.
 
-Whose mount it is. When we end, our path may lead to a mount of somebody else. Our mount is known by its id and device
+Which mount is ours: when we end, our path may lead to a mount of somebody else. Our mount is known by its id and device
 number, and it lies where /proc/self/mountinfo says, wherever it was moved. It is detached by a descriptor of its root,
 so not even a mount that takes its place at that moment is meant. Ids and device numbers are given to others again when
 the filesystem is gone; while /dev/fuse is connected, it is not gone. A mount that somebody attached on top of ours
@@ -56,7 +56,7 @@ log = logging.getLogger(__name__)
 _HELPER: Final = "fusermount3"
 _FSTYPE: Final = "fuse.memfs"
 _SOURCE: Final = "memfs"
-_PATIENCE: Final = 3.0  # seconds for what is mounted already to answer
+_TIMEOUT: Final = 3.0  # seconds for what is mounted already to answer
 
 
 class MountError(Exception):
@@ -156,7 +156,7 @@ def mount_fuse(mountpoint: str, options: MountOptions) -> FuseMount:
 
 
 def _is_dead(mountpoint: str) -> bool:
-    """Whether what is mounted on a directory is a memfs that was killed.
+    """Return whether what is mounted on a directory is a memfs that was killed.
 
     Raises MountError if it is dead and not a memfs, or does not answer.
     """
@@ -170,7 +170,7 @@ def _is_dead(mountpoint: str) -> bool:
 
 
 def _is_alive(mountpoint: str) -> bool:
-    """Whether somebody serves a FUSE filesystem. Raises MountError if somebody ought to, and does not answer."""
+    """Return whether somebody serves a FUSE filesystem. Raises MountError if somebody does, and does not answer."""
     answer: list[bool] = []
 
     def ask() -> None:
@@ -183,7 +183,7 @@ def _is_alive(mountpoint: str) -> bool:
 
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
-    asking.join(_PATIENCE)
+    asking.join(_TIMEOUT)
     if not answer:
         raise MountError(f"{mountpoint}: what is mounted there does not answer (is it stopped?); unmount it first")
     return answer[0]
@@ -212,7 +212,7 @@ def _is_connected(fuse_fd: int) -> bool:
     """Return whether the filesystem that a descriptor of /dev/fuse serves is still there."""
     poll = select.poll()
     poll.register(fuse_fd, 0)
-    return not poll.poll(0)  # an error is told unasked
+    return not poll.poll(0)  # an error is reported unasked
 
 
 def _detach(root: int) -> None:
@@ -225,7 +225,7 @@ def _detach_by_helper(mountpoint: str) -> None:
     if helper is not None:
         with suppress(subprocess.TimeoutExpired):
             command = [helper, "-u", "-z", "-q", "--", mountpoint]
-            subprocess.run(command, check=False, capture_output=True, timeout=_PATIENCE)
+            subprocess.run(command, check=False, capture_output=True, timeout=_TIMEOUT)
 
 
 def _mount_directly(mountpoint: str, options: MountOptions) -> FuseMount:

@@ -1,8 +1,8 @@
-"""Who answers which request: one table, from which the channel is made.
+"""The table of opcodes: which handler answers a request, or why pyfuse3 may. The channel is made from it.
 
-What has a handler of our own is answered where it arrives. pyfuse3 has what answers immediately, and whose requests and
-replies are short, for what waits or is long would stop the mount for everybody (channel.py says why). What is in no
-table, because the kernel is newer than this one, goes to pyfuse3 as well, and libfuse answers ENOSYS.
+A request that has a handler of our own is answered where it arrives. pyfuse3 has those that are answered immediately
+and whose messages are short, for one that waits or is long would stop the mount for everybody (channel.py says why).
+Opcodes that the table does not know, because the kernel is newer, go to pyfuse3 as well, and libfuse answers ENOSYS.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from memfs.fuse.xattrs import XattrHandlers
 
 
 async def _succeed(request: Request) -> bytes:
-    """There is nothing to do."""
+    """Do nothing: there is nothing to write back."""
     return b""
 
 

@@ -178,7 +178,7 @@ class Clients:
         why = self._why_not(credentials, user)
         if why is not None:
             self.rejected += 1
-            raise Rejected(f"{credentials} is refused: {why}")
+            raise Rejected(f"{credentials} is rejected: {why}")
         self._users[credentials.uid] = user
         user.connections += 1
         client = Client(self, credentials, user, disconnect)
@@ -197,7 +197,7 @@ class Clients:
             return f"there are {MAX_CONNECTIONS} connections"
         needed = 0o020 if self._group in credentials.groups else 0o002
         if not self._mode & needed:
-            return f"socket_mode={self._mode:04o} does not let it in"
+            return f"socket_mode={self._mode:04o} does not admit it"
         return f"it has {user.held} connections" if user.held >= MAX_PER_USER else None
 
     def reject(self, sock: socket.socket) -> trio.Event:

@@ -1,7 +1,7 @@
 """The closer: a process that takes in, looks at and closes the descriptors that strangers send.
 
-close(2) may have to ask the filesystem behind a descriptor (FUSE_FLUSH), and that may be one that never answers. Who
-waits for it can not even be killed; a thread of the daemon that did so would keep the daemon's descriptors open when
+close(2) may have to ask the filesystem behind a descriptor (FUSE_FLUSH), and that may be one that never answers. A
+thread that waits for it cannot even be killed; one of the daemon would keep the daemon's descriptors open when
 the daemon is killed, above all /dev/fuse, and everybody who uses the mount would wait for ever instead of being told
 that it is dead. The same goes for /proc/self/fdinfo of an epoll that somebody polls. So descriptors of strangers never
 are the daemon's: it looks at what a datagram is (MSG_PEEK), and where descriptors come with it, it has the closer
@@ -12,8 +12,8 @@ Its first thread receives, and does nothing that might take long. To look and to
 user, so a user's descriptors hold up that user. Content comes from memory files only (memfds), which ask nobody, and
 those the closer hands on.
 
-Without it (it was killed) descriptors that come are dropped by the kernel, which asks nobody, and whoever sent them is
-told that there is no space for them.
+Without it (it was killed) descriptors that come are dropped by the kernel, which asks nobody, and their sender gets the
+answer that there is no space for them.
 
 Rejected: to get rid of what has come in without close(2) (dup2, exit and all else close in the same way); to hand on
 what the daemon has received (it would still have to close its own).
@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 
 _THREADS: Final = 4  # for one user
 _RETRY: Final = 500  # milliseconds, after there was no thread to be had
-_PATIENCE: Final = 5.0  # seconds for the closer to answer: it may have been stopped together with us
+_TIMEOUT: Final = 5.0  # seconds for the closer to answer: it may have been stopped together with us
 _MAX_MESSAGE: Final = 1024  # bytes
 _MSG_PEEK: Final = int(socket.MSG_PEEK)
 _MSG_CTRUNC: Final = int(socket.MSG_CTRUNC)
@@ -79,7 +79,7 @@ class Closer:
         self._last = 0
         self._is_read = False  # whether a task reads what comes of jobs
         self._is_gone = False
-        calls.settimeout(_PATIENCE)
+        calls.settimeout(_TIMEOUT)
         jobs.setblocking(False)
 
     @classmethod

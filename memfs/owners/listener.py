@@ -1,4 +1,4 @@
-"""The socket that owners connect to, which only those can reach whom the mount options admit.
+"""The socket that owners connect to, which only those can reach that the mount options admit.
 
 It is bound with mode 0600 and only then given its group and mode, so there is no moment at which it is wider than asked
 for. What lies there already is replaced or stays as socket_name.py says; and so does, in the end, a socket that is
@@ -29,7 +29,7 @@ class ListenError(Exception):
 
 
 class Listener:
-    """A socket that owners connect to. `close` removes it; whoever asks for its name next then has it immediately."""
+    """A socket that owners connect to. `close` removes it; the next one to ask for its name has it immediately."""
 
     def __init__(self, path: str, sock: socket.socket) -> None:
         self.path: Final = path

@@ -13,7 +13,7 @@ _Owner = TypeVar("_Owner")
 
 
 class Pending(Generic[_Owner]):
-    """A notification that is outstanding within a `with` block. Made by `Outstanding.of`."""
+    """A notification that is outstanding within a `with` block. Created by `Outstanding.of`."""
 
     __slots__ = ("_outstanding", "message", "owner", "since")
 
@@ -31,7 +31,7 @@ class Pending(Generic[_Owner]):
         self._outstanding.remove(self)
 
     @property
-    def is_alone(self) -> bool:
+    def is_only(self) -> bool:
         """Whether no other notification is outstanding, of any owner."""
         return len(self._outstanding) == 1
 

@@ -36,13 +36,13 @@ class PageLocks:
         )
 
     @property
-    def room(self) -> int:
+    def headroom(self) -> int:
         """How many more ranges can be locked in any case."""
         return (2 * MOST_RANGES - len(self._edges)) // 2
 
     def lock(self, pages: PageRange) -> None:
         """Lock every page of a range once more. Raises OSError(ENOLCK), changing nothing, if there is no space."""
-        if self.room < 1:
+        if self.headroom < 1:
             raise OSError(errno.ENOLCK, f"pages are locked in {MOST_RANGES} ranges already")
         self._add(pages, 1)
 

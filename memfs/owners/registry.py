@@ -6,7 +6,7 @@ Lifetimes
   number is never used again.
 - A **Registration** pairs a file with its one owner (RFC patch 01: memfd_register_guest). It is the file's `owner`
   and holds one reference on the inode, so that an unlinked file lives on until it is released. Registering again
-  counts; the last unregister, or the end of the owner, undoes it. Nothing outlives that: its locks are gone, its
+  counts; the last unregister, or the end of the owner, undoes it. Nothing outlives that: its locks are undone, its
   frames are free, and operations that wait for it go on.
 
 Pages of an owner are freed after three steps, in `Registration.invalidate_begin`: the owner is notified, it
@@ -16,9 +16,9 @@ put_unlock_pfn). New locks cannot come in between: a look-up needs the file's lo
 InvalidateBegin is always followed by InvalidateEnd, even if the owner unregisters the file in between, for its faults
 wait for that. So the two are a pair for the owner as they are for the file.
 
-All three steps together may take `notify_timeout` seconds. An owner that takes longer is **fenced**: it is told so and
-disconnected, its registrations end, and the operation that waited goes on as if it had never been there. The host must
-not depend on a guest's good will.
+All three steps together may take `notify_timeout` seconds. An owner that takes longer is **fenced**: it is sent the
+reason, it is disconnected, its registrations end, and the operation that waited goes on as if it had never been there.
+The host must not depend on a guest's good will.
 """
 
 from __future__ import annotations
@@ -117,10 +117,10 @@ class Registration:
             except trio.TooSlowError:
                 why = f"no answer within {owner.notify_timeout:g} s"
             except OSError as error:  # an owner that is not notified must not go on
-                why = f"it could not be told: {error.strerror}"
+                why = f"it could not be notified: {error.strerror}"
             except Exception:
-                log.exception("a bug in memfs, while %s was being told", owner)
-                why = "it could not be told: a bug in memfs"
+                log.exception("a bug in memfs, while %s was being notified", owner)
+                why = "it could not be notified: a bug in memfs"
         if why is not None:
             await owner.fence(why)
         elif ack is not None:
@@ -134,7 +134,7 @@ class Registration:
         """
         message = pending.message
         answer = self._post(message)
-        if pending.is_alone and not answer.is_done:
+        if pending.is_only and not answer.is_done:
             answer.poll()
         if answer.is_done and not self._is_locked(message):
             await answer.wait()  # only says so if it is done because the owner is gone
@@ -188,8 +188,8 @@ class Registration:
                     raise OSError(errno.EBADF, "unregistered")
                 if pages.end > page_ceil(ByteOffset(self.file.size)):
                     raise OSError(errno.EINVAL, "past the end of the file")
-                if lock and self.locks.room < PfnReply.MAX_RUNS:
-                    raise OSError(errno.ENOLCK, "pages are locked in too many pieces")
+                if lock and self.locks.headroom < PfnReply.MAX_RUNS:
+                    raise OSError(errno.ENOLCK, "pages are locked in too many ranges")
                 if self.file.guest:
                     launch(self.file)
                 if alloc:
@@ -210,7 +210,7 @@ class Registration:
                 runs.append(PfnRun(run, None))
             else:
                 whole = functools.partial(self._is_whole, known=run)
-                runs += [PfnRun(piece, self.frames.pfn(piece.start), order) for piece, order in by_order(run, whole)]
+                runs += [PfnRun(part, self.frames.pfn(part.start), order) for part, order in by_order(run, whole)]
             if len(runs) >= PfnReply.MAX_RUNS:
                 break
         return runs[: PfnReply.MAX_RUNS]

@@ -101,7 +101,7 @@ class Server:
         try:
             session = Session(sock, client, self._closer, self._registry, self._tree, self._device)
         except OSError as error:  # no memory, or no space in an epoll, is no reason to end everybody else
-            log.error("%s is turned away: %s", credentials, error.strerror)  # noqa: TRY400
+            log.error("%s is rejected: %s", credentials, error.strerror)  # noqa: TRY400
             client.disconnected()
             self._clients.reject(sock)
             return
@@ -118,7 +118,7 @@ class Server:
 
     async def _reject(self, error: OSError) -> None:
         """End a connection for which no descriptor is left, rather than let it wait."""
-        log.error("a connection is turned away: %s", error.strerror)
+        log.error("a connection is rejected: %s", error.strerror)
         if self._spare >= 0:
             os.close(self._spare)
             self._spare = -1
@@ -133,6 +133,6 @@ class Server:
 
 def _disconnect(sock: socket.socket, credentials: Credentials) -> None:
     """End a connection whose session then notices. It may have ended already."""
-    log.warning("%s is hung up: it did not say Hello, and others came", credentials)
+    log.warning("%s is disconnected: it did not say Hello, and others came", credentials)
     with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)

@@ -62,7 +62,7 @@ from memfs.tree.tree import Tree
 
 log = logging.getLogger(__name__)
 
-_FAREWELL: Final = 0.1  # seconds for which we try to send the final message
+_FINAL_TIMEOUT: Final = 0.1  # seconds for which we try to send the final message
 
 
 class Session(Owner):
@@ -119,7 +119,7 @@ class Session(Owner):
 
     async def send_final(self, number: int, reason: str) -> None:
         """Send the final message: an errno and why it is over. Gives up soon."""
-        scope = trio.CancelScope(shield=True, deadline=trio.current_time() + _FAREWELL)
+        scope = trio.CancelScope(shield=True, deadline=trio.current_time() + _FINAL_TIMEOUT)
         with scope, contextlib.suppress(PeerGone, LocalProtocolError):  # the latter if it has not said Hello
             await self._peer.tell(Fenced(number, reason))
 

@@ -1,10 +1,10 @@
-"""Whether the name of a socket can be had: nobody listens there, or a memfs that is not mounted here any more.
+"""Taking the name of a socket where it can be had: nobody listens there, or a memfs that is not mounted here any more.
 
 A memfs goes on after umount(2) has returned: for a moment, until it has freed its files, and for as long as it is used
-if it was unmounted lazily or another mount namespace keeps it. Whoever mounts the next one on the same directory means
-the same name for its socket. So a name is taken over from a memfs that nobody here can get to by a path: which one that
+if it was unmounted lazily or another mount namespace keeps it. The next one on the same directory is to have the
+same name for its socket. So a name is taken over from a memfs that nobody here can get to by a path: which one that
 is, each mounted memfs says itself (user.memfs.socket). The connections of that one stay; only new owners do not find
-it. A memfs that is mounted in another namespace than ours keeps its name, and so does whatever is not a memfs.
+it. A memfs that is mounted in another namespace than ours keeps its name, and so does what is not a memfs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from memfs.owners.liveness import is_dying
 
 _FSTYPE: Final = "fuse.memfs"
 _SOCKET_XATTR: Final = "user.memfs.socket"
-_PATIENCE: Final = 5.0  # seconds for who listens to answer, or to be gone
+_TIMEOUT: Final = 5.0  # seconds for a listener to answer, or to end
 _INTERVAL: Final = 0.02  # seconds between two looks at one that is ending
 _UCRED: Final = struct.Struct("=iII")  # pid, uid, gid
 _MAX_REPLY: Final = 1024  # bytes
@@ -46,7 +46,7 @@ def make_way(path: str) -> None:
 
     Blocking. Raises OSError: EEXIST if it is not a socket, EADDRINUSE if somebody listens there.
     """
-    deadline = time.monotonic() + _PATIENCE
+    deadline = time.monotonic() + _TIMEOUT
     while True:
         try:
             status = os.lstat(path)
@@ -66,7 +66,7 @@ def make_way(path: str) -> None:
 
 
 def _ask(path: str, status: os.stat_result, seconds: float) -> _Listener:
-    """Find out who listens on a socket."""
+    """Return what listens on a socket."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe, address_of(path) as address:
         probe.setblocking(False)
         try:
@@ -92,7 +92,7 @@ def _ask(path: str, status: os.stat_result, seconds: float) -> _Listener:
 
 
 def _is_memfs(probe: socket.socket) -> bool:
-    """Whether it is a memfs that answers. Raises ConnectionError if it hangs up, TimeoutError."""
+    """Return whether it is a memfs that answers. Raises ConnectionError if it disconnects, TimeoutError."""
     connection = Connection(Role.OWNER)
     probe.send(connection.send(Hello(name="memfs mount"))[1])
     data = probe.recv(_MAX_REPLY)
@@ -108,7 +108,7 @@ def _is_memfs(probe: socket.socket) -> bool:
 
 
 def _shares_our_mounts(pid: int) -> bool:
-    """Whether a process is known to be in our mount namespace."""
+    """Return whether a process is known to be in our mount namespace."""
     try:
         return pid > 0 and os.path.samefile(f"/proc/{pid}/ns/mnt", "/proc/self/ns/mnt")
     except OSError:
@@ -116,7 +116,7 @@ def _shares_our_mounts(pid: int) -> bool:
 
 
 def _is_mounted(status: os.stat_result) -> bool:
-    """Whether a memfs that listens on this socket is mounted where we see it.
+    """Return whether a memfs that listens on this socket is mounted where we see it.
 
     The one in question has just answered, so it is not waited long for others that do not.
     """
@@ -132,7 +132,7 @@ def _is_mounted(status: os.stat_result) -> bool:
     ]
     for thread in asking:
         thread.start()
-    deadline = time.monotonic() + _PATIENCE
+    deadline = time.monotonic() + _TIMEOUT
     while not found.is_set() and any(thread.is_alive() for thread in asking) and time.monotonic() < deadline:
         found.wait(_INTERVAL)
     return found.is_set()

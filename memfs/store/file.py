@@ -1,7 +1,7 @@
 """One regular file: its content, its pages, its seals, who has it open and who owns it.
 
-State and who owns it
----------------------
+State, and where it belongs
+---------------------------
 Size, times and, of an ordinary file, the set of allocated pages belong to the **backing file** (backing_file.py). A
 **tracked** file has a page map as well, and then the map is the truth. Tracked are guest-sealed files (only their owner
 touches the backing, and only pages that the map shows) and all files on an accounted backing (every allocation goes
@@ -11,7 +11,7 @@ through this module).
 while owners are notified, so that two changes of one file never interleave. It is held across awaits; everything
 between two awaits is atomic because the daemon has one thread. In which order pages come and go while it is held, and
 what is left of an operation that is cancelled, is said in pages.py. Half a truncation would be a loss, so that runs to
-its end. Whoever has the lock holds the file, so a lock need not outlive the descriptor, and most files have none.
+its end. A task that has the lock holds the file, so a lock need not outlive the descriptor, and most files have none.
 
 Guest seal (RFC patch 01): set on an empty file that nobody could have mapped. A handle that could be mapped counts as
 a mapping, since the kernel does not tell a FUSE server about mmap. The file gets a fresh backing file at that moment,
@@ -134,7 +134,7 @@ class File:
         """Undo one `hold`."""
         self._backing_file.release()
         if not self._backing_file.holds:
-            self._lock = None  # nobody waits for it: whoever does holds the file
+            self._lock = None  # nobody waits for it, since a task that does holds the file
 
     @contextmanager
     def held(self) -> Iterator[None]:

@@ -7,10 +7,10 @@ little-endian:
 
     page index, 4096 bytes of content       a page was populated
     2**64 - 1, first page, end of pages     allocated pages were removed before the launch (punched, truncated)
-    2**64 - 2, 0, 0                         an owner let the file go, or was cut off
+    2**64 - 2, 0, 0                         an owner unregistered the file, or was cut off
 
-So whoever knows the image and the order can compute it, and a page that was put elsewhere, twice or not at all shows.
-No page has such an index, so no two histories give the same bytes. Pages that were allocated and not populated are zero
+Knowing the image and the order one can compute it, and a page that was put elsewhere, twice or not at all shows. No
+page has such an index, so no two histories give the same bytes. Pages that were allocated and not populated are zero
 and are not measured; nor is the removal of pages that were not there, which changes nothing.
 
 Why removal is recorded: a page that is removed is zero when it is allocated again, so content that was measured would

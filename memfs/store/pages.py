@@ -9,9 +9,9 @@ notify the owner; when allocating fails the kernel has freed what the call had a
 reservation ends.
 
 What takes long is done in chunks, in a thread, so that other requests are answered meanwhile. An operation can be
-cancelled (a system call interrupted by a signal gets EINTR) between two chunks. The chunks that are done stay done,
-accounted for and told to the owner, as on ext4: a caller that tries again gets further each time, and undoing them
-could destroy what others have written to them since.
+cancelled (a system call interrupted by a signal gets EINTR) between two chunks. The chunks that are done stay done and
+accounted for, and the owner is notified of them, as on ext4: a caller that tries again gets further each time, and
+undoing them could destroy what others have written to them since.
 """
 
 from __future__ import annotations

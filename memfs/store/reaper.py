@@ -11,7 +11,7 @@ that moment.
 
 The kernel forgets a file after unlink(2) has returned, and may send other requests first. So a file that loses its
 last name and that nobody has open is expected, and `drain` waits for it to come; not for long, since a file may be kept
-in ways that no FUSE server hears of (O_PATH).
+in ways of which no FUSE server is notified (O_PATH).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from trio.lowlevel import ParkingLot
 
 log = logging.getLogger(__name__)
 
-_PATIENCE: Final = 0.1  # seconds: many times what the kernel takes to forget
+_EXPECTED_WITHIN: Final = 0.1  # seconds: many times what the kernel takes to forget
 
 
 class Freeable(Protocol):
@@ -91,7 +91,7 @@ class Reaper:
         Files that come meanwhile are not waited for: programs that go on removing files must not hold up the caller.
         """
         expected = set(self._expected)
-        with trio.move_on_after(_PATIENCE):
+        with trio.move_on_after(_EXPECTED_WITHIN):
             while expected & self._expected:
                 await self._change.park()
         if not self._files:

@@ -174,7 +174,7 @@ async def look(memfs: Memfs, path: Path, view: PageMapView | None) -> int:
 async def test_every_point_of_memfs(mount_memfs: MountMemfs, in_memfs: Injection, mount: str, guest: bool) -> None:
     """Failing and waiting; one after the other on one mount, whose invariants are verified at its end."""
     memfs = mount_memfs(f"size=64m,{mount}".rstrip(","))
-    memfs.expected += ["could not be told", "cannot be heard"]
+    memfs.expected += ["could not be notified", "cannot be received from"]
     for (name, point), kind in itertools.product(CASES, (Kind.FAIL, Kind.DELAY)):
         change, what = CHANGES[name], f"{name}, {kind.value} {point.value}"
         path = await prepare(memfs, guest=guest)
@@ -226,7 +226,7 @@ async def test_every_point_of_what_an_owner_asks_for(
 ) -> None:
     """Pages that an owner has allocated for it: what it is answered is what is accounted for."""
     memfs = mount_memfs(f"size=64m,{mount}".rstrip(","))
-    memfs.expected += ["cannot be heard"]
+    memfs.expected += ["cannot be received from"]
     wanted = PageRange(PageIndex(PAGES), PageIndex(PAGES + 4))
     for point, kind in itertools.product(ASKED, (Kind.FAIL, Kind.DELAY)):
         what = f"{ask}, {kind.value} {point.value}"

@@ -51,9 +51,9 @@ sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 try:
     sock.connect(sys.argv[1])
     sock.send(bytes.fromhex("0100" "0100" "14000000" "0100000000000000" "0100" "0100"))
-    print("let in" if sock.recv(100) else "hung up")
+    print("admitted" if sock.recv(100) else "rejected")
 except ConnectionError:
-    print("hung up")
+    print("rejected")
 except PermissionError:
     print("refused")
 """
@@ -82,8 +82,8 @@ MEMBER, STRANGER = f"--groups={GROUP}", "--clear-groups"
     ("options", "mode", "stranger", "member"),
     [
         ("", 0o600, "refused", "refused"),
-        (",socket_mode=0666", 0o666, "let in", "let in"),
-        (f",socket_mode=660,socket_group={GROUP}", 0o660, "refused", "let in"),
+        (",socket_mode=0666", 0o666, "admitted", "admitted"),
+        (f",socket_mode=660,socket_group={GROUP}", 0o660, "refused", "admitted"),
     ],
 )
 def test_socket_lets_in_whom_the_options_say(
@@ -98,10 +98,10 @@ def test_socket_lets_in_whom_the_options_say(
         assert connect_as(NOBODY, MEMBER, memfs.socket) == member
         # What somebody does to the file later counts for nothing.
         memfs.socket.chmod(0o666)
-        memfs.expected.append("does not let it in")
-        assert connect_as(NOBODY, STRANGER, memfs.socket) == ("let in" if stranger == "let in" else "hung up")
-        assert connect_as(NOBODY, MEMBER, memfs.socket) == ("let in" if member == "let in" else "hung up")
-        assert connect_as(0, STRANGER, memfs.socket) == "let in"
+        memfs.expected.append("does not admit it")
+        assert connect_as(NOBODY, STRANGER, memfs.socket) == ("admitted" if stranger == "admitted" else "rejected")
+        assert connect_as(NOBODY, MEMBER, memfs.socket) == ("admitted" if member == "admitted" else "rejected")
+        assert connect_as(0, STRANGER, memfs.socket) == "admitted"
         memfs.stop()
     finally:
         memfs.kill()

@@ -224,7 +224,7 @@ async def test_flood_is_held_back_and_costs_no_memory(memfs: Memfs) -> None:
 
 
 async def test_thousands_that_connect_and_say_nothing(memfs: Memfs) -> None:
-    memfs.expected += ["is hung up"]
+    memfs.expected += ["is disconnected"]
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, len(os.listdir("/proc/self/fd")) + 4096), hard))
     try:
@@ -313,7 +313,7 @@ async def test_queue_that_lingers(memfs: Memfs) -> None:
 
 async def test_descriptor_limit_of_the_daemon(memfs: Memfs) -> None:
     """Nothing hangs, every refusal says EMFILE, and all is well again when there are descriptors."""
-    memfs.expected += ["turned away: Too many open files", "cannot"]
+    memfs.expected += ["rejected: Too many open files", "cannot"]
     pid = memfs.process.pid
     limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
     async with bystander(memfs), connected(memfs.socket) as owner:
@@ -328,7 +328,7 @@ async def test_descriptor_limit_of_the_daemon(memfs: Memfs) -> None:
                 while True:
                     try:
                         held.append(await trio.to_thread.run_sync(Client, memfs))
-                    except (ConnectionError, AssertionError):  # turned away
+                    except (ConnectionError, AssertionError):  # rejected
                         break
                     assert len(held) < 100
                 opened = await shell("cat", "file", cwd=memfs.path)
@@ -347,7 +347,7 @@ async def test_descriptor_limit_of_the_daemon(memfs: Memfs) -> None:
         async with connected(memfs.socket) as other:
             assert isinstance(await other.ask(Unregister(FileId(1))), Failed)
         await trio.to_thread.run_sync(os.close, fd)
-    assert len([line for line in log_lines(memfs) if "turned away" in line]) < 5
+    assert len([line for line in log_lines(memfs) if "is rejected" in line]) < 5
 
 
 # -- a client that forks -----------------------------------------------------------------------------------------------

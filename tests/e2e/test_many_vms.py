@@ -483,7 +483,13 @@ async def together(doing: Iterable[Callable[[], Awaitable[object]]]) -> None:
 @pytest.mark.parametrize("way", WAYS)
 async def test_many_vms(mount_memfs: MountMemfs, way: str, capsys: pytest.CaptureFixture[str]) -> None:
     memfs = mount_memfs(f"size=200m,notify_timeout={NOTIFY_TIMEOUT:g},{WAYS[way]}")
-    memfs.expected += ["logger=memfs.state", "is fenced", "broke the protocol", "is hung up", "log lines like this"]
+    memfs.expected += [
+        "logger=memfs.state",
+        "is fenced",
+        "broke the protocol",
+        "is disconnected",
+        "log lines like this",
+    ]
     soak = Soak(memfs, random.Random(SEED), time.monotonic() + SECONDS)
     await soak.shells()  # some things are opened when they are first needed, and kept
     descriptors = descriptors_of(memfs.process.pid)

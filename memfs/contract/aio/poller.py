@@ -1,4 +1,4 @@
-"""A poller: one task per event loop that reads all connections, by calling whoever a message is for.
+"""A poller: one task per event loop that reads all connections, by calling the reader of each.
 
 A task for each connection would cost, for each message, an event-loop iteration and a system call to wait for the next
 one; and with a thousand connections every message is for another one.
@@ -26,7 +26,7 @@ from memfs.contract.aio.eager import Turn, run_loop
 Reader = Callable[[Turn], Coroutine[Any, Any, bool]]
 
 _CALLS: Final = 32  # of readers before other tasks run in any case
-_MAX_POLL: Final = 1200e-6  # seconds: whoever converts much memory takes as long from one piece to the next
+_MAX_POLL: Final = 1200e-6  # seconds: as long as a VMM that converts much memory takes from one request to the next
 
 
 class Poller:

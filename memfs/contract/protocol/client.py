@@ -1,4 +1,4 @@
-"""The client: an owner's connection to memfs, for whoever writes a VMM.
+"""The client: an owner's connection to memfs, for programs that are VMMs.
 
     async def on_notification(message: Notification) -> None:
         if isinstance(message, InvalidateBegin):

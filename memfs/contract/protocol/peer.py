@@ -66,9 +66,9 @@ class PeerGone(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Incoming:
-    """A message and the descriptors that came with it; whoever gets this owns them and must close them.
+    """A message and the descriptors that came with it, which the receiver of this owns and must close.
 
-    There are none, whatever was sent, if this process had no room for them (EMFILE).
+    There are none, whatever was sent, if this process had no space for them (EMFILE).
     """
 
     id: RequestId
@@ -282,7 +282,7 @@ class Peer:
         return PeerGone("the peer cannot be reached")
 
     def abandon(self, call: Call) -> None:
-        """Nobody waits for a call any more."""
+        """Forget a call that nobody waits for any more."""
         if call in self._postponed:
             self._postponed.remove(call)
         elif call.fds and not call.is_sent:  # it cannot be taken back, and its descriptors are about to be closed
@@ -310,7 +310,7 @@ class Peer:
         try:
             self._datagrams.read(self._read)
         except OSError as error:
-            self._break(_deaf(error))
+            self._break(_unreadable(error))
 
     def _resume(self) -> None:
         """Read requests again."""
@@ -379,7 +379,7 @@ class Peer:
         except ConnectionError:  # `serve` will see that, too
             pass
         except OSError as error:
-            self._break(_deaf(error))
+            self._break(_unreadable(error))
         except (RemoteProtocolError, PeerGone) as error:
             self._break(error)
 
@@ -413,7 +413,7 @@ class Peer:
         except ConnectionError:
             return None
         except OSError as error:
-            raise _deaf(error) from error
+            raise _unreadable(error) from error
         return self._accept(datagram)
 
     def _accept(self, datagram: Datagram) -> tuple[Incoming, bool] | None:
@@ -426,7 +426,7 @@ class Peer:
             return self._parse(data, flags, fds)
         except OSError as error:
             self._discard(fds)
-            raise _deaf(error) from error
+            raise _unreadable(error) from error
         except BaseException:
             self._discard(fds)
             raise
@@ -439,11 +439,11 @@ class Peer:
             if fds:
                 raise RemoteProtocolError("an empty message")
             return None
-        # The kernel keeps back descriptors that the sender put there in excess, and those that we have no room for
+        # The kernel keeps back descriptors that the sender put there in excess, and those that we have no space for
         # (EMFILE). The latter is nobody's fault: the message counts, and the handler misses the descriptors.
-        no_room = bool(flags & _MSG_CTRUNC)
-        received = self.protocol.receive(data, None if no_room else len(fds))
-        if no_room:
+        no_space = bool(flags & _MSG_CTRUNC)
+        received = self.protocol.receive(data, None if no_space else len(fds))
+        if no_space:
             self._discard(fds)
             fds = ()
         return Incoming(received.id, received.message, fds), received.answers is not None
@@ -505,8 +505,8 @@ def close_all(fds: Iterable[int]) -> None:
         os.close(fd)
 
 
-def _deaf(error: OSError) -> PeerGone:
-    return PeerGone(f"the peer cannot be heard: {error.strerror}")
+def _unreadable(error: OSError) -> PeerGone:
+    return PeerGone(f"the peer cannot be received from: {error.strerror}")
 
 
 def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> Iterator[int]:

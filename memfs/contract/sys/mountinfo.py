@@ -31,7 +31,7 @@ def mounts_on(mountpoint: str) -> list[tuple[str, str]]:
 
 
 def mountpoint_of(mount_id: str, device: str) -> str | None:
-    """Where a mount lies in our mount namespace, wherever it was moved; None if it does not any more.
+    """Return where a mount lies in our mount namespace, wherever it was moved; None if it does not any more.
 
     The device is asked for as well, because ids are given to others again.
     """
@@ -55,7 +55,7 @@ def type_of_device(device: str) -> str | None:
 
 
 def mountpoints_of_type(kind: str) -> list[str]:
-    """Where filesystems of a type, with its subtype ("fuse.memfs"), are mounted in our mount namespace."""
+    """Return where filesystems of a type, with its subtype ("fuse.memfs"), are mounted in our mount namespace."""
     return [
         _unescape(fields[4]) for fields in _mountinfo("self") if "-" in fields and fields[fields.index("-") + 1] == kind
     ]

@@ -125,7 +125,7 @@ def test_mode_says_who_may_connect(mode: int, group: int, admitted: bool) -> Non
     if admitted:
         clients.admit(someone(ALICE, group), lambda: None)
     else:
-        with pytest.raises(Rejected, match=f"user {ALICE} is refused: socket_mode={mode:04o} does not let it in"):
+        with pytest.raises(Rejected, match=f"user {ALICE} is rejected: socket_mode={mode:04o} does not admit it"):
             clients.admit(someone(ALICE, group), lambda: None)
     assert (clients.connections, len(clients.silent), clients.rejected) == (admitted, admitted, not admitted)
 

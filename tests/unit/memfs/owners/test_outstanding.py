@@ -16,9 +16,9 @@ BEGIN, FALLOCATE = InvalidateBegin(FileId(1), PAGES, 7), Fallocate(FileId(2), PA
 async def test_what_is_outstanding_is_known_by_owner() -> None:
     outstanding: Outstanding[str] = Outstanding()
     with outstanding.of("a", BEGIN) as first:
-        assert (first.is_alone, len(outstanding), set(outstanding.owners)) == (True, 1, {"a"})
+        assert (first.is_only, len(outstanding), set(outstanding.owners)) == (True, 1, {"a"})
         with outstanding.of("a", FALLOCATE) as second, outstanding.of("b", BEGIN):
-            assert (first.is_alone, len(outstanding), set(outstanding.owners)) == (False, 3, {"a", "b"})
+            assert (first.is_only, len(outstanding), set(outstanding.owners)) == (False, 3, {"a", "b"})
             assert list(outstanding.by("a")) == [first, second]
             outstanding.check()
         assert list(outstanding.by("a")) == [first]

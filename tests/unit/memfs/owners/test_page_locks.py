@@ -49,7 +49,7 @@ def test_locks_in_too_many_pieces_are_refused_and_those_there_are_let_go_of() ->
     """Every other page of a range, and then the range at once: that takes no longer than it should."""
     locks = PageLocks()
     number = 0
-    while locks.room:
+    while locks.headroom:
         locks.lock(pages(2 * number, 2 * number + 1))
         number += 1
     with raises(errno.ENOLCK):
@@ -60,7 +60,7 @@ def test_locks_in_too_many_pieces_are_refused_and_those_there_are_let_go_of() ->
     assert len(locks) == number
     for page in range(0, 2 * number, 2):
         locks.unlock(pages(page, page + 1))
-    assert (len(locks), locks.room) == (0, MOST_RANGES - 1)
+    assert (len(locks), locks.headroom) == (0, MOST_RANGES - 1)
 
 
 async def test_who_waits_goes_on_with_the_last_unlock() -> None:
