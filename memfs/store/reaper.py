@@ -4,14 +4,17 @@ Freeing a gibibyte takes the kernel a tenth of a second, and it does that wherev
 is removed, a handle is closed or an owner dies. In the event loop that would hold up everybody. So a large file is
 emptied first (pages.py does that in threads), and closing it is then nothing.
 
-Until then its memory is in use, which on tmpfs it is not when unlink(2) has returned. So callers that depend on free
-space wait in `drain`: statfs(2), an allocation that found no space, and open(2) for writing while more is being freed
-than there is. Only a program that has a file open already, and writes to it in passthrough mode, may find no space for
-that moment.
+Until then its memory is in use, which on tmpfs it is not when unlink(2) has returned. So statfs(2) counts what is being
+freed as free, and callers that need the space wait in `drain`: an allocation that found none, and open(2) for writing
+while more is being freed than there is. Only a program that has a file open already, and writes to it in passthrough
+mode, may find no space for that moment.
 
 The kernel forgets a file after unlink(2) has returned, and may send other requests first. So a file that loses its
-last name and that nobody has open is expected, and `drain` waits for it to come; not for long, since a file may be kept
-in ways of which no FUSE server is notified (O_PATH).
+last name and that nobody has open is expected to come, but only for a moment from then on: a file may be kept for as
+long as somebody likes in ways of which no FUSE server is notified (O_PATH), and then it is as one that is open.
+
+Rejected: that statfs(2) waits (whoever removes files without end has everybody's wait; and what it would wait for, it
+can say immediately).
 """
 
 from __future__ import annotations
@@ -49,8 +52,10 @@ class Reaper:
     """
 
     def __init__(self) -> None:
-        self._files: Final[deque[Freeable]] = deque()  # the first is being emptied
-        self._expected: Final[set[Freeable]] = set()
+        self._files: Final[deque[tuple[Freeable, int]]] = deque()  # and their pages; the first is being emptied
+        self._pages = 0  # of all of them, as they were when they came
+        self._expected: Final[dict[Freeable, tuple[float, int]]] = {}  # until when, and pages; the oldest first
+        self._expected_pages = 0  # of all of them
         self._freed = 0  # how many files, ever
         self._arrival: Final = ParkingLot()  # `run` waits for a file to be taken
         self._change: Final = ParkingLot()  # `drain` waits for a file to be freed, or not to be expected any more
@@ -59,28 +64,47 @@ class Reaper:
     @property
     def is_idle(self) -> bool:
         """Whether no file is being freed, nor expected."""
+        self._forget_overdue()
         return not self._files and not self._expected
 
     @property
     def pages(self) -> int:
-        """How many pages are being freed, or expected to be."""
-        return sum(file.pages for file in (*self._files, *self._expected))
+        """How many pages are being freed, or expected to be. Costs the same however many files there are."""
+        self._forget_overdue()
+        if not self._files:
+            return self._expected_pages
+        first, pages = self._files[0]
+        return self._expected_pages + self._pages - pages + first.pages
 
     def expect(self, file: Freeable) -> None:
-        """Expect a large file to be taken soon."""
+        """Expect a large file to be taken soon, for a moment."""
         if self._is_running:
-            self._expected.add(file)
+            self.forget(file)
+            pages = file.pages
+            self._expected[file] = trio.current_time() + _EXPECTED_WITHIN, pages
+            self._expected_pages += pages
 
     def forget(self, file: Freeable) -> None:
         """Do not expect a file any more."""
-        if file in self._expected:
-            self._expected.remove(file)
+        expected = self._expected.pop(file, None)
+        if expected is not None:
+            self._expected_pages -= expected[1]
             self._change.unpark_all()
+
+    def _forget_overdue(self) -> None:
+        """Do not expect any more what has not come in time: somebody keeps it."""
+        while self._expected:
+            file, (until, _) = next(iter(self._expected.items()))
+            if until > trio.current_time():
+                return
+            self.forget(file)
 
     def take(self, file: Freeable) -> bool:
         """Free a file from now on. Returns whether that is possible."""
         if self._is_running:
-            self._files.append(file)
+            pages = file.pages
+            self._files.append((file, pages))
+            self._pages += pages
             self._arrival.unpark_all()
             self.forget(file)
         return self._is_running
@@ -90,10 +114,12 @@ class Reaper:
 
         Files that come meanwhile are not waited for: programs that go on removing files must not hold up the caller.
         """
-        expected = set(self._expected)
-        with trio.move_on_after(_EXPECTED_WITHIN):
-            while expected & self._expected:
-                await self._change.park()
+        self._forget_overdue()
+        if self._expected:
+            last_expected = next(reversed(self._expected))
+            with trio.move_on_at(self._expected[last_expected][0]):
+                while last_expected in self._expected:  # those before it are not expected for longer
+                    await self._change.park()
         if not self._files:
             return False
         last = self._freed + len(self._files)
@@ -108,7 +134,7 @@ class Reaper:
             while True:
                 while self._files:
                     try:
-                        await self._files[0].empty()
+                        await self._files[0][0].empty()
                     except OSError as error:
                         log.warning("a large file is freed in one piece: %s", error.strerror)
                     self._close_first()
@@ -119,6 +145,8 @@ class Reaper:
                 self._close_first()
 
     def _close_first(self) -> None:
-        self._files.popleft().close()
+        file, pages = self._files.popleft()
+        self._pages -= pages
+        file.close()
         self._freed += 1
         self._change.unpark_all()

@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import errno
 
+import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
+from memfs.fuse.abi import IN_HEADER, STATFS_OUT, Opcode, Request
+from memfs.fuse.files import FileHandlers
+from memfs.store.backing import MemfdBacking
+from memfs.store.file import File
 from memfs.store.reaper import Reaper
+from memfs.tree.open_files import OpenFiles
+from memfs.tree.tree import Tree
 
 
 class Large:
     """A file that takes as long to free as the test wants."""
 
-    pages = 4096
-
     def __init__(self) -> None:
         self.may_be_empty = trio.Event()
         self.closed = False
+        self.asked = 0  # how often for its pages
+
+    @property
+    def pages(self) -> int:
+        self.asked += 1
+        return 4096
 
     async def empty(self) -> None:
         await self.may_be_empty.wait()
@@ -76,10 +87,67 @@ async def test_a_file_that_is_expected_is_waited_for_and_not_for_long(autojump_c
             await trio.sleep(0.01)
             assert reaper.take(file)
 
+        reaper.expect(file)
         nursery.start_soon(come)
         assert await reaper.drain()
         assert file.closed
         nursery.cancel_scope.cancel()
+
+
+async def test_a_file_that_somebody_keeps_delays_others_once_only(autojump_clock: trio.testing.MockClock) -> None:
+    reaper, kept = Reaper(), Large()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(reaper.run)
+        await wait_all_tasks_blocked()
+        reaper.expect(kept)
+        assert (reaper.is_idle, reaper.pages) == (False, 4096)
+        await reaper.drain()
+        began = trio.current_time()
+        assert (reaper.is_idle, reaper.pages) == (True, 0)
+        assert not await reaper.drain()
+        assert trio.current_time() == began
+        assert reaper.take(kept)  # it comes after all
+        assert (reaper.is_idle, reaper.pages) == (False, 4096)
+        nursery.cancel_scope.cancel()
+
+
+async def test_to_ask_what_is_being_freed_costs_the_same_however_many_files_there_are() -> None:
+    reaper, files, expected = Reaper(), [Large() for _ in range(100)], [Large() for _ in range(100)]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(reaper.run)
+        await wait_all_tasks_blocked()
+        for file in files:
+            reaper.take(file)
+        for file in expected:
+            reaper.expect(file)
+        before = sum(file.asked for file in files + expected)
+        assert reaper.pages == 200 * 4096
+        assert sum(file.asked for file in files + expected) - before <= 1
+        nursery.cancel_scope.cancel()
+
+
+async def test_statfs_counts_what_is_being_freed_and_does_not_wait() -> None:
+    backing = MemfdBacking(1 << 30)
+    tree = Tree(lambda ino, seals: File(backing, ino, seals), 100, 0o755, 0, 0)
+    handlers, stuck = FileHandlers(tree, OpenFiles(tree), backing), Large()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(backing.reaper.run)
+        await wait_all_tasks_blocked()
+        backing.reserve(5000)
+        backing.reaper.take(stuck)
+        backing.reaper.expect(Large())
+        request = Request.parse(memoryview(IN_HEADER.pack(IN_HEADER.size, Opcode.STATFS, 2, 1, 0, 0, 0, 0, 0)))
+        with pytest.raises(StopIteration) as answered:  # immediately
+            handlers.statfs(request).send(None)
+        total, free, *_ = STATFS_OUT.unpack(answered.value.value)
+        assert total - free == 0  # never more than there is
+        backing.reserve(5000)
+        with pytest.raises(StopIteration) as answered:
+            handlers.statfs(request).send(None)
+        total, free, *_ = STATFS_OUT.unpack(answered.value.value)
+        assert total - free == 10_000 - 2 * 4096
+        nursery.cancel_scope.cancel()
+    backing.unreserve(10_000)
 
 
 async def test_what_cannot_be_freed_in_chunks_is_freed_all_the_same() -> None:
