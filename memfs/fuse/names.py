@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import stat
+from itertools import islice
 from typing import Final
 
 from memfs.fuse.abi import (
@@ -31,6 +32,8 @@ from memfs.tree.inode import DOT_COOKIE, DOTDOT_COOKIE, Inode, RegularFile
 from memfs.tree.open_files import OpenFiles
 from memfs.tree.tree import Tree
 from memfs.tree.xattrs import Xattrs
+
+_MOST_ENTRIES: Final = 256  # of a directory in one reply, each of which may take a stat(2)
 
 
 class NameHandlers:
@@ -121,7 +124,7 @@ class NameHandlers:
         return OPEN_OUT.pack(fh, 0, 0)
 
     async def readdirplus(self, request: Request) -> bytes:
-        """Answer getdents(2) with as many entries after a cookie as fit. Each but . and .. counts as a look-up."""
+        """Answer getdents(2) with entries after a cookie, as many as fit. Each but . and .. counts as a look-up."""
         fh, cookie, size, *_ = unpack(READ_IN, request.body)
         handle = self._open_files.directory(fh)
         directory = handle.inode
@@ -131,7 +134,7 @@ class NameHandlers:
         for own_cookie, name, inode in ((DOT_COOKIE, b".", directory), (DOTDOT_COOKIE, b"..", directory.parent)):
             if cookie < own_cookie:
                 packed += pack_direntplus(name, inode.stat(), own_cookie)
-        for entry in handle.entries_after(cookie):
+        for entry in islice(directory.entries_after(cookie), _MOST_ENTRIES):
             direntplus = pack_direntplus(entry.name, entry.inode.stat(), entry.cookie)
             if len(packed) + len(direntplus) > size:
                 break

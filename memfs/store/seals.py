@@ -36,6 +36,7 @@ NAMES: Final = {
     "exec": F_SEAL_EXEC,
 }
 SUPPORTED: Final = sum(NAMES.values())
+_MOST_TEXT: Final = 256  # characters: all names, several times
 #: those that say who may change content; the kernel would not ask us if such a file's handles passed through
 ON_WRITES: Final = F_SEAL_GROW | F_SEAL_WRITE | F_SEAL_FUTURE_WRITE
 #: those that forbid any change of content
@@ -132,8 +133,11 @@ def writable_length(bits: int, size: ByteOffset, offset: ByteOffset, length: int
 def parse(text: str) -> int:
     """Return seal bits from names separated by commas, as `format_seals` writes them; the empty string is no seals.
 
-    Raises OSError(EINVAL) for a name that is none.
+    Raises OSError(EINVAL) for a name that is none, and for more than 256 characters: those of a directory are parsed
+    whenever a file is created in it.
     """
+    if len(text) > _MOST_TEXT:
+        raise OSError(errno.EINVAL, f"seals in {len(text)} characters; at most {_MOST_TEXT}")
     bits = 0
     for name in filter(None, (part.strip() for part in text.split(","))):
         if name not in NAMES:

@@ -15,6 +15,7 @@ from typing import Final, NamedTuple
 
 ACCESS: Final = b"system.posix_acl_access"
 DEFAULT: Final = b"system.posix_acl_default"
+MOST_BYTES: Final = 4096  #: of an ACL, each time that something is created by it: some more than ext4 has space for
 
 _VERSION: Final = 2
 _HEADER: Final = struct.Struct("<I")
@@ -74,6 +75,12 @@ def inherit(parent: dict[bytes, bytes] | None, mode: int, umask: int) -> tuple[i
     if stat.S_ISDIR(mode):
         xattrs[DEFAULT] = default
     return mode, xattrs
+
+
+def check_size(value: bytes) -> None:
+    """Raise OSError(ENOSPC) if an ACL is too large to be set."""
+    if len(value) > MOST_BYTES:
+        raise OSError(errno.ENOSPC, f"an ACL of {len(value)} bytes; at most {MOST_BYTES}")
 
 
 def _parse(value: bytes) -> list[_Entry]:

@@ -13,11 +13,13 @@ from __future__ import annotations
 import functools
 import stat
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, NamedTuple, NewType
 
 from memfs.store.file import File
 from memfs.tree import acl
+from memfs.tree.cookie_order import CookieOrder
 
 Ino = NewType("Ino", int)
 
@@ -224,13 +226,14 @@ class Entry:
 class Directory(TimedInode):
     """A directory: its names in the order in which they were created."""
 
-    __slots__ = ("_next_cookie", "entries", "parent")
+    __slots__ = ("_next_cookie", "_order", "entries", "parent")
 
     def __init__(self, ino: Ino, mode: int, uid: int, gid: int, parent: Directory | None) -> None:
         super().__init__(ino, mode, uid, gid)
         self.nlink = 2
         self.parent: Directory = parent or self
         self.entries: dict[bytes, Entry] = {}
+        self._order: Final[CookieOrder[Entry]] = CookieOrder()
         self._next_cookie = DOTDOT_COOKIE + 1
 
     def stat(self) -> Stat:
@@ -240,7 +243,8 @@ class Directory(TimedInode):
     def add(self, name: bytes, inode: Inode) -> None:
         """Enter a name that is not there."""
         assert name not in self.entries
-        self.entries[name] = Entry(name, inode, self._next_cookie)
+        self.entries[name] = entry = Entry(name, inode, self._next_cookie)
+        self._order.append(entry)
         self._next_cookie += 1
         self.modified()
         if inode.is_dir:
@@ -248,16 +252,16 @@ class Directory(TimedInode):
 
     def remove(self, name: bytes) -> Inode:
         """Remove a name and return what it named."""
-        inode = self.entries.pop(name).inode
+        entry = self.entries.pop(name)
+        self._order.remove(entry)
         self.modified()
-        if inode.is_dir:
+        if entry.inode.is_dir:
             self.nlink -= 1
-        return inode
+        return entry.inode
 
-    def snapshot(self) -> list[Entry]:
-        """Return all entries, the newest first, as tmpfs lists them."""
-        return list(reversed(self.entries.values()))
+    def entries_after(self, cookie: int) -> Iterator[Entry]:
+        """Generate the entries after a cookie, the newest first, as tmpfs lists them; all after those of . and ..
 
-    def has(self, entry: Entry) -> bool:
-        """Return whether an entry is still there, neither removed nor replaced."""
-        return self.entries.get(entry.name) is entry
+        Nothing may be changed meanwhile. What comes later has a larger cookie: a reader that has begun never sees it.
+        """
+        return self._order.below(cookie) if cookie > DOTDOT_COOKIE else self._order.newest_first()

@@ -6,7 +6,7 @@ A second name of a file takes an inode's space, too, and so do extended attribut
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 from memfs.tree.inode import Inode
@@ -64,12 +64,19 @@ class InodeSpace:
         """Count a name that was removed from a file that has another."""
         self._extra_links -= 1
 
-    def change_xattrs(self, old: dict[bytes, bytes] | None, new: dict[bytes, bytes] | None) -> None:
-        """Count new extended attributes of an inode in place of old ones. Raises OSError(ENOSPC), changing nothing."""
-        more = _user_bytes(new) - _user_bytes(old)
+    def change_xattr(self, name: bytes, old: bytes | None, new: bytes | None) -> None:
+        """Count a new value of an extended attribute in place of an old one; None is no attribute.
+
+        Raises OSError(ENOSPC), changing nothing.
+        """
+        more = _user_bytes(name, new) - _user_bytes(name, old)
         if more > 0 and more > self._free_bytes:
             raise OSError(errno.ENOSPC, "no space for attributes")
         self._user_xattr_bytes += more
+
+    def remove_xattrs(self, xattrs: Mapping[bytes, bytes] | None) -> None:
+        """Count the extended attributes of an inode that was freed."""
+        self._user_xattr_bytes -= _all_user_bytes(xattrs)
 
     def check(self, inodes: Iterable[Inode]) -> None:
         """Raise AssertionError unless these inodes are what was counted."""
@@ -78,12 +85,14 @@ class InodeSpace:
         assert self._inodes == len(inodes), f"{self._inodes} inodes counted, {len(inodes)} there"
         links = sum(inode.nlink - 1 for inode in inodes if inode.nlink and not inode.is_dir)
         assert self._extra_links == links, f"{self._extra_links} extra links counted, {links} there"
-        nbytes = sum(_user_bytes(inode.xattrs) for inode in inodes)
+        nbytes = sum(_all_user_bytes(inode.xattrs) for inode in inodes)
         assert self._user_xattr_bytes == nbytes, f"{self._user_xattr_bytes} bytes of attributes counted, {nbytes} there"
 
 
-def _user_bytes(xattrs: dict[bytes, bytes] | None) -> int:
-    """Return the space that tmpfs counts for attributes in the user namespace (simple_xattr_space())."""
-    if not xattrs:
-        return 0
-    return sum(40 + len(name) + len(value) for name, value in xattrs.items() if name.startswith(b"user."))
+def _user_bytes(name: bytes, value: bytes | None) -> int:
+    """Return the space that tmpfs counts for an attribute, if it is in the user namespace (simple_xattr_space())."""
+    return 40 + len(name) + len(value) if value is not None and name.startswith(b"user.") else 0
+
+
+def _all_user_bytes(xattrs: Mapping[bytes, bytes] | None) -> int:
+    return sum(_user_bytes(name, value) for name, value in (xattrs or {}).items())

@@ -14,17 +14,15 @@ munmap, but it says nothing of mmap itself, so each such handle counts as a mapp
 
 from __future__ import annotations
 
-import bisect
 import enum
 import errno
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, NewType, Protocol
 
 from memfs.store import seals
 from memfs.store.file import File
-from memfs.tree.inode import DOTDOT_COOKIE, Directory, Entry, Inode, RegularFile
+from memfs.tree.inode import Directory, Inode, RegularFile
 from memfs.tree.tree import Tree
 
 Fh = NewType("Fh", int)
@@ -67,28 +65,12 @@ class OpenFile:
         return self.flags & os.O_ACCMODE != os.O_RDONLY
 
 
+@dataclass(frozen=True, slots=True)
 class OpenDirectory:
-    """An open directory: the names it had when reading began, so that change does not disturb the reader."""
+    """An open directory. Where its reader is, the cookie says that comes with each request."""
 
-    __slots__ = ("_entries", "flags", "inode")
-
-    def __init__(self, inode: Directory, flags: int) -> None:
-        self.inode: Final = inode
-        self.flags: Final = flags  #: O_* as given to open(2)
-        self._entries: list[Entry] | None = None
-
-    def entries_after(self, cookie: int) -> Iterator[Entry]:
-        """Return the entries after a cookie; 0 begins anew (rewinddir(3))."""
-        if cookie == 0 or self._entries is None:
-            self._entries = self.inode.snapshot()
-        first = bisect.bisect_right(self._entries, -cookie, key=_descending) if cookie > DOTDOT_COOKIE else 0
-        for position in range(first, len(self._entries)):
-            if self.inode.has(self._entries[position]):
-                yield self._entries[position]
-
-
-def _descending(entry: Entry) -> int:
-    return -entry.cookie
+    inode: Directory
+    flags: int  #: O_* as given to open(2)
 
 
 class OpenFiles:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Final, NamedTuple
 
@@ -28,6 +28,7 @@ from memfs.tree.inode_space import InodeSpace
 
 ROOT_INO: Final = Ino(1)
 NAME_MAX: Final = 255  # bytes
+MOST_XATTRS: Final = 8192  #: of an inode: to free them takes a millisecond
 _SHORT_SYMLINK: Final = 128  # bytes, the final 0 among them (mm/shmem.c: SHORT_SYMLINK_LEN)
 RENAME_NOREPLACE: Final = 1
 RENAME_EXCHANGE: Final = 2
@@ -333,7 +334,7 @@ class Tree:
             return
         del self.inodes[inode.ino]
         self.space.remove_inode()
-        self.space.change_xattrs(inode.xattrs, None)
+        self.space.remove_xattrs(inode.xattrs)
         if isinstance(inode, RegularFile):
             inode.file.free()
         else:
@@ -348,15 +349,18 @@ class Tree:
     # -- extended attributes ----------------------------------------------------------------------------------------
 
     def setxattr(self, ino: int, name: bytes, value: bytes) -> None:
-        """Set an extended attribute, as setxattr(2)."""
+        """Set an extended attribute, as setxattr(2). ENOSPC also if there are MOST_XATTRS already."""
         inode = self.inode(ino)
         inode_flags.check_change(inode)
         if len(name) > NAME_MAX:
             raise OSError(errno.ERANGE, "attribute name too long")
         if len(value) > XATTR_SIZE_MAX:
             raise OSError(errno.E2BIG, "attribute too large")
-        xattrs = {**(inode.xattrs or {}), name: value}
-        self.space.change_xattrs(inode.xattrs, xattrs)
+        xattrs = inode.xattrs if inode.xattrs is not None else {}
+        if name not in xattrs and len(xattrs) >= MOST_XATTRS:
+            raise OSError(errno.ENOSPC, f"there are {MOST_XATTRS} attributes")
+        self.space.change_xattr(name, xattrs.get(name), value)
+        xattrs[name] = value
         inode.xattrs = xattrs
         inode.changed()
 
@@ -371,16 +375,14 @@ class Tree:
         """Remove an extended attribute, as removexattr(2)."""
         inode = self.inode(ino)
         inode_flags.check_change(inode)
-        self.getxattr(ino, name)
+        self.space.change_xattr(name, self.getxattr(ino, name), None)
         assert inode.xattrs is not None
-        xattrs = {each: value for each, value in inode.xattrs.items() if each != name}
-        self.space.change_xattrs(inode.xattrs, xattrs)
-        inode.xattrs = xattrs
+        del inode.xattrs[name]
         inode.changed()
 
-    def listxattr(self, ino: int) -> list[bytes]:
+    def listxattr(self, ino: int) -> Iterable[bytes]:
         """Return the names of extended attributes, as listxattr(2)."""
-        return list(self.inode(ino).xattrs or ())
+        return self.inode(ino).xattrs or ()
 
     # -- invariants -------------------------------------------------------------------------------------------------
 

@@ -77,6 +77,8 @@ class Xattrs:
                 raise OSError(errno.EPERM, "only with CAP_SYS_ADMIN, or for the ordinary user that mounted it")
             self._remount(_text(value))
             return
+        if name in (acl.ACCESS, acl.DEFAULT):
+            acl.check_size(value)
         if name == acl.ACCESS:
             self._set_access_acl(inode, value)
             return

@@ -239,7 +239,7 @@ class OnTree(Place):
         return os.fsdecode(inode.target)
 
     def names(self, path: str = ".") -> list[str]:
-        return [os.fsdecode(entry.name) for entry in self.tree.directory(self.inode(path).ino).snapshot()]
+        return [os.fsdecode(entry.name) for entry in self.tree.directory(self.inode(path).ino).entries_after(0)]
 
     def write(self, path: str, data: bytes) -> None:
         inode = self.tree.regular(self.inode(path).ino)
@@ -266,7 +266,7 @@ class OnTree(Place):
     def names_in_handle(self, handle: int) -> list[str]:
         directory = self._open[handle]
         assert isinstance(directory, Directory)
-        return [os.fsdecode(entry.name) for entry in directory.snapshot()]
+        return [os.fsdecode(entry.name) for entry in directory.entries_after(0)]
 
     def make_in_handle(self, handle: int, name: str) -> None:
         self.tree.create(self._open[handle].ino, os.fsencode(name), stat.S_IFREG | 0o644, 0, 0)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
+import random
 import stat
-from collections.abc import Callable, Iterator
+import tracemalloc
+from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 import trio
@@ -260,7 +263,7 @@ def reader(opens: OpenFiles, tree_place: OnTree) -> OpenDirectory:
 def read(reader: OpenDirectory, cookie: int, count: int = 99) -> tuple[str, int]:
     """Some names, and the cookie of the last one."""
     names = ""
-    for entry in list(reader.entries_after(cookie))[:count]:
+    for entry in list(reader.inode.entries_after(cookie))[:count]:
         names, cookie = names + entry.name.decode(), entry.cookie
     return names, cookie
 
@@ -310,3 +313,43 @@ def test_removed_directory_is_empty_and_lives_until_it_is_released(opens: OpenFi
     opens.release(fh)
     with raises(errno.ESTALE):
         tree_place.tree.inode(inode.ino)
+
+
+def make_names(tree_place: OnTree, names: Iterable[str]) -> None:
+    """Create very many names, of what takes no descriptor."""
+    tree_place.tree.space.set_limit(10_000)
+    for name in names:
+        tree_place.tree.create(ROOT_INO, name.encode(), stat.S_IFIFO | 0o600, 0, 0)
+
+
+def test_reading_directories_keeps_nothing_for_their_readers(opens: OpenFiles, tree_place: OnTree) -> None:
+    """Whatever is kept for a reader, one user can have as often as it has descriptors."""
+    make_names(tree_place, (str(number) for number in range(2000)))
+    handles = [opens.directory(opens.open_directory(tree_place.tree.root, os.O_RDONLY)) for _ in range(100)]
+    tracemalloc.start()
+    for handle in handles:
+        assert next(iter(handle.inode.entries_after(0))).name == b"1999"
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept < 2000 * 8
+
+
+def test_cookies_lead_through_a_directory_that_changes(tree_place: OnTree) -> None:
+    """Entries are neither shown twice nor lost, whatever else comes and goes in a directory of many blocks."""
+    root, chance = tree_place.tree.root, random.Random(1)
+    names = {str(number).encode() for number in range(3000)}
+    make_names(tree_place, sorted(name.decode() for name in names))
+    cookie, seen = 0, list[bytes]()
+    removed = set[bytes]()
+    while entries := list(itertools.islice(root.entries_after(cookie), 50)):
+        seen += [entry.name for entry in entries]
+        cookie = entries[-1].cookie
+        for name in chance.sample(sorted(names - removed), 40):
+            tree_place.unlink(name.decode())
+            removed.add(name)
+        make_names(tree_place, [f"new{cookie}"])
+    assert len(set(seen)) == len(seen)
+    assert set(seen) >= names - removed
+    assert set(seen) <= names
+    cookies = [entry.cookie for entry in root.entries_after(0)]
+    assert cookies == sorted((entry.cookie for entry in root.entries.values()), reverse=True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import stat
+import struct
 from collections.abc import Callable
+from typing import NoReturn
 
 import pytest
 import trio
@@ -14,7 +16,7 @@ from memfs.store.seals import F_SEAL_GROW, F_SEAL_GUEST, F_SEAL_SEAL
 from memfs.tree import acl
 from memfs.tree.inode import RegularFile
 from memfs.tree.inode_flags import FS_APPEND_FL, FS_IMMUTABLE_FL
-from memfs.tree.tree import ROOT_INO
+from memfs.tree.tree import MOST_XATTRS, ROOT_INO
 from memfs.tree.xattrs import Control, Xattrs
 from tests.helpers import raises
 
@@ -206,6 +208,56 @@ def test_default_seals_belong_to_a_directory(tree_place: OnTree) -> None:
     assert tree_place.listxattr("file") == []
     tree_place.removexattr("d", "user.memfs.default_seals")
     assert tree_place.xattrs.default_seals(tree_place.number("d")) == 0
+
+
+# -- what they cost ---------------------------------------------------------------------------------------------------
+
+
+class NotAllAtOnce(dict[bytes, bytes]):
+    """Attributes at which nobody looks one after the other."""
+
+    def _no(self, *_: object) -> NoReturn:
+        raise AssertionError("the work grows with the number of attributes")
+
+    __iter__ = keys = values = items = copy = _no
+
+
+@pytest.mark.parametrize("namespace", ["user", "trusted"])
+def test_one_attribute_costs_the_same_however_many_there_are(tree_place: OnTree, namespace: str) -> None:
+    tree_place.make("file")
+    inode = tree_place.tree.inode(tree_place.number("file"))
+    inode.xattrs = NotAllAtOnce()
+    for value in ("1", "22"):
+        tree_place.setxattr("file", f"{namespace}.a", value.encode())
+        tree_place.setxattr("file", f"{namespace}.b", value.encode())
+    assert tree_place.getxattr("file", f"{namespace}.b") == b"22"
+    tree_place.removexattr("file", f"{namespace}.a")
+    inode.xattrs = dict(dict.items(inode.xattrs))
+    assert tree_place.listxattr("file") == [f"{namespace}.b"]
+
+
+def test_an_inode_has_a_bounded_number_of_attributes(tree_place: OnTree) -> None:
+    tree_place.make("file")
+    tree = tree_place.tree
+    tree.space.set_limit(100_000)
+    for number in range(MOST_XATTRS):
+        tree.setxattr(tree_place.number("file"), b"user.%d" % number, b"")
+    with raises(errno.ENOSPC):
+        tree.setxattr(tree_place.number("file"), b"user.more", b"")
+    tree.setxattr(tree_place.number("file"), b"user.1", b"another value")
+    tree.removexattr(tree_place.number("file"), b"user.2")
+    tree.setxattr(tree_place.number("file"), b"user.more", b"")
+    tree.check()
+
+
+def test_what_is_looked_at_whenever_a_file_is_created_is_bounded(tree_place: OnTree) -> None:
+    """Default seals and default ACLs are a user's text, and work for each file that is created in its directory."""
+    tree_place.mkdir("d")
+    acl_entries = b"".join(struct.pack("<HHI", 0x02, 7, uid) for uid in range(1000))
+    with raises(errno.ENOSPC):
+        tree_place.setxattr("d", "system.posix_acl_default", struct.pack("<I", 2) + acl_entries)
+    with raises(errno.EINVAL):
+        tree_place.setxattr("d", "user.memfs.default_seals", b"seal," * 1000)
 
 
 # -- the mount's own --------------------------------------------------------------------------------------------------
