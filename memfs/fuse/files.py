@@ -101,10 +101,7 @@ class FileHandlers:
             await self._truncate(request, size, by_path=not valid & FATTR_FH)
         if valid & FATTR_MODE:
             inode.chmod(mode)
-        if valid & FATTR_UID:
-            inode.uid = uid
-        if valid & FATTR_GID:
-            inode.gid = gid
+        inode.chown(uid if valid & FATTR_UID else None, gid if valid & FATTR_GID else None)
         if valid & _TIMES:
             inode.set_times(
                 atime * 1_000_000_000 + atime_ns if valid & FATTR_ATIME else None,

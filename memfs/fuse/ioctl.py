@@ -13,7 +13,7 @@ from memfs.tree import inode_flags
 from memfs.tree.open_files import OpenFiles
 from memfs.tree.tree import Tree
 
-_U32: Final = struct.Struct("=I")
+_FLAGS: Final = struct.Struct("=I")  # of FS_IOC_GETFLAGS and FS_IOC_SETFLAGS, whose numbers claim a long
 _FSXATTR: Final = struct.Struct("=I24x")  # struct fsxattr: xflags; extent sizes, projects
 #: FS_IMMUTABLE_FL, FS_APPEND_FL, FS_NODUMP_FL and FS_NOATIME_FL, and the same as FS_XFLAG_*
 _XFLAGS: Final = {inode_flags.FS_IMMUTABLE_FL: 0x8, inode_flags.FS_APPEND_FL: 0x10, 0x40: 0x80, 0x80: 0x40}
@@ -33,16 +33,16 @@ class IoctlHandlers:
         fh, _, command, _, in_size, out_size = unpack(IOCTL_IN, body)
         data = body[IOCTL_IN.size : IOCTL_IN.size + in_size]
         match command:
-            case seals.MEMFS_IOC_GET_SEALS if out_size >= _U32.size:
-                return _DONE + _U32.pack(self._open_files.file(fh).inode.file.seals)
+            case seals.MEMFS_IOC_GET_SEALS if out_size >= seals.IOC_ARGUMENT.size:
+                return _DONE + seals.IOC_ARGUMENT.pack(self._open_files.file(fh).inode.file.seals)
             case seals.MEMFS_IOC_ADD_SEALS:
-                (bits,) = unpack(_U32, data)
+                (bits,) = unpack(seals.IOC_ARGUMENT, data)
                 await self._add_seals(fh, bits)
                 return _DONE
-            case abi.FS_IOC_GETFLAGS if out_size >= _U32.size:
-                return _DONE + _U32.pack(self._tree.inode(request.nodeid).flags)
+            case abi.FS_IOC_GETFLAGS if out_size >= _FLAGS.size:
+                return _DONE + _FLAGS.pack(self._tree.inode(request.nodeid).flags)
             case abi.FS_IOC_SETFLAGS:
-                (flags,) = unpack(_U32, data)
+                (flags,) = unpack(_FLAGS, data)
                 self._set_flags(request.nodeid, flags)
                 return _DONE
             case abi.FS_IOC_FSGETXATTR if out_size >= _FSXATTR.size:
@@ -62,5 +62,4 @@ class IoctlHandlers:
         inode = self._tree.inode(nodeid)
         if flags & ~sum(_XFLAGS):
             raise OSError(errno.EOPNOTSUPP, f"inode flags {flags:#x}")
-        inode.flags = flags
-        inode.changed()
+        inode.set_flags(flags)

@@ -44,9 +44,7 @@ def launch(file: File) -> bytes:
 
     Returns the measurement, 48 bytes. Raises OSError(EINVAL) if the file is not guest-sealed.
     """
-    image = file.initial_image()
-    image.launched = True
-    return image.measurement
+    return file.initial_image().launch()
 
 
 def _check_source(fd: int, start: ByteOffset, length: int) -> None:

@@ -51,12 +51,22 @@ class InitialImage:
 
     def __init__(self) -> None:
         self._hash = hashlib.sha384()
-        self.launched = False
+        self._launched = False
+
+    @property
+    def launched(self) -> bool:
+        """Whether it is final."""
+        return self._launched
 
     @property
     def measurement(self) -> bytes:
         """SHA-384 of what happened so far, 48 bytes."""
         return self._hash.digest()
+
+    def launch(self) -> bytes:
+        """Make it final, and return the measurement."""
+        self._launched = True
+        return self.measurement
 
     def remove(self, pages: PageRange) -> None:
         """Record that allocated pages are about to be removed. After the launch that is the guest's own affair."""

@@ -101,6 +101,16 @@ class Inode:
         if self.xattrs is not None and acl.ACCESS in self.xattrs:
             self.xattrs[acl.ACCESS] = acl.after_chmod(self.xattrs[acl.ACCESS], mode)
 
+    def chown(self, uid: int | None, gid: int | None) -> None:
+        """Change user and group; None leaves one as it is. chown(2) drops setuid and setgid in a call of its own."""
+        self.uid = self.uid if uid is None else _shared(uid)
+        self.gid = self.gid if gid is None else _shared(gid)
+
+    def set_flags(self, flags: int) -> None:
+        """Set FS_*_FL flags, and clear all others (chattr(1))."""
+        self.flags = flags
+        self.changed()
+
     def kill_suidgid(self, *, in_group: bool) -> None:
         """Drop setuid and file capabilities, and setgid if the group may execute or the caller is not `in_group`.
 
