@@ -19,8 +19,9 @@ DOCUMENTS = sorted(
     for pattern in ("*.md", "docs/*.md", "examples/*.md", ".github/**/*.md", "kvmsim/traces/*.md")
     for path in ROOT.glob(pattern)
 )
-#: of a path in a document; `NAME` and the like are the reader's
-NAMED = re.compile(r"`((?:memfs|kvmsim|tests|bench(?!/out/)|demo|docs|examples|\.ci|\.github)/[\w./-]*\w/?)`")
+FOLDERS = r"(?:memfs|kvmsim|tests|bench(?!/out/)|demo|docs|examples|\.ci|\.github)"
+#: of a path in a document, in its text or in a command; `NAME` and the like are the reader's
+NAMED = re.compile(rf"`({FOLDERS}/[\w./-]*\w/?)`|(?<= )({FOLDERS}/[\w./-]*\w\.py)\b")
 
 
 def text(document: str) -> str:
@@ -51,7 +52,7 @@ def test_links_lead_somewhere(document: str) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_files_that_are_named_exist(document: str) -> None:
-    named = {name for name in NAMED.findall(text(document)) if not name.startswith("bench/out/")}  # made by the bench
+    named = {found[1] or found[2] for found in NAMED.finditer(text(document))}
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
 
 
