@@ -9,6 +9,7 @@ reports over a pipe: that it is ready and what could not be had, or why it canno
 from __future__ import annotations
 
 import argparse
+import errno
 import fcntl
 import json
 import logging
@@ -21,12 +22,12 @@ from typing import NoReturn
 
 from memfs import __version__
 from memfs.contract import logs
-from memfs.contract.on_memfs import locate
+from memfs.contract.on_memfs import OnMemfs, locate, naming
 from memfs.contract.sizes import parse_bytes
 from memfs.contract.sys.mountinfo import real_mountpoint
 from memfs.contract.sys.standard_descriptors import fill_standard_descriptors
 from memfs.contract.terminal import Parser, printable, quoted
-from memfs.contract.units import ByteOffset
+from memfs.contract.units import PAGE_SIZE, ByteOffset, is_page_aligned
 from memfs.inherited import InheritedError, leave_behind, raise_limits
 from memfs.options import MountOptions, OptionError, RemountOptions
 from memfs.store import seals
@@ -44,6 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         parsed.run(parsed)
     except (CommandError, OptionError) as error:
         sys.exit(f"memfs: {printable(error)}")
+    except BrokenPipeError:  # `memfs stat | head -1`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1)
     except OSError as error:
         sys.exit(f"memfs: {printable(error.filename or parsed.command)}: {printable(error.strerror)}")
     except KeyboardInterrupt:
@@ -199,8 +203,11 @@ def _serve_and_report(mount: _Mount, report: int) -> NoReturn:
 
     try:
         _serve(mount, lambda notes: tell("ready", notes))
-    except (CommandError, OSError) as error:
+    except CommandError as error:
         tell("failed", [str(error)])
+        os._exit(1)
+    except OSError as error:
+        tell("failed", [f"{error.filename}: {error.strerror}" if error.filename else str(error)])
         os._exit(1)
     os._exit(0)
 
@@ -254,13 +261,18 @@ def _print_notes(notes: list[str]) -> None:
 
 
 def _remount(arguments: argparse.Namespace) -> None:
-    """Change how large a mounted memfs may become, in bytes and inodes. Below what is in use: Invalid argument."""
+    """Change how large a mounted memfs may become, in bytes and inodes. Less than is in use is refused."""
     RemountOptions.parse(arguments.options)  # for its clear words; the daemon parses it again
     with locate(arguments.path, last_link=True) as mount:
         try:
-            mount.set("trusted.memfs.remount", arguments.options)
-        except PermissionError:  # not root: then it must be our own
-            mount.set("user.memfs.remount", arguments.options)
+            try:
+                mount.set("trusted.memfs.remount", arguments.options)
+            except PermissionError:  # not root: then it must be our own
+                mount.set("user.memfs.remount", arguments.options)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            raise CommandError(f"{arguments.path}: {arguments.options} is less than what is in use") from error
 
 
 def _stat(arguments: argparse.Namespace) -> None:
@@ -289,8 +301,25 @@ def _line(values: dict[str, object]) -> str:
 
 def _seal(arguments: argparse.Namespace) -> None:
     """Add seals to a file on a memfs. It must be empty and open nowhere for the guest seal."""
+    names = ",".join(arguments.seals)
+    bits = seals.parse(names)
     with locate(arguments.file) as file:
-        file.set("user.memfs.seals", ",".join(arguments.seals))
+        try:
+            file.set("user.memfs.seals", names)
+        except OSError as error:
+            raise _refused_seal(file, bits, error) from error
+
+
+def _refused_seal(file: OnMemfs, bits: int, error: OSError) -> Exception:
+    """Return why a file cannot be sealed, in words where the errno's are few."""
+    if error.errno == errno.EBUSY and bits & seals.F_SEAL_GUEST:
+        what = "is not empty" if os.fstat(file.fd).st_size else "is open or mapped somewhere"
+        return CommandError(f"{file.path}: it {what}; the guest seal is for empty files that nobody has open")
+    if error.errno == errno.EBUSY:
+        return CommandError(f"{file.path}: somebody has it open for writing, or mapped")
+    if error.errno == errno.EPERM and seals.F_SEAL_SEAL & seals.parse(file.get("user.memfs.seals")):
+        return CommandError(f"{file.path}: it is sealed against further seals")
+    return error
 
 
 def _show_seals(arguments: argparse.Namespace) -> None:
@@ -302,18 +331,21 @@ def _show_seals(arguments: argparse.Namespace) -> None:
 def _create(arguments: argparse.Namespace) -> None:
     """Create a file on a memfs. It must not exist."""
     bits = seals.parse(arguments.seals)
+    if bits & seals.F_SEAL_GUEST and not is_page_aligned(arguments.size):
+        raise CommandError(f"{arguments.file}: the size of a guest-sealed file is a multiple of {PAGE_SIZE}")
     directory, name = os.path.split(arguments.file)
     with locate(directory or ".", last_link=True) as parent:
         # With O_DIRECT the handle cannot be mapped, so that it does not stand in the way of the guest seal.
         fd = parent.create(name, os.O_RDWR | os.O_DIRECT)
         try:
-            if bits:
-                fcntl.ioctl(fd, seals.MEMFS_IOC_ADD_SEALS, seals.IOC_ARGUMENT.pack(bits))
-            os.ftruncate(fd, arguments.size)
-            if arguments.allocate and arguments.size:
-                from memfs.cli import populate
+            with naming(arguments.file):
+                if bits:
+                    fcntl.ioctl(fd, seals.MEMFS_IOC_ADD_SEALS, seals.IOC_ARGUMENT.pack(bits))
+                os.ftruncate(fd, arguments.size)
+                if arguments.allocate and arguments.size:
+                    from memfs.cli import populate
 
-                populate.allocate(fd, ByteOffset(0), arguments.size)
+                    populate.allocate(fd, ByteOffset(0), arguments.size)
         except OSError:
             os.unlink(name, dir_fd=parent.fd)
             raise
@@ -328,7 +360,8 @@ def _allocate(arguments: argparse.Namespace) -> None:
     with locate(arguments.file) as file:
         fd = file.open(os.O_RDWR | os.O_DIRECT)
         try:
-            populate.allocate(fd, ByteOffset(arguments.offset), arguments.length)
+            with naming(file.path):
+                populate.allocate(fd, ByteOffset(arguments.offset), arguments.length)
         finally:
             os.close(fd)
 
@@ -341,6 +374,8 @@ def _populate(arguments: argparse.Namespace) -> None:
     """
     from memfs.cli import populate
 
+    if arguments.source == "-" and sys.stdin.isatty():
+        raise CommandError("populate: name a file as SOURCE, or have a pipe on standard input")
     with (
         locate(arguments.file) as file,
         open(

@@ -17,7 +17,7 @@ import trio
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-from memfs.contract.on_memfs import OnMemfs
+from memfs.contract.on_memfs import OnMemfs, naming
 from memfs.contract.protocol import StoreGone, connect, socket_of
 from memfs.contract.protocol.messages import Notification, Populate
 from memfs.contract.sys.libc import fallocate
@@ -32,9 +32,11 @@ def allocate(fd: int, offset: ByteOffset, length: int | None) -> None:
 
     Raises OSError: ENOSPC, and what had been allocated until then stays.
     """
-    end = os.fstat(fd).st_size if length is None else offset + length
+    size = os.fstat(fd).st_size
+    end = size if length is None else offset + length
     if offset >= end:
-        raise OSError(errno.EINVAL, "Nothing to allocate: the file is empty; say how much")
+        why = "--length is 0" if length == 0 else "the file is empty" if not size else f"it ends at byte {size}"
+        raise OSError(errno.EINVAL, f"nothing to allocate: {why}; say how much with --length")
     with _progress("allocate", end - offset) as bar:
         for start in range(offset, end, _STEP):
             fallocate(fd, 0, start, min(_STEP, end - start))
@@ -48,7 +50,7 @@ def populate(file: OnMemfs, source: BinaryIO, offset: ByteOffset, total: int | N
     measurement (store/measurement.py). Raises OSError as `messages.Populate` says.
     """
     if offset % PAGE_SIZE:
-        raise OSError(errno.EINVAL, f"The offset must be a multiple of {PAGE_SIZE}", file.path)
+        raise OSError(errno.EINVAL, f"--offset must be a multiple of {PAGE_SIZE}", file.path)
     return trio.run(_populate, file, source, offset, total)
 
 
@@ -60,14 +62,21 @@ async def _populate(file: OnMemfs, source: BinaryIO, offset: ByteOffset, total: 
             async with connect(socket_of(fd), "populate", _own_nothing) as client:
                 while size := buffer.fill(source):
                     pages = PageRange.covering(offset, size)
-                    measurement = await client.populate(fd, pages, buffer.fd, ByteOffset(0))
+                    with naming(file.path):
+                        measurement = await client.populate(fd, pages, buffer.fd, ByteOffset(0))
                     offset = ByteOffset(offset + size)
                     bar(size)
         except StoreGone as error:
             raise OSError(errno.ECONNRESET, str(error), file.path) from error
         finally:
             os.close(fd)
+    if not measurement:
+        raise OSError(errno.EINVAL, "there is nothing in it to populate memory with", _name(source))
     return measurement
+
+
+def _name(source: BinaryIO) -> str:
+    return source.name if isinstance(source.name, str) else "standard input"
 
 
 async def _own_nothing(message: Notification) -> None:
@@ -85,7 +94,7 @@ class _Buffer:
 
     def fill(self, source: BinaryIO) -> int:
         """Read until it is full or the source ends, and round up to whole pages. Returns bytes; 0 at the end."""
-        with memoryview(self._map) as view:
+        with memoryview(self._map) as view, naming(_name(source)):
             size = 0
             while size < _CHUNK and (more := source.readinto(view[size:])):  # type: ignore[attr-defined]
                 size += more

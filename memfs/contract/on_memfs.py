@@ -52,24 +52,24 @@ class OnMemfs:
 
     def get(self, attribute: str) -> str:
         """Return an extended attribute; bytes that are not UTF-8 as os.fsdecode has them."""
-        with _naming(self.path):
+        with naming(self.path):
             return os.fsdecode(os.getxattr(self._name, attribute))
 
     def set(self, attribute: str, value: str) -> None:
         """Set an extended attribute."""
-        with _naming(self.path):
+        with naming(self.path):
             os.setxattr(self._name, attribute, value.encode())
 
     def open(self, flags: int) -> int:
         """Open a regular file anew. EINVAL: it is something else, which might block or do something by being opened."""
-        with _naming(self.path):
+        with naming(self.path):
             if not stat.S_ISREG(os.fstat(self.fd).st_mode):
                 raise OSError(errno.EINVAL, "not a regular file")
             return os.open(self._name, flags | os.O_CLOEXEC)
 
     def create(self, name: str, flags: int) -> int:
         """Create a regular file of mode 0600, in the directory that this is, and open it. EEXIST: the name exists."""
-        with _naming(os.path.join(self.path, name)):
+        with naming(os.path.join(self.path, name)):
             return os.open(name, flags | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=self.fd)
 
     @property
@@ -84,10 +84,10 @@ def locate(path: str, *, last_link: bool = False) -> Iterator[OnMemfs]:
     `last_link`: the last name may be a link, too, as far as it is trusted. Blocking: not for the event loop. Raises
     OSError with the path: EOPNOTSUPP if it does not lie on a memfs, ELOOP for a link that is not followed.
     """
-    with _naming(path):
+    with naming(path):
         fd = _walk(path, last_link)
     try:
-        with _naming(path):
+        with naming(path):
             check(fd)
         yield OnMemfs(path, fd)
     finally:
@@ -184,8 +184,8 @@ def _trusted() -> set[int]:
 
 
 @contextmanager
-def _naming(path: str) -> Iterator[None]:
-    """Have an OSError say the path that it is about, and not the name by which that was reached."""
+def naming(path: str) -> Iterator[None]:
+    """Have an OSError say the path that it is about, and not a name by which that was reached, or none."""
     try:
         yield
     except OSError as error:

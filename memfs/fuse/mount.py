@@ -28,6 +28,7 @@ import os
 import select
 import shutil
 import socket
+import stat
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -142,8 +143,8 @@ def mount_fuse(mountpoint: str, options: MountOptions) -> FuseMount:
 
     It answers once somebody serves its descriptor of /dev/fuse. Raises MountError, with nothing mounted. Blocking.
     """
-    if not _is_dead(mountpoint) and not os.path.isdir(mountpoint):
-        raise MountError(f"{mountpoint}: not a directory to mount on")
+    if not _is_dead(mountpoint):
+        _check_directory(mountpoint)
     if not os.path.exists("/dev/fuse"):
         raise MountError("there is no /dev/fuse: load the fuse module (modprobe fuse)")
     try:
@@ -153,6 +154,16 @@ def mount_fuse(mountpoint: str, options: MountOptions) -> FuseMount:
         return _mount_by_helper(mountpoint, options)
     except OSError as error:
         raise MountError(f"cannot mount on {mountpoint}: {error.strerror}") from error
+
+
+def _check_directory(mountpoint: str) -> None:
+    """Raise MountError if a path does not lead to a directory, saying what it does."""
+    try:
+        is_directory = stat.S_ISDIR(os.stat(mountpoint).st_mode)
+    except OSError as error:
+        raise MountError(f"{mountpoint}: {error.strerror}") from error
+    if not is_directory:
+        raise MountError(f"{mountpoint}: not a directory to mount on")
 
 
 def _is_dead(mountpoint: str) -> bool:

@@ -117,9 +117,10 @@ def test_refused_option_is_named_and_nothing_is_mounted(can_mount: None, tmp_pat
 
 def test_mountpoint_that_is_none(can_mount: None, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    for path in (tmp_path / "missing", tmp_path / "file"):
+    for name, why in (("missing", "No such file or directory"), ("file", "not a directory to mount on")):
+        path = tmp_path / name
         result = run(*memfs_command("mount", path, "--socket", tmp_path / "socket"))
-        assert (result.returncode, result.stderr) == (1, f"memfs: {path}: not a directory to mount on\n")
+        assert (result.returncode, result.stderr) == (1, f"memfs: {path}: {why}\n")
         assert not (tmp_path / "socket").exists()
 
 

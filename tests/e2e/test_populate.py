@@ -111,7 +111,7 @@ def test_not_after_the_guest_ran(memfs: Memfs, image: Path) -> None:
     before = (memfs.path / "private").stat().st_blocks
     late = memfs.run(*memfs_command("populate", "private", image))
     assert late.returncode == 1
-    assert late.stderr == "memfs: populate: the guest has been launched\n"
+    assert late.stderr == "memfs: private: the guest has been launched\n"
     assert (memfs.path / "private").stat().st_blocks == before
 
 
