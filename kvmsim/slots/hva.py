@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from memfs.contract.sys.fdinfo import fdinfo
-from memfs.contract.sys.mountinfo import device_of_mount_id, type_of_device
+from memfs.contract.sys.libc import device_of
+from memfs.contract.sys.mountinfo import type_of_device
 from memfs.contract.units import (
     PAGE_SHIFT,
     PAGE_SIZE,
@@ -86,7 +87,7 @@ def open_mapped_file(mapping: Mapping) -> int:
         try:
             info = fdinfo(name)
             is_it = int(info.get("ino", "0")) == mapping.ino and int(info["flags"], 8) & os.O_ACCMODE == os.O_RDWR
-            if is_it and device_of_mount_id(info["mnt_id"], "self") == mapping.device:
+            if is_it and device_of(int(name)) == mapping.device:
                 return os.dup(int(name))
         except OSError:  # closed meanwhile, as is the one of the listing
             continue

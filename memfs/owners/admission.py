@@ -24,7 +24,7 @@ import socket
 import struct
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Final, ParamSpec, TypeVar
+from typing import Final, TypeVar
 
 import trio
 
@@ -38,7 +38,6 @@ _UCRED: Final = struct.Struct("=iII")  # pid, uid, gid
 _MAX_GROUPS_BYTES: Final = 1024  # the most that Python's getsockopt takes
 
 
-_P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 #: Closes a descriptor, and returns when it is closed
@@ -143,10 +142,6 @@ class Client:
         """Close descriptors that it sent, and wait for that. If cancelled, they will be closed all the same."""
         for done in self.discard(fds, close):
             await done.wait()
-
-    async def run_in_thread(self, function: Callable[_P, _T], *args: _P.args, **_: _P.kwargs) -> _T:
-        """Run a function that may take as long as this user likes, where only this user waits. Raises NoThread."""
-        return await self._user.run_in_thread(function, *args)
 
     async def _close(self, fd: int, close: Close, done: trio.Event) -> None:
         await close(fd)

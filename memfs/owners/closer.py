@@ -41,6 +41,7 @@ import trio
 from memfs import privileges
 from memfs.contract.protocol.custody import Datagram
 from memfs.contract.sys.fdinfo import fdinfo
+from memfs.contract.sys.libc import device_of
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +125,10 @@ class Closer:
         return fds[0]
 
     async def look(self, user: int, fd: int) -> dict[str, str]:
-        """Return what /proc says of a descriptor (fdinfo). It may take as long as its user likes. Raises OSError."""
+        """Return what /proc says of a descriptor (fdinfo), and its "device" ("major:minor"). Raises OSError.
+
+        It may take as long as its user likes.
+        """
         answer = await self._ask({"do": "look", "user": user, "fd": fd})
         if answer is None:
             raise NoCloser
@@ -348,7 +352,7 @@ def _act(job: dict[str, Any]) -> dict[str, Any]:
     fd = job["fd"]
     if job["do"] == "look":
         try:
-            return {"info": fdinfo(fd)}
+            return {"info": {**fdinfo(fd), "device": device_of(fd)}}
         except OSError as error:
             return {"errno": error.errno}
     with contextlib.suppress(OSError):  # closed all the same (close(2))

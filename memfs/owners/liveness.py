@@ -16,34 +16,39 @@ import os
 from collections.abc import Iterator
 from typing import Final
 
+from memfs.contract.sys.processes import directory_of
+
 _SIGKILL_BIT: Final = 1 << 8  # in the masks of /proc/PID/status
 
 
 def is_dying(pid: int) -> bool:
     """Return whether a process is gone, or every thread of it that is left has SIGKILL coming.
 
-    One that /proc does not show us (hidepid=) is taken for alive.
+    One that /proc does not show us (hidepid=, another pid namespace) is taken for alive.
     """
+    if pid <= 0:
+        return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return True
     except PermissionError:
         pass
-    if not os.path.exists(f"/proc/{pid}"):
+    directory = directory_of(pid)
+    if directory is None:
         return False
-    return all("Z" in state or "X" in state or pending & _SIGKILL_BIT for state, pending in _threads(pid))
+    return all("Z" in state or "X" in state or pending & _SIGKILL_BIT for state, pending in _threads(directory))
 
 
-def _threads(pid: int) -> Iterator[tuple[str, int]]:
+def _threads(directory: str) -> Iterator[tuple[str, int]]:
     """Generate the state and the pending signals of each thread (proc_pid_status(5))."""
     try:
-        threads = os.listdir(f"/proc/{pid}/task")
+        threads = os.listdir(f"{directory}/task")
     except OSError:
         return
     for thread in threads:
         try:
-            with open(f"/proc/{pid}/task/{thread}/status") as lines:
+            with open(f"{directory}/task/{thread}/status") as lines:
                 fields = {name: value for name, _, value in (line.partition(":\t") for line in lines)}
         except OSError:  # gone
             continue

@@ -1,10 +1,11 @@
 """A session: one connection to memfs's socket, that is, one owner, and the answers to its requests.
 
 A file is named by an open descriptor of it, as KVM takes an fd, so who may own a file is who may open it for writing.
-What the descriptor is, fdinfo says: flags, inode number and mount id. Nothing may ask the filesystem behind it: that is
-ourselves, and we would wait for us for ever. The mount id is looked up in mountinfo, ours or, for a peer in another
-mount namespace, the peer's, and the device number found there says whether the file is one of this mount's (whatever
-bind mount it was opened through).
+What the descriptor is, fdinfo says: flags and inode number; and statx(2) the device number, by which it is known to be
+a file of this mount. Nothing may ask the filesystem behind it: that is ourselves, and we would wait for us for ever.
+The descriptor alone is asked: where its owner is does not matter, nor through which mount it was opened. Rejected: to
+look up its mount id in /proc/PID/mountinfo (an owner in another pid namespace has no PID here, and one that went into a
+container after it opened its files is not where they are mounted).
 
 A descriptor that a stranger sent may lead to a filesystem that answers nothing, and one of our own files has the kernel
 ask us before close(2) returns, so another process has them (closer.py). What an owner gets is opened anew for it: a
@@ -46,7 +47,6 @@ from memfs.contract.protocol.messages import (
     Unregister,
 )
 from memfs.contract.protocol.peer import Call, Incoming, Peer, PeerGone, close_all
-from memfs.contract.sys.mountinfo import device_of_mount_id
 from memfs.contract.units import PAGE_SIZE
 from memfs.owners.admission import Client
 from memfs.owners.closer import Closer
@@ -200,10 +200,7 @@ class Session(Owner):
     async def _identify(self, fd: int) -> RegularFile:
         """Return the file that a descriptor is of. Raises OSError as `messages.Register` says."""
         info = await self._sent.look(fd)
-        device = device_of_mount_id(info["mnt_id"], "self")
-        if device is None:  # a peer may have mounted so much that to read it all takes long
-            device = await self._client.run_in_thread(device_of_mount_id, info["mnt_id"], str(self.pid))
-        if device != self._device:
+        if info["device"] != self._device:
             raise OSError(errno.EINVAL, "not a file of this mount")
         flags = int(info["flags"], 8)
         if flags & os.O_PATH:

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -87,14 +87,17 @@ def memfs_command(*arguments: str | Path) -> list[str]:
     return [sys.executable, "-m", "memfs", *map(str, arguments)]
 
 
-def start_memfs(directory: Path, options: str, *extra: str) -> Memfs:
-    """Mount a memfs on directory/mnt. Raises AssertionError with its words if it cannot."""
+def start_memfs(directory: Path, options: str, *extra: str, within: Sequence[str] = ()) -> Memfs:
+    """Mount a memfs on directory/mnt, by a command that is run `within` another, such as unshare(1).
+
+    Raises AssertionError with its words if it cannot.
+    """
     mountpoint, socket, log = directory / "mnt", directory / "memfs.sock", directory / "log"
     mountpoint.mkdir()
     command = memfs_command("mount", mountpoint, "-f", "--check", "--socket", socket, "--log-file", log, "-o", options)
     words = directory / "stderr"
     with words.open("w") as stderr:
-        process = subprocess.Popen([*command, *extra], stdout=subprocess.PIPE, stderr=stderr, text=True)
+        process = subprocess.Popen([*within, *command, *extra], stdout=subprocess.PIPE, stderr=stderr, text=True)
     assert process.stdout is not None
     with process.stdout:
         is_mounted = bool(process.stdout.readline())
@@ -119,7 +122,7 @@ def can_mount(tmp_path_factory: pytest.TempPathFactory) -> None:
 class MountMemfs(Protocol):
     """The fixture `mount_memfs`."""
 
-    def __call__(self, options: str = "size=64m", *extra: str) -> Memfs:
+    def __call__(self, options: str = "size=64m", *extra: str, within: Sequence[str] = ()) -> Memfs:
         """Mount a memfs with options of mount(8) and further arguments."""
 
 
@@ -128,8 +131,8 @@ def mount_memfs(can_mount: None, tmp_path_factory: pytest.TempPathFactory) -> It
     """A function that mounts memfs's with options; they are unmounted, and checked, after the test."""
     mounted: list[Memfs] = []
 
-    def mount(options: str = "size=64m", *extra: str) -> Memfs:
-        memfs = start_memfs(tmp_path_factory.mktemp("memfs"), options, *extra)
+    def mount(options: str = "size=64m", *extra: str, within: Sequence[str] = ()) -> Memfs:
+        memfs = start_memfs(tmp_path_factory.mktemp("memfs"), options, *extra, within=within)
         mounted.append(memfs)
         return memfs
 

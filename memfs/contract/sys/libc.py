@@ -140,10 +140,26 @@ def mount_of(fd: int) -> tuple[str, str]:
 
     Asks the filesystem nothing: it may be ourselves. Raises OSError.
     """
-    buffer = ctypes.create_string_buffer(_STATX.size)
-    _checked(_libc.statx(fd, b"", _AT_EMPTY_PATH | _AT_STATX_DONT_SYNC, _STATX_MNT_ID, buffer))
-    major, minor, mount_id = _STATX.unpack(buffer.raw)
+    major, minor, mount_id = _statx(fd, _STATX_MNT_ID)
     return str(mount_id), f"{major}:{minor}"
+
+
+def device_of(fd: int) -> str:
+    """Return the device number ("major:minor") of what a descriptor is open on, whatever mount it was opened through.
+
+    Asks the filesystem nothing; with an empty mask even a FUSE filesystem that is not for us says this much.
+    Raises OSError.
+    """
+    major, minor, _ = _statx(fd, 0)
+    return f"{major}:{minor}"
+
+
+def _statx(fd: int, mask: int) -> tuple[int, int, int]:
+    """Return device number, as major and minor, and mount id, without asking the filesystem."""
+    buffer = ctypes.create_string_buffer(_STATX.size)
+    _checked(_libc.statx(fd, b"", _AT_EMPTY_PATH | _AT_STATX_DONT_SYNC, mask, buffer))
+    major, minor, mount_id = _STATX.unpack(buffer.raw)
+    return major, minor, mount_id
 
 
 def remount_detached(root: int, options: dict[str, str | None]) -> None:

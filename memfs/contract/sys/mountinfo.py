@@ -5,11 +5,6 @@ from __future__ import annotations
 import os
 
 
-def device_of_mount_id(mount_id: str, pid: str) -> str | None:
-    """Return the device ("major:minor") of a mount in a process's mount namespace; None if it has no such mount."""
-    return next((fields[2] for fields in _mountinfo(pid) if fields[0] == mount_id), None)
-
-
 def device_of_mountpoint(mountpoint: str) -> str | None:
     """Return the device number ("major:minor") of what is mounted on a directory, without asking the filesystem itself.
 
@@ -20,7 +15,7 @@ def device_of_mountpoint(mountpoint: str) -> str | None:
 
 def mounts_on(mountpoint: str) -> list[tuple[str, str]]:
     """Mount id and device number ("major:minor") of each mount on a directory; the first is the one that is seen."""
-    rows = {fields[0]: fields for fields in _mountinfo("self") if _unescape(fields[4]) == mountpoint}
+    rows = {fields[0]: fields for fields in _mountinfo() if _unescape(fields[4]) == mountpoint}
     covered = {fields[1] for fields in rows.values()}
     seen = next((each for each in reversed(rows) if each not in covered), "")
     mounts = []
@@ -36,7 +31,7 @@ def mountpoint_of(mount_id: str, device: str) -> str | None:
     The device is asked for as well, because ids are given to others again.
     """
     return next(
-        (_unescape(fields[4]) for fields in _mountinfo("self") if fields[0] == mount_id and fields[2] == device), None
+        (_unescape(fields[4]) for fields in _mountinfo() if fields[0] == mount_id and fields[2] == device), None
     )
 
 
@@ -50,15 +45,13 @@ def real_mountpoint(path: str) -> str:
 def type_of_device(device: str) -> str | None:
     """Return the filesystem type, with its subtype ("fuse.memfs"), of what is mounted from a device ("major:minor")."""
     return next(
-        (fields[fields.index("-") + 1] for fields in _mountinfo("self") if fields[2] == device and "-" in fields), None
+        (fields[fields.index("-") + 1] for fields in _mountinfo() if fields[2] == device and "-" in fields), None
     )
 
 
 def mountpoints_of_type(kind: str) -> list[str]:
     """Return where filesystems of a type, with its subtype ("fuse.memfs"), are mounted in our mount namespace."""
-    return [
-        _unescape(fields[4]) for fields in _mountinfo("self") if "-" in fields and fields[fields.index("-") + 1] == kind
-    ]
+    return [_unescape(fields[4]) for fields in _mountinfo() if "-" in fields and fields[fields.index("-") + 1] == kind]
 
 
 def type_and_options(mount_id: str) -> tuple[str, str] | None:
@@ -66,18 +59,18 @@ def type_and_options(mount_id: str) -> tuple[str, str] | None:
 
     None if it is not in our mount namespace.
     """
-    for fields in _mountinfo("self"):
+    for fields in _mountinfo():
         if fields[0] == mount_id:
             separator = fields.index("-", 6)  # what comes before may be called so
             return fields[separator + 1], fields[separator + 3].rstrip("\n")
     return None
 
 
-def _mountinfo(pid: str) -> list[list[str]]:
-    """Read /proc/PID/mountinfo (proc_pid_mountinfo(5)): mount id, parent id, device, root, mountpoint, ..."""
+def _mountinfo() -> list[list[str]]:
+    """Read /proc/self/mountinfo (proc_pid_mountinfo(5)): mount id, parent id, device, root, mountpoint, ..."""
     try:
         # newline: a carriage return may be part of a name
-        with open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape", newline="\n") as table:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape", newline="\n") as table:
             return [line.split(" ") for line in table]
     except (FileNotFoundError, ProcessLookupError, PermissionError):  # it is gone, or not ours to look at
         return []

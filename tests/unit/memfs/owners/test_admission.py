@@ -249,7 +249,7 @@ async def test_user_s_descriptors_hold_up_that_user_only(lingering: Callable[[],
     (behind,) = alice.discard([fd])
     with trio.fail_after(10):
         await bob.close([other])
-        assert await bob.run_in_thread(os.getpid) == os.getpid()
+        assert await bob._user.run_in_thread(os.getpid) == os.getpid()
     with trio.move_on_after(0.05) as scope:
         await behind.wait()
     assert scope.cancelled_caught
@@ -317,7 +317,7 @@ async def test_without_a_thread_it_is_tried_again(autojump_clock: MockClock, mon
 
     monkeypatch.setattr("trio.to_thread.run_sync", run_sync_if_there_is_a_thread)
     with raises(errno.EAGAIN, match="memfs can have no thread for that"):
-        await client.run_in_thread(os.getpid)
+        await client._user.run_in_thread(os.getpid)
     assert len(refusals) == 2
     await client.close([fd])
     assert (is_open(fd), refusals) == (False, [])
