@@ -143,7 +143,7 @@ class _Memfs:
         noatime = self._settings.options.atime == "noatime"
         files = FileHandlers(self._tree, self._open_files, self._backing)
         table = who_answers(
-            Init(self._passthrough, initialized.set),
+            Init(self._passthrough, initialized.set, idmapped=os.geteuid() == 0),
             NameHandlers(self._tree, self._open_files, files, self._xattrs, noatime=noatime),
             files,
             XattrHandlers(self._xattrs),
@@ -163,6 +163,7 @@ class _Memfs:
                 nursery.start_soon(self._backing.reaper.run)
                 nursery.start_soon(self._end, unmounted, server, nursery.cancel_scope)
                 await initialized.wait()
+                self._passthrough.try_it()
                 if self._passthrough.wanted is Wanted.ON and not self._passthrough.in_force:
                     raise MountError(f"option passthrough=on: {self._passthrough.why_not}")
                 await _in_a_thread(self._mount.attach)

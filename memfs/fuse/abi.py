@@ -113,6 +113,7 @@ DIRENT_ALIGN: Final = 8  # zeros up to a multiple of so many bytes
 FUSE_DONT_MASK: Final = 1 << 6
 FUSE_HANDLE_KILLPRIV_V2: Final = 1 << 28
 FUSE_INIT_EXT: Final = 1 << 30  # there is a flags2
+FUSE_ALLOW_IDMAP_2: Final = 1 << 8  # FUSE_ALLOW_IDMAP (bit 40), Linux 6.12
 FUSE_PASSTHROUGH_2: Final = 1 << 5  # FUSE_PASSTHROUGH (bit 37), as a bit of flags2
 MAX_STACK_DEPTH: Final = 1  # the backing of a passthrough file must not itself be stacked
 FUSE_SETXATTR_EXT: Final = 1 << 29  # SETXATTR_IN is longer

@@ -13,8 +13,6 @@ import logging
 import os
 from typing import Final
 
-import pyfuse3
-
 from memfs.contract.logs import fields
 from memfs.contract.sys.libc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 from memfs.contract.units import MAX_OFFSET, PAGE_SIZE, ByteOffset
@@ -52,6 +50,7 @@ from memfs.fuse.abi import (
     Request,
     unpack,
 )
+from memfs.fuse.caller import is_in_group_or_capable
 from memfs.fuse.reply import pack_attr, pack_statx
 from memfs.store.backing import Backing
 from memfs.tree import inode_flags
@@ -232,14 +231,4 @@ def _in_range(offset: int) -> ByteOffset:
 
 def _kill_suidgid(inode: Inode, request: Request) -> None:
     """Drop the setuid and setgid bits that a change by the caller must drop."""
-    inode.kill_suidgid(in_group=_in_group_or_capable(request, inode.gid))
-
-
-def _in_group_or_capable(request: Request, gid: int) -> bool:
-    """Return whether the caller belongs to a group, or may act as if (CAP_FSETID, which root is taken to have)."""
-    if request.uid == 0 or request.gid == gid:
-        return True
-    try:
-        return gid in pyfuse3.get_sup_groups(request.pid)
-    except (OSError, RuntimeError):  # the process is gone already
-        return False
+    inode.kill_suidgid(in_group=is_in_group_or_capable(request, inode.gid))

@@ -3,6 +3,9 @@
 pyfuse3 answers INIT, but knows neither kernel passthrough nor HANDLE_KILLPRIV_V2. So its reply is amended on its way
 back to the kernel.
 
+ALLOW_IDMAP is for root's mounts: only those can be idmapped by somebody else, and the kernel then says of a caller only
+what caller.py tells.
+
 HANDLE_KILLPRIV_V2 is needed for speed as much as for safety: once GETXATTR has been answered, a kernel without it asks
 for security.capability before every single write.
 """
@@ -14,6 +17,7 @@ from typing import Final
 
 from memfs.contract.units import bytes_to_pages
 from memfs.fuse.abi import (
+    FUSE_ALLOW_IDMAP_2,
     FUSE_DONT_MASK,
     FUSE_HANDLE_KILLPRIV_V2,
     FUSE_INIT_EXT,
@@ -32,16 +36,22 @@ from memfs.fuse.passthrough import Passthrough
 
 
 class Init:
-    """Negotiates with the kernel. `initialized` is called when INIT has been answered."""
+    """Negotiates with the kernel. `initialized` is called when INIT has been answered.
 
-    def __init__(self, passthrough: Passthrough, initialized: Callable[[], None]) -> None:
+    `idmapped`: whether whoever may may mount it again with other ids (mount_setattr(2)).
+    """
+
+    def __init__(self, passthrough: Passthrough, initialized: Callable[[], None], *, idmapped: bool) -> None:
         self._passthrough: Final = passthrough
+        self._idmapped: Final = idmapped
         self._initialized: Final = initialized
 
     def amend(self, request: Request) -> Amendment:
         """Return the amendment of pyfuse3's reply to INIT."""
         _, _, _, offered, offered2 = unpack(INIT_IN, request.body)
-        passthrough = self._passthrough.negotiate(bool(offered & FUSE_INIT_EXT and offered2 & FUSE_PASSTHROUGH_2))
+        offered2 = offered2 if offered & FUSE_INIT_EXT else 0
+        passthrough = self._passthrough.negotiate(bool(offered2 & FUSE_PASSTHROUGH_2))
+        idmapped = self._idmapped and offered2 & FUSE_ALLOW_IDMAP_2
 
         def amend(reply: bytearray) -> None:
             fields = list(INIT_OUT.unpack_from(reply, OUT_HEADER.size))
@@ -53,6 +63,9 @@ class Init:
                 fields[3] |= FUSE_INIT_EXT
                 fields[10] |= FUSE_PASSTHROUGH_2
                 fields[11] = MAX_STACK_DEPTH
+            if idmapped:
+                fields[3] |= FUSE_INIT_EXT
+                fields[10] |= FUSE_ALLOW_IDMAP_2
             INIT_OUT.pack_into(reply, OUT_HEADER.size, *fields)
             self._initialized()
 

@@ -55,6 +55,18 @@ class Passthrough:
             )
         return self.why_not is None
 
+    def try_it(self) -> None:
+        """Find out, once INIT is answered, whether the kernel takes a file from us: root of a container it refuses."""
+        fd = os.memfd_create("memfs", os.MFD_CLOEXEC)
+        try:
+            backing_id = self.open(fd)
+        finally:
+            os.close(fd)
+        if backing_id is not None:
+            self.close(backing_id)
+        elif self.why_not is None:
+            self.why_not = "the kernel takes no backing files"
+
     @property
     def in_force(self) -> bool:
         """Whether ordinary files are opened in passthrough mode."""
@@ -68,9 +80,10 @@ class Passthrough:
             # With a mutable argument, fcntl.ioctl returns what ioctl(2) returned.
             backing_id: int = fcntl.ioctl(self._fuse, FUSE_DEV_IOC_BACKING_OPEN, bytearray(BACKING_MAP.pack(fd, 0, 0)))
         except OSError as error:
-            log.warning("no passthrough for a file: %s", error.strerror)
             if error.errno == errno.EPERM:
-                self.why_not = "the daemon has no CAP_SYS_ADMIN"
+                self.why_not = "the daemon has no CAP_SYS_ADMIN on the host, outside of user namespaces"
+            else:
+                log.warning("no passthrough for a file: %s", error.strerror)
             return None
         return backing_id
 

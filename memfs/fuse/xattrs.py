@@ -11,6 +11,7 @@ import os
 from typing import Final
 
 from memfs.fuse.abi import GETXATTR_IN, GETXATTR_OUT, SETXATTR_IN, Malformed, Request, unpack, unpack_name
+from memfs.fuse.caller import uid_of
 from memfs.tree.xattrs import Xattrs
 
 
@@ -29,7 +30,7 @@ class XattrHandlers:
     async def list(self, request: Request) -> bytes:
         """Answer listxattr(2)."""
         size, _ = unpack(GETXATTR_IN, request.body)
-        names = self._xattrs.list(request.nodeid, uid=request.uid)
+        names = self._xattrs.list(request.nodeid, uid=uid_of(request))
         return _fitting(b"".join(name + b"\0" for name in names), size)
 
     async def set(self, request: Request) -> bytes:
@@ -40,7 +41,7 @@ class XattrHandlers:
         if len(value) != size:
             raise Malformed(f"an attribute's value of {len(value)} bytes instead of {size}")
         self._check_existence(request.nodeid, name, flags)
-        await self._xattrs.set(request.nodeid, name, value, uid=request.uid)
+        await self._xattrs.set(request.nodeid, name, value, uid=uid_of(request))
         return b""
 
     def _check_existence(self, nodeid: int, name: bytes, flags: int) -> None:

@@ -103,7 +103,7 @@ class _Mount:
         xattrs = Xattrs(self.tree, Control("/socket", lambda most: "{}", lambda options: None))
         files = FileHandlers(self.tree, self.handles, self.backing)
         self.table = who_answers(
-            Init(Passthrough(-1, Wanted.OFF, None), lambda: None),
+            Init(Passthrough(-1, Wanted.OFF, None), lambda: None, idmapped=True),
             NameHandlers(self.tree, self.handles, files, xattrs, noatime=False),
             files,
             XattrHandlers(xattrs),

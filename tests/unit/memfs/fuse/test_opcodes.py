@@ -52,7 +52,7 @@ class Mount:
         xattrs = Xattrs(self.tree, Control("/socket", lambda most: "{}", lambda options: None))
         files = FileHandlers(self.tree, self.open_files, self.backing)
         self.table: dict[int, Handler | Pyfuse3] = who_answers(
-            Init(Passthrough(-1, Wanted.OFF, None), lambda: None),
+            Init(Passthrough(-1, Wanted.OFF, None), lambda: None, idmapped=True),
             NameHandlers(self.tree, self.open_files, files, xattrs, noatime=False),
             files,
             XattrHandlers(xattrs),
