@@ -12,7 +12,9 @@ import os
 from typing import Final
 
 from memfs.contract.sys.unix_address import MAX_ADDRESS
+from memfs.contract.sys.user_namespace import uid_outside
 
+_OF_ROOT: Final = "/run/memfs"
 _HASH: Final = 12  # hexadecimal digits
 _MOST: Final = 64  # memfs's of one mountpoint
 
@@ -24,6 +26,7 @@ def default_paths(mountpoint: str, suffix: str) -> list[str]:
     '/run/memfs/mnt-guest.sock'
 
     Without root it is in the user's runtime directory ($XDG_RUNTIME_DIR), or a directory of the user's in /tmp.
+    So it is for a user that is root in a namespace of its own only.
     """
     directory = _directory()
     plain = mountpoint.strip("/").replace("/", "-") or "-"
@@ -38,8 +41,8 @@ def default_paths(mountpoint: str, suffix: str) -> list[str]:
 
 
 def _directory() -> str:
-    if os.geteuid() == 0:
-        return "/run/memfs"
+    if os.geteuid() == 0 and os.access(_OF_ROOT if os.path.isdir(_OF_ROOT) else os.path.dirname(_OF_ROOT), os.W_OK):
+        return _OF_ROOT
     if runtime := os.environ.get("XDG_RUNTIME_DIR"):
         return os.path.join(runtime, "memfs")
-    return f"/tmp/memfs-{os.geteuid()}"
+    return f"/tmp/memfs-{uid_outside(os.geteuid())}"

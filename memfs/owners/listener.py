@@ -3,6 +3,10 @@
 It is bound with mode 0600 and only then given its group and mode, so there is no moment at which it is wider than asked
 for. What lies there already is replaced or stays as socket_name.py says; and so does, in the end, a socket that is
 another's by then. The directory it lies in must not be one where somebody else could put another socket in its place.
+
+In a user namespace everybody whom it does not know has the same uid, so that / does not seem to be root's. Directories
+of those are taken for the system's: the default paths lie in no other, and whoever names another path knows whose it
+is.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from memfs.contract.sys.unix_address import address_of
+from memfs.contract.sys.user_namespace import uid_outside
 from memfs.owners.socket_name import make_way
 
 log = logging.getLogger(__name__)
@@ -103,7 +108,7 @@ def _check_directories(path: Path) -> None:
             status = each.lstat()
         except FileNotFoundError:
             continue
-        if status.st_uid not in (0, os.geteuid()):
+        if status.st_uid not in (0, os.geteuid()) and uid_outside(status.st_uid) is not None:
             raise OSError(errno.EPERM, f"{each} belongs to another user")
         if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not status.st_mode & stat.S_ISVTX:
             raise OSError(errno.EPERM, f"others may replace files in {each}")

@@ -128,3 +128,51 @@ def test_what_only_root_can_have_is_refused(home: Home) -> None:
         assert (result.returncode, result.stdout) == (1, "")
         assert f"option {option} is for root" in result.stderr
         assert home.run("mountpoint", "other").returncode != 0
+
+
+#: Becomes root of a user namespace, mounts a memfs there, and says where its socket is and what it says of passthrough.
+#: All in one program: it may not be allowed to start this interpreter again
+AS_ROOT_OF_ITS_OWN = """
+import ctypes, os, pathlib
+from memfs.cli.main import main
+us, uid, gid = os.getpid(), os.getuid(), os.getgid()
+assert ctypes.CDLL(None).unshare(0x10020000) == 0  # CLONE_NEWUSER | CLONE_NEWNS
+for name, text in ("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1"):
+    pathlib.Path("/proc/self", name).write_text(text)
+os.makedirs("own", exist_ok=True)
+def memfs(*arguments):
+    if not (pid := os.fork()):
+        main(arguments)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+print(memfs("mount", "own", "-o", "size=1m,passthrough=on"), flush=True)
+assert memfs("mount", "own", "-o", "size=1m") == 0
+try:
+    memfs("stat", "own")
+    print(pathlib.Path("own/file").write_text("x"), flush=True)
+    memfs("stat", "own")
+finally:
+    if os.getpid() == us:
+        os.system("umount own")
+"""
+
+
+@pytest.mark.parametrize("runtime_directory", [True, False])
+def test_user_who_is_root_in_a_namespace_of_its_own_mounts(home: Home, runtime_directory: bool) -> None:
+    skip_without("unshare")
+    if home.run("unshare", "--user", "--map-root-user", "--mount", "true").returncode:
+        pytest.skip("no user namespaces")
+    forget = "" if runtime_directory else "import os; del os.environ['XDG_RUNTIME_DIR']\n"
+    result = home.run(sys.executable, "-P", "-c", forget + AS_ROOT_OF_ITS_OWN)
+    assert result.returncode == 0, result.stderr
+    refused, *said = result.stdout.splitlines()
+    assert refused == "1"
+    assert "option passthrough=on: the daemon has no CAP_SYS_ADMIN on the host" in result.stderr
+    directory = home.path / "memfs" if runtime_directory else Path(f"/tmp/memfs-{NOBODY}")
+    assert [line.split()[1] for line in said if line.startswith("socket")] == [f"{directory}/{_name(home)}.sock"] * 2
+    passthrough = [line.split(maxsplit=1)[1] for line in said if line.startswith("passthrough")]
+    assert len(passthrough) == 2
+    assert all(each.startswith("off: the daemon has no CAP_SYS_ADMIN on the host") for each in passthrough)
+
+
+def _name(home: Home) -> str:
+    return str(home.path / "own").strip("/").replace("/", "-")
