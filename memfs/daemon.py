@@ -122,7 +122,9 @@ class _Memfs:
         self._mount: Final = mount
         self._backing: Final = backing
         self._passthrough: Final = passthrough
-        self._tree: Final = Tree(self._new_file, options.nr_inodes, options.mode, options.uid, options.gid)
+        self._tree: Final = Tree(
+            *(self._new_file, options.nr_inodes, options.mode, options.uid, options.gid), inode32=options.inode32
+        )
         self._open_files: Final = OpenFiles(self._tree, passthrough)
         control = Control(socket_path, self.describe_in, self.remount)
         self._xattrs: Final = Xattrs(self._tree, control)

@@ -1,8 +1,10 @@
 """Mount options in tmpfs's spelling and with tmpfs's meaning (tmpfs(5)), parsed once into a value.
 
 Nothing is ignored: an option that is unknown, misspelt, given without the value it needs or with one that it does not
-take is refused by name, before anything is mounted. Defaults are tmpfs's: half of RAM, an inode for every page of
-that, mode 1777, root's ownership becomes the caller's.
+take is refused by name, before anything is mounted. For a few that mount(8) passes on there is nothing to do.
+
+Numbers are read as the kernel reads them. Defaults are tmpfs's: half of RAM, an inode for every page of that, mode
+1777, root's ownership becomes the caller's.
 """
 
 from __future__ import annotations
@@ -15,8 +17,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from memfs.contract.sizes import SUFFIXES, parse_size, total_ram
+from memfs.contract.sizes import parse_count, parse_number, parse_size, total_ram
 from memfs.contract.units import PAGE_SIZE
+
+_NO_ID: Final = (1 << 32) - 1  # to chown(2) it means none
 
 
 class OptionError(ValueError):
@@ -24,10 +28,10 @@ class OptionError(ValueError):
 
 
 def _parse_count(text: str) -> int:
-    match = re.fullmatch(r"(\d+)([kmg]?)", text.lower())
-    if not match or int(match[1]) == 0:
-        raise ValueError("not a positive number")
-    return int(match[1]) * SUFFIXES[match[2]]
+    count = parse_count(text)
+    if not 0 < count < 1 << 50:
+        raise ValueError("not a number of what memory can hold")
+    return count
 
 
 def _parse_seconds(text: str) -> float:
@@ -37,7 +41,7 @@ def _parse_seconds(text: str) -> float:
 
 
 def _parse_mode(text: str) -> int:
-    if not re.fullmatch(r"[0-7]{1,4}", text):
+    if not re.fullmatch(r"0*[0-7]{1,4}", text):
         raise ValueError("not an octal mode between 0 and 7777")
     return int(text, 8)
 
@@ -50,16 +54,23 @@ def _parse_socket_mode(text: str) -> int:
 
 def _parse_uid(text: str) -> int:
     try:
-        return int(text) if text.isdecimal() else pwd.getpwnam(text).pw_uid
+        return _parse_id(text) if text[:1].isdecimal() else pwd.getpwnam(text).pw_uid
     except KeyError:
         raise ValueError("no such user") from None
 
 
 def _parse_gid(text: str) -> int:
     try:
-        return int(text) if text.isdecimal() else grp.getgrnam(text).gr_gid
+        return _parse_id(text) if text[:1].isdecimal() else grp.getgrnam(text).gr_gid
     except KeyError:
         raise ValueError("no such group") from None
+
+
+def _parse_id(text: str) -> int:
+    number = parse_number(text)
+    if number >= _NO_ID:
+        raise ValueError("not a number that a user or group can have")
+    return number
 
 
 def _one_of(*choices: str) -> Callable[[str], str]:
@@ -85,6 +96,7 @@ class MountOptions:
 
     size: int = field(default_factory=lambda: total_ram() // 2 // PAGE_SIZE * PAGE_SIZE)  #: bytes
     nr_inodes: int = field(default_factory=lambda: total_ram() // 2 // PAGE_SIZE)
+    inode32: bool = False  #: inode numbers have 32 bits
     mode: int = 0o1777  #: permissions of the root directory
     uid: int = field(default_factory=os.geteuid)
     gid: int = field(default_factory=os.getegid)
@@ -147,6 +159,8 @@ def _parse_values(
     parsed: dict[str, Any] = {}
     for item in filter(None, text.split(",")):
         name, equals, value = item.partition("=")
+        if item in _NOTHING_TO_DO or item.startswith(_OF_OTHER_PROGRAMS):
+            continue
         if name in flags:
             if equals:
                 raise OptionError(f"option {name} takes no value, got {item!r}")
@@ -166,6 +180,14 @@ def _parse_values(
     return parsed
 
 
+#: What mount(8) passes on: when to mount, and how what is written gets to a disk
+_NOTHING_TO_DO: Final = frozenset(
+    (
+        *("defaults", "auto", "noauto", "nofail", "_netdev", "nouser"),
+        *("sync", "async", "dirsync", "lazytime", "nolazytime", "silent", "loud"),
+    )
+)
+_OF_OTHER_PROGRAMS: Final = ("x-", "X-", "comment=")
 _FLAGS: Final[dict[str, tuple[str, Any]]] = {
     "allow_other": ("allow_other", True),
     "default_permissions": ("default_permissions", True),
@@ -180,6 +202,8 @@ _FLAGS: Final[dict[str, tuple[str, Any]]] = {
     "exec": ("exec", True),
     "noexec": ("exec", False),
     "noswap": ("noswap", True),
+    "inode32": ("inode32", True),
+    "inode64": ("inode32", False),
 }
 _VALUES: Final[dict[str, tuple[str, Callable[[str], Any]]]] = {
     "size": ("size", parse_size),

@@ -9,7 +9,7 @@ from typing import Final
 from memfs.contract.units import PAGE_SIZE, pages_to_bytes
 
 #: what a number's last letter multiplies it by
-SUFFIXES: Final = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+_SUFFIXES: Final = {letter: 1 << 10 * power for power, letter in enumerate(("", *"kmgtpe"))}
 
 
 def total_ram() -> int:
@@ -31,13 +31,35 @@ def parse_size(text: str) -> int:
     return (nbytes + PAGE_SIZE - 1) // PAGE_SIZE * PAGE_SIZE
 
 
+def parse_number(text: str) -> int:
+    """Return a number as the kernel reads it (kstrtouint(), base 0): 0x is hexadecimal, a leading 0 octal.
+
+    >>> parse_number("0x10"), parse_number("010"), parse_number("10")
+    (16, 8, 10)
+
+    Raises ValueError.
+    """
+    match = re.fullmatch(r"(0x(?=[0-9a-f])|0(?=.))?([0-9a-f]+)", text.lower(), re.ASCII)
+    if not match:
+        raise ValueError("not a number")
+    return int(match[2], {None: 10, "0": 8, "0x": 16}[match[1]])
+
+
+def parse_count(text: str) -> int:
+    """Return a number, which may have k, m, g, t, p or e, as the kernel reads it (memparse()). Raises ValueError."""
+    # The letter e may be a digit.
+    number, suffix = text.lower(), ""
+    if number[-1:] in _SUFFIXES and not (number[-1:] == "e" and number.startswith("0x")):
+        number, suffix = number[:-1], number[-1:]
+    return parse_number(number) * _SUFFIXES[suffix]
+
+
 def parse_bytes(text: str) -> int:
     """Return a number of bytes, from text like that of a size. Raises ValueError."""
-    match = re.fullmatch(r"(\d+)([kmgt%]?)", text.lower())
-    if not match:
-        raise ValueError("not a size; give bytes, or a number with k, m, g, t or %")
-    number, suffix = int(match[1]), match[2]
-    nbytes = total_ram() * number // 100 if suffix == "%" else number * SUFFIXES[suffix]
+    try:
+        nbytes = total_ram() * parse_number(text[:-1]) // 100 if text.endswith("%") else parse_count(text)
+    except ValueError:
+        raise ValueError("not a size; give bytes, or a number with k, m, g, t or %") from None
     if nbytes >= 1 << 62:
         raise ValueError("not a size that memory can have")
     return nbytes

@@ -51,13 +51,23 @@ class Tree:
     """All inodes of a mount. Methods raise OSError with the errno that tmpfs gives.
 
     `new_file` creates the content of a new regular file from its number and initial seals; `nr_inodes` limits how many
-    inodes there are, the root included.
+    inodes there are, the root included. With `inode32` there are no more numbers than 32 bits have, ever.
     """
 
-    def __init__(self, new_file: Callable[[Ino, int], File], nr_inodes: int, mode: int, uid: int, gid: int) -> None:
+    def __init__(
+        self,
+        new_file: Callable[[Ino, int], File],
+        nr_inodes: int,
+        mode: int,
+        uid: int,
+        gid: int,
+        *,
+        inode32: bool = False,
+    ) -> None:
         self._new_file: Final = new_file
         self.space: Final = InodeSpace(nr_inodes)
         self._next_ino = ROOT_INO
+        self._last_ino: Final = (1 << (32 if inode32 else 63)) - 1
         self.inodes: dict[Ino, Inode] = {}
         self.root: Final = Directory(self._new_ino(), stat.S_IFDIR | mode, uid, gid, None)
         self._add(self.root)
@@ -185,6 +195,8 @@ class Tree:
 
     def _new_ino(self) -> Ino:
         ino = self._next_ino
+        if ino > self._last_ino:
+            raise OSError(errno.ENOSPC, "all inode numbers have been used")
         self._next_ino = Ino(ino + 1)
         return ino
 

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from memfs.contract.sizes import parse_size, total_ram
+from memfs.contract.sys.libc import mount_detached
 from memfs.contract.units import PAGE_SIZE
-from memfs.options import _FLAGS, _VALUES, MountOptions, OptionError, RemountOptions
+from memfs.options import _FLAGS, _NOTHING_TO_DO, _VALUES, MountOptions, OptionError, RemountOptions
 
 UNDERSTOOD: dict[str, tuple[str, Any]] = {
     "size=64m": ("size", 64 << 20),
@@ -47,13 +48,29 @@ UNDERSTOOD: dict[str, tuple[str, Any]] = {
     "noexec": ("exec", False),
     "noexec,exec": ("exec", True),
     "noswap": ("noswap", True),
+    "inode32": ("inode32", True),
+    "inode32,inode64": ("inode32", False),
+    "nr_blocks=1t": ("size", PAGE_SIZE << 40),
+    "size=1m,defaults,auto,noauto,nofail,_netdev,nouser,x-systemd.automount,X-mount.mkdir=0750": ("size", 1 << 20),
+    "comment=systemd.automount,size=1m,sync,async,dirsync,lazytime,nolazytime,silent,loud": ("size", 1 << 20),
     "size=1m,size=2m": ("size", 2 << 20),
 }
 REFUSED = ["nonsense", "nonsense=1", "Size=1m", "size", "size=", "size=0", "size=-1", "size=1x", "size=1.5m", "size=m"]
 REFUSED += ["size=99999999t", "size= 1m", "mode=8", "mode=77777", "mode=", "uid=-1", "uid=nobody-of-that-name"]
 REFUSED += ["gid=no group", "huge=maybe", "passthrough=1", "backing=disk", "notify_timeout=0", "notify_timeout=-1"]
 REFUSED += ["socket_mode=8", "socket_mode=1777", "socket_mode=", "socket_mode=rw", "socket_group=no group"]
-REFUSED += ["notify_timeout=inf", "notify_timeout=nan", "nr_inodes=0", "nr_blocks=1t", "ro=1", "allow_other=yes", "=1"]
+REFUSED += [
+    "size=0x",
+    "size=08",
+    "size=0xg",
+    "size=x10",
+    "uid=08",
+    "uid=0x100000000",
+    "inode32=1",
+    "defaults=x",
+    "size=0b1",
+]
+REFUSED += ["notify_timeout=inf", "notify_timeout=nan", "nr_inodes=0", "nr_blocks=1p", "ro=1", "allow_other=yes", "=1"]
 
 
 @pytest.mark.parametrize("text", UNDERSTOOD)
@@ -62,9 +79,60 @@ def test_option_is_understood(text: str) -> None:
     assert getattr(MountOptions.parse(text), name) == value
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "size=0x2000000",
+            "size=0X100k",
+            "size=0100000000",
+            "size=01m",
+            "size=1M",
+            "size=0x1e",
+            "size=4097",
+            "size=08",
+        ),
+        *("nr_blocks=0x10", "nr_blocks=1k", "nr_blocks=010", "nr_inodes=0x100", "nr_inodes=1k", "nr_inodes=0400"),
+        *(
+            "mode=01777",
+            "mode=0000755",
+            "mode=0x1ff",
+            "mode=755",
+            "uid=010",
+            "uid=0x10",
+            "gid=0x7",
+            "gid=-1",
+            "size=1g1",
+        ),
+        *("inode32", "inode64", "uid=4294967295", "size=0x", "nr_inodes=1z", "size=010%", "size=-1"),
+    ],
+)
+def test_numbers_are_read_as_tmpfs_reads_them(text: str) -> None:
+    name, _, value = text.partition("=")
+    try:
+        root = mount_detached("tmpfs", {"size": "1g", "nr_inodes": "7", name: value or None})
+    except PermissionError:
+        pytest.skip("cannot mount a tmpfs to compare with")
+    except OSError:
+        with pytest.raises(OptionError):
+            MountOptions.parse(text)
+        return
+    try:
+        ours = MountOptions.parse(f"size=1g,nr_inodes=7,{text}")
+        space, status = os.fstatvfs(root), os.fstat(root)
+        assert (ours.size, ours.nr_inodes) == (space.f_blocks * PAGE_SIZE, space.f_files)
+        assert (ours.mode, ours.uid, ours.gid) == (status.st_mode & 0o7777, status.st_uid, status.st_gid)
+    finally:
+        os.close(root)
+
+
 def test_every_option_is_tried() -> None:
     tried = {item.partition("=")[0] for text in UNDERSTOOD for item in text.split(",")}
-    assert tried == {*_FLAGS, *_VALUES}
+    assert {each for each in tried if not each.startswith(("x-", "X-", "comment"))} == {
+        *_FLAGS,
+        *_VALUES,
+        *_NOTHING_TO_DO,
+    }
 
 
 @pytest.mark.parametrize("text", REFUSED)
