@@ -34,7 +34,7 @@ from memfs.contract.protocol.messages import (
     Registered,
 )
 from memfs.contract.protocol.peer import close_all
-from memfs.contract.units import ORDER_1G, PageIndex, PageRange, Pfn
+from memfs.contract.units import ORDER_1G, ByteOffset, PageIndex, PageRange, Pfn, page_ceil
 
 __all__ = ["Backing", "Counters", "GuestFile", "Notification", "StoreGone", "connect", "socket_of"]
 
@@ -50,6 +50,7 @@ class GuestFile:
         self.page_map: PageMapView | None = None
         self.measurement: bytes | None = None  #: of its first content, once the guest has been launched
         self._mapping: mmap.mmap | None = None
+        self._reaches = PageIndex(0)  # it was at least so long when that was last looked at
         #: how much larger a frame's number is than its page's, by gibibyte of the file; true until it is unregistered
         self._extents: dict[int, int] = {}
         if not fds:
@@ -69,9 +70,23 @@ class GuestFile:
 
     def resized(self, size: int) -> None:
         """Map a file that has another size by now. Arrays over the former mapping remain valid."""
-        if size > self.size:
-            self._mapping = self._map(size)
+        if self._mapping is None or size > len(self._mapping):
+            self._mapping = self._map(size) if size else None
         self.size = size
+
+    def freed(self, pages: PageRange) -> None:
+        """Take notice that pages have gone, perhaps because the file was truncated."""
+        self._reaches = min(self._reaches, pages.start)
+
+    def reaches(self, end: PageIndex) -> bool:
+        """Return whether all pages before `end` are within the file: to touch what is not would be a SIGBUS.
+
+        The page map does not tell: fallocate(2) with FALLOC_FL_KEEP_SIZE allocates past the end. What is within the
+        file now can be mapped, since before that changes an invalidation begins.
+        """
+        if end > self._reaches:
+            self._reaches = page_ceil(ByteOffset(os.fstat(self.fd).st_size))
+        return end <= self._reaches
 
     def _map(self, size: int) -> mmap.mmap:
         """Map the guest's memory, and keep it out of core dumps."""
@@ -98,14 +113,15 @@ class GuestFile:
     def pfn_of(self, index: PageIndex) -> Pfn | None:
         """Return the frame of a private page from the cache. None: not private, or not cached yet."""
         shift = self._extents.get(index >> ORDER_1G)
-        return Pfn(index + shift) if shift is not None and self.is_private(index) else None
+        can_be = shift is not None and self.is_private(index) and self.reaches(PageIndex(index + 1))
+        return Pfn(index + shift) if shift is not None and can_be else None
 
     def known(self, pages: PageRange) -> PfnReply | None:
         """Return what the store would say of a range, if all of it is private and its frames are cached.
 
         How large a mapping may be the page map tells as well, so any order may be claimed here.
         """
-        if self.page_map is None or self.page_map.count(pages) != len(pages):
+        if self.page_map is None or self.page_map.count(pages) != len(pages) or not self.reaches(pages.end):
             return None
         runs = []
         for part in cut_at(pages, ORDER_1G):
@@ -131,6 +147,8 @@ class GuestFile:
             else:
                 known[start:end] += shift
         known[self.page_map.states(pages) != ALLOCATED] = -1
+        if not self.reaches(PageIndex(int(pages.max()) + 1)):
+            known[pages >= self._reaches] = -1
         return known
 
     def close(self) -> None:
@@ -176,6 +194,8 @@ class Backing:
                 self.counters.invalidate_begin += 1
             case InvalidateEnd():
                 self.counters.invalidate_end += 1
+                if (file := self.files.get(message.file)) is not None:
+                    file.freed(message.pages)
             case Fallocate():
                 self.counters.fallocate += 1
         self._notify(message)

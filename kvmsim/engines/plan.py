@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from kvmsim.mmu.tlb import TlbEntry
 from kvmsim.side import Side
+from kvmsim.slots.hva import LocalMemory
 from memfs.contract.units import PAGE_SHIFT, PAGE_SIZE, Gfn, offset_in_page
 
 MIXER: Final = 0x9E3779B97F4A7C15  # odd, so that no two stores within 2**64 write the same 8 bytes
@@ -141,11 +142,13 @@ class Plan:
         loaded_page, stored_page = (self._loaded >> PAGE_SHIFT) - first, (self._stored.gpas >> PAGE_SHIFT) - first
         self._placed = []
         for key, number in groups.items():
+            memory = memories[key]
+            assert not isinstance(memory, LocalMemory), "not an array"
             loads, stores = group[loaded_page] == number, group[stored_page] == number
             stored = self._stored.where(stores)
             self._placed.append(
                 _Placed(
-                    np.frombuffer(memories[key], np.uint8),
+                    np.frombuffer(memory, np.uint8),
                     shadows[key[1]],
                     self._loaded[loads] + shift[loaded_page[loads]],
                     self._loaded[loads],

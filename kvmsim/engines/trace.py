@@ -32,6 +32,7 @@ from kvmsim.mmu.page_fault import Access
 from kvmsim.mmu.tlb import Tlb, TlbEntry
 from kvmsim.mmu.walk import walk
 from kvmsim.side import Side
+from kvmsim.slots.hva import LocalMemory
 from kvmsim.slots.memslots import Memslot
 from kvmsim.vcpu import VCPU
 from kvmsim.vm import VM
@@ -156,7 +157,10 @@ class TraceEngine:
         is_block = start % self._block == 0 and (end - start == self._block or end == len(self._gpas))
         plan = self._plan(end) if is_block else self._make_plan(start, end)
         if not plan.is_placed(tlb.version):
-            plan.place(tlb.version, [tlb.entries[gfn] for gfn, _ in plan.pages], self._shadow_bytes)
+            entries = [tlb.entries[gfn] for gfn, _ in plan.pages]
+            if any(isinstance(entry.memory, LocalMemory) for entry in entries):  # it is no array
+                return False
+            plan.place(tlb.version, entries, self._shadow_bytes)
         if not plan.run(self._stored):
             return False
         self._position = end

@@ -156,4 +156,8 @@ def _whole(slot: Memslot, blocks: Gfns, active: list[GfnRange]) -> Gfns:
         blocks = blocks[((blocks + 1) * _BLOCK <= going.start) | (blocks * _BLOCK >= going.end)]
     if not blocks.size:
         return blocks
-    return blocks[slot.private.page_map.whole_blocks(blocks + (slot.shift >> ORDER_2M))]
+    numbers = blocks + (slot.shift >> ORDER_2M)
+    whole = slot.private.page_map.whole_blocks(numbers)
+    if not slot.private.reaches(PageIndex((int(numbers[-1]) + 1) * _BLOCK)):
+        whole &= [slot.private.reaches(PageIndex((number + 1) * _BLOCK)) for number in numbers.tolist()]
+    return blocks[whole]

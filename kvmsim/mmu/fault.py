@@ -27,7 +27,7 @@ from kvmsim.mmu.mmu import Mmu
 from kvmsim.mmu.ownership import OwnershipViolation
 from kvmsim.mmu.page_fault import Access, PageFault
 from kvmsim.side import Side
-from kvmsim.slots.hva import Mapping, find_mapping, local_pfn, open_mapped_file
+from kvmsim.slots.hva import LocalMemory, Mapping, find_mapping, local_pfn, open_mapped_file
 from kvmsim.slots.memslots import AddressSpace, Memslot, Window
 from kvmsim.uapi import KVM_EXIT_MEM_MAP_PRIVATE, KVM_EXIT_MEM_MAP_SHARED
 from memfs.contract.protocol.messages import PfnReply, PfnRun
@@ -169,7 +169,9 @@ async def _map_classic(mmu: Mmu, fault: PageFault) -> bool:
     if mapping is None or not mapping.readable or (fault.write and not mapping.writable):
         raise OSError(errno.EFAULT, "nothing is mapped at the hva, or not for that access")
     if not mapping.is_memfs:
-        mmu.install(fault, fault.gfns, local_pfn(page), ORDER_4K)
+        frame = local_pfn(page)
+        LocalMemory(frame).memory[:1]  # there may be a mapping and no memory: past the end of a file
+        mmu.install(fault, fault.gfns, frame, ORDER_4K)
         return True
     file = await _file_behind(mmu, fault.slot, page, mapping)
     if file is None:

@@ -124,9 +124,9 @@ class Mmu:
             tlb.flush(gfns)
 
     def is_uniform(self, slot: Memslot, gfns: GfnRange, side: Side) -> bool:
-        """Return whether all pages that serve a range are on one side, as the page map has it now."""
+        """Return whether all pages that serve a range are on one side now, by the page map, and can be mapped."""
         if slot.private is None or slot.private.page_map is None:
             return side is Side.SHARED
         pages = slot.pages_of(gfns)
         allocated = slot.private.page_map.count(pages)
-        return allocated == (len(gfns) if side is Side.PRIVATE else 0)
+        return allocated == len(gfns) and slot.private.reaches(pages.end) if side is Side.PRIVATE else not allocated

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from kvmsim.side import Side
+from kvmsim.slots.hva import LocalMemory
 from memfs.contract.units import Gfn, GfnRange
 
 TLB_ENTRIES: Final = 1536  #: as many as the second-level TLB of a Skylake core has
@@ -23,7 +24,7 @@ TLB_ENTRIES: Final = 1536  #: as many as the second-level TLB of a Skylake core 
 class TlbEntry:
     """The translation of one page."""
 
-    memory: mmap.mmap | memoryview
+    memory: mmap.mmap | memoryview | LocalMemory
     offset: int  #: of the page in that memory, in bytes
     side: Side
     dirty: bool  #: the PTE is writable and marked as dirty, so that a store needs no walk

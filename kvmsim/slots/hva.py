@@ -13,14 +13,13 @@ As in KVM, a mapping is looked at when a guest first touches it and not when its
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 from dataclasses import dataclass
 from typing import Final
 
 from memfs.contract.sys.fdinfo import fdinfo
-from memfs.contract.sys.libc import device_of
+from memfs.contract.sys.libc import device_of, read_own_memory, write_own_memory
 from memfs.contract.sys.mountinfo import type_of_device
 from memfs.contract.units import (
     PAGE_SHIFT,
@@ -104,10 +103,26 @@ def local_pfn(page: PageIndex) -> Pfn:
 
 
 class LocalMemory:
-    """One page of this process's own memory."""
+    """One page of this process's own memory, by slices: `memory[start:end]`.
+
+    Nobody says when such memory goes: it may have been unmapped, or the file that is mapped there been truncated, which
+    would be a signal to whoever touched it. So it is copied by the kernel. Raises OSError(EFAULT) if it is gone.
+    """
 
     def __init__(self, pfn: Pfn) -> None:
         assert pfn >= LOCAL_PFN
-        address = (pfn & (LOCAL_PFN - 1)) << PAGE_SHIFT
-        #: its bytes, writable; the page must stay mapped as long as this is used
-        self.memory: Final = memoryview((ctypes.c_ubyte * PAGE_SIZE).from_address(address)).cast("B")
+        self._address: Final = (pfn & (LOCAL_PFN - 1)) << PAGE_SHIFT
+
+    @property
+    def memory(self) -> LocalMemory:
+        """Its bytes."""
+        return self
+
+    def __getitem__(self, part: slice) -> bytes:
+        """Return some of its bytes."""
+        start, end, _ = part.indices(PAGE_SIZE)
+        return read_own_memory(self._address + start, end - start)
+
+    def __setitem__(self, part: slice, data: bytes) -> None:
+        """Change some of its bytes."""
+        write_own_memory(self._address + part.indices(PAGE_SIZE)[0], data)

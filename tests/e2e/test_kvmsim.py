@@ -149,6 +149,18 @@ def test_killed_kvmsim_leaves_nothing(guest: Memfs) -> None:
     assert guest.run(*RUN).returncode == 0
 
 
+@pytest.mark.parametrize("name", ["private", "shared"])
+def test_files_that_are_truncated_end_in_a_sentence_and_not_in_a_signal(guest: Memfs, name: str) -> None:
+    """fallocate -n allocates past the end of a file, where no memory can be mapped."""
+    with running(guest, "--duration", "20") as process:
+        script = f"for i in $(seq 20); do truncate -s 0 {name} && fallocate -n -l 1M {name}; done"
+        assert guest.run("sh", "-c", script).returncode == 0
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, (process.returncode, output)
+    assert output.splitlines()[-1].startswith("kvmsim: ")
+    assert "past the end of the file" in output.splitlines()[-1]
+
+
 def test_memfs_that_ends_stops_the_guest_with_a_clear_error(guest: Memfs) -> None:
     with running(guest, "--duration", "60") as process:
         guest.process.send_signal(signal.SIGTERM)

@@ -80,6 +80,7 @@ class ModelStore:
         }
         self.files[SHARED].is_private = lambda index: False
         self.files[PRIVATE].is_private = self.page_map.is_allocated
+        self.files[PRIVATE].reaches = lambda end: True
         self.files[PRIVATE].known = self.known
         self.present: set[int] = set()  # pages of the shared file
         self.gone: str | None = None
