@@ -212,7 +212,8 @@ class Backing:
             try:
                 file = self.files[registered.file] = GuestFile(registered, fds)
             except (OSError, ValueError):
-                await self._client.unregister(registered.file)
+                with trio.CancelScope(shield=True):
+                    await self._client.unregister(registered.file)
                 raise
         else:
             close_all(fds)

@@ -8,6 +8,7 @@ from typing import ClassVar, Final
 from kvmsim.uapi import (
     KVM_EXIT_HLT,
     KVM_EXIT_HYPERCALL,
+    KVM_EXIT_INTR,
     KVM_EXIT_MEM_MAP_PRIVATE,
     KVM_EXIT_MEMORY_ERROR,
     KVM_EXIT_MEMORY_FAULT,
@@ -83,6 +84,15 @@ class HaltExit:
     name: ClassVar[str] = "HLT"
 
 
-Exit = MemoryErrorExit | MmioExit | HypercallExit | HaltExit
+@dataclass(frozen=True, slots=True)
+class InterruptExit:
+    """KVM_EXIT_INTR: the vCPU was kicked (`VCPU.kick`). The guest goes on where it was when it is run again."""
+
+    reason: ClassVar[int] = KVM_EXIT_INTR
+    name: ClassVar[str] = "INTR"
+
+
+Exit = MemoryErrorExit | MmioExit | HypercallExit | HaltExit | InterruptExit
 
 HALT: Final = HaltExit()
+INTERRUPTED: Final = InterruptExit()

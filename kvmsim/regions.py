@@ -68,7 +68,7 @@ class Regions:
                 if private.page_map is not None:
                     self._to_launch[private.id] = private
             check_files(self._mmu.slots, region, shared, private, old)
-        except OSError:
+        except BaseException:  # trio.Cancelled among them
             await self.release(registered)
             raise
         return shared, private
@@ -84,7 +84,7 @@ class Regions:
         slot = Memslot(region.slot, region.flags, gfns, region.userspace_addr, shared, private, log)
         stays = old is not None and old.gfns == gfns
         held = [] if old is None else self._take_out(old, unmap=not stays)
-        self._mmu.slots.add(slot)
+        self._mmu.add_slot(slot)
         if stays and slot.logs_dirty:
             self._mmu.write_protect(gfns)
         return held
@@ -113,6 +113,11 @@ class Regions:
     async def launch(self) -> None:
         """Measure the content of private files that have been registered since this was last called."""
         while self._to_launch:
-            file_id, file = self._to_launch.popitem()
-            if file_id in self._mmu.backing.files:
-                await self._mmu.backing.launch(file)
+            file_id, file = next(iter(self._to_launch.items()))
+            try:
+                if file_id in self._mmu.backing.files:
+                    await self._mmu.backing.launch(file)  # if that is cancelled, it is still to be done
+            except OSError:
+                if file_id in self._mmu.backing.files:
+                    raise
+            self._to_launch.pop(file_id, None)

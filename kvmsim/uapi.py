@@ -24,6 +24,7 @@ USER_ADDRESS_MAX: Final = 0x7FFFFFFFF000  #: no hva of x86-64 is above (USER_PTR
 KVM_EXIT_HYPERCALL: Final = 3
 KVM_EXIT_HLT: Final = 5
 KVM_EXIT_MMIO: Final = 6
+KVM_EXIT_INTR: Final = 10
 KVM_EXIT_MEMORY_ERROR: Final = 36  #: RFC patch 02
 KVM_EXIT_MEMORY_FAULT: Final = 39  #: what mainline made of it (Linux 6.8)
 KVM_MEMORY_EXIT_FLAG_PRIVATE: Final = 1 << 3  #: in the flags of KVM_EXIT_MEMORY_FAULT

@@ -8,7 +8,7 @@ from typing import Final, Protocol
 
 import trio
 
-from kvmsim.exits import Exit
+from kvmsim.exits import INTERRUPTED, Exit
 from kvmsim.mmu.mmu import Mmu
 from kvmsim.mmu.page_fault import Access
 from kvmsim.mmu.prefault import prefault
@@ -46,7 +46,10 @@ class Engine(Protocol):
     """The code that a vCPU executes."""
 
     async def run(self, vcpu: VCPU) -> Exit:
-        """Continue where it stopped, until something has to be done outside; it is then called again."""
+        """Continue where it stopped, until something has to be done outside; it is then called again.
+
+        It may be cancelled wherever it awaits; then it is to go on from there when it is called again.
+        """
 
 
 class VCPU:
@@ -58,14 +61,31 @@ class VCPU:
         self.tlb: Final = Tlb()
         self._engine: Final = engine
         self.exits: Counter[str] = Counter()  #: by name
+        self._running: trio.CancelScope | None = None
+        self._is_kicked = False
 
     async def run(self) -> Exit:
         """Run until an exit (KVM_RUN). Raises OSError(EFAULT, ENOSPC), StoreGone if memfs is gone."""
         self.vm.check_alive()
-        await self.vm.launch()
-        exit_ = await self._engine.run(self)
+        exit_: Exit | None = None
+        if not self._is_kicked:
+            with trio.CancelScope() as self._running:
+                await self.vm.launch()
+                exit_ = await self._engine.run(self)
+            self._running = None
+        if exit_ is None:
+            self._is_kicked, exit_ = False, INTERRUPTED
         self.exits[exit_.name] += 1
         return exit_
+
+    def kick(self) -> None:
+        """Have `run` return soon with an InterruptExit, even while it waits for memfs (a signal to the vCPU's thread).
+
+        One that does not run, or has just exited, does so the next time (immediate_exit).
+        """
+        self._is_kicked = True
+        if self._running is not None:
+            self._running.cancel()
 
     async def pre_fault_memory(self, memory: PreFaultMemory) -> None:
         """Map a range as if the vCPU had read each of its pages (KVM_PRE_FAULT_MEMORY, Linux 6.11).

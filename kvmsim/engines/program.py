@@ -68,29 +68,29 @@ class ProgramEngine:
         self._operation: Operation | None = None
         self._exit: Exit | None = None  # which the VMM is answering
         self._done = bytearray()  # of the current load or store
-        self._started = False
+        self._value: Any = None  # of the operation before the next
 
     async def run(self, vcpu: VCPU) -> Exit:
         """Go on until an exit. Raises what the program raises."""
-        value: Any = None
         if isinstance(self._exit, HypercallExit):
-            value, self._operation = self._exit.ret, None
+            self._value, self._operation = self._exit.ret, None
         elif isinstance(self._exit, MmioExit):
-            value = self._after_mmio(self._exit)
+            self._value = self._after_mmio(self._exit)
         self._exit = None
         while True:
             if self._operation is None:
                 try:
-                    self._operation = self._program.send(value if self._started else None)
+                    self._operation = self._program.send(self._value)
                 except StopIteration:
                     return HALT
-                self._started, value = True, None
+                self._value = None
                 self._done.clear()
             self._exit = await self._step(vcpu, self._operation)
             if self._exit is not None:
                 return self._exit
             if not isinstance(self._operation, Hypercall) and len(self._done) == _size(self._operation):
-                value, self._operation = bytes(self._done) if isinstance(self._operation, Load) else None, None
+                self._value = bytes(self._done) if isinstance(self._operation, Load) else None
+                self._operation = None
             await trio.lowlevel.checkpoint()
 
     async def _step(self, vcpu: VCPU, operation: Operation) -> Exit | None:

@@ -112,11 +112,25 @@ async def map_gfns(mmu: Mmu, fault: PageFault) -> GfnRange | None:
     """
     file = fault.slot.file(fault.side)
     assert file is not None
-    reply = await mmu.backing.get_pfn(file, fault.pages, alloc=fault.side is Side.SHARED)
+    reply = await _ask(mmu, fault, file, fault.pages, alloc=fault.side is Side.SHARED)
     # Under the MMU lock: nothing from here to the end of the installation awaits.
-    if not _install(mmu, fault, file, reply):
+    if reply is None or not _install(mmu, fault, file, reply):
         return None
     return GfnRange(fault.gfns.start, Gfn(fault.gfns.start + len(reply.pages)))
+
+
+async def _ask(mmu: Mmu, fault: PageFault, file: GuestFile, pages: PageRange, *, alloc: bool) -> PfnReply | None:
+    """Ask the store for frames; None: the file was unregistered meanwhile, since the slot or a mapping has changed.
+
+    Raises OSError as the store does.
+    """
+    try:
+        return await mmu.backing.get_pfn(file, pages, alloc=alloc)
+    except OSError as error:
+        is_stale = not mmu.slots.is_current(fault.slot) or mmu.invalidations.seq != fault.seq
+        if error.errno == errno.EBADF and is_stale:
+            return None
+        raise
 
 
 def _install(mmu: Mmu, fault: PageFault, file: GuestFile, reply: PfnReply) -> bool:
@@ -177,8 +191,8 @@ async def _map_classic(mmu: Mmu, fault: PageFault) -> bool:
     if file is None:
         return False
     file_page = mapping.file_page(page)
-    reply = await mmu.backing.get_pfn(file, PageRange(file_page, PageIndex(file_page + 1)), alloc=True)
-    return _install(mmu, fault, file, reply)
+    reply = await _ask(mmu, fault, file, PageRange(file_page, PageIndex(file_page + 1)), alloc=True)
+    return reply is not None and _install(mmu, fault, file, reply)
 
 
 async def _file_behind(mmu: Mmu, slot: Memslot, page: PageIndex, mapping: Mapping) -> GuestFile | None:
@@ -191,7 +205,8 @@ async def _file_behind(mmu: Mmu, slot: Memslot, page: PageIndex, mapping: Mappin
     try:
         file = await mmu.backing.register(fd)
     finally:
-        await trio.to_thread.run_sync(os.close, fd)  # close(2) asks the filesystem, too
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(os.close, fd)  # close(2) asks the filesystem, too
     if not mmu.slots.is_current(slot):
         with trio.CancelScope(shield=True):
             await mmu.backing.unregister(file)
@@ -202,5 +217,5 @@ async def _file_behind(mmu: Mmu, slot: Memslot, page: PageIndex, mapping: Mappin
     gfns = slot.gfns_of(pages)
     assert gfns is not None
     served = PageRange(first, PageIndex(first + len(pages)))
-    mmu.slots.add_window(Window(slot, file.id, served, gfns.start, Side.SHARED))
+    mmu.add_window(Window(slot, file.id, served, gfns.start, Side.SHARED))
     return file

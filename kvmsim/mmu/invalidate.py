@@ -33,7 +33,8 @@ lock (every checkpoint in between would be a bug that the lock hides), and block
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import trio
 
@@ -65,6 +66,15 @@ class InvalidationState:
         """
         assert key not in self._active, f"{key} has begun already"
         self._active[key] = gfns
+
+    def take_over(self, gfns_of: Callable[[Any], list[GfnRange]]) -> None:
+        """Have what is in progress concern new gfns, too, of which nothing is mapped yet: a slot has been added.
+
+        `gfns_of` says which, given the key of an invalidation. Waiting until nothing is in progress would not do: an
+        invalidation may begin while the files of the slot are being registered.
+        """
+        for key, gfns in self._active.items():
+            gfns.extend(gfns_of(key))
 
     def end(self, key: Hashable) -> None:
         """End: the pages are gone."""

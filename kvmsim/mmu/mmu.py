@@ -21,8 +21,8 @@ from kvmsim.mmu.page_table import PageTable
 from kvmsim.mmu.pte import PTE_PRIVATE, PTE_R, PTE_W, PTE_X, is_private, level_pages, pte_pfn, select, side_of
 from kvmsim.mmu.tlb import Tlb
 from kvmsim.side import Side
-from kvmsim.slots.memslots import Memslot, Memslots
-from memfs.contract.units import GfnRange, Pfn
+from kvmsim.slots.memslots import Memslot, Memslots, Space, Window
+from memfs.contract.units import GfnRange, PageRange, Pfn
 
 
 @dataclass(slots=True)
@@ -40,6 +40,23 @@ class Mmu:
     tlbs: list[Tlb] = field(default_factory=list)  #: of all vCPUs
     retries: int = 0  #: faults that had to start again
     tlb_flushes: int = 0
+
+    def add_slot(self, slot: Memslot) -> None:
+        """Add a slot, which takes over the invalidations in progress on its files."""
+        self.slots.add(slot)
+        self._take_over(self.slots.windows_of(slot))
+
+    def add_window(self, window: Window) -> None:
+        """Add a window of a slot, which takes over the invalidations in progress on its file."""
+        self.slots.add_window(window)
+        self._take_over([window])
+
+    def _take_over(self, windows: list[Window]) -> None:
+        def gfns_of(key: tuple[Space, PageRange]) -> list[GfnRange]:
+            space, pages = key
+            return [each.gfns_of(pages) for each in windows if each.space == space and each.pages.overlaps(pages)]
+
+        self.invalidations.take_over(gfns_of)
 
     def install(self, fault: PageFault, gfns: GfnRange, pfn: Pfn, order: int) -> None:
         """Map gfns of a fault, or the block around them, to neighbouring frames, with leaves of at most 2**order pages.

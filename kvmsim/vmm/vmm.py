@@ -5,6 +5,7 @@
     KVM_EXIT_HYPERCALL       KVM_HC_MAP_GPA_RANGE asks for the same of a range, and gets an errno back
     KVM_EXIT_MMIO            the device at that address, if there is one
     KVM_EXIT_HLT             the end
+    KVM_EXIT_INTR            whoever kicked the vCPU goes on
 
 Any other exit is one that this VMM has no answer to; it stops and says so, rather than run a guest on that waits.
 
@@ -22,7 +23,7 @@ from typing import Final
 
 import trio
 
-from kvmsim.exits import Exit, HaltExit, HypercallExit, MemoryErrorExit, MemoryFaultExit, MmioExit
+from kvmsim.exits import Exit, HaltExit, HypercallExit, InterruptExit, MemoryErrorExit, MemoryFaultExit, MmioExit
 from kvmsim.side import Side
 from kvmsim.uapi import (
     KVM_EINVAL,
@@ -104,10 +105,11 @@ class Vmm:
         """Have a device answer MMIO exits of `size` bytes from `gpa` on."""
         self._devices.append((gpa, size, device))
 
-    async def run(self, vcpu: VCPU) -> None:
-        """Run a vCPU until the guest halts. Raises UnhandledExit, and what VCPU.run raises."""
-        while not isinstance(exit_ := await vcpu.run(), HaltExit):
+    async def run(self, vcpu: VCPU) -> HaltExit | InterruptExit:
+        """Run a vCPU until the guest halts or it is kicked. Raises UnhandledExit, and what VCPU.run raises."""
+        while not isinstance(exit_ := await vcpu.run(), HaltExit | InterruptExit):
             await self.answer(exit_)
+        return exit_
 
     async def answer(self, exit_: Exit | MemoryFaultExit) -> None:
         """Do what an exit asks for. Raises UnhandledExit, OSError (ENOSPC)."""

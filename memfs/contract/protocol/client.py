@@ -58,7 +58,7 @@ from memfs.contract.protocol.messages import (
     Request,
     Unregister,
 )
-from memfs.contract.protocol.peer import Incoming, Peer, PeerGone, open_connection
+from memfs.contract.protocol.peer import Incoming, LateReply, Peer, PeerGone, close_all, open_connection
 from memfs.contract.units import PAGE_SIZE, ByteOffset, PageRange
 
 log = logging.getLogger(__name__)
@@ -98,8 +98,14 @@ class Client:
         `messages.Register` says.
         """
         self.check_recipient(fd)
-        reply = await self._request(Register(), [fd])
+        reply = await self._request(Register(), [fd], self._undo_register)
         return _expect(Registered, reply), reply.fds
+
+    def _undo_register(self, reply: Incoming) -> None:
+        """Unregister a file that was registered when nobody waited for that any more."""
+        close_all(reply.fds)
+        if isinstance(reply.message, Registered):
+            self._post(Unregister(reply.message.file))
 
     async def unregister(self, file: FileId) -> None:
         """Undo one `register`. Nothing may be mapped from the file any more. Raises OSError(EBADF)."""
@@ -111,7 +117,15 @@ class Client:
         With `alloc`, absent pages are allocated first; with `lock`, pages stay until `put_pfn`. Raises OSError as
         `messages.GetPfn` says.
         """
-        return _expect(PfnReply, await self._request(GetPfn(file, pages, alloc, lock)))
+        late = self._undo_lock if lock else None
+        return _expect(PfnReply, await self._request(GetPfn(file, pages, alloc, lock), late=late))
+
+    def _undo_lock(self, reply: Incoming) -> None:
+        """Unlock pages that were locked when nobody waited for that any more."""
+        if isinstance(reply.message, PfnReply):
+            for run in reply.message.runs:
+                if run.pfn is not None:
+                    self._post(PutPfn(reply.message.file, run.pages, dirty=False))
 
     async def put_pfn(self, file: FileId, pages: PageRange, *, dirty: bool) -> None:
         """Unlock pages, and say whether they were written (put_unlock_pfn). Raises OSError(EINVAL)."""
@@ -130,18 +144,27 @@ class Client:
         """Say that the guest begins to run. Returns the measurement of what was populated, 48 bytes."""
         return _expect(Measured, await self._request(Launch(file))).measurement
 
-    async def request(self, message: Request, fds: Sequence[int] = ()) -> Incoming:
-        """Send any request and return what comes, which may be Failed; its descriptors are the caller's."""
+    async def request(self, message: Request, fds: Sequence[int] = (), late: LateReply | None = None) -> Incoming:
+        """Send any request and return what comes, which may be Failed; its descriptors are the caller's.
+
+        When cancelled, what was asked for happens all the same; `late` then gets what comes. Raises StoreGone;
+        OSError(EBADF) for a descriptor that is closed.
+        """
         if self.gone is not None:
             raise StoreGone(self.gone)
         try:
-            return await self._peer.call(message, fds)
+            return await self._peer.call(message, fds, late)
         except PeerGone as error:
             await self.ended.wait()  # why it has gone may still be there to be read
             raise StoreGone(self.gone or f"memfs has gone: {error}") from error
 
-    async def _request(self, message: Request, fds: Sequence[int] = ()) -> Incoming:
-        reply = await self.request(message, fds)
+    def _post(self, message: Request) -> None:
+        """Send a request whose reply says nothing new."""
+        with suppress(PeerGone):
+            self._peer.post(message)
+
+    async def _request(self, message: Request, fds: Sequence[int] = (), late: LateReply | None = None) -> Incoming:
+        reply = await self.request(message, fds, late)
         if isinstance(reply.message, Failed):
             raise OSError(reply.message.errno, reply.message.text)
         return reply

@@ -76,16 +76,34 @@ class Incoming:
     fds: tuple[int, ...]
 
 
+#: Gets a reply, and owns its descriptors
+LateReply = Callable[[Incoming], object]
+
+
 class Call:
     """A message of ours, on its way. A request is done when its `reply` is there, anything else when it is sent."""
 
-    __slots__ = ("_event", "_peer", "fds", "is_answered", "is_cancelled", "is_done", "is_sent", "message", "reply")
+    __slots__ = (
+        "_event",
+        "_peer",
+        "fds",
+        "is_answered",
+        "is_cancelled",
+        "is_done",
+        "is_sent",
+        "late",
+        "message",
+        "reply",
+    )
 
-    def __init__(self, peer: Peer, message: Message, fds: Sequence[int], *, is_answered: bool) -> None:
+    def __init__(
+        self, peer: Peer, message: Message, fds: Sequence[int], late: LateReply | None, *, is_answered: bool
+    ) -> None:
         self._peer: Final = peer
         self._event: trio.Event | None = None  # None: nobody waits
         self.message: Final = message
         self.fds: Final = fds  #: travel with it, and stay the caller's
+        self.late: Final = late  #: gets a reply that comes when nobody waits for it any more
         self.is_answered: Final = is_answered  #: whether the protocol demands a reply
         self.is_sent = False
         self.is_done = False  #: also when the connection has ended
@@ -190,10 +208,14 @@ class Peer:
 
     # -- sending ----------------------------------------------------------------------------------------------------
 
-    async def call(self, message: Message, fds: Sequence[int] = ()) -> Incoming:
-        """Send a request and wait for its reply. Raises PeerGone; LocalProtocolError if it may not be sent now."""
+    async def call(self, message: Message, fds: Sequence[int] = (), late: LateReply | None = None) -> Incoming:
+        """Send a request and wait for its reply.
+
+        When cancelled, what was asked for happens all the same; `late` then gets the reply. Raises PeerGone;
+        LocalProtocolError if it may not be sent now; OSError(EBADF) for a descriptor that is closed.
+        """
         await trio.lowlevel.checkpoint_if_cancelled()  # afterwards the protocol believes that it has been sent
-        return await self.post(message, fds).result()
+        return await self.post(message, fds, late=late).result()
 
     async def reply(self, request: RequestId, message: Message, fds: Sequence[int] = ()) -> None:
         """Answer a request of the peer's; waits until the peer has space for it. Raises PeerGone."""
@@ -203,14 +225,24 @@ class Peer:
         """Send what has no answer; waits until the peer has space for it. Raises PeerGone."""
         await self.post(message).wait()
 
-    def post(self, message: Message, fds: Sequence[int] = (), *, answers: RequestId | None = None) -> Call:
+    def post(
+        self,
+        message: Message,
+        fds: Sequence[int] = (),
+        *,
+        answers: RequestId | None = None,
+        late: LateReply | None = None,
+    ) -> Call:
         """Send a message, or leave it to be sent when that is possible.
 
-        `answers` is the request that it replies to. Raises PeerGone; LocalProtocolError if it may not be sent now.
+        `answers` is the request that it replies to. Raises PeerGone; LocalProtocolError if it may not be sent now;
+        OSError(EBADF), before anything is sent, for a descriptor that is closed.
         """
+        for fd in fds:
+            os.get_inheritable(fd)  # raises; sendmsg(2) would as well, but then about its socket or about these?
         if self._closed or self.protocol.state is State.CLOSED:  # the final message has been sent
             raise PeerGone("the connection has ended")
-        call = Call(self, message, fds, is_answered=answers is None and is_answered(message))
+        call = Call(self, message, fds, late, is_answered=answers is None and is_answered(message))
         if call.is_answered and self.protocol.unanswered >= MAX_IN_FLIGHT:
             self._postponed.append(call)
         else:
@@ -391,12 +423,15 @@ class Peer:
             self._discard(reply.fds)
             self._break(RemoteProtocolError(f"{type(reply.message).__name__} answers what has not been sent yet"))
         elif call.is_cancelled:
-            self._discard(reply.fds)
+            (call.late or self._drop)(reply)
         else:
             call.reply = reply
             call.done()
         if self._postponed:
             self._send_postponed()
+
+    def _drop(self, reply: Incoming) -> None:
+        self._discard(reply.fds)
 
     def _receive(self) -> tuple[Incoming, bool] | None:
         """Receive the next message, and whether it is a reply. None: the connection has ended.

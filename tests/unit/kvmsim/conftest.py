@@ -5,10 +5,11 @@ What it does and when is decided by the test, so that a fault can be held betwee
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +66,9 @@ class ScriptedStore:
         self.peer: Peer | None = None
         self.files: dict[int, FakeFile] = {}  # by inode number of the memfd
         self.refuse: dict[type[Message], int] = {}  # errno for requests of a kind
-        self.before_reply: Callable[[Message], object] = lambda message: None
+        self.before_registered: Callable[[FakeFile], Awaitable[object]] | None = None  #: called once
+        self.registering = trio.Event()  # Register waits for this
+        self.registering.set()
         self.requests: list[Message] = []
         self.held = trio.Event()  # GetPfn waits for this
         self.held.set()
@@ -100,10 +103,17 @@ class ScriptedStore:
     async def _answer(self, request: Incoming) -> None:
         number, message, fds = request.id, request.message, request.fds
         self.requests.append(message)
+        if isinstance(message, Register):
+            await self.registering.wait()
         reply, out = self._act(message, fds)
         close_all(fds)
         if isinstance(message, GetPfn):
             await self.held.wait()
+            if not self.by_id(message.file).registered:
+                reply = Failed(errno.EBADF, "unregistered")
+        if isinstance(reply, Registered) and self.before_registered is not None:
+            before, self.before_registered = self.before_registered, None
+            await before(self.by_id(reply.file))
         try:
             assert self.peer is not None
             await self.peer.reply(number, reply, out)
