@@ -2,10 +2,19 @@
 
 Each conversion is a few system calls that wait for memfs, which waits for KVM, so converting a burst page by page costs
 the burst many round trips. Requests that come while others are being worked on are kept; then neighbours of the same
-direction become one range, and all callers continue together. In the order that never pays for a page twice:
+direction become one range, and all callers continue together. A page that is on the wanted side by then is left alone:
+another vCPU asked for it first.
 
-    to private   punch the range out of the shared file, then fallocate it in the private one
+    to private   fallocate the range in the private file, then punch it out of the shared one
     to shared    punch it out of the private file; shared pages come with the next faults
+
+In this order a conversion for which there is no space destroys nothing, and no page is paid for twice in the end: once
+a page is private no fault, nor the window around one, allocates it in the shared file, and memfs has acted on those
+that asked before when it begins to punch (what they asked is ahead of our acknowledgement of the allocation).
+
+Where there is no space for both sides at once, pages change places: first those get private memory that have no content
+to lose, from what is left; then those that have, piece by piece, each from what is punched for it. If that fails,
+somebody else took the space at that moment, which two system calls cannot exclude; nothing else destroys content.
 
 The **granule** (4 KiB, 64 KiB, 2 MiB) is how far around what was asked for may be converted as well. A conversion
 destroys content, so it takes in only neighbours that have none: pages that are in neither file. Rejected: rounding
@@ -110,9 +119,10 @@ class Converter:
         to = self._waiting[0].to
         number = next((i for i, each in enumerate(self._waiting) if each.to is not to), len(self._waiting))
         requests, self._waiting = self._waiting[:number], self._waiting[number:]
-        asked = {index for request in requests for index in _indexes(request.pages)}
+        asked: set[PageIndex] = {index for request in requests for index in _indexes(request.pages)}
         failure: OSError | None = None
         try:
+            asked = {index for index in asked if Side.of(self._is_private(index)) is not to}
             wanted = asked | (await trio.to_thread.run_sync(self._neighbours, asked) if self._granule > 1 else set())
             self.extra += len(wanted - asked)
             for run in _runs(sorted(wanted)):
@@ -129,14 +139,45 @@ class Converter:
             for listener in self._listeners:
                 listener.discard(run)
             try:
-                await trio.to_thread.run_sync(fallocate, self._shared, PUNCH_HOLE, run.offset, run.nbytes)
-                await trio.to_thread.run_sync(fallocate, self._private, 0, run.offset, run.nbytes)
+                await self._to_private(run)
             except OSError:
-                self._populate(run)  # it is shared still
+                for still in _runs(index for index in _indexes(run) if not self._is_private(index)):
+                    self._populate(still)
                 raise
         else:
-            await trio.to_thread.run_sync(fallocate, self._private, PUNCH_HOLE, run.offset, run.nbytes)
+            await _fallocate(self._private, PUNCH_HOLE, run)
             self._populate(run)
+
+    async def _to_private(self, run: PageRange) -> None:
+        try:
+            await _fallocate(self._private, 0, run)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            await self._change_places(run)
+        else:
+            await _fallocate(self._shared, PUNCH_HOLE, run)
+
+    async def _change_places(self, run: PageRange) -> None:
+        """Make pages private of a range that has no space on both sides at once. Raises OSError(ENOSPC)."""
+        full = await trio.to_thread.run_sync(lambda: list(data_pages(self._shared, run)))
+        starts = [run.start, *(part.end for part in full)]
+        ends = [*(part.start for part in full), run.end]
+        allocated: list[PageRange] = []
+        try:
+            for start, end in zip(starts, ends, strict=True):
+                if start < end:
+                    part = PageRange(start, end)
+                    await _fallocate(self._shared, PUNCH_HOLE, part)  # memory that nothing was written to
+                    await _fallocate(self._private, 0, part)
+                    allocated.append(part)
+        except OSError:
+            for part in allocated:
+                await _fallocate(self._private, PUNCH_HOLE, part)
+            raise
+        for part in full:
+            await _fallocate(self._shared, PUNCH_HOLE, part)
+            await _fallocate(self._private, 0, part)
 
     def _populate(self, run: PageRange) -> None:
         for listener in self._listeners:
@@ -152,6 +193,10 @@ class Converter:
             full = {index for part in data_pages(self._shared, block) for index in _indexes(part)}
             found |= {index for index in _indexes(block) if index not in full and not self._is_private(index)}
         return found
+
+
+async def _fallocate(fd: int, mode: int, pages: PageRange) -> None:
+    await trio.to_thread.run_sync(fallocate, fd, mode, pages.offset, pages.nbytes)
 
 
 def _indexes(pages: PageRange) -> Iterable[PageIndex]:

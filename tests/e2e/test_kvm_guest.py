@@ -256,6 +256,98 @@ async def test_conversion_inside_a_huge_page_splits_it_and_back_again_it_is_one(
         assert vm.mmu.table.walk(Gfn(700)).level == PG_LEVEL_2M
 
 
+# -- conversions for which there is hardly any space -----------------------------------------------------
+
+
+def blocks(*fds: int) -> list[int]:
+    """How many pages files have."""
+    return [os.fstat(fd).st_blocks * 512 // PAGE_SIZE for fd in fds]
+
+
+async def fill(memfs: Memfs, *, but: int) -> None:
+    """Leave so many pages free."""
+
+    def allocate() -> None:
+        status = os.statvfs(memfs.path)
+        free = status.f_bavail * status.f_frsize - but * PAGE_SIZE
+        assert memfs.run("fallocate", "-l", str(free), "filler").returncode == 0
+
+    await trio.to_thread.run_sync(allocate)
+
+
+async def test_conversion_without_space_destroys_nothing(guest: Guest, memfs: Memfs) -> None:
+    seen: list[object] = []
+
+    def program() -> Program:
+        yield Store(Gpa(7 * PAGE_SIZE), b"precious")
+        seen.append((yield Hypercall(99, ())))  # the mount fills up
+        seen.append((yield convert(Gpa(0), 512, Side.PRIVATE)))
+        seen.append((yield Load(Gpa(7 * PAGE_SIZE), 8)))
+
+    async with guest() as (vm, vmm):
+        vcpu = vm.create_vcpu(0, ProgramEngine(program()))
+        assert isinstance(await vcpu.run(), HypercallExit)
+        await fill(memfs, but=100)
+        before = await trio.to_thread.run_sync(blocks, vmm.private)
+        await vmm.run(vcpu)
+        assert await trio.to_thread.run_sync(blocks, vmm.private) == before
+    assert seen == [0, -errno.ENOSPC, b"precious"]
+
+
+async def test_conversion_that_needs_nothing_more_succeeds_on_a_full_mount(guest: Guest, memfs: Memfs) -> None:
+    """A page on one side is taken for the page on the other, those that were never written to first."""
+    seen: list[object] = []
+
+    def program() -> Program:
+        for page in (0, 3, 4, 40, 63):
+            yield Store(Gpa(page * PAGE_SIZE), b"x")  # and the pages around each, to which nothing is written
+        seen.append((yield Hypercall(99, ())))  # the mount fills up
+        seen.append((yield convert(Gpa(0), 64, Side.PRIVATE)))
+        yield Store(Gpa(3 * PAGE_SIZE), b"private", encrypted=True)
+
+    async with guest() as (vm, vmm):
+        vcpu = vm.create_vcpu(0, ProgramEngine(program()))
+        assert isinstance(await vcpu.run(), HypercallExit)
+        assert await trio.to_thread.run_sync(blocks, vmm.shared, vmm.private) == [48, 0]
+        await fill(memfs, but=16)
+        await vmm.run(vcpu)
+        assert await trio.to_thread.run_sync(blocks, vmm.shared, vmm.private) == [0, 64]
+    assert seen == [0, 0]
+
+
+async def test_no_page_stays_paid_for_twice_when_neighbours_are_touched(guest: Guest) -> None:
+    """One vCPU converts a page while another touches the next one, and asks for those around it."""
+    vcpus = 2
+
+    def program(first: int, private: bool) -> Program:
+        for page in range(first, 2048, 16):
+            yield Store(Gpa(page * PAGE_SIZE), b"x", encrypted=private)
+
+    async with guest() as (vm, vmm):
+        async with trio.open_nursery() as nursery:
+            for number in range(vcpus):
+                nursery.start_soon(run, vm, vmm, program(number, not number), number)
+        slot = not_none(vm.mmu.slots.get(0))
+        page_map = not_none(not_none(slot.private).page_map)
+        shared, private = await trio.to_thread.run_sync(blocks, vmm.shared, vmm.private)
+        assert private == 128 == page_map.count(slot.pages)
+        assert shared + private <= 2048, "a page is in both files"
+
+
+async def test_two_vcpus_that_want_one_page_pay_once(guest: Guest) -> None:
+    def program(text: bytes) -> Program:
+        for page in range(0, 64):
+            yield Store(Gpa(page * PAGE_SIZE), text, encrypted=True)
+            assert (yield Load(Gpa(page * PAGE_SIZE + 100), 1, encrypted=True)) == b"\0"
+
+    async with guest() as (vm, vmm):
+        async with trio.open_nursery() as nursery:
+            for number in range(2):
+                nursery.start_soon(run, vm, vmm, program(b"%d" % number), number)
+        assert await trio.to_thread.run_sync(blocks, vmm.shared, vmm.private) == [0, 64]
+        assert not_none(vmm.converter).ranges <= 64
+
+
 # -- classic memory --------------------------------------------------------------------------------------
 
 
