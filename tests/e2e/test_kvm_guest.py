@@ -336,7 +336,7 @@ async def test_no_page_stays_paid_for_twice_when_neighbours_are_touched(guest: G
 
 async def test_two_vcpus_that_want_one_page_pay_once(guest: Guest) -> None:
     def program(text: bytes) -> Program:
-        for page in range(0, 64):
+        for page in range(64):
             yield Store(Gpa(page * PAGE_SIZE), text, encrypted=True)
             assert (yield Load(Gpa(page * PAGE_SIZE + 100), 1, encrypted=True)) == b"\0"
 
