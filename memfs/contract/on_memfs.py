@@ -1,7 +1,7 @@
-"""What a program does to a path on a memfs, when others may have had a hand in that path.
+"""Paths that lead to a memfs, when others may have had a hand in them.
 
-Whoever owns a directory decides what its names lead to: a link to a file of somebody else's, a FIFO that blocks
-whoever opens it, a file of another filesystem with an attribute that names a socket of the owner's. A program of root's
+The owner of a directory decides what its names lead to: a link to a file of somebody else's, a FIFO that blocks those
+that open it, a file of another filesystem with an attribute that names a socket of the owner's. A program of root's
 that changes what it finds there, and sends a descriptor of it to that socket, would give away any file. So:
 
 - A path is followed by hand, and of symbolic links only those that root made, or the user that the program runs as; in
@@ -21,23 +21,15 @@ from __future__ import annotations
 
 import errno
 import os
-import socket
 import stat
-import struct
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any, Final, Protocol
+from typing import Final
 
 from memfs.contract.sys.fdinfo import fdinfo
-from memfs.contract.sys.mountinfo import type_and_options
+from memfs.contract.sys.mountinfo import MEMFS, type_and_options
 
-_TYPE: Final = "fuse.memfs"
 _MAX_LINKS: Final = 40  # as the kernel's MAXSYMLINKS
-_UCRED: Final = struct.Struct("=iII")  # pid, uid, gid
-
-
-class _Socket(Protocol):
-    def getsockopt(self, level: int, option: int, size: int, /) -> Any: ...
 
 
 class OnMemfs:
@@ -97,14 +89,8 @@ def locate(path: str, *, last_link: bool = False) -> Iterator[OnMemfs]:
 def check(fd: int) -> None:
     """Raise OSError(EOPNOTSUPP) unless a descriptor is of something on a memfs."""
     kind, _ = _mount(fd)
-    if kind != _TYPE:
+    if kind != MEMFS:
         raise OSError(errno.EOPNOTSUPP, "does not lie on a memfs")
-
-
-def listening_user(sock: _Socket) -> int:
-    """Return the uid of the process that listened on the socket which we are connected to (unix(7): SO_PEERCRED)."""
-    _, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-    return int(uid)
 
 
 def check_recipient(uid: int, fd: int) -> None:
@@ -112,7 +98,7 @@ def check_recipient(uid: int, fd: int) -> None:
     if uid in _trusted():
         return
     kind, mounter = _mount(fd)
-    if kind != _TYPE or uid != mounter:
+    if kind != MEMFS or uid != mounter:
         raise OSError(errno.EPERM, f"user {uid} listens on the socket: not root, not you, not who mounted the memfs")
 
 

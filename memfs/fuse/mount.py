@@ -49,13 +49,12 @@ from memfs.contract.sys.libc import (
     mount_of,
     umount,
 )
-from memfs.contract.sys.mountinfo import mountpoint_of, mounts_on, type_of_device
+from memfs.contract.sys.mountinfo import MEMFS, mountpoint_of, mounts_on, type_of_device
 from memfs.options import MountOptions
 
 log = logging.getLogger(__name__)
 
 _HELPER: Final = "fusermount3"
-_FSTYPE: Final = "fuse.memfs"
 _SOURCE: Final = "memfs"
 _TIMEOUT: Final = 3.0  # seconds for what is mounted already to answer
 
@@ -92,7 +91,7 @@ class FuseMount:
         while _is_dead(self.mountpoint):
             with _opened(self.mountpoint) as dead:
                 below = mounts_on(self.mountpoint)[1:]
-                if not below or type_of_device(below[0][1]) != _FSTYPE:
+                if not below or type_of_device(below[0][1]) != MEMFS:
                     self._replace(dead)
                     return
                 _detach(dead)  # the next one, which hides the directory, may be dead as well
@@ -175,7 +174,7 @@ def _is_dead(mountpoint: str) -> bool:
     kind = type_of_device(mounts[0][1]) if mounts else None
     if kind is None or not kind.startswith("fuse") or _is_alive(mountpoint):
         return False
-    if kind != _FSTYPE:
+    if kind != MEMFS:
         raise MountError(f"{mountpoint}: what is mounted there is dead and not a memfs; unmount it first")
     return True
 

@@ -28,13 +28,14 @@ from typing import Final, TypeVar
 
 import trio
 
+from memfs.contract.sys.peer_credentials import PeerCredentials
+
 MAX_CONNECTIONS: Final = 4096  #: from which on only trusted users are admitted
 MAX_PER_USER: Final = 1024  #: connections, and descriptors that are being closed
 MAX_SILENT: Final = 128  #: connections that have not said Hello
 _THREADS: Final = 4  # for one user
 _RETRY: Final = 0.5  # seconds, after there was no thread available
 _SO_PEERGROUPS: Final = 59
-_UCRED: Final = struct.Struct("=iII")  # pid, uid, gid
 _MAX_GROUPS_BYTES: Final = 1024  # the most that Python's getsockopt takes
 
 
@@ -66,7 +67,7 @@ class Credentials:
     @classmethod
     def of(cls, sock: socket.socket) -> Credentials:
         """Return those of the process at the other end (unix(7)). Raises OSError."""
-        pid, uid, gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+        pid, uid, gid = PeerCredentials.of(sock)
         groups = {gid}
         with contextlib.suppress(OSError):  # ERANGE: in more groups than that; its first one counts
             packed = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _MAX_GROUPS_BYTES)

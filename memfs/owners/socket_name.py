@@ -15,22 +15,19 @@ import errno
 import os
 import socket
 import stat
-import struct
 import threading
 import time
 from typing import Final
 
 from memfs.contract.protocol.connection import Connection, RemoteProtocolError, Role
-from memfs.contract.protocol.messages import Hello, HelloReply
-from memfs.contract.sys.mountinfo import mountpoints_of_type
+from memfs.contract.protocol.messages import SOCKET_XATTR, Hello, HelloReply
+from memfs.contract.sys.mountinfo import MEMFS, mountpoints_of_type
+from memfs.contract.sys.peer_credentials import PeerCredentials
 from memfs.contract.sys.unix_address import address_of
 from memfs.owners.liveness import is_dying
 
-_FSTYPE: Final = "fuse.memfs"
-_SOCKET_XATTR: Final = "user.memfs.socket"
 _TIMEOUT: Final = 5.0  # seconds for a listener to answer, or to end
 _INTERVAL: Final = 0.02  # seconds between two looks at one that is ending
-_UCRED: Final = struct.Struct("=iII")  # pid, uid, gid
 _MAX_REPLY: Final = 1024  # bytes
 
 
@@ -75,7 +72,7 @@ def _ask(path: str, status: os.stat_result, seconds: float) -> _Listener:
             return _Listener.NONE
         except BlockingIOError:  # its queue is full, so somebody listens
             return _Listener.ENDING
-        pid, uid, _ = _UCRED.unpack(probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+        pid, uid, _ = PeerCredentials.of(probe)
         if uid != os.geteuid():
             return _Listener.THERE
         if pid and is_dying(pid):
@@ -124,12 +121,10 @@ def _is_mounted(status: os.stat_result) -> bool:
 
     def ask(mountpoint: str) -> None:
         with contextlib.suppress(OSError):
-            if os.path.samestat(os.lstat(os.getxattr(mountpoint, _SOCKET_XATTR)), status):
+            if os.path.samestat(os.lstat(os.getxattr(mountpoint, SOCKET_XATTR)), status):
                 found.set()
 
-    asking = [
-        threading.Thread(target=ask, args=[mountpoint], daemon=True) for mountpoint in mountpoints_of_type(_FSTYPE)
-    ]
+    asking = [threading.Thread(target=ask, args=[mountpoint], daemon=True) for mountpoint in mountpoints_of_type(MEMFS)]
     for thread in asking:
         thread.start()
     deadline = time.monotonic() + _TIMEOUT

@@ -59,6 +59,7 @@ from memfs.contract.protocol.messages import (
     Unregister,
 )
 from memfs.contract.protocol.peer import Incoming, LateReply, Peer, PeerGone, close_all, open_connection
+from memfs.contract.sys.peer_credentials import PeerCredentials
 from memfs.contract.units import PAGE_SIZE, ByteOffset, PageRange
 
 log = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ class Client:
         self.ended: Final = trio.Event()
 
     def check_recipient(self, fd: int) -> None:
-        """Raise OSError(EPERM) unless whoever listens on the socket may have a file's descriptor."""
+        """Raise OSError(EPERM) unless the process that listens on the socket may have a file's descriptor."""
         on_memfs.check_recipient(self._listening_user, fd)
 
     async def register(self, fd: int) -> tuple[Registered, tuple[int, ...]]:
@@ -218,7 +219,7 @@ async def connect(path: str, name: str, on_notification: OnNotification) -> Asyn
     """
     sock = await open_connection(path)
     async with open_flat_nursery() as nursery:
-        client = Client(Peer(sock, Role.OWNER), on_memfs.listening_user(sock), on_notification)
+        client = Client(Peer(sock, Role.OWNER), PeerCredentials.of(sock).uid, on_notification)
         nursery.start_soon(client.serve)
         try:
             await client.greet(name)

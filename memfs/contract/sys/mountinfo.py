@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from typing import Final
+
+MEMFS: Final = "fuse.memfs"  #: the type of our mounts, with the subtype
 
 
 def device_of_mountpoint(mountpoint: str) -> str | None:
@@ -14,7 +17,7 @@ def device_of_mountpoint(mountpoint: str) -> str | None:
 
 
 def mounts_on(mountpoint: str) -> list[tuple[str, str]]:
-    """Mount id and device number ("major:minor") of each mount on a directory; the first is the one that is seen."""
+    """Return mount id and device number ("major:minor") of each mount on a directory, first of the one that is seen."""
     rows = {fields[0]: fields for fields in _mountinfo() if _unescape(fields[4]) == mountpoint}
     covered = {fields[1] for fields in rows.values()}
     seen = next((each for each in reversed(rows) if each not in covered), "")
