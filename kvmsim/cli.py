@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import errno
 import logging
+import math
 import os
 import sys
 import time
@@ -26,6 +27,7 @@ from kvmsim.engines.trace import IntegrityError, TraceEngine
 from kvmsim.engines.trace_file import Trace, TraceError, read_lackey
 from kvmsim.fault_points import install_faults
 from kvmsim.memory_map import draw
+from kvmsim.mmu.fault_around import LARGEST_WINDOW
 from kvmsim.side import Side
 from kvmsim.slots.memslots import Memslot
 from kvmsim.uapi import PreFaultMemory
@@ -33,7 +35,7 @@ from kvmsim.vcpu import VCPU
 from kvmsim.vm import VM, Listener, VmConfig, create_vm
 from kvmsim.vmm.vmm import UnhandledExit, Vmm, open_memory
 from memfs.contract import logs
-from memfs.contract.sizes import parse_size
+from memfs.contract.sizes import parse_bytes, parse_size
 from memfs.contract.sys.dumpable import hide_memory
 from memfs.contract.sys.standard_descriptors import fill_standard_descriptors
 from memfs.contract.terminal import Parser, printable
@@ -56,6 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         options.run(options)
     except (CommandError, TraceError, IntegrityError, UnhandledExit, StoreGone) as error:
         sys.exit(f"kvmsim: {printable(error)}")
+    except BrokenPipeError:  # `kvmsim info sort | head -1`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1)
     except OSError as error:
         where = f"{printable(error.filename)}: " if error.filename else ""
         sys.exit(f"kvmsim: {where}{printable(error.strerror or error)}")
@@ -104,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         help="map all guest memory before the guest runs, each page on its side, allocating what is shared",
     )
     run.add_argument("--socket", metavar="PATH", help="memfs's socket (default: asked of the file)")
-    run.add_argument("--duration", metavar="SECONDS", type=float, default=0, help="repeat the trace for so long")
+    run.add_argument("--duration", metavar="SECONDS", type=_seconds, default=0, help="repeat the trace for so long")
     run.add_argument("--picture", action="store_true", help="draw guest memory before and after")
     run.add_argument("-v", "--verbose", action="store_true", help="print each notification as it comes")
     run.add_argument("--log-file", metavar="FILE", help="append a log of notifications, with request numbers, to FILE")
@@ -134,7 +139,9 @@ def _run(options: argparse.Namespace) -> None:
     if trace.memory_size > size:
         raise CommandError(f"--mem {options.mem} is too small: the trace uses {trace.memory_size >> 10} KiB")
     private = _ranges(options.private_ranges) if options.private_ranges else _default_private(trace)
+    options.fault_around = _fault_around(options.fault_around)
     with open_memory(options.shared, options.private, size, parse_size(options.granule)) as vmm:
+        _check_files(options, vmm)
         socket_path = options.socket or socket_of(vmm.shared)
         trio.run(_simulate, options, vmm, trace, private, socket_path, restrict_keyboard_interrupt_to_checkpoints=True)
 
@@ -146,7 +153,7 @@ async def _simulate(
     config = VmConfig(
         name=f"kvmsim-{os.getpid()}",
         map_on_fallocate=not options.no_map_on_fallocate,
-        fault_around=bytes_to_pages(parse_size(options.fault_around)),
+        fault_around=options.fault_around,
     )
     async with create_vm(socket_path, config) as vm:
         await vmm.add_memory(vm)
@@ -156,7 +163,7 @@ async def _simulate(
         vcpu = vm.create_vcpu(0, engine)
         gfns = GfnRange(Gfn(0), gpa_to_gfn(Gpa(vmm.size)))
         if options.picture:
-            console.print("guest memory before:", draw(vm, gfns), sep="\n")
+            console.print("guest memory before:", draw(vm, gfns, ascii_only=console.options.ascii_only), sep="\n")
         if options.prefault:
             await _prefault(console, vcpu, vmm.size)
         started = time.monotonic()
@@ -170,11 +177,11 @@ async def _simulate(
             transient=True,
         ) as progress:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(_show_progress, progress, engine)
+                nursery.start_soon(_show_progress, progress, engine, options.duration)
                 failure = await _run_guest(vmm, vcpu)
                 nursery.cancel_scope.cancel()
         if options.picture:
-            console.print("guest memory after:", draw(vm, gfns), sep="\n")
+            console.print("guest memory after:", draw(vm, gfns, ascii_only=console.options.ascii_only), sep="\n")
         _report(console, vm, vmm, vcpu, engine, time.monotonic() - started, failure)
         if failure is not None:  # perhaps in the middle of a conversion, of which nobody will tell us the rest
             raise failure
@@ -202,10 +209,12 @@ async def _run_guest(vmm: Vmm, vcpu: VCPU) -> Exception | None:
     return None
 
 
-async def _show_progress(progress: Progress, engine: TraceEngine) -> None:
-    task = progress.add_task("running", total=1.0)
+async def _show_progress(progress: Progress, engine: TraceEngine, duration: float) -> None:
+    """Show how much of the time is over, or, of a guest that runs once, of its trace."""
+    task, started = progress.add_task("running", total=1.0), time.monotonic()
     while True:
-        progress.update(task, completed=engine.progress, description=f"running, pass {engine.passes + 1}")
+        done = min((time.monotonic() - started) / duration, 1) if duration else engine.progress
+        progress.update(task, completed=done, description=f"running, pass {engine.passes + 1}")
         await trio.sleep(0.1)
 
 
@@ -251,11 +260,12 @@ def _report(
 
 def _convert(options: argparse.Namespace) -> None:
     """Make a trace of what `valgrind --tool=lackey --trace-mem=yes` wrote."""
-    if options.lackey == "-":
-        trace = read_lackey(sys.stdin, options.traced)
-    else:
-        with open(options.lackey, encoding="utf-8", errors="replace") as lines:
+    with open(0 if options.lackey == "-" else options.lackey, encoding="utf-8", errors="replace") as lines:
+        try:
             trace = read_lackey(lines, options.traced)
+        except TraceError as error:
+            name = "standard input" if options.lackey == "-" else options.lackey
+            raise CommandError(f"{name}: {error}") from error
     trace.save(Path(options.trace))
     print(f"{len(trace.records):,} accesses, {trace.memory_size >> 10:,} KiB of guest memory")
 
@@ -281,14 +291,54 @@ def _size(text: str, option: str) -> int:
         raise CommandError(f"{option} {text}: {error}") from None
 
 
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: not a number of seconds")
+    return seconds
+
+
+def _fault_around(text: str) -> int:
+    """Parse --fault-around. Returns pages. Raises CommandError."""
+    nbytes = _size(text, "--fault-around")
+    if nbytes & (nbytes - 1) or nbytes > LARGEST_WINDOW * PAGE_SIZE:
+        raise CommandError(f"--fault-around {text}: not one of 4k, 8k, 16k and so on, up to 2m")
+    return bytes_to_pages(nbytes)
+
+
+def _check_files(options: argparse.Namespace, vmm: Vmm) -> None:
+    """Raise CommandError, with what to do, for files that no memslot can have."""
+    shared, private = os.fstat(vmm.shared), os.fstat(vmm.private)
+    if os.path.samestat(shared, private):
+        raise CommandError(f"{options.shared}: --shared and --private are one file; a guest needs two")
+    if shared.st_dev != private.st_dev:
+        raise CommandError(f"{options.shared} and {options.private} lie on two mounts; a guest's files are on one")
+    if _is_guest_sealed(vmm.shared):
+        raise CommandError(
+            f"{options.shared}: it is guest-sealed, so the host cannot share it (touch makes one that is not)"
+        )
+    if not _is_guest_sealed(vmm.private):
+        how = "`memfs create --seals guest FILE` makes one that is"
+        raise CommandError(f"{options.private}: it is not guest-sealed ({how})")
+
+
+def _is_guest_sealed(fd: int) -> bool:
+    return b"guest" in os.getxattr(fd, "user.memfs.seals").split(b",")
+
+
 def _ranges(text: str) -> list[GfnRange]:
     """Parse --private-ranges. Raises CommandError."""
     ranges = []
     for part in text.split(","):
-        start, dash, end = part.partition("-")
-        numbers = [0 if bound == "0" else _size(bound, "--private-ranges") for bound in (start, end)]
-        if not dash or numbers[0] >= numbers[1] or not all(map(is_page_aligned, numbers)):
-            raise CommandError(f"--private-ranges {part}: not START-END in bytes")
+        try:
+            numbers = [parse_bytes(bound) for bound in part.split("-")]
+        except ValueError:
+            numbers = []
+        if len(numbers) != 2 or numbers[0] >= numbers[1] or not all(map(is_page_aligned, numbers)):
+            raise CommandError(f"--private-ranges {part}: not START-END in bytes, multiples of 4k, as in 0-1m")
         ranges.append(GfnRange(gpa_to_gfn(Gpa(numbers[0])), gpa_to_gfn(Gpa(numbers[1]))))
     return ranges
 

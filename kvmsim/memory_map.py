@@ -8,6 +8,7 @@ from kvmsim.vm import VM
 from memfs.contract.units import PAGE_SIZE, Gfn, GfnRange
 
 PRIVATE, SHARED, ABSENT, MIXED = "█", "░", "·", "▒"
+_ASCII = str.maketrans({PRIVATE: "#", SHARED: "-", ABSENT: ".", MIXED: "+"})
 _COLUMNS = 64
 _MAX_ROWS = 16
 
@@ -19,8 +20,11 @@ def state_of(vm: VM, slot: Memslot, gfn: Gfn) -> str:
     return SHARED if vm.mmu.table.lookup(gfn) else ABSENT
 
 
-def draw(vm: VM, gfns: GfnRange) -> str:
-    """Return guest memory as rows of characters, one a page or one a group of pages if there are many."""
+def draw(vm: VM, gfns: GfnRange, *, ascii_only: bool = False) -> str:
+    """Return guest memory as rows of characters, one a page or one a group of pages if there are many.
+
+    `ascii_only`: for a terminal that has no other characters.
+    """
     group = -(-len(gfns) // (_COLUMNS * _MAX_ROWS))
     cells = []
     for start in range(gfns.start, gfns.end, group):
@@ -28,7 +32,8 @@ def draw(vm: VM, gfns: GfnRange) -> str:
         cells.append(states.pop() if len(states) == 1 else MIXED)
     rows = ["".join(cells[at : at + _COLUMNS]) for at in range(0, len(cells), _COLUMNS)]
     legend = f"{PRIVATE} private  {SHARED} shared  {ABSENT} absent" + (f"  {MIXED} mixed" if group > 1 else "")
-    return "\n".join([*(f"  {row}" for row in rows), f"  {legend}; one character is {group * PAGE_SIZE >> 10} KiB"])
+    text = "\n".join([*(f"  {row}" for row in rows), f"  {legend}; one character is {group * PAGE_SIZE >> 10} KiB"])
+    return text.translate(_ASCII) if ascii_only else text
 
 
 def _state(vm: VM, gfn: Gfn) -> str:

@@ -54,14 +54,15 @@ class Trace:
         gpas = self.records["gpa"].astype(np.int64)
         if len(gpas) and gpas.max() >= 1 << 31:
             raise TraceError("a trace of more than 2 GiB of memory cannot be saved")
-        np.savez_compressed(
-            path,
-            format=_FORMAT,
-            command=self.command,
-            steps=np.diff(gpas, prepend=0).astype(np.int32),
-            sizes=self.records["size"],
-            writes=np.packbits(self.records["write"]),
-        )
+        with open(path, "wb") as file:  # of a name without .npz, numpy would make another
+            np.savez_compressed(
+                file,
+                format=_FORMAT,
+                command=self.command,
+                steps=np.diff(gpas, prepend=0).astype(np.int32),
+                sizes=self.records["size"],
+                writes=np.packbits(self.records["write"]),
+            )
 
     @classmethod
     def load(cls, path: Path) -> Trace:
@@ -70,12 +71,14 @@ class Trace:
             with open(path, "rb") as file, np.load(file, allow_pickle=False) as parts:
                 _check_sizes(parts.zip)
                 if str(parts["format"]) != _FORMAT:
-                    raise TraceError(f"{path}: a trace of another format")
+                    raise TraceError("it is of another format")
                 return cls(_assemble(parts["steps"], parts["sizes"], parts["writes"]), str(parts["command"]))
         except OSError:
             raise
-        except Exception as error:
-            raise TraceError(f"{path}: not a trace ({error})") from error
+        except TraceError as error:
+            raise TraceError(f"{path}: not a trace: {error}") from error
+        except Exception as error:  # numpy's and zipfile's, of which numpy's recommends to unpickle the file
+            raise TraceError(f"{path}: not a trace; `kvmsim convert` makes one of what valgrind wrote") from error
 
 
 def _check_sizes(archive: zipfile.ZipFile) -> None:

@@ -19,15 +19,15 @@ if TYPE_CHECKING:
     from kvmsim.slots.memslots import Memslot
 
 DEFAULT_PAGES: Final = 16
-_MOST_PAGES: Final = 1 << ORDER_2M
+LARGEST_WINDOW: Final = 1 << ORDER_2M  #: pages
 
 
 class FaultAround:
     """Windows of at least `pages` pages, a power of two. Raises ValueError for another number."""
 
     def __init__(self, pages: int = DEFAULT_PAGES) -> None:
-        if not 1 <= pages <= _MOST_PAGES or pages & (pages - 1):
-            raise ValueError(f"fault-around is a power of two of pages, at most {_MOST_PAGES}")
+        if not 1 <= pages <= LARGEST_WINDOW or pages & (pages - 1):
+            raise ValueError(f"fault-around is a power of two of pages, at most {LARGEST_WINDOW}")
         self.pages: Final = pages
         self._last = pages
         self._expected = -1  # where a sequential guest faults next
@@ -38,7 +38,7 @@ class FaultAround:
         if self.pages == 1 or slot.logs_dirty:
             return single
         is_sequential = gfn == self._expected
-        size = min(2 * self._last, _MOST_PAGES) if is_sequential else self.pages
+        size = min(2 * self._last, LARGEST_WINDOW) if is_sequential else self.pages
         start = gfn if is_sequential else gfn & -size
         window = self._clip(slot, GfnRange(Gfn(start), Gfn(start + size)), gfn)
         if invalidations.is_active(window):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -183,6 +184,31 @@ REFUSED = {
         ["--shared", "shared", "--private", "private", "--mem", "4M", "--trace", "/etc/passwd"],
         "not a trace",
     ),
+    "no advice to unpickle it": (
+        ["--shared", "shared", "--private", "private", "--mem", "4M", "--trace", "/etc/passwd"],
+        "not a trace; `kvmsim convert` makes one",
+    ),
+    "how to seal it": (["--shared", "shared", "--private", "other", "--mem", "4M"], "memfs create --seals guest"),
+    "window": (
+        ["--shared", "shared", "--private", "private", "--mem", "4M", "--fault-around", "1g"],
+        "--fault-around 1g: not one of",
+    ),
+    "no window": (
+        ["--shared", "shared", "--private", "private", "--mem", "4M", "--fault-around", "12k"],
+        "12k: not one",
+    ),
+    "no socket": (
+        ["--shared", "shared", "--private", "private", "--mem", "4M", "--socket", "missing"],
+        "missing: No such file",
+    ),
+    "nobody listens": (
+        ["--shared", "shared", "--private", "private", "--mem", "4M", "--socket", "other"],
+        "other: Connection refused",
+    ),
+    "no end of a range": (
+        ["--shared", "shared", "--private", "private", "--mem", "4M", "--private-ranges", "5"],
+        "--private-ranges 5: not START-END",
+    ),
     "not a range": (
         ["--shared", "shared", "--private", "private", "--mem", "4M", "--private-ranges", "5-3"],
         "--private-ranges",
@@ -198,6 +224,42 @@ def test_what_is_refused_is_said_in_a_sentence(guest: Memfs, name: str) -> None:
     assert result.returncode == 1
     assert words in result.stderr
     assert result.stderr.count("\n") == 1, result.stderr
+
+
+@pytest.mark.parametrize("duration", ["soon", "nan", "inf", "-1"])
+def test_what_is_no_duration_is_wrong_usage(duration: str) -> None:
+    result = run(*RUN, "--duration", duration)
+    assert result.returncode == 2
+    assert "not a number of seconds" in result.stderr
+
+
+def test_files_of_two_mounts(mount_memfs: MountMemfs) -> None:
+    one, other = mount_memfs("size=16m"), mount_memfs("size=16m")
+    one.run("touch", "shared")
+    other.run(*memfs_command("create", "--seals", "guest", "private"))
+    result = one.run(*KVMSIM, "run", "--shared", "shared", "--private", other.path / "private", "--mem", "4M")
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+    assert "lie on two mounts" in result.stderr
+
+
+def test_picture_in_ascii(mount_memfs: MountMemfs) -> None:
+    memfs = mount_memfs("size=16m")
+    memfs.run("touch", "shared")
+    memfs.run(*memfs_command("create", "--seals", "guest", "private"))
+    result = memfs.run(*RUN, "--picture", env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "# private  - shared  . absent" in result.stdout
+
+
+def test_converted_trace_has_the_name_that_was_given(tmp_path: Path) -> None:
+    (tmp_path / "lackey").write_text(" L 1000,8\n S 2000,8\n")
+    assert run(*KVMSIM, "convert", tmp_path / "lackey", tmp_path / "trace").returncode == 0
+    assert "accesses  2" in run(*KVMSIM, "info", tmp_path / "trace").stdout
+
+
+def test_what_has_no_accesses_is_named() -> None:
+    result = run(*KVMSIM, "convert", "/dev/null", "/nonexistent")
+    assert result.stderr.startswith("kvmsim: /dev/null: no memory accesses")
 
 
 @needs("valgrind")

@@ -215,9 +215,17 @@ class Client:
 async def connect(path: str, name: str, on_notification: OnNotification) -> AsyncIterator[Client]:
     """Connect to the memfs that listens on a socket; the connection ends with the block.
 
-    `name` is for logs. Raises OSError if nobody listens there, or the protocol versions do not match.
+    `name` is for logs. `on_notification` is awaited with each InvalidateBegin, InvalidateEnd and Fallocate, in tasks of
+    this event loop; InvalidateBegin and Fallocate are acknowledged, and memfs goes on, when it returns.
+
+    While the block runs, no file operation on a file that is owned through it may be made in the thread of this event
+    loop: fallocate(2) and ftruncate(2) return when notifications are acknowledged, which that thread does. Have
+    `trio.to_thread.run_sync` make them; memfs would wait for `notify_timeout=` and then disconnect the owner.
+
+    Raises OSError if nobody listens there, or the protocol versions do not match.
     """
-    sock = await open_connection(path)
+    with on_memfs.naming(path):
+        sock = await open_connection(path)
     async with open_flat_nursery() as nursery:
         client = Client(Peer(sock, Role.OWNER), PeerCredentials.of(sock).uid, on_notification)
         nursery.start_soon(client.serve)
