@@ -78,6 +78,7 @@ class Session(Owner):
         self._tree: Final = tree
         self._device: Final = device
         super().__init__(registry)
+        self.user = client.credentials.uid
 
     async def run(self) -> None:
         """Serve the connection until it ends."""
