@@ -37,7 +37,7 @@ import trio
 
 from memfs.contract.aio.turns import SHARE, Turns
 from memfs.contract.frame_numbers import by_order
-from memfs.contract.logs import current_request, fields
+from memfs.contract.logs import current_caller, current_request, fields
 from memfs.contract.protocol.messages import (
     Ack,
     Fallocate,
@@ -121,6 +121,8 @@ class Registration:
                 return
             except trio.TooSlowError:
                 why = f"no answer within {owner.notify_timeout:g} s"
+                if (caller := current_caller()) and owner.has_thread(caller):
+                    why += f": its own thread {caller} waits in the file call; make those in another than answers memfs"
             except OSError as error:  # an owner that is not notified must not go on
                 why = f"it could not be notified: {error.strerror}"
             except Exception:
@@ -286,6 +288,10 @@ class Owner(ABC):
     @abstractmethod
     async def cut_off(self, reason: str) -> None:
         """Tell it why, if that can be done soon, and end the connection, which calls `Registry.end`."""
+
+    @abstractmethod
+    def has_thread(self, number: int) -> bool:
+        """Return whether a thread is one of the process that connected."""
 
     @abstractmethod
     def is_dead(self) -> bool:

@@ -106,6 +106,10 @@ class Session(Owner):
         await self.send_final(errno.ETIMEDOUT, reason)
         self._peer.close()
 
+    def has_thread(self, number: int) -> bool:
+        """Return whether a thread is one of the process that connected."""
+        return os.path.exists(f"/proc/{self.pid}/task/{number}")
+
     def is_dead(self) -> bool:
         """Return whether the process that connected is gone."""
         return is_dying(self.pid)

@@ -14,6 +14,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from memfs.contract.aio.turns import SHARE, Turns
+from memfs.contract.logs import working_on
 from memfs.contract.page_map import PageMap
 from memfs.contract.protocol.connection import RequestId
 from memfs.contract.protocol.messages import Ack, Fallocate, FileId, InvalidateBegin, InvalidateEnd, Notification
@@ -75,6 +76,9 @@ class Guest(Owner):
 
     async def cut_off(self, reason: str) -> None:
         self.reasons.append(reason)
+
+    def has_thread(self, number: int) -> bool:
+        return number == 4711
 
     def is_dead(self) -> bool:
         return False
@@ -309,6 +313,25 @@ async def test_owner_that_does_not_answer_in_time_is_fenced(
     registry.check()
     assert bystander.register(inode).id > theirs.id
     registry.check()
+
+
+async def test_owner_that_waits_for_itself_is_told_so(tree: Tree, registry: Registry, autojump_clock: object) -> None:
+    """A file call in the very loop that should answer: it ends with the deadline, and the reason says why."""
+    inode = await filled(tree)
+    guest = Guest(registry)
+    guest.register(inode)
+    guest.answers = trio.Event()
+    with working_on(1, 4711):
+        await inode.file.punch(at(0), at(4))
+    assert guest.reasons == [
+        "no answer within 5 s: its own thread 4711 waits in the file call; make those in another than answers memfs"
+    ]
+    other = Guest(registry)
+    other.register(inode)
+    other.answers = trio.Event()
+    with working_on(2, 4712):
+        await inode.file.punch(at(4), at(4))
+    assert other.reasons == ["no answer within 5 s"]
 
 
 async def test_owner_that_dies_between_begin_and_end_holds_up_nobody(tree: Tree, registry: Registry) -> None:
