@@ -8,7 +8,6 @@ from typing import ClassVar, Final
 from kvmsim.uapi import (
     KVM_EXIT_HLT,
     KVM_EXIT_HYPERCALL,
-    KVM_EXIT_INTERNAL_ERROR,
     KVM_EXIT_INTR,
     KVM_EXIT_MEM_MAP_PRIVATE,
     KVM_EXIT_MEMORY_ERROR,
@@ -93,17 +92,7 @@ class InterruptExit:
     name: ClassVar[str] = "INTR"
 
 
-@dataclass(frozen=True, slots=True)
-class InternalErrorExit:
-    """KVM_EXIT_INTERNAL_ERROR: the guest did what KVM cannot emulate, such as executing what is no memory."""
-
-    reason: ClassVar[int] = KVM_EXIT_INTERNAL_ERROR
-    name: ClassVar[str] = "INTERNAL_ERROR"
-    suberror: int  #: KVM_INTERNAL_ERROR_EMULATION
-    gpa: Gpa
-
-
-Exit = MemoryErrorExit | MmioExit | HypercallExit | HaltExit | InterruptExit | InternalErrorExit
+Exit = MemoryErrorExit | MmioExit | HypercallExit | HaltExit | InterruptExit
 
 HALT: Final = HaltExit()
 INTERRUPTED: Final = InterruptExit()

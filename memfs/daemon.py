@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -58,6 +57,7 @@ state_log = logging.getLogger("memfs.state")
 state_log.setLevel(logging.INFO)
 
 _MOST_FILES: Final = 1000  # in the log; the rest is only counted
+_LEAST_BYTES: Final = 64  # that each of those takes in JSON
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +188,7 @@ class _Memfs:
             "guest-sealed files": "never swapped" if self._backing.guest_pinned else "may be swapped",
             "passthrough": "on" if self._passthrough.in_force else f"off: {self._passthrough.why_not}",
             "size": pages_to_bytes(self._backing.total_pages),
-            "used": pages_to_bytes(self._backing.total_pages - self._backing.free_pages),
+            "used": pages_to_bytes(self._backing.used_pages),
             "nr_inodes": self._tree.space.nr_inodes,
             "inodes used": len(self._tree.inodes),
             "open handles": len(self._open_files),
@@ -201,17 +201,20 @@ class _Memfs:
             "pending": len(self._registry.outstanding),
         }
 
-    async def describe_in(self, most_bytes: int, user: int) -> str:
-        """Return the state as JSON for a user, with as many owners, files and notifications as fit."""
-        state = self.describe()
-        left = most_bytes - len(json.dumps({**state, "registry": []}))
-        return json.dumps({**state, "registry": await self._registry.describe(left, user)})
+    def describe_in(self, most_bytes: int) -> str:
+        """Return the state as JSON, with as many owners, files and notifications as fit into so many bytes."""
+        most = most_bytes // _LEAST_BYTES
+        while True:
+            text = json.dumps({**self.describe(), "registry": self._registry.describe(most)})
+            if len(text) <= most_bytes or not most:
+                return text
+            most //= 2
 
-    async def _log_state(self) -> None:
+    def _log_state(self) -> None:
         state_log.info(
             "state", extra=fields(**{name.replace(" ", "_"): value for name, value in self.describe().items()})
         )
-        for owner in await self._registry.describe(sys.maxsize, "log"):
+        for owner in self._registry.describe():
             files, pending = owner.pop("files"), owner.pop("pending")
             state_log.info("owner", extra=fields(**owner))
             for each in files:
@@ -246,7 +249,7 @@ class _Memfs:
         async for meaning, name in received:
             match meaning:
                 case Meaning.LOG_STATE:
-                    await self._log_state()
+                    self._log_state()
                 case Meaning.REOPEN_LOG:
                     logs.reopen()
                 case Meaning.END:
@@ -266,9 +269,9 @@ class _Memfs:
         self._open_files.check()
         self._registry.check()
         # A program that has a file open in passthrough mode may write while we count, even after the end of the mount.
-        free = self._backing.free_pages
+        before = self._backing.used_pages
         in_files = sum(inode.stat().blocks for inode in self._tree.inodes.values()) // SECTORS_PER_PAGE
-        least, most = sorted(self._backing.total_pages - now for now in (free, self._backing.free_pages))
+        least, most = sorted((before, self._backing.used_pages))
         assert least <= in_files <= most, f"{least} to {most} pages in use, {in_files} in files"
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ from typing import Final
 
 from memfs.fuse.abi import GETXATTR_IN, GETXATTR_OUT, SETXATTR_IN, Malformed, Request, unpack, unpack_name
 from memfs.fuse.caller import uid_of
-from memfs.tree.xattrs import STAT, Xattrs
+from memfs.tree.xattrs import Xattrs
 
 
 class XattrHandlers:
@@ -25,10 +25,7 @@ class XattrHandlers:
         """Answer getxattr(2)."""
         body = request.body
         size, _ = unpack(GETXATTR_IN, body)
-        name = unpack_name(body[GETXATTR_IN.size :])
-        if name == STAT:
-            return _fitting(await self._xattrs.describe(request.uid), size)
-        return _fitting(self._xattrs.get(request.nodeid, name), size)
+        return _fitting(self._xattrs.get(request.nodeid, unpack_name(body[GETXATTR_IN.size :])), size)
 
     async def list(self, request: Request) -> bytes:
         """Answer listxattr(2)."""

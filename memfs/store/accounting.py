@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 from typing import Final
 
-from memfs.contract.page_map import ABSENT, ALLOCATED, MAX_PAGES, PageMap
+from memfs.contract.page_map import ABSENT, ALLOCATED, MAX_PAGES
 from memfs.contract.units import ByteOffset, PageIndex, PageRange, page_offset
 from memfs.store.backing import Backing
 
@@ -21,16 +21,17 @@ _WHOLE: Final = PageRange(PageIndex(0), MAP_END)
 class Accounting:
     """Which pages one file has. Raises OSError(EFBIG) for pages that no map can hold."""
 
-    __slots__ = ("_backing", "page_map")
+    __slots__ = ("_backing", "page_map", "pages")
 
     def __init__(self, backing: Backing, name: str) -> None:
         self._backing: Final = backing
         self.page_map: Final = backing.page_maps.create(name)
+        self.pages = 0  #: how many pages the map shows
 
     def reserve(self, pages: PageRange) -> Reservation:
         """Reserve space for the absent pages of a range, within a with statement. Raises OSError(ENOSPC)."""
         self.check_size(pages.end)
-        return Reservation(self._backing, self.page_map, pages)
+        return Reservation(self, self._backing, pages)
 
     def forget(self, pages: PageRange = _WHOLE) -> None:
         """Account for pages that were freed."""
@@ -38,6 +39,7 @@ class Accounting:
         if tracked is not None:
             count = self.page_map.count(tracked)
             self.page_map.set(tracked, ABSENT)
+            self.pages -= count
             self._backing.unreserve(count)
 
     def space_for(self, offset: ByteOffset, length: int) -> int:
@@ -61,22 +63,26 @@ class Accounting:
         self.forget()
         self._backing.page_maps.close(self.page_map)
 
-    def check(self, pages: int) -> None:
-        """Raise AssertionError unless the map says what the file has. Costs time proportional to the file's pages."""
+    def check(self, pages: int, *, exactly: bool) -> None:
+        """Raise AssertionError unless the map says what the file has; if not `exactly`, an owner may have added to it.
+
+        Costs time proportional to the file's pages.
+        """
         mapped = self.page_map.count(_WHOLE)
-        assert mapped == pages, f"{mapped} pages in the map, {pages} in the backing"
+        assert mapped == self.pages, f"{mapped} pages in the map, {self.pages} counted"
+        assert mapped == pages or (mapped < pages and not exactly), f"{mapped} pages in the map, {pages} in the backing"
         assert self.page_map.seq % 2 == 0, "page map left in the middle of a change"
 
 
 class Reservation:
     """Space that was reserved for pages. What is committed stays; the rest is unreserved at the end."""
 
-    __slots__ = ("_backing", "_left", "_page_map")
+    __slots__ = ("_accounting", "_backing", "_left")
 
-    def __init__(self, backing: Backing, page_map: PageMap, pages: PageRange) -> None:
+    def __init__(self, accounting: Accounting, backing: Backing, pages: PageRange) -> None:
+        self._accounting: Final = accounting
         self._backing: Final = backing
-        self._page_map: Final = page_map
-        self._left = len(pages) - page_map.count(pages)
+        self._left = len(pages) - accounting.page_map.count(pages)
         backing.reserve(self._left)
 
     def __enter__(self) -> Reservation:
@@ -88,5 +94,7 @@ class Reservation:
     def commit(self, pages: PageRange) -> None:
         """Account for some of the pages, which are allocated now."""
         # A write may have come first to some of them while the call ran in a thread.
-        self._left -= len(pages) - self._page_map.count(pages)
-        self._page_map.set(pages, ALLOCATED)
+        added = len(pages) - self._accounting.page_map.count(pages)
+        self._left -= added
+        self._accounting.pages += added
+        self._accounting.page_map.set(pages, ALLOCATED)

@@ -8,11 +8,13 @@ descriptors: `locate` says how os.stat, os.utime and os.chmod find it.
 - `TmpfsBacking`: a tmpfs mounted nowhere, with numbered files in its root. The kernel keeps the limit, whoever
   allocates, so ENOSPC is real and a runaway writer cannot take the machine down. Needs CAP_SYS_ADMIN. Guest-sealed
   files must never be swapped (RFC patch 01), which a tmpfs can only promise for all its files, so they lie in a second
-  one with `noswap`. Both share one limit: what the guests' takes, the ordinary one is made smaller by, in steps, so
-  that most allocations cost no system call.
+  one with `noswap`. Both share one limit: what the guests' takes, the ordinary one is made smaller by, page for page,
+  so that space is short only where statfs(2) says so. What an owner allocates behind memfs's back is in use as well:
+  the kernel is asked how much there is.
 - `MemfdBacking`: memfds, which anybody may create but which have no limit of the kernel's (a fallocate of 2**62 bytes
   on one ends in the OOM killer). So `reserve` comes before each allocation; that is exact only because no handle is in
-  passthrough mode then, and every allocation goes by file.py. A memfd lives by its descriptor, so each file takes one.
+  passthrough mode then, and every allocation goes by file.py, except for those of owners, which are counted afterwards.
+  A memfd lives by its descriptor, so each file takes one.
 
 Rejected: a directory on an existing tmpfs such as /dev/shm (others see the files and share the limit); one memfd as
 an arena for all files (a punch would not be a punch any more, and passthrough needs a file per file).
@@ -27,12 +29,22 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import ClassVar, Final, NewType, Protocol
 
 from memfs.contract.page_map import PageMaps
-from memfs.contract.sys.libc import MOUNT_ATTR_NOATIME, mount_detached, remount_detached
+from memfs.contract.sys.libc import MOUNT_ATTR_NOATIME, Remount, mount_detached
 from memfs.contract.units import bytes_to_pages, pages_to_bytes
 from memfs.options import MountOptions, OptionError
 from memfs.store.reaper import Reaper
 
+_BALLAST: Final = 1  # pages of the ordinary tmpfs that nobody may have
+
 Content = NewType("Content", int)  #: a backing's number for one of its files
+
+
+class Watched(Protocol):
+    """A tracked file of which somebody else has a descriptor."""
+
+    @property
+    def stray_pages(self) -> int:
+        """How many pages it has more than were reserved."""
 
 
 class Backing(Protocol):
@@ -68,12 +80,22 @@ class Backing(Protocol):
     def unreserve(self, pages: int) -> None:
         """Undo `reserve` for pages that were freed, or reserved and not allocated."""
 
+    def watch(self, file: Watched) -> None:
+        """Account for what an owner allocates by itself of a tracked file, of which it has been given a descriptor."""
+
+    def unwatch(self, file: Watched) -> None:
+        """Undo `watch`, if it was called: the file is freed, or nobody has a descriptor of it any more."""
+
     def earmarked(self, pages: int) -> AbstractContextManager[bool]:
         """Earmark space for pages of an untracked file while they are allocated; true if there is enough."""
 
     @property
     def total_pages(self) -> int:
         """The limit, in pages."""
+
+    @property
+    def used_pages(self) -> int:
+        """How many pages are in use or reserved: more than there may be, where an owner has allocated by itself."""
 
     @property
     def free_pages(self) -> int:
@@ -96,21 +118,26 @@ class TmpfsBacking:
     kind: ClassVar[str] = "tmpfs"
     accounted: ClassVar[bool] = False
 
-    _STEP: ClassVar[int] = 1024  # pages by which the guests' share grows at least
-
     def __init__(self, size: int, options: dict[str, str | None] | None = None, *, noatime: bool = False) -> None:
         self._total = bytes_to_pages(size)
-        self._guest_used = 0  # pages that guest-sealed files have
+        self._guest_reserved = 0  # pages that guest-sealed files have, or are about to have
         self._guest_share = 0  # pages that the ordinary tmpfs is smaller by
         self._earmarked = 0  # pages that are being allocated
         self.reaper = Reaper()
         self.page_maps = PageMaps()
-        self._root: Final = _mount_tmpfs(size, options or {}, noatime)
+        self._root: Final = _mount_tmpfs(pages_to_bytes(self._total + _BALLAST), options or {}, noatime)
         self._guest_root, self._guest_pinned = self._root, True
         try:
             self._guest_root = _mount_tmpfs(size, {**(options or {}), "noswap": None}, noatime)
         except OSError:  # before Linux 6.4
             self._guest_root, self._guest_pinned = _mount_tmpfs(size, options or {}, noatime), False
+        self._remount, self._remount_guest = Remount(self._root), Remount(self._guest_root)
+        self._load_ballast()
+
+    def _load_ballast(self) -> None:
+        # To tmpfs a size of 0 is no limit, so where guests have all there is, one page must be allowed and taken.
+        # A symbolic link's target takes exactly that, also where files are given huge pages.
+        os.symlink("x" * 1024, "ballast", dir_fd=self._root)
 
     @property
     def guest_pinned(self) -> bool:
@@ -143,22 +170,22 @@ class TmpfsBacking:
         os.unlink(path, dir_fd=root)
 
     def reserve(self, pages: int) -> None:
-        """Reserve pages of guest-sealed files, if need be by making the ordinary tmpfs smaller."""
-        used = self._guest_used + pages
-        if used > self._guest_share:
-            try:
-                self._set_guest_share(min(used + self._STEP, self._total))
-            except OSError:
-                self._set_guest_share(used)
-        self._guest_used = used
+        """Reserve pages of guest-sealed files, by making the ordinary tmpfs smaller."""
+        if pages:
+            self._set_guest_share(self._guest_pages + pages)
+            self._guest_reserved += pages
 
     def unreserve(self, pages: int) -> None:
-        """Undo `reserve`; what the ordinary tmpfs is smaller by follows in steps."""
-        assert pages <= self._guest_used, f"{pages} pages unreserved, {self._guest_used} in use"
-        self._guest_used -= pages
-        if self._guest_share - self._guest_used > 2 * self._STEP:
-            with suppress(OSError):  # then ordinary files get that space the next time
-                self._set_guest_share(self._guest_used + self._STEP)
+        """Undo `reserve`, and make the ordinary tmpfs larger."""
+        assert pages <= self._guest_reserved, f"{pages} pages unreserved, {self._guest_reserved} in use"
+        self._guest_reserved -= pages
+        self._adjust_guest_share()
+
+    def watch(self, file: Watched) -> None:
+        """Do nothing: the kernel says how much of a tmpfs is in use."""
+
+    def unwatch(self, file: Watched) -> None:
+        """Do nothing."""
 
     @contextmanager
     def earmarked(self, pages: int) -> Iterator[bool]:
@@ -169,10 +196,22 @@ class TmpfsBacking:
         finally:
             self._earmarked -= pages
 
+    @property
+    def _guest_pages(self) -> int:
+        """How many pages guest-sealed files have or are about to have, whoever allocates them."""
+        return max(self._guest_reserved, _pages_in(self._guest_root))
+
+    def _adjust_guest_share(self) -> None:
+        """Leave to ordinary files what guests have not, as far as ordinary files do not have more already."""
+        with suppress(OSError):
+            self._set_guest_share(min(self._guest_pages, self._total))
+
     def _set_guest_share(self, pages: int) -> None:
-        """Take space from ordinary files. Raises OSError(ENOSPC), changing nothing, if they have it in use."""
+        """Leave ordinary files all but so many pages. Raises OSError(ENOSPC), changing nothing, if they have more."""
+        if pages == self._guest_share:
+            return
         if pages > self._total:
-            raise OSError(errno.ENOSPC, f"{pages} pages are needed, {self.free_pages} are free")
+            raise OSError(errno.ENOSPC, f"{pages} pages are needed, {self._total} are there")
         try:
             self._limit_ordinary(self._total - pages)
         except OSError as error:
@@ -180,8 +219,7 @@ class TmpfsBacking:
         self._guest_share = pages
 
     def _limit_ordinary(self, pages: int) -> None:
-        # To tmpfs 0 means no limit, so it keeps one page.
-        remount_detached(self._root, {"size": str(pages_to_bytes(max(1, pages)))})
+        self._remount({"size": str(pages_to_bytes(pages + _BALLAST))})
 
     @property
     def total_pages(self) -> int:
@@ -189,28 +227,41 @@ class TmpfsBacking:
         return self._total
 
     @property
+    def used_pages(self) -> int:
+        """How many pages are in use in either tmpfs."""
+        return self._guest_pages + _pages_in(self._root) - _BALLAST
+
+    @property
     def free_pages(self) -> int:
-        """How many pages can still be allocated in either tmpfs."""
-        ordinary = os.fstatvfs(self._root)
-        return self._total - self._guest_used - (ordinary.f_blocks - ordinary.f_bfree)
+        """How many pages can still be allocated in either tmpfs; what owners have taken is not left to others then."""
+        self._adjust_guest_share()
+        return max(0, self._total - self.used_pages)
 
     def resize(self, size: int) -> None:
         """Change the limits of both tmpfs."""
-        total = bytes_to_pages(size)
-        if total < self._guest_used:
-            raise OSError(errno.EINVAL, f"guest-sealed files have {self._guest_used} pages")
-        self._limit_ordinary(total - self._guest_used)
+        total, guest = bytes_to_pages(size), self._guest_pages
+        if total < guest:
+            raise OSError(errno.EINVAL, f"guest-sealed files have {guest} pages")
+        self._limit_ordinary(total - guest)
         try:
-            remount_detached(self._guest_root, {"size": str(size)})
-        except OSError:  # an owner has allocated behind our back
+            self._remount_guest({"size": str(size)})
+        except OSError:  # an owner has allocated meanwhile
             self._limit_ordinary(self._total - self._guest_share)
             raise
-        self._total, self._guest_share = total, self._guest_used
+        self._total, self._guest_share = total, guest
 
     def close(self) -> None:
         """Close the roots of both tmpfs."""
+        self._remount.close()
+        self._remount_guest.close()
         os.close(self._root)
         os.close(self._guest_root)
+
+
+def _pages_in(root: int) -> int:
+    """Return how many pages are in use in the tmpfs with this root."""
+    space = os.fstatvfs(root)
+    return space.f_blocks - space.f_bfree
 
 
 def _mount_tmpfs(size: int, options: dict[str, str | None], noatime: bool) -> int:
@@ -227,7 +278,9 @@ class MemfdBacking:
 
     def __init__(self, size: int) -> None:
         self._total = bytes_to_pages(size)
-        self._used = 0
+        self._reserved = 0  # pages that files have, or are about to have, by memfs
+        self._stray = 0  # pages that owners have allocated by themselves, when they were last counted
+        self._watched: Final[set[Watched]] = set()
         self.reaper = Reaper()
         self.page_maps = PageMaps()
 
@@ -257,14 +310,27 @@ class MemfdBacking:
 
     def reserve(self, pages: int) -> None:
         """Count pages that will be allocated."""
-        if self._used + pages > self._total:
-            raise OSError(errno.ENOSPC, f"{pages} pages are needed, {self.free_pages} are free")
-        self._used += pages
+        if self._reserved + self._stray + pages > self._total:
+            self._count_strays()  # some may have gone
+            if self._reserved + self._stray + pages > self._total:
+                raise OSError(errno.ENOSPC, f"{pages} pages are needed, {self.free_pages} are free")
+        self._reserved += pages
 
     def unreserve(self, pages: int) -> None:
         """Count pages that were freed, or not allocated."""
-        assert pages <= self._used, f"{pages} pages unreserved, {self._used} in use"
-        self._used -= pages
+        assert pages <= self._reserved, f"{pages} pages unreserved, {self._reserved} reserved"
+        self._reserved -= pages
+
+    def watch(self, file: Watched) -> None:
+        """Count what the file has beyond what was reserved, whenever it is asked how much is in use."""
+        self._watched.add(file)
+
+    def unwatch(self, file: Watched) -> None:
+        """Do not count it any more."""
+        self._watched.discard(file)
+
+    def _count_strays(self) -> None:
+        self._stray = sum(file.stray_pages for file in self._watched)
 
     @contextmanager
     def earmarked(self, pages: int) -> Iterator[bool]:
@@ -277,14 +343,21 @@ class MemfdBacking:
         return self._total
 
     @property
+    def used_pages(self) -> int:
+        """How many pages are reserved, or in use without having been."""
+        self._count_strays()
+        return self._reserved + self._stray
+
+    @property
     def free_pages(self) -> int:
-        """How many pages are not reserved."""
-        return self._total - self._used
+        """How many pages are not in use."""
+        return max(0, self._total - self.used_pages)
 
     def resize(self, size: int) -> None:
         """Change the limit."""
-        if bytes_to_pages(size) < self._used:
-            raise OSError(errno.EINVAL, f"{self._used} pages are in use")
+        used = self.used_pages
+        if bytes_to_pages(size) < used:
+            raise OSError(errno.EINVAL, f"{used} pages are in use")
         self._total = bytes_to_pages(size)
 
     def close(self) -> None:

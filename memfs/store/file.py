@@ -112,6 +112,11 @@ class File:
         """How many pages are allocated, those beyond the file's size included."""
         return self._backing_file.pages
 
+    @property
+    def stray_pages(self) -> int:
+        """How many pages an owner has allocated by itself, of a tracked file."""
+        return max(0, self.pages - self._accounting.pages) if self._accounting is not None else 0
+
     def stat(self) -> os.stat_result:
         """Return size, blocks and times. The other fields are not this file's."""
         return self._backing_file.stat()
@@ -162,6 +167,7 @@ class File:
         assert self._owner is None, f"file {self.number} has two owners"
         self._owner = owner
         self._is_stale = self._is_given_out = True
+        self._backing.watch(self)
 
     def unbind(self) -> None:
         """Take the owner from the file. What it has of descriptors nobody can take back."""
@@ -305,6 +311,7 @@ class File:
             raise
         accounting.forget()  # what KEEP_SIZE had allocated
         self._accounting, self._is_given_out = accounting, False
+        self._backing.unwatch(self)
 
     def _seal_backing_file(self, bits: int) -> None:
         """Let the kernel enforce what it can: a memfd can carry seals, a file of a tmpfs cannot.
@@ -324,7 +331,7 @@ class File:
 
     def unlinked(self) -> None:
         """Prepare for being freed: the file has no name any more, and nobody has it open."""
-        if self._is_large:
+        if self.pages:
             self._backing.reaper.expect(self)
 
     def free(self) -> None:
@@ -350,6 +357,7 @@ class File:
     def close(self) -> None:
         """Free a file that nobody refers to any more, immediately. No owner may be left."""
         assert self._owner is None, f"file {self.number} is freed while registered"
+        self._backing.unwatch(self)
         self._backing_file.free()
         if self._accounting is not None:
             self._accounting.close()
@@ -358,7 +366,7 @@ class File:
         """Raise AssertionError on the first broken invariant. Costs time proportional to the file's pages."""
         assert not self.guest or self._accounting is not None, "guest-sealed without a page map"
         if self._accounting is not None:
-            self._accounting.check(self.pages)
+            self._accounting.check(self.pages, exactly=not self._is_given_out)
 
 
 class _Locked:

@@ -12,6 +12,11 @@ What takes long is done in chunks, in a thread, so that other requests are answe
 cancelled (a system call interrupted by a signal gets EINTR) between two chunks. The chunks that are done stay done and
 accounted for, and the owner is notified of them, as on ext4: a caller that tries again gets further each time, and
 undoing them could destroy what others have written to them since.
+
+If a later chunk of an allocation finds no space, because others write meanwhile, those before it are undone. The file's
+size changes after the last chunk, so what lay past its end nobody can have written to: the kernel does no write(2) to a
+file while it waits for our fallocate, and no mapping reaches past the end. What lies before the end of an untracked
+file stays, for a page that was stored to through a mapping cannot be told from one that was not.
 """
 
 from __future__ import annotations
@@ -19,7 +24,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Final, Protocol
 
@@ -28,7 +33,7 @@ import trio
 from memfs.contract.page_map import ALLOCATED, PageMap
 from memfs.contract.sparse import data_pages
 from memfs.contract.sys.libc import FALLOC_FL_KEEP_SIZE, PUNCH_HOLE, fallocate
-from memfs.contract.units import ByteOffset, PageRange, page_ceil, page_offset
+from memfs.contract.units import ByteOffset, PageIndex, PageRange, page_ceil, page_offset
 from memfs.store import chunks
 from memfs.store.accounting import MAP_END, Accounting, Reservation
 from memfs.store.backing import Backing
@@ -140,31 +145,53 @@ class Pages:
     async def _allocate_in_chunks(self, offset: ByteOffset, length: int, mode: int, allocated: list[PageRange]) -> None:
         pages = PageRange.covering(offset, length)
         with self._reserve(pages) as reservation:
-            account = functools.partial(self._account_allocated, reservation, allocated)
             if length <= chunks.LONG:
-                await self._allocate_chunk(functools.partial(self._fallocate, mode, offset, length), pages, account)
+                await self._fallocate(mode, offset, length)
+                self._account_allocated(reservation, allocated, pages)
                 return
             with self._backing.earmarked(len(pages)) as has_space:
-                in_chunks = has_space or self._accounting is not None
                 # Where space may run out it is one call, for the kernel frees what a single call has allocated.
-                for chunk in pages.chunks(chunks.CHUNK) if in_chunks else [pages]:
-                    if chunk.start > pages.start:
-                        await trio.lowlevel.checkpoint_if_cancelled()
-                    start, stop = max(offset, chunk.offset), min(offset + length, page_offset(chunk.end))
-                    allocate = functools.partial(self._fallocate, mode, start, stop - start)
-                    await self._allocate_chunk(allocate, chunk, account)
+                at_once = chunks.CHUNK if has_space or self._accounting is not None else len(pages)
+                end_of_file = page_ceil(ByteOffset(self._file.size))
+                try:
+                    for chunk in pages.chunks(at_once):
+                        if allocated:
+                            await trio.lowlevel.checkpoint_if_cancelled()
+                        start, stop = max(offset, chunk.offset), min(offset + length, page_offset(chunk.end))
+                        keep_size = FALLOC_FL_KEEP_SIZE if chunk.end < pages.end else 0
+                        await self._fallocate(mode | keep_size, start, stop - start)
+                        self._account_allocated(reservation, allocated, chunk)
+                except OSError:
+                    await self._undo(allocated, end_of_file)
+                    raise
+                except trio.Cancelled:  # what is done stays, so the size says how far that is
+                    if allocated:
+                        fallocate(self._file.fd, mode, ByteOffset(page_offset(allocated[-1].end) - 1), 1)
+                    raise
+
+    async def _undo(self, allocated: list[PageRange], end_of_file: PageIndex) -> None:
+        """Free what was allocated past the end of an untracked file, and take it from the list."""
+        if self._accounting is not None:  # whose space was reserved
+            return
+        done = tuple(allocated)
+        allocated.clear()
+        with trio.CancelScope(shield=True):
+            for chunk in done:
+                if chunk.start < end_of_file:
+                    allocated.append(PageRange(chunk.start, min(chunk.end, end_of_file)))
+                if end_of_file < chunk.end:
+                    rest = PageRange(max(chunk.start, end_of_file), chunk.end)
+                    await chunks.system_call(functools.partial(self._punch, rest.offset, rest.nbytes), rest.nbytes)
 
     def _reserve(self, pages: PageRange) -> AbstractContextManager[Reservation | None]:
-        return self._accounting.reserve(pages) if self._accounting is not None else nullcontext()
+        if self._accounting is not None:
+            return self._accounting.reserve(pages)
+        if len(pages) > self._backing.total_pages:
+            raise OSError(errno.ENOSPC, f"{len(pages)} pages are more than there may be")
+        return nullcontext()
 
     async def _fallocate(self, mode: int, offset: ByteOffset, length: int) -> None:
         await chunks.system_call(functools.partial(fallocate, self._file.fd, mode, offset, length), length)
-
-    async def _allocate_chunk(
-        self, allocate: Callable[[], Awaitable[None]], chunk: PageRange, account: Callable[[PageRange], None]
-    ) -> None:
-        await allocate()
-        account(chunk)
 
     def _account_allocated(self, reservation: Reservation | None, allocated: list[PageRange], chunk: PageRange) -> None:
         allocated.append(chunk)
@@ -240,9 +267,13 @@ class Pages:
         Where writes are accounted for, not in a thread: a write could come during a chunk, and nobody could say whether
         the pages that it allocated were freed again.
         """
-        if len(pages) <= chunks.LONG_PAGES or self._file.pages <= chunks.LONG_PAGES:
+        in_backing = self._file.pages
+        if len(pages) <= chunks.LONG_PAGES or in_backing <= chunks.LONG_PAGES:
             return
-        for chunk in chunks.to_free(pages, self._page_map, guest=self._guest):
+        page_map = self._page_map
+        if self._accounting is not None and self._accounting.pages < in_backing:
+            page_map = None  # an owner has allocated behind our back
+        for chunk in chunks.to_free(pages, page_map, guest=self._guest):
             punch = functools.partial(self._punch, chunk.offset, chunk.nbytes)
             if self._accounting is None or self._guest:
                 await chunks.system_call(punch, chunk.nbytes)

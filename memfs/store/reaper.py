@@ -1,4 +1,4 @@
-"""Large files that nobody refers to any more: freed in chunks, one after the other, beside everything else.
+"""Files that nobody refers to any more: large ones are freed in chunks, one after the other, beside everything else.
 
 Freeing a gibibyte takes the kernel a tenth of a second, and it does that wherever the last reference goes: when a name
 is removed, a handle is closed or an owner dies. In the event loop that would hold up everybody. So a large file is
@@ -77,7 +77,7 @@ class Reaper:
         return self._expected_pages + self._pages - pages + first.pages
 
     def expect(self, file: Freeable) -> None:
-        """Expect a large file to be taken soon, for a moment."""
+        """Expect a file to come soon, for a moment."""
         if self._is_running:
             self.forget(file)
             pages = file.pages
@@ -110,22 +110,25 @@ class Reaper:
         return self._is_running
 
     async def drain(self) -> bool:
-        """Wait until the files are freed that are expected or being freed now. Returns whether there were any.
+        """Wait until the files are freed that are expected or being freed now. Returns whether any were.
 
         Files that come meanwhile are not waited for: programs that go on removing files must not hold up the caller.
+        Since the wait has an end, signals do not interrupt it: on tmpfs nothing would have been waited for.
         """
         self._forget_overdue()
-        if self._expected:
-            last_expected = next(reversed(self._expected))
-            with trio.move_on_at(self._expected[last_expected][0]):
-                while last_expected in self._expected:  # those before it are not expected for longer
-                    await self._change.park()
-        if not self._files:
-            return False
-        last = self._freed + len(self._files)
-        while self._freed < last:
-            await self._change.park()
-        return True
+        have_come = False
+        with trio.CancelScope(shield=True):
+            if self._expected:
+                last_expected = next(reversed(self._expected))
+                with trio.move_on_at(self._expected[last_expected][0]):
+                    while last_expected in self._expected:  # those before it are not expected for longer
+                        await self._change.park()
+                    have_come = True
+            last = self._freed + len(self._files)
+            have_come |= self._freed < last
+            while self._freed < last:
+                await self._change.park()
+        return have_come
 
     async def run(self) -> None:
         """Free what is taken, until cancelled; then what is left is freed immediately."""

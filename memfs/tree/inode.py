@@ -145,8 +145,9 @@ class RegularFile(Inode):
         return Stat(
             *(self.ino, self.mode, self.nlink, self.uid, self.gid, 0, backing.st_size, backing.st_blocks),
             *(backing.st_atime_ns, backing.st_mtime_ns, backing.st_ctime_ns, self.btime_ns),
-            # An owner, or a program that writes to a mapping, fills holes, and nobody is notified.
-            stable=not backing.st_size,
+            # An owner, or a program that writes to a mapping, fills holes, and nobody is notified. What is being
+            # allocated lies beyond the end until all of it is there.
+            stable=not backing.st_size and not backing.st_blocks,
         )
 
     def set_times(self, atime_ns: int | None, mtime_ns: int | None) -> None:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -48,7 +48,7 @@ class Control:
     """How attributes of the mount itself are answered."""
 
     socket_path: str
-    describe: Callable[[int, int], Awaitable[str]]  #: as JSON, of at most so many bytes, for a user
+    describe: Callable[[int], str]  #: as JSON, of at most so many bytes
     remount: Callable[[RemountOptions], None]
 
 
@@ -105,18 +105,16 @@ class Xattrs:
             raise OSError(errno.EINVAL, str(error)) from error
 
     def get(self, ino: int, name: bytes) -> bytes:
-        """Return an attribute, as getxattr(2); the state of the mount `describe` returns."""
+        """Return an attribute, as getxattr(2)."""
         inode = self._tree.inode(ino)
         _check_name(name)
         if name == SOCKET:
             return os.fsencode(self._control.socket_path)
+        if name == STAT:
+            return self._control.describe(XATTR_SIZE_MAX).encode()
         if name == SEALS and isinstance(inode, RegularFile):
             return seals.format_seals(inode.file.seals).encode()
         return self._tree.getxattr(ino, name)
-
-    async def describe(self, uid: int) -> bytes:
-        """Return the state of the mount, for a user, whose turns that takes."""
-        return (await self._control.describe(XATTR_SIZE_MAX, uid)).encode()
 
     def list(self, ino: int, *, uid: int) -> list[bytes]:
         """Return the names of attributes, as listxattr(2).

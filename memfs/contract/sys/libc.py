@@ -189,10 +189,29 @@ def _statx(fd: int, mask: int) -> tuple[int, int, int]:
     return major, minor, mount_id
 
 
-def remount_detached(root: int, options: dict[str, str | None]) -> None:
-    """Change options of a filesystem by the descriptor of its root (fspick(2)). Raises OSError, changing nothing."""
-    fs = _checked(_libc.syscall(_SYS_FSPICK, root, b"", _FSPICK_CLOEXEC | _FSPICK_EMPTY_PATH))
-    try:
-        _fsconfig(fs, options, _FSCONFIG_CMD_RECONFIGURE)
-    finally:
-        os.close(fs)
+class Remount:
+    """Changes options of a filesystem, by the descriptor of its root (fspick(2)). Raises OSError, changing nothing.
+
+    What fspick(2) returns is kept, so that a change costs two system calls; after a refusal it cannot be used again.
+    """
+
+    def __init__(self, root: int) -> None:
+        self._root: Final = root
+        self._fs = self._pick()
+
+    def _pick(self) -> int:
+        return _checked(_libc.syscall(_SYS_FSPICK, self._root, b"", _FSPICK_CLOEXEC | _FSPICK_EMPTY_PATH))
+
+    def __call__(self, options: dict[str, str | None]) -> None:
+        """Change these options."""
+        try:
+            _fsconfig(self._fs, options, _FSCONFIG_CMD_RECONFIGURE)
+        except OSError:
+            fresh = self._pick()
+            os.close(self._fs)
+            self._fs = fresh
+            raise
+
+    def close(self) -> None:
+        """Close what was kept."""
+        os.close(self._fs)
