@@ -30,7 +30,7 @@ def make_files(directory: Path, pages: int) -> tuple[int, int]:
     """Create the two files of a slot and return the VMM's descriptors of them."""
     directory.mkdir(exist_ok=True)
     shared = os.open(directory / "shared", os.O_CREAT | os.O_RDWR)
-    os.close(os.open(directory / "private", os.O_CREAT | os.O_RDWR | os.O_DIRECT))
+    os.close(os.open(directory / "private", os.O_CREAT | os.O_RDWR))
     os.setxattr(directory / "private", SEAL, b"guest")
     private = os.open(directory / "private", os.O_RDWR)
     os.ftruncate(private, pages * PAGE_SIZE)

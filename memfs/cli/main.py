@@ -335,17 +335,19 @@ def _create(arguments: argparse.Namespace) -> None:
         raise CommandError(f"{arguments.file}: the size of a guest-sealed file is a multiple of {PAGE_SIZE}")
     directory, name = os.path.split(arguments.file)
     with locate(directory or ".", last_link=True) as parent:
-        # With O_DIRECT the handle cannot be mapped, so that it does not stand in the way of the guest seal.
-        fd = parent.create(name, os.O_RDWR | os.O_DIRECT)
+        fd = parent.create(name)
+        path = f"/proc/self/fd/{fd}"
         try:
             with naming(arguments.file):
-                if bits:
-                    fcntl.ioctl(fd, seals.MEMFS_IOC_ADD_SEALS, seals.IOC_ARGUMENT.pack(bits))
-                os.ftruncate(fd, arguments.size)
+                # A guest-sealed file begins empty; what is sealed in another way may be unable to grow.
+                _add_seals(path, bits & seals.F_SEAL_GUEST)
+                os.truncate(path, arguments.size)
                 if arguments.allocate and arguments.size:
                     from memfs.cli import populate
 
-                    populate.allocate(fd, ByteOffset(0), arguments.size)
+                    with open(path, "r+b", buffering=0) as file:
+                        populate.allocate(file.fileno(), ByteOffset(0), arguments.size)
+                _add_seals(path, bits & ~seals.F_SEAL_GUEST)
         except OSError:
             os.unlink(name, dir_fd=parent.fd)
             raise
@@ -353,12 +355,23 @@ def _create(arguments: argparse.Namespace) -> None:
             os.close(fd)
 
 
+def _add_seals(path: str, bits: int) -> None:
+    if not bits:
+        return
+    # A handle for ioctl only (open(2): access mode 3) cannot be mapped, so it does not stand in the way of a seal.
+    fd = os.open(path, os.O_ACCMODE | os.O_CLOEXEC)
+    try:
+        fcntl.ioctl(fd, seals.MEMFS_IOC_ADD_SEALS, seals.IOC_ARGUMENT.pack(bits))
+    finally:
+        os.close(fd)
+
+
 def _allocate(arguments: argparse.Namespace) -> None:
     """Allocate the memory of a file on a memfs, as fallocate(1) does, with a progress bar on a terminal."""
     from memfs.cli import populate
 
     with locate(arguments.file) as file:
-        fd = file.open(os.O_RDWR | os.O_DIRECT)
+        fd = file.open(os.O_RDWR)
         try:
             with naming(file.path):
                 populate.allocate(fd, ByteOffset(arguments.offset), arguments.length)

@@ -55,7 +55,7 @@ def populate(file: OnMemfs, source: BinaryIO, offset: ByteOffset, total: int | N
 
 
 async def _populate(file: OnMemfs, source: BinaryIO, offset: ByteOffset, total: int | None) -> bytes:
-    fd = file.open(os.O_RDWR | os.O_DIRECT)
+    fd = file.open(os.O_RDWR)
     with closing(_Buffer()) as buffer, _progress("populate", total) as bar:
         try:
             measurement = b""

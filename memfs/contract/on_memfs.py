@@ -59,10 +59,17 @@ class OnMemfs:
                 raise OSError(errno.EINVAL, "not a regular file")
             return os.open(self._name, flags | os.O_CLOEXEC)
 
-    def create(self, name: str, flags: int) -> int:
-        """Create a regular file of mode 0600, in the directory that this is, and open it. EEXIST: the name exists."""
+    def create(self, name: str) -> int:
+        """Create a regular file of mode 0600, in the directory that this is, and return an O_PATH descriptor of it.
+
+        EEXIST: the name exists.
+        """
         with naming(os.path.join(self.path, name)):
-            return os.open(name, flags | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=self.fd)
+            fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=self.fd)
+            try:
+                return os.open(f"/proc/self/fd/{fd}", os.O_PATH | os.O_CLOEXEC)
+            finally:
+                os.close(fd)
 
     @property
     def _name(self) -> str:

@@ -53,7 +53,7 @@ class IoctlHandlers:
 
     async def _add_seals(self, fh: int, bits: int) -> None:
         handle = self._open_files.file(fh)
-        if not handle.writable:
+        if not handle.may_seal:
             raise OSError(errno.EPERM, "not open for writing")
         await handle.inode.file.add_seals(bits)
         handle.inode.changed()

@@ -77,7 +77,7 @@ class Obstacle(enum.Enum):
 
     CONTENT = "it is not empty"
     OWNER = "it is registered as shared memory"
-    MAPPABLE = "it is open in a way that could be mapped; close it, or open it with O_DIRECT"
+    MAPPABLE = "it is open in a way that could be mapped; close it, or open it with access mode 3"
     WRITER = "it is open for writing and may be mapped"
     UNSEEN_WRITER = "it is open for writing in passthrough mode"
     GIVEN_OUT = "an owner was given a descriptor that nobody can take back"

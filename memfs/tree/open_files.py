@@ -3,13 +3,19 @@
 A handle of a regular file reaches content in one of three ways, and the kernel does not let an inode be open in two of
 them that contradict each other:
 
-- PASSTHROUGH: the kernel asks the backing file itself. All ordinary handles, where it can be had.
-- CACHED: reads and writes come to us through the kernel's page cache. All ordinary handles, where it cannot.
-- DIRECT: every read and write comes to us. Guest-sealed files always; files opened with O_DIRECT while no handle is in
-  passthrough mode; files sealed against writes and opened for writing.
+- PASSTHROUGH: the kernel asks the backing file itself. All ordinary handles, where it can be had, O_DIRECT or not.
+- CACHED: reads and writes come to us through the kernel's page cache, but for those of O_DIRECT. All ordinary handles,
+  where it cannot.
+- DIRECT: every read and write comes to us. Guest-sealed files always; files sealed against writes and opened for
+  writing; and control handles, unless they have to share an inode with others in passthrough mode.
 
-The first two can be mapped. The kernel tells a FUSE server of open and release, and release comes only after the last
-munmap, but it says nothing of mmap itself, so each such handle counts as a mapping (`File.opens`).
+A control handle is one that was opened with access mode 3 (open(2): for ioctl only, with the permissions for both
+reading and writing; an open(2) that creates the file says 2 instead). The kernel lets nobody read, write or map through
+it, so that one can seal a file by it. Rejected: O_DIRECT as the mark of those; programs that want to bypass the page
+cache want speed and mappings.
+
+The first two ways can be mapped. The kernel tells a FUSE server of open and release, and release comes only after the
+last munmap, but it says nothing of mmap itself, so each such handle counts as a mapping (`File.opens`).
 """
 
 from __future__ import annotations
@@ -24,6 +30,8 @@ from memfs.store import seals
 from memfs.store.file import File
 from memfs.tree.inode import Directory, Inode, RegularFile
 from memfs.tree.tree import Tree
+
+CONTROL: Final = os.O_ACCMODE  #: the access mode of a handle for ioctl(2) only
 
 Fh = NewType("Fh", int)
 
@@ -61,7 +69,12 @@ class OpenFile:
 
     @property
     def writable(self) -> bool:
-        """Whether it is open for writing."""
+        """Whether it can be written to."""
+        return self.flags & os.O_ACCMODE in (os.O_WRONLY, os.O_RDWR)
+
+    @property
+    def may_seal(self) -> bool:
+        """Whether it was opened with the permission to write."""
         return self.flags & os.O_ACCMODE != os.O_RDONLY
 
 
@@ -98,16 +111,16 @@ class OpenFiles:
             return self._add(inode, handle), handle
 
     def _access(self, inode: RegularFile, flags: int) -> Access:
-        file, direct = inode.file, bool(flags & os.O_DIRECT)
+        file, controls = inode.file, flags & os.O_ACCMODE == CONTROL
         if file.guest:
             return Access.DIRECT
-        if file.seals & seals.ON_WRITES:
+        if file.seals & seals.ON_WRITES and not controls:
             return self._sealed_access(file, flags)
-        if not direct and not file.opens.mappable and self._backing_ids is not None:
+        if not controls and not file.opens.mappable and self._backing_ids is not None:
             file.opens.pass_through(self._backing_ids.open(file.fd))
         if file.opens.backing_id is not None:
             return Access.PASSTHROUGH
-        return Access.DIRECT if direct else Access.CACHED
+        return Access.DIRECT if controls else Access.CACHED
 
     def _sealed_access(self, file: File, flags: int) -> Access:
         """Return how to open a file sealed on writes: all writes must come to us. EBUSY while readers pass through."""
@@ -117,7 +130,7 @@ class OpenFiles:
                 raise OSError(errno.EBUSY, "sealed, and still open from before in a way that excludes this one")
             return Access.PASSTHROUGH
         # A writable mapping of the page cache would look as if it had been written.
-        return Access.DIRECT if flags & os.O_DIRECT or (writes and file.seals & seals.NO_WRITES) else Access.CACHED
+        return Access.DIRECT if writes and file.seals & seals.NO_WRITES else Access.CACHED
 
     def open_directory(self, inode: Directory, flags: int) -> Fh:
         """Open a handle as opendir(3) does."""

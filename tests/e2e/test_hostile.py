@@ -258,8 +258,8 @@ async def test_owner_has_a_description_of_its_own(memfs: Memfs, guest_file: Path
 async def test_file_sealed_against_writes_is_not_given_for_writing(memfs: Memfs) -> None:
     path = memfs.path / "shared"
     await shell("sh", "-c", "echo content > shared", cwd=memfs.path)
-    fd = await trio.to_thread.run_sync(os.open, path, os.O_RDWR | os.O_DIRECT)
     await trio.to_thread.run_sync(os.setxattr, path, "user.memfs.seals", b"write")
+    fd = await trio.to_thread.run_sync(os.open, path, os.O_RDWR)
     async with connected(memfs.socket) as owner:
         reply = await owner.client.request(Register(), [fd])
         assert isinstance(reply.message, Registered)

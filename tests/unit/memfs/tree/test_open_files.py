@@ -17,7 +17,7 @@ from memfs.contract.sys.constants import F_SEAL_FUTURE_WRITE
 from memfs.store.backing import MemfdBacking
 from memfs.store.seals import F_SEAL_GROW, F_SEAL_GUEST, F_SEAL_SHRINK, F_SEAL_WRITE
 from memfs.tree.inode import Directory, RegularFile
-from memfs.tree.open_files import Access, Fh, OpenDirectory, OpenFile, OpenFiles
+from memfs.tree.open_files import CONTROL, Access, Fh, OpenDirectory, OpenFile, OpenFiles
 from memfs.tree.tree import ROOT_INO
 from tests.helpers import raises
 
@@ -104,7 +104,7 @@ def test_number_goes_with_the_last_handle(opens: OpenFiles, tree_place: OnTree, 
 
 def test_without_passthrough_content_is_cached(tree_place: OnTree) -> None:
     opens, inode = OpenFiles(tree_place.tree), make(tree_place)
-    assert [access(opens, inode, flags) for flags in (READ, WRITE, WRITE | os.O_DIRECT)] == [CACHED, CACHED, DIRECT]
+    assert [access(opens, inode, flags) for flags in (READ, WRITE, WRITE | os.O_DIRECT)] == [CACHED] * 3
     opens.check()
     opens.close()
 
@@ -116,16 +116,17 @@ def test_file_that_is_cached_stays_so_while_it_is_open(opens: OpenFiles, tree_pl
     assert handle.access is CACHED
     kernel.is_full = False
     assert access(opens, inode, WRITE) is CACHED
-    assert access(opens, inode, WRITE | os.O_DIRECT) is DIRECT
+    assert access(opens, inode, WRITE | os.O_DIRECT) is CACHED
+    assert access(opens, inode, CONTROL) is DIRECT
     opens.release(fh)
     assert kernel.registered == set()
     opens.close()
     assert access(opens, inode, READ) is PASSTHROUGH
 
 
-def test_direct_handle_excludes_nothing(opens: OpenFiles, tree_place: OnTree) -> None:
+def test_control_handle_excludes_nothing(opens: OpenFiles, tree_place: OnTree) -> None:
     inode = make(tree_place)
-    assert access(opens, inode, WRITE | os.O_DIRECT) is DIRECT
+    assert access(opens, inode, CONTROL) is DIRECT
     assert (inode.file.opens.mappable, inode.file.opens.writable) == (0, 0)
     assert access(opens, inode, READ) is PASSTHROUGH
     assert (inode.file.opens.mappable, inode.file.opens.writable) == (1, 0)
@@ -133,23 +134,38 @@ def test_direct_handle_excludes_nothing(opens: OpenFiles, tree_place: OnTree) ->
     assert (inode.file.opens.mappable, inode.file.opens.writable) == (2, 1)
 
 
-@pytest.mark.parametrize("flags", [READ, WRITE, APPEND, WRITE | os.O_DIRECT])
+def test_control_handle_goes_the_way_of_those_that_are_there(
+    opens: OpenFiles, tree_place: OnTree, kernel: Kernel
+) -> None:
+    inode = make(tree_place)
+    fh, _ = opens.open_file(inode, READ)
+    control, handle = opens.open_file(inode, CONTROL)
+    assert (handle.access, handle.writable, handle.may_seal) == (PASSTHROUGH, False, True)
+    opens.release(fh)
+    assert kernel.registered == {1}, "the kernel believes that of the inode as long as a handle says so"
+    with raises(errno.EBUSY):
+        trio.run(inode.file.add_seals, F_SEAL_GUEST)
+    opens.release(control)
+    trio.run(inode.file.add_seals, F_SEAL_GUEST)
+
+
+@pytest.mark.parametrize("flags", [READ, WRITE, APPEND, WRITE | os.O_DIRECT, CONTROL])
 @pytest.mark.parametrize(
     ("seals", "expected"),
     [
         # each in the order of the flags above
-        (F_SEAL_SHRINK, (PASSTHROUGH, PASSTHROUGH, PASSTHROUGH, DIRECT)),
-        (F_SEAL_GUEST, (DIRECT, DIRECT, DIRECT, DIRECT)),
-        (F_SEAL_GROW, (CACHED, CACHED, CACHED, DIRECT)),
-        (F_SEAL_WRITE, (CACHED, DIRECT, DIRECT, DIRECT)),
-        (F_SEAL_FUTURE_WRITE, (CACHED, DIRECT, DIRECT, DIRECT)),
+        (F_SEAL_SHRINK, (PASSTHROUGH, PASSTHROUGH, PASSTHROUGH, PASSTHROUGH, DIRECT)),
+        (F_SEAL_GUEST, (DIRECT, DIRECT, DIRECT, DIRECT, DIRECT)),
+        (F_SEAL_GROW, (CACHED, CACHED, CACHED, CACHED, DIRECT)),
+        (F_SEAL_WRITE, (CACHED, DIRECT, DIRECT, DIRECT, DIRECT)),
+        (F_SEAL_FUTURE_WRITE, (CACHED, DIRECT, DIRECT, DIRECT, DIRECT)),
     ],
 )
 def test_seals_decide(
     opens: OpenFiles, tree_place: OnTree, seals: int, expected: tuple[Access, ...], flags: int
 ) -> None:
     inode = make(tree_place, seals)
-    wanted = dict(zip([READ, WRITE, APPEND, WRITE | os.O_DIRECT], expected, strict=True))
+    wanted = dict(zip([READ, WRITE, APPEND, WRITE | os.O_DIRECT, CONTROL], expected, strict=True))
     assert access(opens, inode, flags) is wanted[flags]
     assert inode.file.opens.mappable == (wanted[flags] is not DIRECT)
 
