@@ -11,7 +11,20 @@ from pathlib import Path
 
 import trio
 
-from kvmsim import Gpa, Load, Program, ProgramEngine, Side, Store, UnhandledExit, convert, create_vm, open_memory
+from kvmsim import (
+    Gpa,
+    Load,
+    Program,
+    ProgramEngine,
+    Side,
+    Store,
+    StoreGone,
+    UnhandledExit,
+    convert,
+    create_vm,
+    open_memory,
+)
+from memfs.contract.on_memfs import locate
 
 SIZE = 16 << 20  # of guest memory, in bytes
 MAILBOX, SECRET = Gpa(0x1000), Gpa(0x20_0000)
@@ -28,11 +41,12 @@ def guest() -> Program:
 
 async def run(mount: Path) -> None:
     """Create the files and the VM, and run the guest until it halts."""
+    with locate(str(mount), last_link=True) as directory:  # refuses what does not lie on a memfs
+        socket = directory.get("user.memfs.socket")
     shared, private = mount / "shared", mount / "private"
     for path in (shared, private):
         path.touch()
     os.setxattr(private, "user.memfs.seals", b"guest")  # from now on nobody can read, write or map it
-    socket = os.getxattr(shared, "user.memfs.socket").decode()
     with open_memory(str(shared), str(private), SIZE) as vmm:
         async with create_vm(socket, name="example") as vm:
             await vmm.add_memory(vm)  # one memslot on both files, from guest physical address 0 on
@@ -47,5 +61,5 @@ if __name__ == "__main__":
         trio.run(run, Path(sys.argv[1]))
     except IndexError:
         sys.exit(f"usage: {sys.argv[0]} MOUNT")
-    except (OSError, UnhandledExit) as error:
+    except (OSError, StoreGone, UnhandledExit) as error:
         sys.exit(f"{sys.argv[0]}: {error}")

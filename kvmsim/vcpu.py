@@ -43,7 +43,12 @@ class VirtualMachine(Protocol):
 
 
 class Engine(Protocol):
-    """The code that a vCPU executes."""
+    """The code that a vCPU executes.
+
+    `ProgramEngine` is one for guests written in Python. Another one asks `vcpu.vm.decode` what an access means, and has
+    `vcpu.vm.fault` map the memory; it returns the exit that this gives, if any, and makes the access again when it is
+    called next.
+    """
 
     async def run(self, vcpu: VCPU) -> Exit:
         """Continue where it stopped, until something has to be done outside; it is then called again.

@@ -72,7 +72,11 @@ class VmConfig:
 
 
 class VM:
-    """A virtual machine. Use `create_vm`."""
+    """A virtual machine. Use `create_vm`.
+
+    A function that is added to `listeners` is called with each notification that a slot got (`Listener`). `faults`
+    counts faults by side; `closed` says that memfs, and with it all memory, is gone.
+    """
 
     def __init__(self, backing: Backing, nursery: trio.Nursery, config: VmConfig | None = None) -> None:
         self.config: Final = config or VmConfig()

@@ -78,7 +78,10 @@ def _check_numbers(region: UserspaceMemoryRegion) -> None:
     address_end = _U64 if on_files else USER_ADDRESS_MAX + 1
     checks = (
         (not region.flags & ~_KNOWN_FLAGS, f"unknown flags {region.flags & ~_KNOWN_FLAGS:#x}"),
-        (not (private and region.flags & (KVM_MEM_READONLY | KVM_MEM_LOG_DIRTY_PAGES)), "flags and a private fd"),
+        (
+            not (private and region.flags & (KVM_MEM_READONLY | KVM_MEM_LOG_DIRTY_PAGES)),
+            "no flag but KVM_MEM_FD goes with a private_fd",
+        ),
         (is_page_aligned(size) and 0 <= size < _U64, "memory_size is not page-aligned"),
         (is_page_aligned(gpa) and 0 <= gpa < _U64, "guest_phys_addr is not page-aligned"),
         (is_page_aligned(address) and 0 <= address < _U64, "userspace_addr is not page-aligned"),

@@ -62,9 +62,10 @@ class _Request:
 
 
 class Converter:
-    """Converts pages of the two files behind a slot.
+    """Converts pages of the two files behind a slot. `Vmm.add_memory` makes one.
 
-    `is_private(page)` says on which side a page is; `granule` is in bytes. Raises ValueError for another granule.
+    `shared` and `private` are descriptors, `pages` what may be converted. `is_private(page)` says on which side a page
+    is: `VM.mmu.slots.get(id).private.is_private`. `granule` is in bytes. Raises ValueError for another granule.
     """
 
     def __init__(

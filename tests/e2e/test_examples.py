@@ -32,6 +32,13 @@ def test_owner(memfs: Memfs) -> None:
         assert [line.split()[0] for line in owner.stdout] == ["Fallocate", "InvalidateBegin", "InvalidateEnd"]
 
 
+def test_vmm_without_memfs_says_why_and_leaves_nothing(tmp_path: Path) -> None:
+    result = run(sys.executable, EXAMPLES / "vmm.py", tmp_path)
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+    assert "does not lie on a memfs" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_owner_without_memfs_says_why(tmp_path: Path) -> None:
     result = run(sys.executable, EXAMPLES / "owner.py", tmp_path)
     assert result.returncode == 1
