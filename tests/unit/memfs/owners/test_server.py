@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gc
 import hashlib
 import os
 import resource
@@ -16,7 +17,7 @@ import stat
 import struct
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, closing
+from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -476,22 +477,30 @@ async def test_user_that_may_not_connect_is_hung_up(mount: Mount) -> None:
     assert mount.registry.owners == {}
 
 
+@contextmanager
+def no_descriptor_to_spare() -> Iterator[None]:
+    """Have this process be able to open nothing more within a with statement."""
+    gc.collect()  # what earlier tests left would give some back in the middle
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(int(name) for name in os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, limit[1]))
+    with ExitStack() as opened:
+        opened.callback(resource.setrlimit, resource.RLIMIT_NOFILE, limit)
+        with suppress(OSError):
+            while True:
+                opened.callback(os.close, os.open("/dev/null", os.O_RDONLY))
+        yield
+
+
 async def test_without_a_descriptor_a_connection_ends_rather_than_wait(mount: Mount) -> None:
     async with mount.connected() as client:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-        free = os.open("/dev/null", os.O_RDONLY)  # the lowest that is free, and so are those above it
-        os.close(free)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (free, limit[1]))
-        try:
+        with sock, no_descriptor_to_spare():
             sock.setblocking(False)
             sock.connect(mount.path)
             with trio.fail_after(10):
                 await trio.lowlevel.wait_readable(sock)
                 assert sock.recv(1) == b""
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, limit)
-            sock.close()
         assert client.gone is None
         async with mount.connected() as another:
             assert another.gone is None
@@ -502,16 +511,9 @@ async def test_register_without_a_descriptor_to_spare_is_refused(mount: Mount) -
     inode = mount.make("file")
     async with mount.connected() as client:
         fd = mount.open("file")
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-        free = os.open("/dev/null", os.O_RDONLY)
-        os.close(free)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (free, limit[1]))
-        try:
-            with trio.fail_after(10):
-                reply = await client.request(Register(), [fd])
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, limit)
-            os.close(fd)
+        with no_descriptor_to_spare(), trio.fail_after(10):
+            reply = await client.request(Register(), [fd])
+        os.close(fd)
         assert isinstance(reply.message, Failed)
         assert reply.message.errno == errno.EMFILE
         assert (inode.file.owner, inode.holds) == (None, 0)
