@@ -144,12 +144,13 @@ class _Memfs:
         initialized, unmounted = trio.Event(), trio.Event()
         noatime = self._settings.options.atime == "noatime"
         files = FileHandlers(self._tree, self._open_files, self._backing)
+        xattrs = XattrHandlers(self._xattrs)
         table = who_answers(
-            Init(self._passthrough, initialized.set, idmapped=os.geteuid() == 0),
+            Init(self._passthrough, xattrs, initialized.set, idmapped=os.geteuid() == 0),
             NameHandlers(self._tree, self._open_files, files, self._xattrs, noatime=noatime),
             files,
-            XattrHandlers(self._xattrs),
-            IoctlHandlers(self._tree, self._open_files),
+            xattrs,
+            IoctlHandlers(self._tree, self._open_files, self._mount.invalidate_attributes),
         )
         channel = Channel(self._mount.fuse_fd, table)
         operations = Operations(self._tree, self._xattrs, noatime=noatime)

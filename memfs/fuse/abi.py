@@ -79,6 +79,7 @@ IOCTL_OUT: Final = struct.Struct("=iIII")  # result, flags, in_iovs, out_iovs
 GETXATTR_IN: Final = struct.Struct("=II")  # size (0: only how long it is), padding
 GETXATTR_OUT: Final = GETXATTR_IN  # and of LISTXATTR
 SETXATTR_IN: Final = struct.Struct("=II")  # size of the value, flags; then the name and the value
+SETXATTR_EXT_IN: Final = struct.Struct("=III4x")  # the same, and setxattr_flags, padding, with FUSE_SETXATTR_EXT
 RELEASE_IN: Final = struct.Struct("=QIIQ")  # fh, flags, release_flags, lock_owner
 INTERRUPT_IN: Final = struct.Struct("=Q")  # unique of the interrupted request
 INIT_IN: Final = struct.Struct("=IIIII44x")  # major, minor, max_readahead, flags, flags2; rest reserved
@@ -116,7 +117,8 @@ FUSE_INIT_EXT: Final = 1 << 30  # there is a flags2
 FUSE_ALLOW_IDMAP_2: Final = 1 << 8  # FUSE_ALLOW_IDMAP (bit 40), Linux 6.12
 FUSE_PASSTHROUGH_2: Final = 1 << 5  # FUSE_PASSTHROUGH (bit 37), as a bit of flags2
 MAX_STACK_DEPTH: Final = 1  # the backing of a passthrough file must not itself be stacked
-FUSE_SETXATTR_EXT: Final = 1 << 29  # SETXATTR_IN is longer
+FUSE_SETXATTR_EXT: Final = 1 << 29  # SETXATTR_IN is longer (SETXATTR_EXT_IN), Linux 5.13
+FUSE_SETXATTR_ACL_KILL_SGID: Final = 1 << 0  # in setxattr_flags
 
 FATTR_MODE: Final = 1 << 0  # which attributes SETATTR sets
 FATTR_UID: Final = 1 << 1
@@ -145,6 +147,7 @@ BACKING_MAP: Final = struct.Struct("=iIQ")  # struct fuse_backing_map: fd, flags
 FS_IOC_GETFLAGS: Final = 0x80086601
 FS_IOC_SETFLAGS: Final = 0x40086602
 FS_IOC_FSGETXATTR: Final = 0x801C581F
+FS_IOC_FSSETXATTR: Final = 0x401C5820
 
 MAX_WRITE: Final = 1 << 20  #: bytes in one WRITE request: the most that the kernel sends
 BUFFER_SIZE: Final = MAX_WRITE + 4096  #: bytes: the largest request, header included

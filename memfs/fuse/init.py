@@ -33,6 +33,7 @@ from memfs.fuse.abi import (
 )
 from memfs.fuse.channel import Amendment
 from memfs.fuse.passthrough import Passthrough
+from memfs.fuse.xattrs import XattrHandlers
 
 
 class Init:
@@ -41,8 +42,11 @@ class Init:
     `idmapped`: whether whoever may may mount it again with other ids (mount_setattr(2)).
     """
 
-    def __init__(self, passthrough: Passthrough, initialized: Callable[[], None], *, idmapped: bool) -> None:
+    def __init__(
+        self, passthrough: Passthrough, xattrs: XattrHandlers, initialized: Callable[[], None], *, idmapped: bool
+    ) -> None:
         self._passthrough: Final = passthrough
+        self._xattrs: Final = xattrs
         self._idmapped: Final = idmapped
         self._initialized: Final = initialized
 
@@ -58,7 +62,8 @@ class Init:
             fields[6] = min(fields[6], MAX_WRITE)  # max_write and max_pages: no request that does not fit our buffer
             fields[8] = bytes_to_pages(fields[6])
             fields[3] |= offered & (FUSE_HANDLE_KILLPRIV_V2 | FUSE_DONT_MASK)
-            fields[3] &= ~FUSE_SETXATTR_EXT
+            fields[3] = fields[3] & ~FUSE_SETXATTR_EXT | offered & FUSE_SETXATTR_EXT
+            self._xattrs.are_flagged = bool(offered & FUSE_SETXATTR_EXT)
             if passthrough:
                 fields[3] |= FUSE_INIT_EXT
                 fields[10] |= FUSE_PASSTHROUGH_2

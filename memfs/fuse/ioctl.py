@@ -1,9 +1,13 @@
-"""Answers to ioctl(2): seals on an open file, and chattr(1)'s inode flags."""
+"""Answers to ioctl(2): seals on an open file, and chattr(1)'s inode flags.
+
+The kernel does not know that an ioctl changes an inode, so it is told to ask for its attributes again.
+"""
 
 from __future__ import annotations
 
 import errno
 import struct
+from collections.abc import Callable
 from typing import Final
 
 from memfs.fuse import abi
@@ -14,16 +18,17 @@ from memfs.tree.open_files import OpenFiles
 from memfs.tree.tree import Tree
 
 _FLAGS: Final = struct.Struct("=I")  # of FS_IOC_GETFLAGS and FS_IOC_SETFLAGS, whose numbers claim a long
-_FSXATTR: Final = struct.Struct("=I24x")  # struct fsxattr: xflags; extent sizes, projects
+_FSXATTR: Final = struct.Struct("=IIIII8x")  # struct fsxattr: xflags, extsize, nextents, projid, cowextsize
 #: FS_IMMUTABLE_FL, FS_APPEND_FL, FS_NODUMP_FL and FS_NOATIME_FL, and the same as FS_XFLAG_*
 _XFLAGS: Final = {inode_flags.FS_IMMUTABLE_FL: 0x8, inode_flags.FS_APPEND_FL: 0x10, 0x40: 0x80, 0x80: 0x40}
 _DONE: Final = IOCTL_OUT.pack(0, 0, 0, 0)  # the reply to a command that returns 0, before its data
 
 
 class IoctlHandlers:
-    """The channel's handler for ioctl(2)."""
+    """The channel's handler for ioctl(2). `changed` is called with the number of an inode that one has changed."""
 
-    def __init__(self, tree: Tree, open_files: OpenFiles) -> None:
+    def __init__(self, tree: Tree, open_files: OpenFiles, changed: Callable[[int], None]) -> None:
+        self._changed: Final = changed
         self._tree: Final = tree
         self._open_files: Final = open_files
 
@@ -38,6 +43,7 @@ class IoctlHandlers:
             case seals.MEMFS_IOC_ADD_SEALS:
                 (bits,) = unpack(seals.IOC_ARGUMENT, data)
                 await self._add_seals(fh, bits)
+                self._changed(request.nodeid)
                 return _DONE
             case abi.FS_IOC_GETFLAGS if out_size >= _FLAGS.size:
                 return _DONE + _FLAGS.pack(self._tree.inode(request.nodeid).flags)
@@ -45,10 +51,13 @@ class IoctlHandlers:
                 (flags,) = unpack(_FLAGS, data)
                 self._set_flags(request.nodeid, flags)
                 return _DONE
+            case abi.FS_IOC_FSSETXATTR:
+                self._set_fsxattr(request.nodeid, data)
+                return _DONE
             case abi.FS_IOC_FSGETXATTR if out_size >= _FSXATTR.size:
                 flags = self._tree.inode(request.nodeid).flags
                 xflags = sum(xflag for flag, xflag in _XFLAGS.items() if flags & flag)
-                return _DONE + _FSXATTR.pack(xflags)
+                return _DONE + _FSXATTR.pack(xflags, 0, 0, 0, 0)
         raise OSError(errno.ENOTTY, f"ioctl {command:#x}")
 
     async def _add_seals(self, fh: int, bits: int) -> None:
@@ -63,3 +72,11 @@ class IoctlHandlers:
         if flags & ~sum(_XFLAGS):
             raise OSError(errno.EOPNOTSUPP, f"inode flags {flags:#x}")
         inode.set_flags(flags)
+        self._changed(nodeid)
+
+    def _set_fsxattr(self, nodeid: int, data: memoryview) -> None:
+        """Set flags by their other names. EOPNOTSUPP, as on tmpfs: extents of a certain size, and projects."""
+        xflags, extsize, _, projid, cowextsize = unpack(_FSXATTR, data)
+        if xflags & ~sum(_XFLAGS.values()) or extsize or projid or cowextsize:
+            raise OSError(errno.EOPNOTSUPP, f"extended flags {xflags:#x}")
+        self._set_flags(nodeid, sum(flag for flag, xflag in _XFLAGS.items() if xflags & xflag))

@@ -50,6 +50,7 @@ from memfs.contract.sys.libc import (
     umount,
 )
 from memfs.contract.sys.mountinfo import MEMFS, mountpoint_of, mounts_on, type_of_device
+from memfs.fuse.abi import invalidate_attributes
 from memfs.options import MountOptions
 
 log = logging.getLogger(__name__)
@@ -75,6 +76,11 @@ class FuseMount:
     note: str | None = None  #: what could not be had; then fusermount3 has mounted it
     _is_over: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def invalidate_attributes(self, nodeid: int) -> None:
+        """Have the kernel ask for an inode's attributes again, which have changed without its knowledge."""
+        with suppress(OSError):  # ENOENT: it does not know the inode any more. ENODEV: unmounted
+            os.write(self.fuse_fd, invalidate_attributes(nodeid))
 
     def attach(self) -> None:
         """Let the mount be seen, in place of what a killed memfs left on the directory. Raises MountError."""

@@ -10,7 +10,17 @@ import errno
 import os
 from typing import Final
 
-from memfs.fuse.abi import GETXATTR_IN, GETXATTR_OUT, SETXATTR_IN, Malformed, Request, unpack, unpack_name
+from memfs.fuse.abi import (
+    FUSE_SETXATTR_ACL_KILL_SGID,
+    GETXATTR_IN,
+    GETXATTR_OUT,
+    SETXATTR_EXT_IN,
+    SETXATTR_IN,
+    Malformed,
+    Request,
+    unpack,
+    unpack_name,
+)
 from memfs.fuse.caller import uid_of
 from memfs.tree.xattrs import Xattrs
 
@@ -20,6 +30,7 @@ class XattrHandlers:
 
     def __init__(self, xattrs: Xattrs) -> None:
         self._xattrs: Final = xattrs
+        self.are_flagged = False  #: whether requests to set one have setxattr_flags (FUSE_SETXATTR_EXT)
 
     async def get(self, request: Request) -> bytes:
         """Answer getxattr(2)."""
@@ -36,12 +47,14 @@ class XattrHandlers:
     async def set(self, request: Request) -> bytes:
         """Answer setxattr(2)."""
         body = request.body
-        size, flags = unpack(SETXATTR_IN, body)
-        name, _, value = bytes(body[SETXATTR_IN.size :]).partition(b"\0")
+        layout = SETXATTR_EXT_IN if self.are_flagged else SETXATTR_IN
+        size, flags, *more = unpack(layout, body)
+        name, _, value = bytes(body[layout.size :]).partition(b"\0")
         if len(value) != size:
             raise Malformed(f"an attribute's value of {len(value)} bytes instead of {size}")
         self._check_existence(request.nodeid, name, flags)
-        await self._xattrs.set(request.nodeid, name, value, uid=uid_of(request))
+        kill_sgid = bool(more and more[0] & FUSE_SETXATTR_ACL_KILL_SGID)
+        await self._xattrs.set(request.nodeid, name, value, uid=uid_of(request), kill_sgid=kill_sgid)
         return b""
 
     def _check_existence(self, nodeid: int, name: bytes, flags: int) -> None:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -59,8 +60,8 @@ class Xattrs:
         self._tree: Final = tree
         self._control: Final = control
 
-    async def set(self, ino: int, name: bytes, value: bytes, *, uid: int) -> None:
-        """Set an attribute, as setxattr(2) by a user.
+    async def set(self, ino: int, name: bytes, value: bytes, *, uid: int, kill_sgid: bool = False) -> None:
+        """Set an attribute, as setxattr(2) by a user. `kill_sgid`: with an access ACL, setgid goes.
 
         EOPNOTSUPP: a name in user.memfs that cannot be set here. EINVAL: a bad value.
         """
@@ -80,7 +81,7 @@ class Xattrs:
         if name in (acl.ACCESS, acl.DEFAULT):
             acl.check_size(value)
         if name == acl.ACCESS:
-            self._set_access_acl(inode, value)
+            self._set_access_acl(inode, value, kill_sgid)
             return
         if name == DEFAULT_SEALS and isinstance(inode, Directory):
             seals.parse(_text(value))
@@ -88,14 +89,14 @@ class Xattrs:
             raise OSError(errno.EOPNOTSUPP, f"{_text(name)} cannot be set here")
         self._tree.setxattr(ino, name, value)
 
-    def _set_access_acl(self, inode: Inode, value: bytes) -> None:
+    def _set_access_acl(self, inode: Inode, value: bytes, kill_sgid: bool) -> None:
         """Set the access ACL and the mode, which say the same; an ACL that says no more than the mode is not kept."""
         mode, kept = acl.mode_of(value, inode.mode)
         if kept is not None:
             self._tree.setxattr(inode.ino, acl.ACCESS, kept)
         elif inode.xattrs is not None:
             inode.xattrs.pop(acl.ACCESS, None)
-        inode.mode = mode
+        inode.mode = mode & ~stat.S_ISGID if kill_sgid else mode
         inode.changed()
 
     def _remount(self, options: str) -> None:

@@ -101,13 +101,14 @@ class _Mount:
             self.handles.open_file(self.tree.regular(ino), os.O_RDWR)
         self.tree.regular(2).file.write(ByteOffset(0), b"content")
         xattrs = Xattrs(self.tree, Control("/socket", lambda most: "{}", lambda options: None))
+        handlers = XattrHandlers(xattrs)
         files = FileHandlers(self.tree, self.handles, self.backing)
         self.table = who_answers(
-            Init(Passthrough(-1, Wanted.OFF, None), lambda: None, idmapped=True),
+            Init(Passthrough(-1, Wanted.OFF, None), handlers, lambda: None, idmapped=True),
             NameHandlers(self.tree, self.handles, files, xattrs, noatime=False),
             files,
-            XattrHandlers(xattrs),
-            IoctlHandlers(self.tree, self.handles),
+            handlers,
+            IoctlHandlers(self.tree, self.handles, lambda ino: None),
         )
 
     async def ask(self, data: bytes) -> None:

@@ -50,13 +50,14 @@ class Mount:
         self.tree = Tree(lambda ino, seals: File(self.backing, ino, seals), 100, 0o1777, 0, 0)
         self.open_files = OpenFiles(self.tree)
         xattrs = Xattrs(self.tree, Control("/socket", lambda most: "{}", lambda options: None))
+        handlers = XattrHandlers(xattrs)
         files = FileHandlers(self.tree, self.open_files, self.backing)
         self.table: dict[int, Handler | Pyfuse3] = who_answers(
-            Init(Passthrough(-1, Wanted.OFF, None), lambda: None, idmapped=True),
+            Init(Passthrough(-1, Wanted.OFF, None), handlers, lambda: None, idmapped=True),
             NameHandlers(self.tree, self.open_files, files, xattrs, noatime=False),
             files,
-            XattrHandlers(xattrs),
-            IoctlHandlers(self.tree, self.open_files),
+            handlers,
+            IoctlHandlers(self.tree, self.open_files, lambda ino: None),
         )
 
     async def ask(self, opcode: Opcode, nodeid: int, body: bytes = b"") -> bytes:
