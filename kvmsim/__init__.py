@@ -7,7 +7,7 @@ from importlib.metadata import version
 from typing import Final
 
 from kvmsim.backing import StoreGone
-from kvmsim.engines.program import Hypercall, Load, Program, ProgramEngine, Store, convert
+from kvmsim.engines.program import Fetch, Hypercall, Load, Program, ProgramEngine, Store, convert
 from kvmsim.engines.trace import IntegrityError, TraceEngine
 from kvmsim.engines.trace_file import Trace, TraceError
 from kvmsim.exits import (
@@ -15,6 +15,7 @@ from kvmsim.exits import (
     Exit,
     HaltExit,
     HypercallExit,
+    InternalErrorExit,
     InterruptExit,
     MemoryErrorExit,
     MemoryFaultExit,
@@ -25,6 +26,7 @@ from kvmsim.side import Side
 from kvmsim.uapi import (
     KVM_EXIT_HLT,
     KVM_EXIT_HYPERCALL,
+    KVM_EXIT_INTERNAL_ERROR,
     KVM_EXIT_INTR,
     KVM_EXIT_MEM_MAP_PRIVATE,
     KVM_EXIT_MEM_MAP_SHARED,
@@ -51,6 +53,7 @@ __all__ = [
     "HALT",
     "KVM_EXIT_HLT",
     "KVM_EXIT_HYPERCALL",
+    "KVM_EXIT_INTERNAL_ERROR",
     "KVM_EXIT_INTR",
     "KVM_EXIT_MEMORY_ERROR",
     "KVM_EXIT_MEMORY_FAULT",
@@ -72,6 +75,7 @@ __all__ = [
     "Device",
     "Engine",
     "Exit",
+    "Fetch",
     "Gfn",
     "GfnRange",
     "Gpa",
@@ -79,6 +83,7 @@ __all__ = [
     "Hypercall",
     "HypercallExit",
     "IntegrityError",
+    "InternalErrorExit",
     "InterruptExit",
     "Listener",
     "Load",

@@ -111,7 +111,13 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--socket", metavar="PATH", help="memfs's socket (default: asked of the file)")
     run.add_argument("--duration", metavar="SECONDS", type=_seconds, default=0, help="repeat the trace for so long")
     run.add_argument("--picture", action="store_true", help="draw guest memory before and after")
-    run.add_argument("-v", "--verbose", action="store_true", help="print each notification as it comes")
+    run.add_argument(
+        "-v",
+        "--verbose",
+        action="count",
+        default=0,
+        help="print notifications of what others do to the files; twice: of the guest's own conversions, too",
+    )
     run.add_argument("--log-file", metavar="FILE", help="append a log of notifications, with request numbers, to FILE")
     run.set_defaults(run=_run)
 
@@ -158,7 +164,7 @@ async def _simulate(
     async with create_vm(socket_path, config) as vm:
         await vmm.add_memory(vm)
         if options.verbose:
-            vm.listeners.append(_printer(console))
+            vm.listeners.append(_printer(console, None if options.verbose > 1 else vmm))
         engine = TraceEngine(vm, trace, private, repeat_for=options.duration)
         vcpu = vm.create_vcpu(0, engine)
         gfns = GfnRange(Gfn(0), gpa_to_gfn(Gpa(vmm.size)))
@@ -218,13 +224,15 @@ async def _show_progress(progress: Progress, engine: TraceEngine, duration: floa
         await trio.sleep(0.1)
 
 
-def _printer(console: Console) -> Listener:
-    """Print notifications, so many a second: others decide how many there are."""
+def _printer(console: Console, silent: Vmm | None) -> Listener:
+    """Print notifications, so many a second: others decide how many there are. None of what `silent` is converting."""
     started = second = time.monotonic()
     printed = 0
 
     def print_notification(message: Notification, slot: Memslot, gfns: GfnRange, side: Side) -> None:
         nonlocal second, printed
+        if silent is not None and silent.is_converting(message.pages):
+            return
         name, now = type(message).__name__, time.monotonic()
         if now - second >= 1:
             if printed > _PRINTED_A_SECOND:
@@ -267,6 +275,12 @@ def _convert(options: argparse.Namespace) -> None:
             name = "standard input" if options.lackey == "-" else options.lackey
             raise CommandError(f"{name}: {error}") from error
     trace.save(Path(options.trace))
+    if trace.glued:
+        print(
+            f"{trace.glued:,} lines are left out: the program's output stands in them beside an access. "
+            "Have valgrind write to a file of its own (--log-file=).",
+            file=sys.stderr,
+        )
     print(f"{len(trace.records):,} accesses, {trace.memory_size >> 10:,} KiB of guest memory")
 
 

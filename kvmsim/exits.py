@@ -8,6 +8,7 @@ from typing import ClassVar, Final
 from kvmsim.uapi import (
     KVM_EXIT_HLT,
     KVM_EXIT_HYPERCALL,
+    KVM_EXIT_INTERNAL_ERROR,
     KVM_EXIT_INTR,
     KVM_EXIT_MEM_MAP_PRIVATE,
     KVM_EXIT_MEMORY_ERROR,
@@ -92,7 +93,17 @@ class InterruptExit:
     name: ClassVar[str] = "INTR"
 
 
-Exit = MemoryErrorExit | MmioExit | HypercallExit | HaltExit | InterruptExit
+@dataclass(frozen=True, slots=True)
+class InternalErrorExit:
+    """KVM_EXIT_INTERNAL_ERROR: the guest did what KVM cannot emulate, such as executing what is no memory."""
+
+    reason: ClassVar[int] = KVM_EXIT_INTERNAL_ERROR
+    name: ClassVar[str] = "INTERNAL_ERROR"
+    suberror: int  #: KVM_INTERNAL_ERROR_EMULATION
+    gpa: Gpa
+
+
+Exit = MemoryErrorExit | MmioExit | HypercallExit | HaltExit | InterruptExit | InternalErrorExit
 
 HALT: Final = HaltExit()
 INTERRUPTED: Final = InterruptExit()

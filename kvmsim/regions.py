@@ -49,7 +49,7 @@ class Regions:
             held = [file for file in (shared, private) if file is not None]
             try:
                 if change in (Change.CREATE, Change.MOVE):
-                    check_reach(region, gfn_to_gpa(Gfn(self._mmu.table.max_gfn)))
+                    check_reach(region, min(gfn_to_gpa(Gfn(self._mmu.table.max_gfn)), self._type.max_gpa))
                 if change is not Change.NONE:
                     held = self._replace(region, old, shared, private)
             finally:

@@ -35,7 +35,7 @@ class VirtualMachine(Protocol):
     async def launch(self) -> None:
         """Make the initial content of its private memory final."""
 
-    def decode(self, gpa: Gpa, *, write: bool, encrypted: bool = False) -> Access:
+    def decode(self, gpa: Gpa, *, write: bool, encrypted: bool = False, fetch: bool = False) -> Access:
         """Return what an access of the guest means."""
 
     async def fault(self, access: Access) -> Exit | None:

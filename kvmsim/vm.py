@@ -43,7 +43,7 @@ from kvmsim.mmu.pte import level_pages, pte_pfn, side_of
 from kvmsim.regions import Regions
 from kvmsim.side import Side
 from kvmsim.slots.dirty import Bitmap, DirtyLog, pages_in
-from kvmsim.slots.memslots import AddressSpace, Memslot
+from kvmsim.slots.memslots import AddressSpace, Memslot, Space
 from kvmsim.uapi import (
     KVM_MAX_VCPU_ID,
     KVM_USER_MEM_SLOTS,
@@ -155,16 +155,25 @@ class VM:
                 self._nursery.start_soon(self._regions.release, [self.backing.files[other.space]])
         self.mmu.invalidations.conversion()
 
-    def age(self, gfns: GfnRange) -> bool:
-        """Return whether a range was accessed since this was last asked (kvm_age_gfn)."""
-        young = self.mmu.table.age(gfns)
+    def age(self, gfns: GfnRange, side: Side = Side.BOTH) -> bool:
+        """Return whether memory of a side was accessed since this was last asked (kvm_age_gfn)."""
+        young = self.mmu.table.age(gfns, side)
         if young:
             self.mmu.flush_tlbs(gfns)  # what a TLB holds would be used without marking it as accessed
         return young
 
-    def test_age(self, gfns: GfnRange) -> bool:
+    def test_age(self, gfns: GfnRange, side: Side = Side.BOTH) -> bool:
         """Return the same without resetting it (kvm_test_age_gfn)."""
-        return self.mmu.table.test_age(gfns)
+        return self.mmu.table.test_age(gfns, side)
+
+    def age_pages(self, space: Space, pages: PageRange) -> bool:
+        """Do what `age` does for pages of a file, or of our address space, in all slots (kvm_age_hva; RFC patch 09)."""
+        touched = self.mmu.slots.touching(space, pages)
+        return sum(self.age(gfns, window.side) for window, gfns in touched) > 0  # all of them are aged
+
+    def test_age_pages(self, space: Space, pages: PageRange) -> bool:
+        """Return the same without resetting it (kvm_test_age_hva)."""
+        return any(self.test_age(gfns, window.side) for window, gfns in self.mmu.slots.touching(space, pages))
 
     # -- running ----------------------------------------------------------------------------------------------------
 
@@ -178,10 +187,10 @@ class VM:
         self.mmu.tlbs.append(vcpu.tlb)
         return vcpu
 
-    def decode(self, gpa: Gpa, *, write: bool, encrypted: bool = False) -> Access:
+    def decode(self, gpa: Gpa, *, write: bool, encrypted: bool = False, fetch: bool = False) -> Access:
         """Return what an access of the guest means, by the VM's type. Raises OSError as `VmType.decode` does."""
-        address, side = self.type.decode(gpa, encrypted=encrypted)
-        return Access(gpa_to_gfn(address), write, side)
+        address, side = self.type.decode(gpa, encrypted=encrypted, fetch=fetch)
+        return Access(gpa_to_gfn(address), write, side, fetch)
 
     async def fault(self, access: Access) -> Exit | None:
         """Handle a fault of a vCPU. Raises OSError as `handle_fault` says, StoreGone if memfs is."""

@@ -13,6 +13,7 @@ import enum
 import errno
 
 from kvmsim.side import Side
+from kvmsim.uapi import KVM_MAX_GPA
 from memfs.contract.units import Gpa
 
 
@@ -34,10 +35,17 @@ class VmType(enum.Enum):
         """The mask of the shared bit; 0 if there is none."""
         return 1 << self.value if isinstance(self.value, int) else 0
 
-    def decode(self, gpa: Gpa, *, encrypted: bool = False) -> tuple[Gpa, Side]:
+    @property
+    def max_gpa(self) -> int:
+        """The end of what memslots may cover: gpas with the shared bit are aliases of those without."""
+        return self.shared_bit or KVM_MAX_GPA
+
+    def decode(self, gpa: Gpa, *, encrypted: bool = False, fetch: bool = False) -> tuple[Gpa, Side]:
         """Return the gpa without the shared bit, and which memory the access is to.
 
-        `encrypted` is the attribute that only SNP has. Raises OSError(EFAULT) if another type's guest claims it.
+        `encrypted` is the attribute that only SNP has. Of an SNP guest an instruction is fetched from private memory
+        whatever the C-bit says; a TDX guest cannot execute shared memory. Raises OSError(EFAULT) for that, and if
+        another type's guest claims the attribute.
 
         >>> VmType.TDX_48.decode(Gpa(1 << 47 | 0x1000))
         (4096, <Side.SHARED: 1>)
@@ -47,5 +55,7 @@ class VmType(enum.Enum):
         if encrypted and self is not VmType.SNP:
             raise OSError(errno.EFAULT, "only an SNP guest has the C-bit")
         if self.shared_bit:
+            if fetch and gpa & self.shared_bit:
+                raise OSError(errno.EFAULT, "a TDX guest cannot execute shared memory")
             return Gpa(gpa & ~self.shared_bit), Side.of(not gpa & self.shared_bit)
-        return gpa, Side.of(encrypted)
+        return gpa, Side.of(encrypted or (fetch and self is VmType.SNP))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -57,7 +58,6 @@ state_log = logging.getLogger("memfs.state")
 state_log.setLevel(logging.INFO)
 
 _MOST_FILES: Final = 1000  # in the log; the rest is only counted
-_LEAST_BYTES: Final = 64  # that each of those takes in JSON
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,20 +202,17 @@ class _Memfs:
             "pending": len(self._registry.outstanding),
         }
 
-    def describe_in(self, most_bytes: int) -> str:
-        """Return the state as JSON, with as many owners, files and notifications as fit into so many bytes."""
-        most = most_bytes // _LEAST_BYTES
-        while True:
-            text = json.dumps({**self.describe(), "registry": self._registry.describe(most)})
-            if len(text) <= most_bytes or not most:
-                return text
-            most //= 2
+    async def describe_in(self, most_bytes: int, user: int) -> str:
+        """Return the state as JSON for a user, with as many owners, files and notifications as fit."""
+        state = self.describe()
+        left = most_bytes - len(json.dumps({**state, "registry": []}))
+        return json.dumps({**state, "registry": await self._registry.describe(left, user)})
 
-    def _log_state(self) -> None:
+    async def _log_state(self) -> None:
         state_log.info(
             "state", extra=fields(**{name.replace(" ", "_"): value for name, value in self.describe().items()})
         )
-        for owner in self._registry.describe():
+        for owner in await self._registry.describe(sys.maxsize, "log"):
             files, pending = owner.pop("files"), owner.pop("pending")
             state_log.info("owner", extra=fields(**owner))
             for each in files:
@@ -250,7 +247,7 @@ class _Memfs:
         async for meaning, name in received:
             match meaning:
                 case Meaning.LOG_STATE:
-                    self._log_state()
+                    await self._log_state()
                 case Meaning.REOPEN_LOG:
                     logs.reopen()
                 case Meaning.END:

@@ -54,3 +54,8 @@ def raises(*errnos: int, match: str | None = None) -> Iterator[None]:
 
 def _name(number: int | None) -> str:
     return errno.errorcode.get(number or 0, str(number))
+
+
+async def describe_nothing(most_bytes: int, user: int) -> str:
+    """Describe a mount of which nothing is known."""
+    return "{}"

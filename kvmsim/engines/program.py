@@ -51,7 +51,16 @@ class Hypercall:
     args: tuple[int, ...]
 
 
-Operation = Load | Store | Hypercall
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """Fetch `size` bytes of instructions; they are the value of the yield. `encrypted` as for `Load`."""
+
+    gpa: Gpa
+    size: int
+    encrypted: bool = False
+
+
+Operation = Load | Store | Fetch | Hypercall
 Program = Generator[Operation, Any, None]
 
 
@@ -89,7 +98,7 @@ class ProgramEngine:
             if self._exit is not None:
                 return self._exit
             if not isinstance(self._operation, Hypercall) and len(self._done) == _size(self._operation):
-                self._value = bytes(self._done) if isinstance(self._operation, Load) else None
+                self._value = None if isinstance(self._operation, Store) else bytes(self._done)
                 self._operation = None
             await trio.lowlevel.checkpoint()
 
@@ -100,7 +109,8 @@ class ProgramEngine:
         gpa = Gpa(operation.gpa + len(self._done))
         size = min(_size(operation) - len(self._done), PAGE_SIZE - offset_in_page(gpa))
         write = isinstance(operation, Store)
-        access = vcpu.vm.decode(gpa, write=write, encrypted=operation.encrypted)
+        fetch = isinstance(operation, Fetch)
+        access = vcpu.vm.decode(gpa, write=write, encrypted=operation.encrypted, fetch=fetch)
         entry = translate(vcpu.vm.mmu, vcpu.tlb, access)
         if entry is None:
             exit_ = await vcpu.vm.fault(access)
@@ -121,9 +131,9 @@ class ProgramEngine:
         self._done += exit_.data[: exit_.size].ljust(exit_.size, b"\xff")  # as a bus on which nobody answers
         if len(self._done) < _size(self._operation):
             return None
-        is_load, self._operation = isinstance(self._operation, Load), None
-        return bytes(self._done) if is_load else None
+        is_store, self._operation = isinstance(self._operation, Store), None
+        return None if is_store else bytes(self._done)
 
 
-def _size(operation: Load | Store) -> int:
-    return operation.size if isinstance(operation, Load) else len(operation.data)
+def _size(operation: Load | Store | Fetch) -> int:
+    return len(operation.data) if isinstance(operation, Store) else operation.size

@@ -8,8 +8,9 @@
      M 0421c7c8,4       4 bytes were loaded and stored again
 
 Addresses are the program's; a guest has less memory than a program has address space. So the program's pages, in the
-order of their addresses, are laid onto guest pages from gpa 0 on without gaps, and an access that crosses a page
-becomes two. What remains is what matters to memory: which pages, in which order, read or written.
+order of their addresses, are laid onto guest pages from gpa 0 on without gaps; an access that crosses a page becomes
+two, and one of hundreds of bytes (fxsave stores 512) several. What remains is what matters to memory: which pages, in
+which order, read or written.
 """
 
 from __future__ import annotations
@@ -27,8 +28,11 @@ import numpy.typing as npt
 from memfs.contract.units import PAGE_SIZE
 
 RECORD: Final = np.dtype([("gpa", "<u8"), ("size", "u1"), ("write", "?")])
-MAX_ACCESS: Final = 255  # bytes
-_LINE: Final = re.compile(r"(?:I | L| S| M) ([0-9a-fA-F]{1,16}),(\d{1,4})$")
+MAX_ACCESS: Final = 1 << 14  #: bytes; XSAVE with all of AMX's state stores 11,008
+_MAX_RECORD: Final = 255  # bytes
+_CUT: Final = 128  # bytes: what is longer than a record becomes several of these
+_LINE: Final = re.compile(r"(?:I | L| S| M) ([0-9a-fA-F]{1,16}),(\d{1,5})$")
+_GLUED: Final = re.compile(r"(?:I | L| S| M) [0-9a-fA-F]{6,16},\d")
 _FORMAT: Final = "kvmsim-trace-1"
 _MAX_UNPACKED: Final = 2 << 30  # bytes; that is some 400 million accesses
 
@@ -43,6 +47,7 @@ class Trace:
 
     records: npt.NDArray[np.void]
     command: str  #: what was traced
+    glued: int = 0  #: lines of lackey's that were left out, since the program's output stands in them as well
 
     @property
     def memory_size(self) -> int:
@@ -106,25 +111,30 @@ def _assemble(
 def read_lackey(lines: Iterable[str], command: str = "") -> Trace:
     """Make a trace of lackey's output. Lines that are none of its (valgrind's ==, the program's own) are skipped.
 
-    Raises TraceError if there is no access at all, or one that no processor makes.
+    So are those in which an access and the program's output stand together, which are counted (`Trace.glued`). Raises
+    TraceError if there is no access at all, or one that no processor makes.
     """
     addresses: list[int] = []
     sizes: list[int] = []
     writes: list[bool] = []
+    glued = 0
     for number, line in enumerate(lines, 1):
         match = _LINE.match(line.rstrip("\n"))
         if not match:
+            glued += _GLUED.search(line) is not None
             continue
         address, size = int(match[1], 16), int(match[2])
         if not 0 < size <= MAX_ACCESS or address + size > 1 << 64:
             raise TraceError(f"line {number}: an access of {size} bytes at {address:#x}")
         for is_write in {"S": [True], "M": [False, True]}.get(line[1], [False]):
-            first = min(size, PAGE_SIZE - address % PAGE_SIZE)
-            for start, length in ((address, first), (address + first, size - first)):
-                if length:
-                    addresses.append(start)
-                    sizes.append(length)
-                    writes.append(is_write)
+            start, end = address, address + size
+            while start < end:
+                length = min(end - start, PAGE_SIZE - start % PAGE_SIZE)
+                length = length if length <= _MAX_RECORD else _CUT
+                addresses.append(start)
+                sizes.append(length)
+                writes.append(is_write)
+                start += length
     if not addresses:
         raise TraceError("no memory accesses; is it the output of valgrind --tool=lackey --trace-mem=yes?")
     records = np.empty(len(addresses), RECORD)
@@ -132,4 +142,4 @@ def read_lackey(lines: Iterable[str], command: str = "") -> Trace:
     _, dense = np.unique(programs // PAGE_SIZE, return_inverse=True)
     records["gpa"] = dense.astype(np.uint64) * PAGE_SIZE + programs % PAGE_SIZE
     records["size"], records["write"] = sizes, writes
-    return Trace(records, command)
+    return Trace(records, command, glued)

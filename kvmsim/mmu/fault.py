@@ -1,5 +1,8 @@
 """A page fault of the secondary MMU (RFC patch 07: kvm_faultin_pfn, for fd-based slots; classic ones beside it).
 
+get_lock_pfn, map, put_unlock_pfn there is GetPfn without a lock and map here: what a page lock is for is done by seq
+(invalidate.py), which also covers what was decided before there was a lock, and saves PutPfn, a message for each fault.
+
 Private or shared is decided by one thing: whether the page is allocated in the private file. If the guest meant the
 other, the VMM is asked to convert (KVM_EXIT_MEMORY_ERROR); otherwise the frame is taken from the file of that side and
 mapped, unless an invalidation says that what was learned may be untrue by now (invalidate.py).
@@ -22,14 +25,14 @@ import os
 import trio
 
 from kvmsim.backing import GuestFile, StoreGone
-from kvmsim.exits import Exit, MemoryErrorExit, MmioExit
+from kvmsim.exits import Exit, InternalErrorExit, MemoryErrorExit, MmioExit
 from kvmsim.mmu.mmu import Mmu
 from kvmsim.mmu.ownership import OwnershipViolation
 from kvmsim.mmu.page_fault import Access, PageFault
 from kvmsim.side import Side
 from kvmsim.slots.hva import LocalMemory, Mapping, find_mapping, local_pfn, open_mapped_file
 from kvmsim.slots.memslots import AddressSpace, Memslot, Window
-from kvmsim.uapi import KVM_EXIT_MEM_MAP_PRIVATE, KVM_EXIT_MEM_MAP_SHARED
+from kvmsim.uapi import KVM_EXIT_MEM_MAP_PRIVATE, KVM_EXIT_MEM_MAP_SHARED, KVM_INTERNAL_ERROR_EMULATION
 from memfs.contract.protocol.messages import PfnReply, PfnRun
 from memfs.contract.units import (
     ORDER_1G,
@@ -56,6 +59,8 @@ async def handle_fault(mmu: Mmu, access: Access) -> Exit | None:
         if mmu.backing.gone is not None:  # no notification would come for what is mapped now
             raise StoreGone(mmu.backing.gone)
         slot = mmu.slots.find(access.gfn)
+        if slot is None and access.fetch:
+            return InternalErrorExit(KVM_INTERNAL_ERROR_EMULATION, gfn_to_gpa(access.gfn))
         if slot is None or (access.write and slot.readonly):
             return MmioExit(gfn_to_gpa(access.gfn), PAGE_SIZE, access.write)
         if access.side is Side.PRIVATE and slot.private is None:

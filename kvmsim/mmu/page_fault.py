@@ -16,6 +16,7 @@ class Access:
     gfn: Gfn
     write: bool
     side: Side
+    fetch: bool = False  #: of an instruction (PFERR_FETCH_MASK); a load otherwise, or a store
 
 
 @dataclass(slots=True)

@@ -413,12 +413,13 @@ class PageTable(Radix):
         """Make a range read-only, so that the next store to each page faults. Returns how many gfns were writable."""
         return self.protect_range(gfns, clear=PTE_W)
 
-    def age(self, gfns: GfnRange) -> bool:
+    def age(self, gfns: GfnRange, side: Side = Side.BOTH) -> bool:
         """Do what `test_age` does, and clear the accessed bits (kvm_age_gfn). Huge leaves are aged whole, as in KVM."""
         young = False
         for leaves in self.leaves(gfns):
-            if (leaves.ptes & PTE_A).any():
-                leaves.ptes[:] &= ~PTE_A
+            chosen = select(leaves.ptes, side)
+            if (leaves.ptes[chosen] & PTE_A).any():
+                leaves.ptes[chosen] &= ~PTE_A
                 young = True
         return young
 

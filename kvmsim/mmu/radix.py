@@ -235,9 +235,9 @@ class Radix:
             for leaves in self.leaves(gfns)
         )
 
-    def test_age(self, gfns: GfnRange) -> bool:
-        """Return whether anything in a range was accessed since it was last aged (kvm_test_age_gfn)."""
-        return any(bool((leaves.ptes & PTE_A).any()) for leaves in self.leaves(gfns))
+    def test_age(self, gfns: GfnRange, side: Side = Side.BOTH) -> bool:
+        """Return whether memory of a side in a range was accessed since it was last aged (kvm_test_age_gfn)."""
+        return any(bool((leaves.ptes[select(leaves.ptes, side)] & PTE_A).any()) for leaves in self.leaves(gfns))
 
     def _clip(self, gfns: GfnRange) -> GfnRange:
         if gfns.end > self.max_gfn:

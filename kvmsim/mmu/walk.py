@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kvmsim.mmu.mmu import Mmu
 from kvmsim.mmu.page_fault import Access
-from kvmsim.mmu.pte import PTE_A, PTE_D, PTE_W, pte_pfn, side_of
+from kvmsim.mmu.pte import PTE_A, PTE_D, PTE_W, PTE_X, pte_pfn, side_of
 from kvmsim.mmu.tlb import Tlb, TlbEntry
 
 
@@ -24,6 +24,8 @@ def walk(mmu: Mmu, tlb: Tlb, access: Access) -> TlbEntry | None:
     """Translate an access that missed the TLB, set the accessed and dirty bits, and fill the TLB; None: it faults."""
     pte = mmu.table.lookup(access.gfn)
     if not pte or side_of(pte) is not access.side or (access.write and not pte & PTE_W):
+        return None
+    if access.fetch and not pte & PTE_X:
         return None
     mmu.table.set_flags(access.gfn, PTE_A | PTE_D if access.write else PTE_A)
     file, offset = mmu.frames.locate(pte_pfn(pte))

@@ -81,6 +81,7 @@ class Converter:
         self._waiting: list[_Request] = []
         self._working = False
         self._listeners: list[RamDiscardListener] = []
+        self._current: PageRange | None = None  # is being converted
         self.ranges = 0  #: how many were converted: system calls, about
         self.extra = 0  #: pages that were not asked for
 
@@ -134,8 +135,19 @@ class Converter:
             request.failure = failure
             request.done.set()
 
+    def is_converting(self, pages: PageRange) -> bool:
+        """Return whether pages are part of what is being converted now."""
+        return self._current is not None and pages.intersect(self._current) == pages
+
     async def _convert(self, run: PageRange, to: Side) -> None:
         self.ranges += 1
+        self._current = run
+        try:
+            await self._convert_run(run, to)
+        finally:
+            self._current = None
+
+    async def _convert_run(self, run: PageRange, to: Side) -> None:
         if to is Side.PRIVATE:
             for listener in self._listeners:
                 listener.discard(run)

@@ -15,6 +15,7 @@ thread in which KVM acknowledges: another one makes them.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ import trio
 
 from kvmsim.exits import Exit, HaltExit, HypercallExit, InterruptExit, MemoryErrorExit, MemoryFaultExit, MmioExit
 from kvmsim.side import Side
+from kvmsim.slots.memslots import Memslot
 from kvmsim.uapi import (
     KVM_EINVAL,
     KVM_ENOSYS,
@@ -40,9 +42,12 @@ from kvmsim.vm import VM
 from kvmsim.vmm.convert import GRANULES, Converter
 from memfs.contract.on_memfs import locate
 from memfs.contract.units import (
-    ByteOffset,
+    PAGE_SIZE,
+    GfnRange,
     Gpa,
+    PageIndex,
     PageRange,
+    gpa_to_gfn,
     is_page_aligned,
     pages_to_bytes,
 )
@@ -58,30 +63,45 @@ class UnhandledExit(Exception):
 class Vmm:
     """Guest memory from gpa 0 on, laid onto two files from offset 0 on. Use `open_memory`."""
 
-    def __init__(self, shared: int, private: int, size: int, granule: int = GRANULES[0]) -> None:
+    def __init__(self, shared: int, private: int, size: int, granule: int = GRANULES[0], slots: int = 1) -> None:
         self.shared: Final = shared  #: descriptor of the file of shared memory
         self.private: Final = private  #: descriptor of the guest-sealed file of private memory
         self.size: Final = size  #: bytes
         self.granule: Final = granule
+        self.slots: Final = slots  #: among which the memory is divided
         self.conversions: Counter[Side] = Counter()  #: asked for, by what memory became
-        self.converter: Converter | None = None
+        self._memory: list[tuple[Memslot, Converter]] = []
         self._devices: list[tuple[Gpa, int, Device]] = []
 
     @property
+    def regions(self) -> list[UserspaceMemoryRegion]:
+        """The memslots for this memory."""
+        whole = PageRange(PageIndex(0), PageIndex(self.size // PAGE_SIZE))
+        return [
+            UserspaceMemoryRegion(
+                slot=number,
+                flags=KVM_MEM_FD,
+                guest_phys_addr=Gpa(part.offset),
+                memory_size=part.nbytes,
+                userspace_addr=part.offset,
+                fd=self.shared,
+                private_fd=self.private,
+            )
+            for number, part in enumerate(whole.chunks(-(-len(whole) // self.slots)))
+        ]
+
+    @property
     def region(self) -> UserspaceMemoryRegion:
-        """The memslot for this memory."""
-        return UserspaceMemoryRegion(
-            slot=0,
-            flags=KVM_MEM_FD,
-            guest_phys_addr=Gpa(0),
-            memory_size=self.size,
-            userspace_addr=ByteOffset(0),
-            fd=self.shared,
-            private_fd=self.private,
-        )
+        """The memslot for this memory, the first if there are several."""
+        return self.regions[0]
+
+    @property
+    def converter(self) -> Converter | None:
+        """What converts the memory of the slot that was added first."""
+        return self._memory[0][1] if self._memory else None
 
     async def add_memory(self, vm: VM) -> Converter:
-        """Make the files as large as the memory, the memslot on them, and what converts its memory.
+        """Make the files as large as the memory, the memslots on them, and what converts their memory.
 
         Raises OSError as `VM.set_user_memory_region` does; EPERM, with nothing changed, if those who listen on the
         socket are not to have the files.
@@ -89,12 +109,29 @@ class Vmm:
         for fd in (self.shared, self.private):
             vm.backing.check_recipient(fd)
         await trio.to_thread.run_sync(self._grow_files)
-        await vm.set_user_memory_region(self.region)
-        slot = vm.mmu.slots.get(0)
-        assert slot is not None
-        assert slot.private is not None
-        self.converter = Converter(self.shared, self.private, slot.pages, slot.private.is_private, self.granule)
-        return self.converter
+        for region in self.regions:
+            await vm.set_user_memory_region(region)
+            self.adopt(vm, region.slot)
+        return self._memory[0][1]
+
+    def adopt(self, vm: VM, slot_id: int, shared: int | None = None, private: int | None = None) -> Converter:
+        """Convert the memory of a slot that there is already, as its guest asks for it.
+
+        `shared`, `private`: descriptors of its files, if they are not the VMM's own. Raises ValueError if there is no
+        such slot, or it has no private memory.
+        """
+        slot = vm.mmu.slots.get(slot_id)
+        if slot is None or slot.private is None:
+            raise ValueError(f"slot {slot_id} has no private memory")
+        shared, private = self.shared if shared is None else shared, self.private if private is None else private
+        converter = Converter(shared, private, slot.pages, slot.private.is_private, self.granule)
+        self._memory = [each for each in self._memory if vm.mmu.slots.is_current(each[0])]
+        self._memory.append((slot, converter))
+        return converter
+
+    def is_converting(self, pages: PageRange) -> bool:
+        """Return whether pages, of either file, are part of what is being converted now."""
+        return any(converter.is_converting(pages) for _, converter in self._memory)
 
     def _grow_files(self) -> None:
         for fd in (self.shared, self.private):
@@ -130,7 +167,7 @@ class Vmm:
             return -KVM_ENOSYS
         gpa, pages, attributes = exit_.args
         size = pages_to_bytes(pages)
-        if not is_page_aligned(gpa) or pages <= 0 or not 0 <= gpa <= self.size - size:
+        if not is_page_aligned(gpa) or pages <= 0 or gpa < 0:
             return -KVM_EINVAL
         try:
             await self._convert(Gpa(gpa), size, Side.of(bool(attributes & KVM_MAP_GPA_RANGE_ENCRYPTED)))
@@ -146,14 +183,17 @@ class Vmm:
         raise UnhandledExit(f"MMIO exit: nothing is at gpa {exit_.gpa:#x}, of {exit_.size} bytes")
 
     async def _convert(self, gpa: Gpa, size: int, to: Side) -> None:
-        assert self.converter is not None, "there is no memory yet"
-        pages = PageRange.covering(ByteOffset(gpa), size)
-        await self.converter.convert(pages, to)
+        wanted = GfnRange(gpa_to_gfn(gpa), gpa_to_gfn(Gpa(gpa + size)))
+        parts = [(slot, part, each) for slot, each in self._memory if (part := slot.gfns.intersect(wanted)) is not None]
+        if sum(len(part) for _, part, _ in parts) != len(wanted):
+            raise OSError(errno.EINVAL, f"gpa {gpa:#x}: not all of {size} bytes are memory of this VMM")
+        for slot, part, converter in parts:
+            await converter.convert(slot.pages_of(part), to)
         self.conversions[to] += 1
 
 
 @contextmanager
-def open_memory(shared: str, private: str, size: int, granule: int = GRANULES[0]) -> Iterator[Vmm]:
+def open_memory(shared: str, private: str, size: int, granule: int = GRANULES[0], slots: int = 1) -> Iterator[Vmm]:
     """Open both files of guest memory of `size` bytes, which must lie on a memfs (memfs/contract/on_memfs.py).
 
     Blocking: before the event loop. Raises OSError.
@@ -164,4 +204,4 @@ def open_memory(shared: str, private: str, size: int, granule: int = GRANULES[0]
             with locate(path) as file:
                 fds.append(file.open(os.O_RDWR))
                 opened.callback(os.close, fds[-1])
-        yield Vmm(fds[0], fds[1], size, granule)
+        yield Vmm(fds[0], fds[1], size, granule, slots)

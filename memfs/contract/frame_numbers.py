@@ -27,15 +27,19 @@ def by_order(pages: PageRange, is_whole: Callable[[PageRange], bool]) -> Iterato
     That order is the largest of 18, 9 and 0 for which each page's aligned block of 2**order pages is wholly allocated;
     `is_whole` says so of a block.
     """
+    if pages.start >> ORDER_2M == pages.end - 1 >> ORDER_2M:  # as most are where memory is fragmented
+        orders = (order for order in (ORDER_1G, ORDER_2M) if is_whole(_block(pages.start, order)))
+        yield pages, next(orders, ORDER_4K)
+        return
     for extent in cut_at(pages, ORDER_1G):
         if is_whole(_block(extent.start, ORDER_1G)):
             yield extent, ORDER_1G
             continue
-        orders = (
+        parts_by_order = (
             (part, ORDER_2M if is_whole(_block(part.start, ORDER_2M)) else ORDER_4K)
             for part in cut_at(extent, ORDER_2M)
         )
-        for order, group in itertools.groupby(orders, key=lambda each: each[1]):
+        for order, group in itertools.groupby(parts_by_order, key=lambda each: each[1]):
             parts = [part for part, _ in group]
             yield PageRange(parts[0].start, parts[-1].end), order
 

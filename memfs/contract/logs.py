@@ -37,6 +37,7 @@ MOST_BYTES: Final = 32 << 20  #: of a log file, and of the one before it
 _BURST, _INTERVAL = 10, 5.0  # lines, seconds: printk_ratelimit and printk_ratelimit_burst
 
 _request: ContextVar[int] = ContextVar("request", default=0)
+_caller: ContextVar[int] = ContextVar("caller", default=0)
 _ours: Final = itertools.count(1 << 63)
 
 
@@ -45,19 +46,30 @@ def current_request() -> int:
     return _request.get()
 
 
+def current_caller() -> int:
+    """Return the number of the thread whose system call is being worked on; 0 if that is not known."""
+    return _caller.get()
+
+
 class working_on:
-    """The request that is worked on within the block, and in tasks that it starts. None: one with a number of ours."""
+    """The request that is worked on within the block, and in tasks that it starts. None: one with a number of ours.
 
-    __slots__ = ("_token", "_unique")
+    `caller` is the thread that waits for it, 0 if that is not known.
+    """
 
-    def __init__(self, unique: int | None = None) -> None:
+    __slots__ = ("_caller", "_caller_token", "_token", "_unique")
+
+    def __init__(self, unique: int | None = None, caller: int = 0) -> None:
         self._unique: Final = next(_ours) if unique is None else unique
+        self._caller: Final = caller
 
     def __enter__(self) -> None:
         self._token = _request.set(self._unique)
+        self._caller_token = _caller.set(self._caller)
 
     def __exit__(self, *_: object) -> None:
         _request.reset(self._token)
+        _caller.reset(self._caller_token)
 
 
 def fields(**values: object) -> dict[str, Any]:

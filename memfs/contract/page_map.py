@@ -52,6 +52,7 @@ _SPARSE_FROM: Final = 1 << 16  # pages; for shorter ranges asking for the extent
 _AT_ONCE: Final = (
     1 << 16
 )  # pages whose runs are found at a time: a caller that needs only the first few does not pay for all
+_PAIRED_AT_ONCE: Final = 512  # edges of runs, an even number
 _TRIES: Final = 10_000  # to read a map that is being changed, which takes the store microseconds
 
 _BLOCK: Final = 1 << ORDER_2M
@@ -67,6 +68,13 @@ def _extents(fd: int, pages: PageRange) -> Iterator[PageRange]:
         return
     for start, end in data_extents(fd, _HEADER_BYTES + pages.start, _HEADER_BYTES + pages.end):
         yield PageRange(PageIndex(start - _HEADER_BYTES), PageIndex(end - _HEADER_BYTES))
+
+
+def _pairs(edges: npt.NDArray[np.int64]) -> Iterator[tuple[PageIndex, PageIndex]]:
+    """Generate an array's elements two by two, a few at a time, for a caller that needs only the first."""
+    for first in range(0, len(edges), _PAIRED_AT_ONCE):
+        for one, other in edges[first : first + _PAIRED_AT_ONCE].reshape(-1, 2).tolist():
+            yield PageIndex(one), PageIndex(other)
 
 
 class PageMapView:
@@ -146,7 +154,7 @@ class PageMapView:
         open_run: PageRange | None = None  # a run may continue in the next part
         for part in (part for extent in _extents(self._fd, pages) for part in extent.chunks(_AT_ONCE)):
             edges = np.flatnonzero(np.diff(self.pages[part.slice], prepend=np.uint8(0), append=np.uint8(0)))
-            for start, end in zip((edges[::2] + part.start).tolist(), (edges[1::2] + part.start).tolist(), strict=True):
+            for start, end in _pairs(edges + part.start):
                 if open_run is not None and open_run.end == start:
                     open_run = PageRange(open_run.start, end)
                     continue

@@ -168,7 +168,7 @@ class Channel:
         if handler is None:
             await self._run(self._forward(request), request, turn)
             return
-        with working_on(request.unique):
+        with working_on(request.unique, request.pid):
             await self._run(handler(request), request, turn)
         # A program that has been answered often asks again immediately. If others are to be answered by other tasks,
         # those need the event loop.

@@ -9,10 +9,12 @@ had a descriptor of its own mount would otherwise wait, in exit(2), for an answe
 from __future__ import annotations
 
 import errno
+import functools
 import logging
 import os
 from typing import Final
 
+from memfs.contract.aio.turns import Turns
 from memfs.contract.logs import fields
 from memfs.contract.sys.libc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 from memfs.contract.units import MAX_OFFSET, PAGE_SIZE, ByteOffset
@@ -53,6 +55,7 @@ from memfs.fuse.abi import (
 from memfs.fuse.caller import is_in_group_or_capable
 from memfs.fuse.reply import pack_attr, pack_statx
 from memfs.store.backing import Backing
+from memfs.store.chunks import LONG
 from memfs.tree import inode_flags
 from memfs.tree.inode import Inode, RegularFile
 from memfs.tree.open_files import Access, OpenFiles
@@ -197,7 +200,11 @@ class FileHandlers:
         if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
             raise OSError(errno.EINVAL, f"whence {whence}")
         signed = offset - (1 << 64) if offset >> 63 else offset
-        return LSEEK_OUT.pack(self._open_files.file(fh).inode.file.seek(ByteOffset(signed), whence))
+        file = self._open_files.file(fh).inode.file
+        seek = functools.partial(file.seek, ByteOffset(signed), whence)
+        if file.size - max(0, signed) > LONG:  # the kernel may look at every page
+            return LSEEK_OUT.pack(await Turns.here().run_in_thread(request.uid, seek))
+        return LSEEK_OUT.pack(seek())
 
     # -- pages ------------------------------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ from memfs.fuse.abi import (
     unpack_name,
 )
 from memfs.fuse.caller import uid_of
-from memfs.tree.xattrs import Xattrs
+from memfs.tree.xattrs import STAT, Xattrs
 
 
 class XattrHandlers:
@@ -36,7 +36,10 @@ class XattrHandlers:
         """Answer getxattr(2)."""
         body = request.body
         size, _ = unpack(GETXATTR_IN, body)
-        return _fitting(self._xattrs.get(request.nodeid, unpack_name(body[GETXATTR_IN.size :])), size)
+        name = unpack_name(body[GETXATTR_IN.size :])
+        if name == STAT:
+            return _fitting(await self._xattrs.describe(request.uid), size)
+        return _fitting(self._xattrs.get(request.nodeid, name), size)
 
     async def list(self, request: Request) -> bytes:
         """Answer listxattr(2)."""

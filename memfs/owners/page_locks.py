@@ -10,52 +10,56 @@ from __future__ import annotations
 
 import bisect
 import errno
+from collections.abc import Sequence
 from typing import Final
 
 import trio
 
 from memfs.contract.units import PageRange
 
-MOST_RANGES: Final = 1 << 14  #: of pages that are locked equally often, in one registration
+MOST_RANGES: Final = 1 << 11  #: of pages that are locked equally often, in one registration: a millisecond to unlock
 
 
 class PageLocks:
     """The locked pages of one registration."""
 
-    __slots__ = ("_counts", "_edges", "_waiting")
+    __slots__ = ("_counts", "_edges", "_held", "_waiting")
 
     def __init__(self) -> None:
         self._edges = [0]  # pages, ascending: between two neighbours all are locked equally often
         self._counts = [0]  # how often, from that edge on; neighbours differ, and the last is 0
+        self._held = 0  # page locks
         self._waiting: Final = trio.lowlevel.ParkingLot()
 
     def __len__(self) -> int:
         """How many page locks are held."""
-        return sum(
-            count * (end - start) for count, start, end in zip(self._counts, self._edges, self._edges[1:], strict=False)
-        )
+        return self._held
 
     @property
     def headroom(self) -> int:
         """How many more ranges can be locked in any case."""
         return (2 * MOST_RANGES - len(self._edges)) // 2
 
-    def lock(self, pages: PageRange) -> None:
-        """Lock every page of a range once more. Raises OSError(ENOLCK), changing nothing, if there is no space."""
-        if self.headroom < 1:
+    def lock(self, *ranges: PageRange) -> None:
+        """Lock every page of some ranges, ascending and disjoint, once more.
+
+        Raises OSError(ENOLCK), changing nothing, if there is no space.
+        """
+        if self.headroom < len(ranges):
             raise OSError(errno.ENOLCK, f"pages are locked in {MOST_RANGES} ranges already")
-        self._add(pages, 1)
+        if ranges:
+            self._add(ranges, 1)
 
     def unlock(self, pages: PageRange) -> None:
         """Undo one lock of every page of a range. Raises OSError(EINVAL), changing nothing, if one is not locked."""
         if not min(self._counts_in(pages)):
             raise OSError(errno.EINVAL, f"not all of pages {pages} are locked")
-        self._add(pages, -1)
+        self._add((pages,), -1)
         self._waiting.unpark_all()
 
     def clear(self) -> None:
         """Undo all locks."""
-        self._edges, self._counts = [0], [0]
+        self._edges, self._counts, self._held = [0], [0], 0
         self._waiting.unpark_all()
 
     def any_of(self, pages: PageRange) -> bool:
@@ -72,18 +76,29 @@ class PageLocks:
         first = bisect.bisect_right(self._edges, pages.start) - 1
         return self._counts[first : bisect.bisect_left(self._edges, pages.end)]
 
-    def _add(self, pages: PageRange, more: int) -> None:
-        first, end = self._edge(pages.start), self._edge(pages.end)
-        for index in range(first, end):
-            self._counts[index] += more
-        for index in (end, first):  # in between, neighbours differ as they did
-            if index and self._counts[index] == self._counts[index - 1]:
-                del self._edges[index], self._counts[index]
-
-    def _edge(self, page: int) -> int:
-        """Return the number of the edge at a page, which is created if there is none."""
-        index = bisect.bisect_left(self._edges, page)
-        if index == len(self._edges) or self._edges[index] != page:
-            self._edges.insert(index, page)
-            self._counts.insert(index, self._counts[index - 1])
-        return index
+    def _add(self, ranges: Sequence[PageRange], more: int) -> None:
+        """Change the counts of some ranges, ascending and disjoint, in one pass over what lies between them."""
+        start, end = ranges[0].start, ranges[-1].end
+        first, last = bisect.bisect_left(self._edges, start), bisect.bisect_left(self._edges, end)
+        count = self._counts[bisect.bisect_right(self._edges, start) - 1]  # as it was, from a place on
+        count_after = self._counts[bisect.bisect_right(self._edges, end) - 1]
+        counts: dict[int, int] = dict(zip(self._edges[first:last], self._counts[first:last], strict=True))
+        changes: dict[int, int] = {each.end: 0 for each in ranges}
+        changes.update((each.start, more) for each in ranges)
+        edges_now: list[int] = []
+        counts_now: list[int] = []
+        before: int | None = self._counts[first - 1] if first else None
+        change = 0
+        for edge in sorted({*counts, *changes} - {end}):
+            count, change = counts.get(edge, count), changes.get(edge, change)
+            if count + change != before:
+                before = count + change
+                edges_now.append(edge)
+                counts_now.append(before)
+        if last < len(self._edges) and self._edges[last] == end:
+            last += 1
+        if count_after != before:
+            edges_now.append(end)
+            counts_now.append(count_after)
+        self._edges[first:last], self._counts[first:last] = edges_now, counts_now
+        self._held += more * sum(map(len, ranges))

@@ -25,17 +25,19 @@ from __future__ import annotations
 
 import errno
 import functools
+import json
 import logging
 import os
-import sys
 from abc import ABC, abstractmethod
+from collections.abc import Hashable, Iterator
 from itertools import islice
 from typing import Any, Final, Protocol
 
 import trio
 
+from memfs.contract.aio.turns import SHARE, Turns
 from memfs.contract.frame_numbers import by_order
-from memfs.contract.logs import current_request, fields
+from memfs.contract.logs import current_caller, current_request, fields
 from memfs.contract.protocol.messages import (
     Ack,
     Fallocate,
@@ -57,6 +59,9 @@ from memfs.tree.inode import RegularFile
 from memfs.tree.tree import Tree
 
 log = logging.getLogger(__name__)
+
+_MOST_RUNS: Final = 256  # in one reply: a share of work
+_MOST_PAGES: Final = 1 << 21  # looked at for one reply, which takes less than a share
 
 
 class Registration:
@@ -116,6 +121,8 @@ class Registration:
                 return
             except trio.TooSlowError:
                 why = f"no answer within {owner.notify_timeout:g} s"
+                if (caller := current_caller()) and owner.has_thread(caller):
+                    why += f": its own thread {caller} waits in the file call; make those in another than answers memfs"
             except OSError as error:  # an owner that is not notified must not go on
                 why = f"it could not be notified: {error.strerror}"
             except Exception:
@@ -179,60 +186,66 @@ class Registration:
     async def get_pfn(self, pages: PageRange, *, alloc: bool, lock: bool = True) -> PfnReply:
         """Return which frames the pages that exist (with `alloc`, all) are in, and `lock` them.
 
-        Covers as many pages from the start on as fit into a reply. Raises OSError: EINVAL past the end of the file,
-        ENOSPC, ENOLCK if too much is locked already, EBADF if the registration ended meanwhile.
+        Covers as many pages from the start on as a turn of the event loop allows. Raises OSError: EINVAL past the end
+        of the file, ENOSPC, ENOLCK if too much is locked already, EBADF if the registration ended meanwhile.
         """
+        asked, turns = pages, Turns.here()
+        pages = next(asked.chunks(_MOST_PAGES))
         with self._tree.holding(self.inode):  # the registration may end meanwhile
             async with self.file.locked():
+                await turns.take(self.owner.user)  # many may have waited for the lock
                 if not self.alive:
                     raise OSError(errno.EBADF, "unregistered")
-                if pages.end > page_ceil(ByteOffset(self.file.size)):
+                if asked.end > page_ceil(ByteOffset(self.file.size)):
                     raise OSError(errno.EINVAL, "past the end of the file")
-                if lock and self.locks.headroom < PfnReply.MAX_RUNS:
+                if lock and self.locks.headroom < _MOST_RUNS:
                     raise OSError(errno.ENOLCK, "pages are locked in too many ranges")
                 if self.file.guest:
                     launch(self.file)
                 if alloc:
                     await self.file.ensure_allocated(pages)
-                return self._reply(pages, alloc, lock)
+                reply = self._reply(pages, alloc, lock)
+        turns.spend(self.owner.user, len(reply.runs) * SHARE // _MOST_RUNS)
+        return reply
 
     def _reply(self, pages: PageRange, alloc: bool, lock: bool) -> PfnReply:
         runs = self._runs(pages, alloc)
-        for run in runs:
-            if lock and run.pfn is not None:
-                self.locks.lock(run.pages)
+        if lock:
+            self.locks.lock(*(run.pages for run in runs if run.pfn is not None))
         return PfnReply(self.id, PageRange(pages.start, runs[-1].pages.end), tuple(runs))
 
     def _runs(self, pages: PageRange, alloc: bool) -> list[PfnRun]:
-        runs: list[PfnRun] = []
-        for run, is_present in [(pages, True)] if alloc else self.file.allocation_runs(pages):
-            if not is_present:
-                runs.append(PfnRun(run, None))
-            else:
-                whole = functools.partial(self._is_whole, known=run)
-                runs += [PfnRun(part, self.frames.pfn(part.start), order) for part, order in by_order(run, whole)]
-            if len(runs) >= PfnReply.MAX_RUNS:
-                break
-        return runs[: PfnReply.MAX_RUNS]
+        return list(islice(self._all_runs(pages, alloc), _MOST_RUNS))
 
-    def _is_whole(self, block: PageRange, *, known: PageRange) -> bool:
-        """Return whether all of a block is allocated. `known` is; of a file without page map nothing else is known."""
-        if block.intersect(known) == block:
+    def _all_runs(self, pages: PageRange, alloc: bool) -> Iterator[PfnRun]:
+        known: dict[PageRange, bool] = {}  # most blocks are asked about many times
+        for run, is_present in [(pages, True)] if alloc else self.file.allocation_runs(pages):
+            if is_present:
+                for part, order in by_order(run, functools.partial(self._is_whole, known, run)):
+                    yield PfnRun(part, self.frames.pfn(part.start), order)
+            else:
+                yield PfnRun(run, None)
+
+    def _is_whole(self, known: dict[PageRange, bool], run: PageRange, block: PageRange) -> bool:
+        """Return whether all of a block is allocated, as `run` is; of a file without page map nothing else is known."""
+        if block.intersect(run) == block:
             return True
-        page_map = self.file.page_map
-        return page_map is not None and page_map.count(block) == len(block)
+        if block not in known:
+            page_map = self.file.page_map
+            known[block] = page_map is not None and page_map.count(block) == len(block)
+        return known[block]
 
     def put_pfn(self, pages: PageRange) -> None:
         """Unlock pages. Raises OSError(EINVAL), changing nothing, if any of them is not locked."""
         self.locks.unlock(pages)
 
     def describe(self) -> dict[str, Any]:
-        """Return what people want to know of it."""
+        """Return what people want to know of it, or wanted to if it has ended."""
         return {
             "file": self.id,
             "ino": self.inode.ino,
-            "size": self.file.size,
-            "pages": self.file.pages,
+            "size": self.file.size if self.alive else 0,
+            "pages": self.file.pages if self.alive else 0,
             "guest": self.file.guest,
             "locked": len(self.locks),
         }
@@ -264,6 +277,7 @@ class Owner(ABC):
         self._registry: Final = registry
         self.number: Final = registry.enrol(self)
         self.name = ""  #: what it calls itself, for logs
+        self.user: Hashable = None  #: whose turn it takes
         self.registrations: dict[FileId, Registration] = {}
         self.acknowledged = 0  #: how many notifications
 
@@ -274,6 +288,10 @@ class Owner(ABC):
     @abstractmethod
     async def cut_off(self, reason: str) -> None:
         """Tell it why, if that can be done soon, and end the connection, which calls `Registry.end`."""
+
+    @abstractmethod
+    def has_thread(self, number: int) -> bool:
+        """Return whether a thread is one of the process that connected."""
 
     @abstractmethod
     def is_dead(self) -> bool:
@@ -385,24 +403,30 @@ class Registry:
         registration.end()
         self._tree.release(registration.inode)
 
-    def describe(self, most: int | None = None) -> list[dict[str, Any]]:
-        """Return owners, what they have not acknowledged and their files: at most `most` of all together."""
-        left, owners = sys.maxsize if most is None else most, []
-        for owner in self.owners.values():
-            if left <= 0:
+    async def describe(self, most_bytes: int, user: Hashable) -> list[dict[str, Any]]:
+        """Return owners, what they have not acknowledged and their files, as many as fit into so many bytes of JSON.
+
+        Takes as many turns of a user's as there is to describe.
+        """
+        turns, left, owners = Turns.here(), most_bytes, list[dict[str, Any]]()
+        for owner in list(self.owners.values()):
+            await turns.take(user)
+            files, pending = list[dict[str, Any]](), list[dict[str, Any]]()
+            about = {"owner": owner.number, "name": owner.name, "acknowledged": owner.acknowledged}
+            described = {**about, "files": files, "pending": pending}
+            left -= _json_bytes(described)
+            if left < 0:
                 break
-            pending = [each.describe() for each in self.outstanding.by(owner)[: left - 1]]
-            files = [each.describe() for each in islice(owner.registrations.values(), left - 1 - len(pending))]
-            left -= 1 + len(pending) + len(files)
-            owners.append(
-                {
-                    "owner": owner.number,
-                    "name": owner.name,
-                    "acknowledged": owner.acknowledged,
-                    "files": files,
-                    "pending": pending,
-                }
-            )
+            owners.append(described)
+            unacknowledged, registrations = list(self.outstanding.by(owner)), list(owner.registrations.values())
+            both: list[Pending[Owner] | Registration] = [*unacknowledged, *registrations]
+            for each in both:
+                await turns.take(user)
+                one = each.describe()
+                left -= _json_bytes(one)
+                if left < 0:
+                    return owners
+                (files if isinstance(each, Registration) else pending).append(one)
         return owners
 
     def check(self) -> None:
@@ -417,3 +441,8 @@ class Registry:
         self.outstanding.check()
         owned = [inode for inode in self._tree.files() if inode.file.owner is not None]
         assert len(owned) == len(registered), f"{len(owned)} owned files, {len(registered)} registrations"
+
+
+def _json_bytes(value: dict[str, Any]) -> int:
+    """Return how many bytes something takes in a list in JSON."""
+    return len(json.dumps(value)) + len(", ")

@@ -21,6 +21,11 @@ class Sent(Custody):
         self._closer: Final = closer
         self._uid: Final = client.credentials.uid
 
+    @property
+    def user(self) -> int:
+        """The user that the client runs as."""
+        return self._uid
+
     def receive(self, sock: socket.socket, size: int, ancillary: int, flags: int) -> Datagram:
         """Receive a datagram; the descriptors that come with it go to the closer."""
         return self._closer.receive(sock, size, ancillary, flags)

@@ -78,6 +78,7 @@ class Session(Owner):
         self._tree: Final = tree
         self._device: Final = device
         super().__init__(registry)
+        self.user = client.credentials.uid
 
     async def run(self) -> None:
         """Serve the connection until it ends."""
@@ -104,6 +105,10 @@ class Session(Owner):
         """Say why, if that can be sent soon, and end the connection."""
         await self.send_final(errno.ETIMEDOUT, reason)
         self._peer.close()
+
+    def has_thread(self, number: int) -> bool:
+        """Return whether a thread is one of the process that connected."""
+        return os.path.exists(f"/proc/{self.pid}/task/{number}")
 
     def is_dead(self) -> bool:
         """Return whether the process that connected is gone."""

@@ -21,7 +21,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -49,7 +49,7 @@ class Control:
     """How attributes of the mount itself are answered."""
 
     socket_path: str
-    describe: Callable[[int], str]  #: as JSON, of at most so many bytes
+    describe: Callable[[int, int], Awaitable[str]]  #: as JSON, of at most so many bytes, for a user
     remount: Callable[[RemountOptions], None]
 
 
@@ -106,16 +106,18 @@ class Xattrs:
             raise OSError(errno.EINVAL, str(error)) from error
 
     def get(self, ino: int, name: bytes) -> bytes:
-        """Return an attribute, as getxattr(2)."""
+        """Return an attribute, as getxattr(2); the state of the mount `describe` returns."""
         inode = self._tree.inode(ino)
         _check_name(name)
         if name == SOCKET:
             return os.fsencode(self._control.socket_path)
-        if name == STAT:
-            return self._control.describe(XATTR_SIZE_MAX).encode()
         if name == SEALS and isinstance(inode, RegularFile):
             return seals.format_seals(inode.file.seals).encode()
         return self._tree.getxattr(ino, name)
+
+    async def describe(self, uid: int) -> bytes:
+        """Return the state of the mount, for a user, whose turns that takes."""
+        return (await self._control.describe(XATTR_SIZE_MAX, uid)).encode()
 
     def list(self, ino: int, *, uid: int) -> list[bytes]:
         """Return the names of attributes, as listxattr(2).

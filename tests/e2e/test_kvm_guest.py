@@ -5,9 +5,11 @@ The VM runs in the process of the test, memfs in its own; what the VMM does to f
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import mmap
 import os
+import threading
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Protocol
@@ -16,13 +18,14 @@ import numpy as np
 import pytest
 import trio
 
-from kvmsim.backing import GuestFile
+from kvmsim.backing import GuestFile, StoreGone
 from kvmsim.engines.program import Hypercall, Load, Program, ProgramEngine, Store, convert
 from kvmsim.exits import HypercallExit, MemoryErrorExit
 from kvmsim.mmu.page_fault import Access
 from kvmsim.mmu.pte import PG_LEVEL_2M
 from kvmsim.side import Side
 from kvmsim.uapi import (
+    KVM_MEM_FD,
     KVM_MEM_LOG_DIRTY_PAGES,
     KVM_MEMORY_EXIT_FLAG_PRIVATE,
     UserspaceMemoryRegion,
@@ -34,7 +37,7 @@ from memfs.contract.sys.libc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, f
 from memfs.contract.units import PAGE_SIZE, ByteOffset, Gfn, GfnRange, Gpa, PageIndex, PageRange
 from tests.helpers import not_none, raises
 
-from .conftest import Memfs, memfs_command
+from .conftest import Memfs, MountMemfs, memfs_command
 
 SIZE = 8 << 20
 PUNCH = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
@@ -256,6 +259,43 @@ async def test_conversion_inside_a_huge_page_splits_it_and_back_again_it_is_one(
         assert vm.mmu.table.walk(Gfn(700)).level == PG_LEVEL_2M
 
 
+async def test_slots_that_exist_are_adopted(guest: Guest, memfs: Memfs) -> None:
+    """Memory above 4 GiB on the same files, and more on others."""
+    second, third = Gpa(1 << 32), Gpa(1 << 33)
+    seen: list[object] = []
+
+    def program() -> Program:
+        for gpa in (Gpa(0), second, third):
+            yield Store(gpa, b"secret", encrypted=True)
+            seen.append((yield Load(gpa, 6, encrypted=True)))
+        seen.append((yield convert(Gpa(second - PAGE_SIZE), 2, Side.SHARED)))  # begins where no memory is
+        seen.append((yield convert(second, 1, Side.SHARED)))
+        seen.append((yield Load(second, 6)))
+
+    def others() -> list[int]:
+        memfs.run("truncate", "-s", str(SIZE), "shared2")
+        memfs.run(*memfs_command("create", "--seals", "guest", "--size", str(SIZE), "private2"))
+        for name in ("shared", "private"):
+            memfs.run("truncate", "-s", str(2 * SIZE), name)
+        return [os.open(memfs.path / name, os.O_RDWR) for name in ("shared2", "private2")]
+
+    async with guest() as (vm, vmm):
+        with pytest.raises(ValueError, match="slot 1"):
+            vmm.adopt(vm, 1)
+        shared, private = await trio.to_thread.run_sync(others)
+        high = dataclasses.replace(vmm.region, slot=1, guest_phys_addr=second, userspace_addr=ByteOffset(SIZE))
+        await vm.set_user_memory_region(high)
+        more = dataclasses.replace(vmm.region, slot=2, guest_phys_addr=third, fd=shared, private_fd=private)
+        await vm.set_user_memory_region(more)
+        vmm.adopt(vm, 1)
+        vmm.adopt(vm, 2, shared, private)
+        await run(vm, vmm, program())
+        assert await trio.to_thread.run_sync(blocks, vmm.private, private) == [1, 1]
+        for fd in (shared, private):
+            await trio.to_thread.run_sync(os.close, fd)
+    assert seen == [b"secret", b"secret", b"secret", -errno.EINVAL, 0, bytes(6)]
+
+
 # -- conversions for which there is hardly any space -----------------------------------------------------
 
 
@@ -464,3 +504,21 @@ async def test_age_is_what_was_accessed_since(guest: Guest) -> None:
         await run(vm, vmm, program(), 1)
         assert vm.test_age(gfns)
         assert not vm.test_age(GfnRange(Gfn(4), Gfn(16)))
+
+
+async def test_file_call_in_the_loop_of_the_vm_ends_with_the_reason(mount_memfs: MountMemfs) -> None:
+    """It would wait for ever for what only this loop can do; memfs ends it, and says whose fault it is."""
+    memfs = mount_memfs("size=64m,notify_timeout=1")
+    memfs.expected.append("its own thread")
+    memfs.run("truncate", "-s", str(SIZE), "shared")
+    fd = await trio.to_thread.run_sync(lambda: os.open(memfs.path / "shared", os.O_RDWR))
+    try:
+        async with create_vm(str(memfs.socket)) as vm:
+            await vm.set_user_memory_region(UserspaceMemoryRegion(0, KVM_MEM_FD, Gpa(0), SIZE, ByteOffset(0), fd))
+            assert await vm.fault(Access(Gfn(0), write=True, side=Side.SHARED)) is None
+            fallocate(fd, PUNCH, 0, PAGE_SIZE)
+            await vm.backing.ended.wait()
+            with pytest.raises(StoreGone, match=f"its own thread {threading.get_native_id()} waits in the file call"):
+                vm.check_alive()
+    finally:
+        await trio.to_thread.run_sync(os.close, fd)

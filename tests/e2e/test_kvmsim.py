@@ -133,6 +133,21 @@ def test_conversions_by_the_shell_while_it_runs(guest: Memfs) -> None:
     assert re.search(r"InvalidateBegin private pages \[16, 80\)", output)
 
 
+def test_verbose_prints_what_others_do_as_the_readme_shows_it(guest: Memfs) -> None:
+    with running(guest, "--duration", "3") as process:
+        assert guest.run("fallocate", "--offset", "3M", "--length", "64K", "private").returncode == 0
+        assert guest.run("fallocate", "--punch-hole", "--offset", "3M", "--length", "64K", "private").returncode == 0
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    seen = [line.split(maxsplit=1)[1].split() for line in output.splitlines() if " pages [" in line]
+    pages = ["pages", "[768,", "784)"]
+    assert seen == [[name, "private", *pages] for name in ("Fallocate", "InvalidateBegin", "InvalidateEnd")]
+    assert number(output, "to private") > 10
+    again = guest.run(*RUN, "-vv", "--private-ranges", "0-4K")
+    assert again.returncode == 0
+    assert "InvalidateBegin private pages [1, 2)" in again.stdout, "its own conversions, too"
+
+
 def test_byte_changed_behind_its_back_is_found(guest: Memfs) -> None:
     with running(guest, "--duration", "30") as process:
         script = "for i in $(seq 200); do head -c 245760 /dev/urandom | dd of=shared bs=1K seek=720 conv=notrunc; done"

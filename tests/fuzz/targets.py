@@ -39,6 +39,7 @@ from memfs.store.file import File
 from memfs.tree.open_files import OpenFiles
 from memfs.tree.tree import ROOT_INO, Tree
 from memfs.tree.xattrs import Control, Xattrs
+from tests.helpers import describe_nothing
 
 Target = Callable[[bytes], None]
 OPCODES: Final = sorted(Opcode)  # inputs name opcodes by their place in this list
@@ -100,7 +101,7 @@ class _Mount:
         for ino in (2, 3):  # fh 1 and 2
             self.handles.open_file(self.tree.regular(ino), os.O_RDWR)
         self.tree.regular(2).file.write(ByteOffset(0), b"content")
-        xattrs = Xattrs(self.tree, Control("/socket", lambda most: "{}", lambda options: None))
+        xattrs = Xattrs(self.tree, Control("/socket", describe_nothing, lambda options: None))
         handlers = XattrHandlers(xattrs)
         files = FileHandlers(self.tree, self.handles, self.backing)
         self.table = who_answers(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import builtins
 import dataclasses
+import dis
+import inspect
 import re
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -66,6 +70,12 @@ def test_readme_quotes_an_example_that_runs() -> None:
     assert blocks
     for block in blocks:
         assert block in example or textwrap.indent(block, "    ") in example
+    names: dict[str, Any] = {}
+    exec("\n".join(blocks), names)  # noqa: S102: what is printed there needs nothing that is not
+    functions = [each for each in names.values() if inspect.isfunction(each) and each.__globals__ is names]
+    assert functions
+    used = [each for function in functions for each in dis.get_instructions(function) if each.opname == "LOAD_GLOBAL"]
+    assert {each.argval for each in used} <= names.keys() | vars(builtins).keys()
 
 
 def test_protocol_lists_every_message() -> None:

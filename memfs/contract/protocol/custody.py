@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 Datagram = tuple[bytes, list[Any], int, Any]  #: what recvmsg returns: data, ancillary data, flags, address
@@ -18,6 +18,11 @@ class Custody:
     """Descriptors as they come, in this process, closed where they are not wanted."""
 
     __slots__ = ()
+
+    @property
+    def user(self) -> Hashable:
+        """Whose turn it is when something comes (aio/turns.py); whoever trusts its peers needs no difference."""
+        return None
 
     def receive(self, sock: socket.socket, size: int, ancillary: int, flags: int) -> Datagram:
         """Receive a datagram (recvmsg(2)). Raises OSError, and BlockingIOError where it would have to wait."""

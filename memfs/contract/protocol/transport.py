@@ -39,7 +39,7 @@ class Datagrams:
 
     def read(self, reader: Reader) -> None:
         """Have a reader called when there is something to receive. Raises OSError."""
-        self._poller.read(self._socket.fileno(), reader)
+        self._poller.read(self._socket.fileno(), reader, self._custody.user)
 
     def pause(self) -> None:
         """Have nobody called until `read`."""

@@ -14,6 +14,7 @@ from trio.testing import wait_all_tasks_blocked
 from memfs.contract.aio.busy_poll import BusyPoll
 from memfs.contract.aio.eager import Turn
 from memfs.contract.aio.poller import Poller
+from memfs.contract.aio.turns import SHARE, Turns
 
 
 @pytest.fixture
@@ -94,6 +95,51 @@ async def test_tasks_get_a_turn_while_messages_keep_coming(pairs: Pairs, wakes: 
         poller.read(ours.fileno(), reader)
     poller.remove(ours.fileno())
     assert calls <= (3 if wakes else 100)
+
+
+async def test_a_user_with_many_descriptors_has_no_more_turns_than_one_with_one(pairs: Pairs) -> None:
+    """Whose turn was the longest ago comes first, also if one message is as much work as a share."""
+    poller, called = Poller(), list[str]()
+
+    async def reader(user: str, _: Turn) -> bool:
+        called.append(user)
+        Turns.here().spend(user, SHARE)
+        return False
+
+    others = [socket.socketpair() for _ in range(100)]
+    for number, (ours, theirs) in enumerate((*others, pairs[0])):
+        theirs.send(b"never read")
+        user = "many" if number < len(others) else "one"
+        poller.read(ours.fileno(), functools.partial(reader, user), user)
+    while called.count("one") < 10:
+        await trio.lowlevel.checkpoint()
+    assert called.count("many") <= 12
+    for ours, _ in (*others, pairs[0]):
+        poller.remove(ours.fileno())
+    for ours, theirs in others:
+        ours.close()
+        theirs.close()
+    assert not poller._users
+
+
+async def test_other_tasks_run_when_a_share_of_work_is_done(pairs: Pairs) -> None:
+    """What counts is work, not how many messages it took."""
+    poller, (ours, theirs) = Poller(), pairs[0]
+    woken, calls = trio.Event(), 0
+
+    async def reader(_: Turn) -> bool:
+        nonlocal calls
+        calls += 1
+        woken.set()
+        Turns.here().spend(None, SHARE)
+        return False
+
+    theirs.send(b"never read")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(woken.wait)
+        poller.read(ours.fileno(), reader)
+    poller.remove(ours.fileno())
+    assert calls <= 3
 
 
 class Sleeps(trio.abc.Instrument):

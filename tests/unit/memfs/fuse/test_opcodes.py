@@ -39,7 +39,7 @@ from memfs.store.file import File
 from memfs.tree.open_files import OpenFiles
 from memfs.tree.tree import ROOT_INO, Tree
 from memfs.tree.xattrs import Control, Xattrs
-from tests.helpers import raises
+from tests.helpers import describe_nothing, raises
 
 
 class Mount:
@@ -49,7 +49,7 @@ class Mount:
         self.backing = MemfdBacking(1 << 20)
         self.tree = Tree(lambda ino, seals: File(self.backing, ino, seals), 100, 0o1777, 0, 0)
         self.open_files = OpenFiles(self.tree)
-        xattrs = Xattrs(self.tree, Control("/socket", lambda most: "{}", lambda options: None))
+        xattrs = Xattrs(self.tree, Control("/socket", describe_nothing, lambda options: None))
         handlers = XattrHandlers(xattrs)
         files = FileHandlers(self.tree, self.open_files, self.backing)
         self.table: dict[int, Handler | Pyfuse3] = who_answers(

@@ -83,3 +83,15 @@ async def test_who_waits_goes_on_with_the_last_unlock() -> None:
         assert done == [pages(5, 9), pages(0, 1)]
         locks.clear()
     assert len(locks) == 0
+
+
+@given(st.lists(st.sets(st.integers(0, SPAN - 1), min_size=1), max_size=10))
+def test_many_ranges_are_locked_as_one_after_the_other(steps: list[set[int]]) -> None:
+    together, apart = PageLocks(), PageLocks()
+    for step in steps:
+        ranges = [pages(page, page + 1) for page in sorted(step)]
+        together.lock(*ranges)
+        for each in ranges:
+            apart.lock(each)
+        assert (together._edges, together._counts) == (apart._edges, apart._counts)
+        assert len(together) == len(apart)

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import stat
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
+from memfs.contract.aio.turns import SHARE, Turns
+from memfs.contract.logs import working_on
+from memfs.contract.page_map import PageMap
 from memfs.contract.protocol.connection import RequestId
 from memfs.contract.protocol.messages import Ack, Fallocate, FileId, InvalidateBegin, InvalidateEnd, Notification
 from memfs.contract.protocol.peer import Incoming, PeerGone
-from memfs.contract.units import PAGE_SIZE
+from memfs.contract.units import PAGE_SIZE, PageRange
 from memfs.owners.registry import Answer, Owner, Registration, Registry
 from memfs.store.backing import MemfdBacking
 from memfs.store.file import File
@@ -72,6 +77,9 @@ class Guest(Owner):
     async def cut_off(self, reason: str) -> None:
         self.reasons.append(reason)
 
+    def has_thread(self, number: int) -> bool:
+        return number == 4711
+
     def is_dead(self) -> bool:
         return False
 
@@ -110,6 +118,13 @@ def registry(tree: Tree) -> Iterator[Registry]:
         registry.end(owner)
     registry.check()
     assert registry._frames.allocated == 0
+
+
+async def empty(tree: Tree, name: str) -> RegularFile:
+    """An ordinary file."""
+    inode = tree.create(ROOT_INO, name.encode(), stat.S_IFREG | 0o600, 0, 0)
+    assert isinstance(inode, RegularFile)
+    return inode
 
 
 async def filled(tree: Tree, name: str = "file") -> RegularFile:
@@ -300,6 +315,25 @@ async def test_owner_that_does_not_answer_in_time_is_fenced(
     registry.check()
 
 
+async def test_owner_that_waits_for_itself_is_told_so(tree: Tree, registry: Registry, autojump_clock: object) -> None:
+    """A file call in the very loop that should answer: it ends with the deadline, and the reason says why."""
+    inode = await filled(tree)
+    guest = Guest(registry)
+    guest.register(inode)
+    guest.answers = trio.Event()
+    with working_on(1, 4711):
+        await inode.file.punch(at(0), at(4))
+    assert guest.reasons == [
+        "no answer within 5 s: its own thread 4711 waits in the file call; make those in another than answers memfs"
+    ]
+    other = Guest(registry)
+    other.register(inode)
+    other.answers = trio.Event()
+    with working_on(2, 4712):
+        await inode.file.punch(at(4), at(4))
+    assert other.reasons == ["no answer within 5 s"]
+
+
 async def test_owner_that_dies_between_begin_and_end_holds_up_nobody(tree: Tree, registry: Registry) -> None:
     inode = await filled(tree)
     guest = Guest(registry)
@@ -393,3 +427,65 @@ async def test_end_is_idempotent(tree: Tree, registry: Registry) -> None:
     registry.check()
     with raises(errno.EBADF):
         registry.unregister(guest, FileId(1))
+
+
+# -- how much one message costs ---------------------------------------------------------------------------------------
+
+
+async def test_get_pfn_of_fragmented_memory_costs_no_more_than_a_share(
+    registry: Registry, tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 8,192 pages every other is there: the reply covers what a turn allows, and the next one goes on there."""
+    large = MemfdBacking(8192 * PAGE_SIZE)
+    monkeypatch.setattr(tree, "_new_file", lambda ino, seals: File(large, ino, seals))
+    inode = tree.create(ROOT_INO, b"fragmented", stat.S_IFREG | 0o600, 0, 0, seals=F_SEAL_GUEST)
+    assert isinstance(inode, RegularFile)
+    await inode.file.truncate(8192 * PAGE_SIZE)
+    for page in range(0, 8192, 2):
+        await inode.file.allocate(at(page), at(1), keep_size=False)
+    registration = Guest(registry).register(inode)
+    counted, begun, count = 0, Turns.here().total, PageMap.count
+
+    def counting(page_map: PageMap, pages: PageRange) -> int:
+        nonlocal counted
+        counted += 1
+        return count(page_map, pages)
+
+    monkeypatch.setattr(PageMap, "count", counting)
+    position, replies = 0, 0
+    while position < 8192:
+        reply = await registration.get_pfn(pages(position, 8192), alloc=False)
+        replies += 1
+        assert len(reply.runs) <= 256
+        covered = list(range(position, reply.pages.end))
+        assert [run.pages.start for run in reply.runs] == covered
+        assert [run.pfn is not None for run in reply.runs] == [page % 2 == 0 for page in covered]
+        for page in range(position, reply.pages.end, 2):
+            registration.put_pfn(pages(page, page + 1))
+        position = reply.pages.end
+    assert counted <= 3 * replies + 32  # look-ups of blocks, not of runs
+    assert Turns.here().total - begun >= replies * SHARE
+    registry.end(registration.owner)
+    tree.unlink(ROOT_INO, b"fragmented")
+
+
+async def test_to_describe_much_takes_many_turns(registry: Registry, tree: Tree) -> None:
+    guest = Guest(registry)
+    for number in range(90):
+        guest.register(await empty(tree, str(number)))
+    begun, iterations, described = Turns.here().total, 0, list[dict[str, Any]]()
+
+    async def describe() -> None:
+        described.extend(await registry.describe(1 << 16, "user"))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(describe)
+        while not described:
+            iterations += 1
+            await trio.lowlevel.checkpoint()
+    assert iterations >= 90 // SHARE
+    assert Turns.here().total - begun >= 90
+    assert [each["file"] for each in described[0]["files"]] == list(guest.registrations)
+    [short] = await registry.describe(500, "user")
+    assert 0 < len(short["files"]) < 20
+    assert len(json.dumps(short)) <= 500

@@ -22,7 +22,7 @@ from memfs.store.file import File
 from memfs.tree.inode import Directory, Inode, Symlink
 from memfs.tree.tree import Tree
 from memfs.tree.xattrs import Control, Xattrs
-from tests.helpers import at
+from tests.helpers import at, describe_nothing
 
 SIZE: Final = 1 << 20  #: bytes of memory
 NR_INODES: Final = 20  #: the root included
@@ -190,7 +190,7 @@ class OnTree(Place):
     def __init__(self, backing: Backing) -> None:
         self.backing: Final = backing
         self.tree: Final = Tree(lambda ino, seals: File(self.backing, ino, seals), NR_INODES, 0o755, 0, 0)
-        self.xattrs: Final = Xattrs(self.tree, Control("/socket", lambda limit: "{}", lambda options: None))
+        self.xattrs: Final = Xattrs(self.tree, Control("/socket", describe_nothing, lambda options: None))
         self._open: Final[dict[int, Inode]] = {}
 
     def inode(self, path: str) -> Inode:
