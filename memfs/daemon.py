@@ -180,24 +180,25 @@ class _Memfs:
             channel.close()
 
     def describe(self) -> dict[str, Any]:
-        """Return the state of the mount, for `memfs stat`."""
+        """Return the state of the mount, for `memfs stat`: sizes in bytes, the rest numbers and names."""
         owners = self._registry.owners.values()
         return {
             "mountpoint": self._settings.mountpoint,
             "socket": self._socket_path,
             "backing": self._backing.kind,
-            "guest-sealed files": "never swapped" if self._backing.guest_pinned else "may be swapped",
-            "passthrough": "on" if self._passthrough.in_force else f"off: {self._passthrough.why_not}",
+            "guest_swappable": not self._backing.guest_pinned,
+            "passthrough": self._passthrough.in_force,
+            "no_passthrough_because": self._passthrough.why_not,
             "size": pages_to_bytes(self._backing.total_pages),
             "used": pages_to_bytes(self._backing.used_pages),
             "nr_inodes": self._tree.space.nr_inodes,
-            "inodes used": len(self._tree.inodes),
-            "open handles": len(self._open_files),
+            "inodes_used": len(self._tree.inodes),
+            "open_handles": len(self._open_files),
             "owners": len(owners),
-            "registered files": sum(len(owner.registrations) for owner in owners),
-            "owners fenced": self._registry.fenced,
+            "registered_files": sum(len(owner.registrations) for owner in owners),
+            "owners_fenced": self._registry.fenced,
             "connections": self._clients.connections,
-            "turned away": self._clients.rejected,
+            "rejected": self._clients.rejected,
             "acknowledged": sum(owner.acknowledged for owner in owners),
             "pending": len(self._registry.outstanding),
         }
@@ -209,9 +210,7 @@ class _Memfs:
         return json.dumps({**state, "registry": await self._registry.describe(left, user)})
 
     async def _log_state(self) -> None:
-        state_log.info(
-            "state", extra=fields(**{name.replace(" ", "_"): value for name, value in self.describe().items()})
-        )
+        state_log.info("state", extra=fields(**self.describe()))
         for owner in await self._registry.describe(sys.maxsize, "log"):
             files, pending = owner.pop("files"), owner.pop("pending")
             state_log.info("owner", extra=fields(**owner))

@@ -287,16 +287,24 @@ def _stat(arguments: argparse.Namespace) -> None:
         print(json.dumps(state))
         return
     registry = state.pop("registry")
-    width = max(map(len, state))
-    for name, value in state.items():
-        print(f"{printable(name):{width}}  {quoted(value)}")
+    said = {name.replace("_", " "): value for name, value in state.items() if value is not None}
+    width = max(map(len, said))
+    for name, value in said.items():
+        print(f"{printable(name):{width}}  {_words(value)}")
     for owner in registry:
         files, pending = owner.pop("files"), owner.pop("pending")
         print("", _line(owner), *(f"  {_line(each)}" for each in (*files, *pending)), sep="\n")
 
 
+def _words(value: object) -> str:
+    """Return a value of the state as people write it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return quoted(value)
+
+
 def _line(values: dict[str, object]) -> str:
-    return "  ".join(f"{printable(name)} {quoted(value)}" for name, value in values.items() if value != "")
+    return "  ".join(f"{printable(name)} {_words(value)}" for name, value in values.items() if value != "")
 
 
 def _seal(arguments: argparse.Namespace) -> None:

@@ -126,7 +126,7 @@ async def test_state_on_request(memfs: Memfs) -> None:
         owner.acknowledge.set()
         for fd in fds:
             os.close(fd)
-    assert (state["owners"], state["registered files"], state["pending"]) == (1, 1, 1)
+    assert (state["owners"], state["registered_files"], state["pending"]) == (1, 1, 1)
     (said,) = state["registry"]
     assert (said["name"], said["acknowledged"]) == ("test", 0)
     (file,) = said["files"]

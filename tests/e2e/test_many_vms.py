@@ -444,7 +444,7 @@ class Soak:
         await together([machine.look_at_everything for machine in self.machines])
         state = await self.describe()
         assert state["owners"] == len(self.machines), state
-        assert state["registered files"] == 2 * len(self.machines), state
+        assert state["registered_files"] == 2 * len(self.machines), state
         assert state["pending"] == 0, state
         self.memory.append(resident(self.memfs.process.pid))
 
@@ -456,7 +456,7 @@ class Soak:
     async def nothing_is_left(self, descriptors: Counter[str]) -> None:
         """All have ended, and their files are removed."""
         await trio.to_thread.run_sync(shutil.rmtree, self.memfs.path / "vms")
-        nothing = {"owners": 0, "registered files": 0, "open handles": 0, "connections": 0, "used": 0, "inodes used": 1}
+        nothing = {"owners": 0, "registered_files": 0, "open_handles": 0, "connections": 0, "used": 0, "inodes_used": 1}
         with trio.move_on_after(20):
             while True:
                 state = await self.describe()

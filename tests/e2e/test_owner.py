@@ -177,7 +177,7 @@ async def test_descriptor_that_will_not_do(memfs: Memfs, prepare: str, flags: in
         assert isinstance(reply, Failed)
         assert reply.errno == number
         state = json.loads(await trio.to_thread.run_sync(os.getxattr, memfs.path, "user.memfs.stat"))
-        assert (state["registered files"], state["open handles"]) == (0, 0)
+        assert (state["registered_files"], state["open_handles"]) == (0, 0)
 
 
 async def test_descriptor_of_something_else(memfs: Memfs, mount_memfs: MountMemfs, tmp_path: Path) -> None:

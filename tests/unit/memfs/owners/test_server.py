@@ -460,7 +460,7 @@ async def test_silent_connections_make_way_for_others(mount: Mount, monkeypatch:
 
 
 async def test_user_that_may_not_connect_is_hung_up(mount: Mount) -> None:
-    """Also when the socket's file lets it in: what counts is what was asked for."""
+    """Also when the socket's file admits it: what counts is what was asked for."""
     if os.geteuid() != 0:
         pytest.skip("only root can start a process of another user")
     name = f"memfs-test-{os.getpid()}"
