@@ -16,7 +16,8 @@ import logging
 import os
 import stat
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -156,7 +157,9 @@ class _Mount:
 
     @classmethod
     def parse(cls, arguments: argparse.Namespace) -> _Mount:
-        """Parse the options and resolve the paths. Raises OptionError."""
+        """Parse the options and resolve the paths. Raises OptionError; CommandError for no path."""
+        if not arguments.mountpoint:  # of a variable that is not set; it would be the working directory
+            raise CommandError("MOUNTPOINT is empty")
         return cls(
             mountpoint=real_mountpoint(arguments.mountpoint),
             options=MountOptions.parse(",".join(arguments.options)),
@@ -311,7 +314,7 @@ def _seal(arguments: argparse.Namespace) -> None:
     """Add seals to a file on a memfs. It must be empty and open nowhere for the guest seal."""
     names = ",".join(arguments.seals)
     bits = seals.parse(names)
-    with locate(arguments.file) as file:
+    with _sealable(arguments.file) as file:
         try:
             file.set("user.memfs.seals", names)
         except OSError as error:
@@ -332,8 +335,20 @@ def _refused_seal(file: OnMemfs, bits: int, error: OSError) -> Exception:
 
 def _show_seals(arguments: argparse.Namespace) -> None:
     """Print the seals of a file on a memfs, separated by commas; an empty line if it has none."""
-    with locate(arguments.file) as file:
+    with _sealable(arguments.file) as file:
         print(printable(file.get("user.memfs.seals")))
+
+
+@contextmanager
+def _sealable(path: str) -> Iterator[OnMemfs]:
+    """Hold a regular file on a memfs. Raises CommandError for something else."""
+    with locate(path) as file:
+        mode = os.fstat(file.fd).st_mode
+        if stat.S_ISDIR(mode):
+            raise CommandError(f"{path}: a directory; what its files are sealed with is user.memfs.default_seals")
+        if not stat.S_ISREG(mode):
+            raise CommandError(f"{path}: not a regular file")
+        yield file
 
 
 def _create(arguments: argparse.Namespace) -> None:
@@ -342,6 +357,8 @@ def _create(arguments: argparse.Namespace) -> None:
     if bits & seals.F_SEAL_GUEST and not is_page_aligned(arguments.size):
         raise CommandError(f"{arguments.file}: the size of a guest-sealed file is a multiple of {PAGE_SIZE}")
     directory, name = os.path.split(arguments.file)
+    if not name:
+        raise CommandError(f"{arguments.file or 'FILE'}: there is no name for the file")
     with locate(directory or ".", last_link=True) as parent:
         fd = parent.create(name)
         path = f"/proc/self/fd/{fd}"

@@ -28,6 +28,11 @@ SAID = {
     "populate what is not sealed": (("populate", "content", "content"), "content: not guest-sealed"),
     "populate past the end": (("populate", "guest", "content"), "guest: past the end"),
     "populate with private memory": (("populate", "guest", "private"), "private: Operation not permitted"),
+    "no mountpoint": (("mount", ""), "MOUNTPOINT is empty"),
+    "no name": (("create", ""), "no name"),
+    "no name in a directory": (("create", "new/"), "no name"),
+    "seals of a directory": (("seals", "."), "user.memfs.default_seals"),
+    "seal of a directory": (("seal", ".", "guest"), "user.memfs.default_seals"),
     "less than in use": (("remount", ".", "-o", "size=4k"), "size=4k is less than what is in use"),
     "log into nowhere": (("mount", ".", "--log-file", "/nonexistent/log"), "/nonexistent/log: No such file"),
 }
