@@ -13,7 +13,7 @@ import trio
 
 from kvmsim import Gpa, Load, Program, ProgramEngine, Side, Store, UnhandledExit, convert, create_vm, open_memory
 from memfs.contract.on_memfs import locate
-from memfs.contract.protocol.client import StoreGone
+from memfs.contract.protocol import StoreGone
 
 SIZE = 16 << 20  # of guest memory, in bytes
 MAILBOX, SECRET = Gpa(0x1000), Gpa(0x20_0000)

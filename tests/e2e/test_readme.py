@@ -27,8 +27,8 @@ def test_first_look_by_hand(can_mount: None, tmp_path: Path) -> None:
     typed = [
         line.replace("/mnt/guest", str(tmp_path / "guest")) for line in re.findall(r"^    \$ (.*)$", section, re.M)
     ]
-    assert len(typed) > 10
-    script = "\n".join(f"{line}\necho status $?" for line in ["set -m", *typed[1:]])  # but for the PATH
+    assert len(typed) > 8
+    script = "\n".join(f"{line}\necho status $?" for line in ["set -m", *typed])
     done = subprocess.run(
         ["bash", "-c", script],
         cwd=tmp_path,
@@ -42,5 +42,4 @@ def test_first_look_by_hand(can_mount: None, tmp_path: Path) -> None:
     failed = [code for code in re.findall(r"^status (\d+)$", done.stdout, re.M) if code != "0"]
     assert failed == ["1"], said  # cat of private memory
     assert "cat: private: Operation not permitted" in said
-    assert "180 to private, 0 to shared" in said
     assert not os.path.ismount(tmp_path / "guest")
