@@ -16,9 +16,9 @@ put_unlock_pfn). New locks cannot come in between: a look-up needs the file's lo
 InvalidateBegin is always followed by InvalidateEnd, even if the owner unregisters the file in between, for its faults
 wait for that. So the two are a pair for the owner as they are for the file.
 
-All three steps together may take `notify_timeout` seconds. An owner that takes longer is **fenced**: it is sent the
-reason, it is disconnected, its registrations end, and the operation that waited goes on as if it had never been there.
-The host must not depend on a guest's good will.
+All three steps together may take `notify_timeout` seconds in which the daemon itself runs (aio/deadlines.py). An owner
+that takes longer is **fenced**: it is sent the reason, it is disconnected, its registrations end, and the operation
+that waited goes on as if it had never been there. The host must not depend on a guest's good will.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from typing import Any, Final, Protocol
 
 import trio
 
+from memfs.contract.aio.deadlines import Deadlines
 from memfs.contract.aio.turns import SHARE, Turns
 from memfs.contract.frame_numbers import by_order
 from memfs.contract.logs import current_caller, current_request, fields
@@ -146,7 +147,7 @@ class Registration:
         if answer.is_done and not self._is_locked(message):
             await answer.wait()  # only says so if it is done because the owner is gone
         else:
-            with trio.fail_after(self.owner.notify_timeout, shield=True):
+            with Deadlines.here().fail_after(self.owner.notify_timeout):
                 await answer.wait()
                 if isinstance(message, InvalidateBegin):
                     await self.locks.wait_unlocked(message.pages)
