@@ -9,11 +9,12 @@ end of a socketpair:
 A table (opcodes.py) says which requests have a handler here; all others go through unchanged, and so do their replies,
 except for that to INIT, which must say things that pyfuse3 does not know.
 
-Order matters: a request is handed on, or its handler called, in the order in which the kernel queued it. Handlers are
-eager tasks (contract/aio/eager.py): one that does not wait has answered before the next request is looked at, so that a
-RELEASE is seen before the SETXATTR that follows it; one that waits holds up nobody. Handing on is such a handler, too:
-where the socketpair is full, the request waits and not the channel. How many wait is bounded by how many threads are in
-a system call on the mount.
+Order matters: requests of one user are handed on, or their handlers called, in the order in which the kernel queued
+them. Between users there are turns (backlog.py) where more is asked than is done in one event-loop iteration. Handlers
+are eager tasks (contract/aio/eager.py): one that does not wait has answered before the next request is looked at, so
+that a RELEASE is seen before the SETXATTR that follows it; one that waits holds up nobody. Handing on is such a
+handler, too: where the socketpair is full, the request waits and not the channel. How many wait is bounded by how many
+threads are in a system call on the mount.
 
 A handler that waits is cancelled when the kernel says that its caller was interrupted (FUSE_INTERRUPT), and the caller
 gets EINTR; a handler that has begun something that must be finished shields it (File does).
@@ -43,6 +44,7 @@ import trio
 
 from memfs.contract.aio.busy_poll import BusyPoll
 from memfs.contract.aio.eager import Turn, run_loop
+from memfs.contract.aio.turns import SHARE, Turns
 from memfs.contract.logs import fields, working_on
 from memfs.fuse.abi import (
     BUFFER_SIZE,
@@ -57,6 +59,7 @@ from memfs.fuse.abi import (
     reply,
     unpack,
 )
+from memfs.fuse.backlog import Backlog
 
 log = logging.getLogger(__name__)
 
@@ -67,9 +70,22 @@ Handler = Callable[[Request], Coroutine[Any, Any, bytes | None]]
 Amendment = Callable[[bytearray], None]
 
 _FALLOCATE: Final = int(Opcode.FALLOCATE)
-_BURST: Final = 32  # requests before other tasks run
+_BURST: Final = 32  # replies of pyfuse3 before other tasks run
+_AHEAD: Final = 64  # requests that are read ahead in an event-loop iteration
+_LARGE: Final = 1 << 15  # bytes of a request or its reply that count as a unit of work
+#: Not in the backlog: what its caller does next relies on it, whichever user the kernel says that it is
+_IN_ORDER: Final = frozenset(
+    {
+        *(Opcode.INIT, Opcode.DESTROY, Opcode.INTERRUPT),
+        *(Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.RELEASE, Opcode.RELEASEDIR),
+    }
+)
 _LONGEST_POLL: Final = 200e-6  # seconds: KVM's halt_poll_ns, more than it takes to be woken on another CPU
 _FIRST_POLL: Final = 40e-6  # seconds
+
+
+class _Unmounted(Exception):
+    """There will be no more requests."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +112,11 @@ class Channel:
         self._amend_next: dict[int, Amendment] = {}  # by unique: replies that pyfuse3 owes and we will change
         self._waiting: dict[int, trio.CancelScope] = {}  # by unique: requests whose handlers wait
         self._buffer: Final = memoryview(bytearray(BUFFER_SIZE))
-        self._burst = _BURST  # requests until other tasks run
+        self._turns: Turns
+        self._begun = 0  # how much work had been done when other tasks ran last
+        self._ahead = _AHEAD  # how many requests may still be read ahead before they do again
+        self._backlog: Final = Backlog()
+        self._interrupted: Final[set[int]] = set()  # by unique: interrupted while they were in the backlog
         self._poll: Final = BusyPoll(_LONGEST_POLL, window=_FIRST_POLL)
         os.set_blocking(fuse_fd, False)
         self._ours, self._libfuse = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -109,15 +129,17 @@ class Channel:
 
     async def run(self, unmounted: Callable[[], None]) -> None:
         """Pump until cancelled, or until the filesystem is unmounted; then call `unmounted` and return."""
+        self._turns = Turns.here()
+        self._begin_share()
         async with trio.open_nursery() as nursery:
 
             async def read(turn: Turn) -> None:
                 while not turn.is_over:
-                    message = await self._next()
-                    if message is None:
+                    request = await self._next()
+                    if request is None:
                         nursery.cancel_scope.cancel()
                         return
-                    await self._serve(message, turn)
+                    await self._serve(request, turn)
 
             nursery.start_soon(self._replies)
             run_loop(read, nursery.start_soon)
@@ -131,39 +153,58 @@ class Channel:
 
     # -- kernel to us -----------------------------------------------------------------------------------------------
 
-    async def _next(self) -> memoryview | None:
-        """Return the next request, as the kernel put it; None when there will be none."""
+    async def _next(self) -> Request | None:
+        """Return the request to be answered next; None when there will be none."""
+        try:
+            while True:
+                is_over = self._turns.total - self._begun >= SHARE
+                if (is_over or self._backlog) and self._ahead:
+                    request = self._receive()
+                    self._ahead = self._ahead - 1 if request is not None else 0
+                    if request is not None and (request.opcode in _IN_ORDER or not self._backlog.add(request)):
+                        return request
+                elif is_over:
+                    await trio.lowlevel.checkpoint()
+                    self._begin_share()
+                elif self._backlog:
+                    return self._backlog.pop()
+                elif (request := self._receive()) is not None:
+                    self._poll.stop()
+                    return request
+                elif not self._poll.goes_on():
+                    await trio.lowlevel.wait_readable(self._fuse)
+                    self._begin_share()
+        except _Unmounted:
+            return None
+
+    def _begin_share(self) -> None:
+        """Note that other tasks have run."""
+        self._begun, self._ahead = self._turns.total, _AHEAD
+
+    def _receive(self) -> Request | None:
+        """Read a request; None if there is none now. Raises _Unmounted."""
         while True:
             try:
                 length = os.readv(self._fuse, [self._buffer])
             except BlockingIOError:
-                if not self._poll.goes_on():
-                    await trio.lowlevel.wait_readable(self._fuse)
-                    self._burst = _BURST
+                return None
             except InterruptedError:
                 continue
             except OSError as error:
-                if error.errno == errno.ENODEV:  # unmounted
-                    return None
+                if error.errno == errno.ENODEV:
+                    raise _Unmounted from None
                 if error.errno != errno.ENOENT:  # the request was interrupted before we read it
                     raise
             else:
-                self._poll.stop()
-                self._burst -= 1
-                if not self._burst:
-                    await trio.lowlevel.checkpoint()
-                    self._burst = _BURST
-                return self._buffer[:length]
+                try:
+                    return Request.parse(self._buffer[:length])
+                except Malformed as error:
+                    log.error("from the kernel: %s", error)  # noqa: TRY400
+                    if length >= IN_HEADER.size:
+                        self._refuse(IN_HEADER.unpack_from(self._buffer)[2], errno.EIO)
 
-    async def _serve(self, message: memoryview, turn: Turn) -> None:
+    async def _serve(self, request: Request, turn: Turn) -> None:
         """Answer a request or hand it on."""
-        try:
-            request = Request.parse(message)
-        except Malformed as error:
-            log.error("from the kernel: %s", error)  # noqa: TRY400
-            if len(message) >= IN_HEADER.size:
-                self._refuse(IN_HEADER.unpack_from(message)[2], errno.EIO)
-            return
         handler = self._handlers.get(request.opcode)
         if handler is None:
             await self._run(self._forward(request), request, turn)
@@ -181,6 +222,8 @@ class Channel:
         def waits() -> None:
             request.keep()
             self._waiting[request.unique] = turn.scope
+            if request.unique in self._interrupted:
+                turn.scope.cancel()
 
         error, payload = 0, None
         try:
@@ -198,7 +241,9 @@ class Channel:
         self._finish(request, error, payload, turn)
 
     def _finish(self, request: Request, error: int, payload: bytes | None, turn: Turn) -> None:
-        """Answer a request with an errno or, if that is 0, with what the handler returned; and log it."""
+        """Answer a request with an errno or, if that is 0, with what the handler returned. Logs and counts it."""
+        self._turns.spend(self, 1 + (len(request.message) + len(payload or b"")) // _LARGE)
+        self._interrupted.discard(request.unique)
         # What changes pages can be followed through the logs; so can what has had to wait.
         if (turn.is_over or request.opcode == _FALLOCATE) and log.isEnabledFor(logging.INFO):
             log.info("answered", extra=fields(opcode=request.opcode, error=error))
@@ -213,6 +258,8 @@ class Channel:
         scope = self._waiting.get(unique)
         if scope is not None:
             scope.cancel()
+        elif unique in self._backlog:
+            self._interrupted.add(unique)
         else:
             await self._forward(request)
 

@@ -13,6 +13,7 @@ import stat
 from itertools import islice
 from typing import Final
 
+from memfs.contract.aio.turns import Turns
 from memfs.fuse.abi import (
     BATCH_FORGET_IN,
     CREATE_IN,
@@ -33,6 +34,8 @@ from memfs.tree.open_files import OpenFiles
 from memfs.tree.tree import Tree
 from memfs.tree.xattrs import Xattrs
 
+_FORGOTTEN_AT_ONCE: Final = 16  # look-ups, as a unit of work: the memory of a file may be freed with each
+_ENTRY_BYTES: Final = 1500  # of a reply, as a unit of work
 _MOST_ENTRIES: Final = 256  # of a directory in one reply, each of which may take a stat(2)
 
 
@@ -75,10 +78,13 @@ class NameHandlers:
         """Forget look-ups of many inodes."""
         body = request.body
         count, _ = unpack(BATCH_FORGET_IN, body)
-        forgotten = body[BATCH_FORGET_IN.size :]
+        forgotten = bytes(body[BATCH_FORGET_IN.size :])
         if len(forgotten) != count * FORGET_ONE.size:
             raise Malformed(f"{count} inodes to forget in {len(forgotten)} bytes")
-        for nodeid, nlookup in FORGET_ONE.iter_unpack(forgotten):
+        turns = Turns.here()
+        for number, (nodeid, nlookup) in enumerate(FORGET_ONE.iter_unpack(forgotten)):
+            if number % _FORGOTTEN_AT_ONCE == 0:
+                await turns.take(self)
             self._tree.forget(nodeid, nlookup)
 
     # -- creating and removing --------------------------------------------------------------------------------------
@@ -140,6 +146,7 @@ class NameHandlers:
                 break
             packed += direntplus
             self._tree.looked_up(entry.inode)
+        Turns.here().spend(self, len(packed) // _ENTRY_BYTES)
         return bytes(packed)
 
 

@@ -24,6 +24,7 @@ from memfs.fuse.abi import (
     reply,
     unpack,
 )
+from memfs.fuse.backlog import Backlog
 from memfs.fuse.channel import Amendment, Channel, Pyfuse3
 
 GETATTR, AT_ONCE, LATER, SILENT, FAILS, BREAKS, OBSERVED = 3, 200, 201, 202, 203, 204, 205
@@ -325,3 +326,64 @@ def test_requests_are_parsed_or_refused() -> None:
     for wrong in (b"", request(GETATTR, 7)[:39], request(GETATTR, 7) + b"x"):
         with pytest.raises(Malformed):
             Request.parse(memoryview(wrong))
+
+
+# -- turns ------------------------------------------------------------------------------------------------------------
+
+
+def request_of(user: int, unique: int, opcode: int = AT_ONCE, body: bytes = b"") -> bytes:
+    message = request(opcode, unique, body)
+    header = list(IN_HEADER.unpack_from(message))
+    header[4:7] = user, user, user
+    return IN_HEADER.pack(*header) + body
+
+
+async def test_a_user_with_many_requests_is_not_answered_more_often_than_one_with_one(sides: Sides) -> None:
+    """However many others are queued before it, it is answered when it has been read."""
+    for end in (sides.kernel, sides.fuse):
+        end.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, 1 << 22)
+    for number in range(300):
+        sides.kernel.send(request_of(1000, 2 * number + 2))
+    sides.kernel.send(request_of(1001, 9998))
+    uniques = [OUT_HEADER.unpack_from(answer)[2] for answer in await sides.answers()]
+    assert len(uniques) == 301
+    assert uniques.index(9998) <= 150
+    assert [unique for unique in uniques if unique != 9998] == [2 * number + 2 for number in range(300)]
+
+
+async def test_what_later_requests_rely_on_is_seen_before_them(sides: Sides) -> None:
+    """A RELEASE comes before whatever its caller asks then, although the kernel says that it is another user's."""
+    seen = list[int]()
+
+    async def note(request: Request) -> bytes:
+        seen.append(request.unique)
+        return b""
+
+    sides.channel._handlers[Opcode.RELEASE] = sides.channel._handlers[AT_ONCE] = note
+    for number in range(100):
+        sides.kernel.send(request_of(1000, 2 * number + 2))
+    sides.kernel.send(request_of(0, 1000, Opcode.RELEASE))
+    sides.kernel.send(request_of(1001, 1002))
+    await sides.answers()
+    assert seen.index(1000) < seen.index(1002)
+
+
+async def test_request_that_is_interrupted_before_its_turn_is_so_when_it_waits(sides: Sides) -> None:
+    for number in range(60):
+        sides.kernel.send(request_of(1000, 2 * number + 2))
+    sides.kernel.send(request_of(1000, 500, LATER))
+    sides.kernel.send(interrupt(500))
+    answers = await sides.answers()
+    assert error_reply(500, errno.EINTR) in answers
+    assert len([answer for answer in answers if OUT_HEADER.unpack_from(answer)[2] == 500]) == 1
+    assert not sides.channel._interrupted
+
+
+def test_backlog_is_bounded_in_bytes() -> None:
+    backlog, body = Backlog(), bytes(1 << 20)
+    added = [backlog.add(Request.parse(memoryview(request_of(1000, 2 * n + 2, AT_ONCE, body)))) for n in range(8)]
+    assert added == [True] * 3 + [False] * 5
+    assert backlog.add(Request.parse(memoryview(request_of(1000, 100))))
+    assert backlog.add(Request.parse(memoryview(request_of(1001, 102, AT_ONCE, body))))
+    assert [backlog.pop().unique for _ in range(5)] == [2, 102, 4, 6, 100]
+    assert not backlog

@@ -1,0 +1,81 @@
+"""Requests that were read and wait for their users' turns.
+
+The kernel queues requests in the order in which they come, so a user with many threads would be answered as often as it
+has threads before another one is answered once. So when there is more to do than is done in one event-loop iteration,
+the channel reads ahead, and answers one request of each user, then a second. The requests of one user stay in order.
+
+How much a user can have here is bounded in bytes; and in number by its threads, each of which is in a system call.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Final
+
+from memfs.fuse.abi import Request
+from memfs.fuse.caller import uid_of
+
+MOST_BYTES: Final = 4 << 20  #: of requests of one user
+_MOST_CALLERS: Final = 4096  # of whom it is remembered which user they are
+
+
+@dataclass(slots=True)
+class _Queue:
+    """The requests of one user."""
+
+    requests: deque[Request] = field(default_factory=deque)
+    nbytes: int = 0
+
+
+class Backlog:
+    """Requests by user. `user_of` says whose a request is."""
+
+    def __init__(self, user_of: Callable[[Request], Hashable] = uid_of) -> None:
+        self._user_of: Final = user_of
+        self._queues: Final[dict[Hashable, _Queue]] = {}  # whose turn is next comes first; none is empty
+        self._users: Final[dict[int, Hashable]] = {}  # by process: to ask takes as long as many an answer
+        self._uniques: Final[set[int]] = set()
+
+    def __bool__(self) -> bool:
+        return bool(self._queues)
+
+    def __contains__(self, unique: int) -> bool:
+        return unique in self._uniques
+
+    def add(self, request: Request) -> bool:
+        """Keep a request for later. Returns whether there is space: a large one may have to be answered now."""
+        user = self._user(request)
+        queue = self._queues.get(user)
+        nbytes = len(request.message)
+        if nbytes + (queue.nbytes if queue is not None else 0) > MOST_BYTES:
+            return False
+        if queue is None:
+            queue = self._queues[user] = _Queue()
+        request.keep()
+        queue.requests.append(request)
+        queue.nbytes += nbytes
+        self._uniques.add(request.unique)
+        return True
+
+    def pop(self) -> Request:
+        """Return the next request of the user whose turn it is. There must be one."""
+        user, queue = next(iter(self._queues.items()))
+        request = queue.requests.popleft()
+        queue.nbytes -= len(request.message)
+        del self._queues[user]
+        if queue.requests:
+            self._queues[user] = queue  # behind the others
+        elif not self._queues:
+            self._users.clear()  # numbers of processes are used again
+        self._uniques.discard(request.unique)
+        return request
+
+    def _user(self, request: Request) -> Hashable:
+        user = self._users.get(request.pid)
+        if user is None:
+            if len(self._users) >= _MOST_CALLERS:
+                self._users.clear()
+            user = self._users[request.pid] = self._user_of(request)
+        return user
