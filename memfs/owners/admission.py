@@ -7,6 +7,9 @@ socket's file since.
 A connection costs memory and a descriptor, so there are limits: for all, for each user (other than root and the user
 that the daemon runs as, who could stop it anyway), and for connections that have not said Hello. Of the latter the
 oldest is disconnected when there are too many, so that clients that say nothing do not keep out those that do.
+Requests that are not answered yet are limited for each user, too, for each connection may have as many as the protocol
+allows. A connection that is rejected is closed immediately, or if that might wait, given to the closer: nothing of it
+is left in the daemon.
 
 Descriptors from strangers are received, looked at and closed by another process (closer.py). A connection's own socket
 is closed here, but not in the event loop: closing it closes what lies in its queue, and a socket there may linger.
@@ -22,7 +25,7 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
@@ -33,7 +36,9 @@ from memfs.contract.sys.peer_credentials import PeerCredentials
 MAX_CONNECTIONS: Final = 4096  #: from which on only trusted users are admitted
 MAX_PER_USER: Final = 1024  #: connections, and descriptors that are being closed
 MAX_SILENT: Final = 128  #: connections that have not said Hello
+MAX_REQUESTS: Final = 4096  #: of one user, that are being acted upon or wait, on all its connections
 _THREADS: Final = 4  # for one user
+_UCRED_SIZE: Final = 12  # bytes of struct ucred
 _RETRY: Final = 0.5  # seconds, after there was no thread available
 _SO_PEERGROUPS: Final = 59
 _MAX_GROUPS_BYTES: Final = 1024  # the most that Python's getsockopt takes
@@ -84,6 +89,7 @@ class _User:
 
     connections: int = 0
     closing: int = 0  # descriptors
+    requests: int = 0  # that are being acted upon
     threads: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(_THREADS))
 
     @property
@@ -108,6 +114,19 @@ class _User:
             return
 
 
+def _has_received(sock: socket.socket) -> bool:
+    """Shut a socket down and return whether something lies in its queue, be it empty but for descriptors."""
+    with contextlib.suppress(OSError):  # it has ended
+        sock.shutdown(socket.SHUT_RDWR)
+    try:
+        # From now on each message says who sent it; the end, which is as empty, does not.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        _, ancillary, _, _ = sock.recvmsg(1, socket.CMSG_SPACE(_UCRED_SIZE), socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except OSError:  # all that it had sent is gone
+        return False
+    return bool(ancillary)
+
+
 class Client:
     """A connection that was admitted. `disconnect` ends it."""
 
@@ -126,6 +145,22 @@ class Client:
         self.greeted()
         self._user.connections -= 1
         self._clients.forget(self.credentials.uid)
+
+    @contextlib.contextmanager
+    def request(self) -> Iterator[None]:
+        """Count a request that is being acted upon. Raises OSError(ENOBUFS) if its user has too many."""
+        if self._user.requests >= MAX_REQUESTS and not self._clients.trusts(self.credentials):
+            raise OSError(errno.ENOBUFS, f"{MAX_REQUESTS} requests of this user are not answered yet")
+        self._user.requests += 1
+        try:
+            yield
+        finally:
+            self._user.requests -= 1
+
+    @property
+    def is_clogged(self) -> bool:
+        """Whether so many descriptors of its user are being closed that it must not send more."""
+        return self._user.closing >= MAX_PER_USER and not self._clients.trusts(self.credentials)
 
     def discard(self, fds: Iterable[int], close: Close | None = None) -> list[trio.Event]:
         """Close descriptors that it sent, in threads unless `close` says how. Returns events that say when.
@@ -186,8 +221,12 @@ class Clients:
             oldest.disconnect()
         return client
 
+    def trusts(self, credentials: Credentials) -> bool:
+        """Return whether limits are not for a process: it could end the daemon anyway."""
+        return credentials.uid in self._trusted
+
     def _why_not(self, credentials: Credentials, user: _User) -> str | None:
-        if credentials.uid in self._trusted:
+        if self.trusts(credentials):
             return None
         if self.connections >= MAX_CONNECTIONS:
             return f"there are {MAX_CONNECTIONS} connections"
@@ -196,16 +235,17 @@ class Clients:
             return f"socket_mode={self._mode:04o} does not admit it"
         return f"it has {user.held} connections" if user.held >= MAX_PER_USER else None
 
-    def reject(self, sock: socket.socket) -> trio.Event:
-        """Close the connection of a client that was rejected; the event says when."""
-        done = trio.Event()
+    def reject(self, sock: socket.socket, close_elsewhere: Callable[[socket.socket], bool] = lambda _: False) -> None:
+        """Close the connection of a client that was rejected.
 
-        async def close() -> None:
-            await self._all_rejected.close(sock.detach())
-            done.set()
-
-        trio.lowlevel.spawn_system_task(close)
-        return done
+        That waits for nobody, and nothing of it is left here. If it might wait, because what was sent lies in the queue
+        and would be closed with it, `close_elsewhere` has another process do it, and returns whether there is one; else
+        a thread does.
+        """
+        if not _has_received(sock):
+            sock.close()
+        elif not close_elsewhere(sock):
+            trio.lowlevel.spawn_system_task(self._all_rejected.close, sock.detach())
 
     def forget(self, uid: int) -> None:
         """Forget a user that holds nothing any more."""

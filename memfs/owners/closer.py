@@ -43,6 +43,7 @@ from memfs import privileges
 from memfs.contract.protocol.custody import Datagram
 from memfs.contract.sys.fdinfo import fdinfo
 from memfs.contract.sys.libc import device_of
+from memfs.contract.sys.peer_credentials import PeerCredentials
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ _MAX_MESSAGE: Final = 1024  # bytes
 _MSG_PEEK: Final = int(socket.MSG_PEEK)
 _MSG_CTRUNC: Final = int(socket.MSG_CTRUNC)
 _INTS: Final = "i"
+_UNANSWERED: Final = 0  # the number of a job of which nobody waits for the end
 
 
 class NoCloser(OSError):
@@ -117,6 +119,28 @@ class Closer:
             return data, [], got | _MSG_CTRUNC, address
         rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array(_INTS, answer["fds"]).tobytes())
         return data, [rights], got | answer["flags"], address
+
+    def close_connection(self, sock: socket.socket) -> bool:
+        """Have the closer close a connection of ours, which may wait for what lies in its queue.
+
+        Returns whether it does; then nothing remembers it here, however long that takes.
+        """
+        try:
+            user = PeerCredentials.of(sock).uid
+            fd = self._call({"do": "take"}, sock.fileno())[0]["fd"]
+        except OSError:
+            return False
+        if fd < 0:
+            return False
+        sock.close()  # it is not the last one
+        job = json.dumps({"do": "close", "user": user, "fd": fd, "number": _UNANSWERED}).encode()
+        try:
+            self._jobs.send(job)
+        except BlockingIOError:
+            trio.lowlevel.spawn_system_task(self._send, job)
+        except OSError:
+            self._lose()
+        return True
 
     def fetch(self, fd: int) -> int:
         """Return a descriptor here of a memory file that the closer has. Raises OSError(EINVAL) if it is not one."""
@@ -292,6 +316,9 @@ def _answer(calls: socket.socket, request: dict[str, Any], fds: list[int]) -> No
         else:
             socket.send_fds(calls, [b"{}"], [request["fd"]])
         return
+    if request["do"] == "take":
+        calls.send(json.dumps({"fd": fds[0] if fds else -1}).encode())
+        return
     (connection,) = fds
     received = array.array(_INTS)
     with socket.socket(fileno=connection) as sock:  # the daemon has it as well
@@ -357,7 +384,9 @@ class _Hands:
                         del self._users[user]
                     return
                 job = queue.jobs.popleft()
-            self._answers.send(json.dumps({"number": job["number"], **_act(job)}).encode())
+            answer = {"number": job["number"], **_act(job)}
+            if job["number"] != _UNANSWERED:
+                self._answers.send(json.dumps(answer).encode())
 
 
 def _act(job: dict[str, Any]) -> dict[str, Any]:

@@ -96,14 +96,14 @@ class Server:
             client = self._clients.admit(credentials, lambda: _disconnect(sock, credentials))
         except Rejected as rejected:
             log.warning("%s", rejected)
-            self._clients.reject(sock)
+            self._clients.reject(sock, self._closer.close_connection)
             return
         try:
             session = Session(sock, client, self._closer, self._registry, self._tree, self._device)
         except OSError as error:  # no memory, or no space in an epoll, is no reason to end everybody else
             log.error("%s is rejected: %s", credentials, error.strerror)  # noqa: TRY400
             client.disconnected()
-            self._clients.reject(sock)
+            self._clients.reject(sock, self._closer.close_connection)
             return
         nursery.start_soon(self._run, session)
 
@@ -122,9 +122,9 @@ class Server:
         if self._spare >= 0:
             os.close(self._spare)
             self._spare = -1
-        with contextlib.suppress(OSError), trio.move_on_after(0.1):
+        with contextlib.suppress(OSError):
             sock, _ = self._listener.accept()
-            await self._clients.reject(sock).wait()
+            self._clients.reject(sock, self._closer.close_connection)
         try:
             self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:

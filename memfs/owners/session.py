@@ -132,11 +132,15 @@ class Session(Owner):
 
     async def _handle(self, request: Incoming) -> None:
         """Act on a request and answer it."""
+        if self._client.is_clogged:
+            self._sent.discard(request.fds)
+            raise PeerGone("too many descriptors of its user are being closed")
         reply: Message
         fds: tuple[int, ...] = ()
         try:
             try:
-                reply, fds = await self._act(request)
+                with self._client.request():
+                    reply, fds = await self._act(request)
             except OSError as error:
                 reply = Failed(error.errno or errno.EIO, str(error.strerror))
             finally:

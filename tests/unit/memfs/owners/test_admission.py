@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import struct
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -22,6 +23,7 @@ from memfs.owners.admission import (
     Credentials,
     Rejected,
 )
+from memfs.owners.closer import Closer
 from tests.helpers import raises
 
 ALICE, BOB, CAROL = 12001, 12002, 12003
@@ -323,14 +325,51 @@ async def test_without_a_thread_it_is_tried_again(autojump_clock: MockClock, mon
     assert (is_open(fd), refusals) == (False, [])
 
 
-async def test_who_was_refused_is_hung_up() -> None:
+async def test_client_that_was_rejected_is_disconnected_immediately() -> None:
+    """However many there are, nothing of them is left."""
     clients = Clients(0o600, GROUP)
+    for _ in range(100):
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            clients.reject(ours)
+            assert ours.fileno() == -1
+            assert theirs.recv(1) == b""
+
+
+@pytest.mark.parametrize("data", [b"", b"x"], ids=["empty message", "message"])
+async def test_connection_with_something_in_its_queue_is_closed_elsewhere(data: bytes) -> None:
+    """A descriptor in it may be one whose close waits. An empty message is not taken for the end."""
+    clients, closer = Clients(0o600, GROUP), Closer.start()
+    reading, writing = os.pipe()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
-        done = clients.reject(ours)
-        with trio.fail_after(10):
-            await trio.lowlevel.wait_readable(theirs)
-            assert theirs.recv(1) == b""
-            await done.wait()
+        theirs.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", writing))])
+        os.close(writing)
+        clients.reject(ours, closer.close_connection)
         assert ours.fileno() == -1
-    await wait_all_tasks_blocked()
+        with trio.fail_after(10):
+            await trio.lowlevel.wait_readable(reading)
+        assert os.read(reading, 1) == b""  # what lay in the queue is closed
+    assert not closer._asked
+    os.close(reading)
+    closer.stop()
+    await trio.to_thread.run_sync(os.waitpid, closer.pid, 0)
+
+
+def test_requests_of_a_user_are_limited_on_all_its_connections_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("memfs.owners.admission.MAX_REQUESTS", 4)
+    clients = Clients(0o666, GROUP)
+    alice, again, bob, root = (*admit(clients, ALICE, 2), *admit(clients, BOB), *admit(clients, 0))
+    with ExitStack() as stack:
+        for _ in range(2):
+            stack.enter_context(alice.request())
+            stack.enter_context(again.request())
+        for client in (alice, again):
+            with raises(errno.ENOBUFS), client.request():
+                pass
+        with bob.request():
+            pass
+        for _ in range(10):
+            stack.enter_context(root.request())
+    with again.request():
+        pass
