@@ -10,6 +10,7 @@ both cases the socket is removed and every file's memory is freed.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -26,6 +27,7 @@ from memfs import privileges
 from memfs.contract import logs
 from memfs.contract.aio.nurseries import open_flat_nursery
 from memfs.contract.logs import fields
+from memfs.contract.sys.mount_changes import mount_changes
 from memfs.contract.units import SECTORS_PER_PAGE, pages_to_bytes
 from memfs.fuse.channel import Channel
 from memfs.fuse.files import FileHandlers
@@ -47,6 +49,7 @@ from memfs.signals import Meaning, receiving
 from memfs.store.backing import Backing, open_backing
 from memfs.store.file import File
 from memfs.store.seals import format_seals
+from memfs.tree.access_times import AccessTimes
 from memfs.tree.inode import Ino
 from memfs.tree.open_files import OpenFiles
 from memfs.tree.tree import Tree
@@ -127,6 +130,7 @@ class _Memfs:
         )
         self._open_files: Final = OpenFiles(self._tree, passthrough)
         control = Control(socket_path, self.describe_in, self.remount)
+        self._access_times: Final = AccessTimes()
         self._xattrs: Final = Xattrs(self._tree, control)
         self._registry: Final = Registry(self._tree, options.notify_timeout)
         self._clients: Final = Clients(options.socket_mode, options.socket_group)
@@ -142,18 +146,17 @@ class _Memfs:
     ) -> None:
         """Serve the mount and the socket, until either the mount or we are to end."""
         initialized, unmounted = trio.Event(), trio.Event()
-        noatime = self._settings.options.atime == "noatime"
         files = FileHandlers(self._tree, self._open_files, self._backing)
         xattrs = XattrHandlers(self._xattrs)
         table = who_answers(
             Init(self._passthrough, xattrs, initialized.set, idmapped=os.geteuid() == 0),
-            NameHandlers(self._tree, self._open_files, files, self._xattrs, noatime=noatime),
+            NameHandlers(self._tree, self._open_files, files, self._xattrs, self._access_times),
             files,
             xattrs,
             IoctlHandlers(self._tree, self._open_files, self._mount.invalidate_attributes),
         )
         channel = Channel(self._mount.fuse_fd, table)
-        operations = Operations(self._tree, self._xattrs, noatime=noatime)
+        operations = Operations(self._tree, self._xattrs, self._access_times)
         pyfuse3.init(operations, f"/dev/fd/{channel.hand_over()}", options=set())
         server = Server(
             listener.socket, self._clients, self._settings.closer, self._registry, self._tree, self._mount.device
@@ -167,9 +170,11 @@ class _Memfs:
                 nursery.start_soon(self._end, unmounted, server, nursery.cancel_scope)
                 await initialized.wait()
                 self._passthrough.try_it()
+                self._set_access_times(self._settings.options.atime, self._settings.options.diratime)
                 if self._passthrough.wanted is Wanted.ON and not self._passthrough.in_force:
                     raise MountError(f"option passthrough=on: {self._passthrough.why_not}")
                 await _in_a_thread(self._mount.attach)
+                nursery.start_soon(self._follow_access_times)
                 nursery.start_soon(server.run)
                 ready()
         finally:
@@ -233,7 +238,12 @@ class _Memfs:
             )
 
     def remount(self, options: RemountOptions) -> None:
-        """Change size and number of inodes. Raises OSError(EINVAL), changing nothing, below what is in use."""
+        """Change size and number of inodes. Raises OSError, changing nothing: EINVAL below what is in use.
+
+        EROFS: it was mounted read-only, and is said to be writable.
+        """
+        if options.writable and self._settings.options.ro:
+            raise OSError(errno.EROFS, "mounted read-only")
         if options.nr_inodes is not None:
             self._tree.space.check_limit(options.nr_inodes)
         if options.size is not None:
@@ -254,6 +264,22 @@ class _Memfs:
                     await server.end()  # so that nothing waits for an owner any more
                     await _in_a_thread(self._mount.unmount)  # fusermount3 may ask us something before it lets go
                     unmounted.set()  # or hidden, while somebody still uses it: that one gets errors from now on
+
+    async def _follow_access_times(self) -> None:
+        """Set access times as the mount says, whenever mount(8) mounts it again with other options.
+
+        The kernel does not tell a FUSE server of that, but it tells everybody of changes of mounts.
+        """
+        async for _ in mount_changes():
+            said = await trio.to_thread.run_sync(self._mount.access_times)
+            if said not in (None, (self._access_times.atime, self._access_times.diratime)):
+                assert said is not None
+                self._set_access_times(*said)
+
+    def _set_access_times(self, atime: str, diratime: bool) -> None:
+        self._access_times.atime, self._access_times.diratime = atime, diratime
+        if self._passthrough.in_force:  # otherwise the daemon reads, and not the program
+            self._backing.set_access_times(atime)
 
     async def _end(self, unmounted: trio.Event, server: Server, scope: trio.CancelScope) -> None:
         await unmounted.wait()

@@ -21,6 +21,7 @@ from memfs.contract.sizes import parse_count, parse_number, parse_size, total_ra
 from memfs.contract.units import PAGE_SIZE
 
 _NO_ID: Final = (1 << 32) - 1  # to chown(2) it means none
+REMOUNT: Final = "remount"  #: in the options of mount(8): change those of what is mounted
 
 
 class OptionError(ValueError):
@@ -104,7 +105,8 @@ class MountOptions:
     mpol: str | None = None  #: NUMA policy of the backing tmpfs
     noswap: bool = False  #: the backing tmpfs is never swapped
     ro: bool = False
-    atime: str = "relatime"  #: relatime or noatime
+    atime: str = "relatime"  #: relatime, noatime or strictatime
+    diratime: bool = True  #: whether that goes for directories, too
     suid: bool = False
     dev: bool = False
     exec: bool = True
@@ -145,11 +147,14 @@ class RemountOptions:
 
     size: int | None = None  #: bytes
     nr_inodes: int | None = None
+    writable: bool | None = None  #: cannot be changed, but mount(8) always says it
 
     @classmethod
     def parse(cls, text: str) -> RemountOptions:
         """Parse what follows `-o` of `memfs remount`. Raises OptionError."""
-        return cls(**_parse_values(text, {}, {name: _VALUES[name] for name in ("size", "nr_blocks", "nr_inodes")}))
+        text = ",".join(item for item in text.split(",") if item != REMOUNT)
+        values = {name: _VALUES[name] for name in ("size", "nr_blocks", "nr_inodes")}
+        return cls(**_parse_values(text, {"rw": ("writable", True)}, values))
 
 
 def _parse_values(
@@ -195,6 +200,10 @@ _FLAGS: Final[dict[str, tuple[str, Any]]] = {
     "rw": ("ro", False),
     "noatime": ("atime", "noatime"),
     "relatime": ("atime", "relatime"),
+    "strictatime": ("atime", "strictatime"),
+    "atime": ("atime", "relatime"),
+    "diratime": ("diratime", True),
+    "nodiratime": ("diratime", False),
     "suid": ("suid", True),
     "nosuid": ("suid", False),
     "dev": ("dev", True),

@@ -30,7 +30,7 @@ from memfs.contract.sys.standard_descriptors import fill_standard_descriptors
 from memfs.contract.terminal import Parser, printable, quoted
 from memfs.contract.units import PAGE_SIZE, ByteOffset, is_page_aligned
 from memfs.inherited import InheritedError, leave_behind, raise_limits
-from memfs.options import MountOptions, OptionError, RemountOptions
+from memfs.options import REMOUNT, MountOptions, OptionError, RemountOptions
 from memfs.store import seals
 
 
@@ -70,8 +70,9 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         help="as for tmpfs, separated by commas: size= (bytes, k/m/g/t or %% of RAM; default 50%%), nr_blocks=, "
-        "nr_inodes=, mode= (octal), uid=, gid=, huge=never|always|within_size|advise, mpol=, noswap; ro, noatime, "
-        "suid, dev, noexec, allow_other; passthrough=auto|on|off, backing=tmpfs|memfd, socket=, "
+        "nr_inodes=, mode= (octal), uid=, gid=, huge=never|always|within_size|advise, mpol=, noswap, inode32; ro, "
+        "noatime, strictatime, nodiratime, suid, dev, noexec, allow_other; passthrough=auto|on|off, "
+        "backing=tmpfs|memfd, socket=, "
         "socket_mode= (octal; default 0600), socket_group=, "
         "notify_timeout= (seconds that an owner may take to answer; default 5)",
     )
@@ -173,6 +174,10 @@ class _Mount:
 
 def _mount(arguments: argparse.Namespace) -> None:
     """Mount a memfs. Returns when the mount answers; ends with umount(8), SIGINT or SIGTERM."""
+    options = ",".join(arguments.options)
+    if REMOUNT in options.split(","):
+        _remount(argparse.Namespace(path=arguments.mountpoint, options=options))
+        return
     mount = _Mount.parse(arguments)
     if mount.foreground:
 

@@ -37,9 +37,10 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from memfs.contract.sys.libc import (
+    ATIME_ATTRIBUTES,
     MNT_DETACH,
-    MOUNT_ATTR_NOATIME,
     MOUNT_ATTR_NODEV,
+    MOUNT_ATTR_NODIRATIME,
     MOUNT_ATTR_NOEXEC,
     MOUNT_ATTR_NOSUID,
     MOUNT_ATTR_RDONLY,
@@ -49,7 +50,7 @@ from memfs.contract.sys.libc import (
     mount_of,
     umount,
 )
-from memfs.contract.sys.mountinfo import MEMFS, mountpoint_of, mounts_on, type_of_device
+from memfs.contract.sys.mountinfo import MEMFS, mount_flags, mountpoint_of, mounts_on, type_of_device
 from memfs.fuse.abi import invalidate_attributes
 from memfs.options import MountOptions
 
@@ -81,6 +82,14 @@ class FuseMount:
         """Have the kernel ask for an inode's attributes again, which have changed without its knowledge."""
         with suppress(OSError):  # ENOENT: it does not know the inode any more. ENODEV: unmounted
             os.write(self.fuse_fd, invalidate_attributes(nodeid))
+
+    def access_times(self) -> tuple[str, bool] | None:
+        """Return `MountOptions.atime` and `diratime` as the mount has them now; None if it is not seen."""
+        flags = mount_flags(self.mount_id, self.device)
+        if flags is None:
+            return None
+        atime = next((each for each in ("noatime", "relatime") if each in flags), "strictatime")
+        return atime, "nodiratime" not in flags
 
     def attach(self) -> None:
         """Let the mount be seen, in place of what a killed memfs left on the directory. Raises MountError."""
@@ -262,7 +271,8 @@ def _mount_directly(mountpoint: str, options: MountOptions) -> FuseMount:
         | (0 if options.suid else MOUNT_ATTR_NOSUID)
         | (0 if options.dev else MOUNT_ATTR_NODEV)
         | (0 if options.exec else MOUNT_ATTR_NOEXEC)
-        | (MOUNT_ATTR_NOATIME if options.atime == "noatime" else 0)
+        | ATIME_ATTRIBUTES[options.atime]
+        | (0 if options.diratime else MOUNT_ATTR_NODIRATIME)
     )
     try:
         root = mount_detached("fuse", settings, attributes=attributes)
@@ -273,8 +283,10 @@ def _mount_directly(mountpoint: str, options: MountOptions) -> FuseMount:
 
 
 def _mount_by_helper(mountpoint: str, options: MountOptions) -> FuseMount:
-    if options.suid or options.dev:
-        raise MountError(f"option {'suid' if options.suid else 'dev'} is for root: {_HELPER} mounts without it")
+    for_root = {"suid": options.suid, "dev": options.dev, "nodiratime": not options.diratime}
+    for_root["strictatime"] = options.atime == "strictatime"
+    for option in filter(for_root.get, for_root):
+        raise MountError(f"option {option} is for root: {_HELPER} mounts without it")
     helper = shutil.which(_HELPER)
     if helper is None:
         raise MountError(f"no permission to mount: run as root, or install {_HELPER} (Debian package fuse3)")

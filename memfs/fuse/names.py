@@ -29,6 +29,7 @@ from memfs.fuse.abi import (
 )
 from memfs.fuse.files import FileHandlers
 from memfs.fuse.reply import NO_ENTRY, pack_direntplus, pack_entry
+from memfs.tree.access_times import AccessTimes
 from memfs.tree.inode import DOT_COOKIE, DOTDOT_COOKIE, Inode, RegularFile
 from memfs.tree.open_files import OpenFiles
 from memfs.tree.tree import Tree
@@ -42,17 +43,17 @@ _MOST_ENTRIES: Final = 256  # of a directory in one reply, each of which may tak
 class NameHandlers:
     """The channel's handlers for names and directories. Each raises OSError with the errno to answer.
 
-    With `noatime`, reading a directory leaves its access time alone.
+    `access_times` says whether reading a directory sets its access time.
     """
 
     def __init__(
-        self, tree: Tree, open_files: OpenFiles, files: FileHandlers, xattrs: Xattrs, *, noatime: bool
+        self, tree: Tree, open_files: OpenFiles, files: FileHandlers, xattrs: Xattrs, access_times: AccessTimes
     ) -> None:
         self._tree: Final = tree
         self._open_files: Final = open_files
         self._files: Final = files
         self._xattrs: Final = xattrs
-        self._noatime: Final = noatime
+        self._access_times: Final = access_times
 
     # -- finding ----------------------------------------------------------------------------------------------------
 
@@ -134,8 +135,8 @@ class NameHandlers:
         fh, cookie, size, *_ = unpack(READ_IN, request.body)
         handle = self._open_files.directory(fh)
         directory = handle.inode
-        if not self._noatime and not handle.flags & os.O_NOATIME:
-            directory.accessed()
+        if not handle.flags & os.O_NOATIME:
+            self._access_times.read(directory)
         packed = bytearray()
         for own_cookie, name, inode in ((DOT_COOKIE, b".", directory), (DOTDOT_COOKIE, b"..", directory.parent)):
             if cookie < own_cookie:

@@ -19,6 +19,7 @@ from pyfuse3 import EntryAttributes, FileNameT, FlagT, InodeT, ModeT, RequestCon
 
 from memfs.contract.logs import working_on
 from memfs.fuse.reply import entry_attributes
+from memfs.tree.access_times import AccessTimes
 from memfs.tree.inode import Inode, Symlink
 from memfs.tree.tree import Tree
 from memfs.tree.xattrs import Xattrs
@@ -47,17 +48,17 @@ def _translated(method: Callable[_P, Awaitable[_T]]) -> Callable[_P, Coroutine[o
 
 
 class Operations(pyfuse3.Operations):
-    """The operations that pyfuse3 calls. `noatime`: reading a link leaves its access time alone."""
+    """The operations that pyfuse3 calls. `access_times`: whether reading a link sets its own."""
 
     supports_dot_lookup = True
     enable_writeback_cache = False
     enable_acl = True
 
-    def __init__(self, tree: Tree, xattrs: Xattrs, *, noatime: bool) -> None:
+    def __init__(self, tree: Tree, xattrs: Xattrs, access_times: AccessTimes) -> None:
         super().__init__()
         self._tree: Final = tree
         self._xattrs: Final = xattrs
-        self._noatime: Final = noatime
+        self._access_times: Final = access_times
 
     @_translated
     async def readlink(self, inode: InodeT, ctx: RequestContext) -> FileNameT:
@@ -65,8 +66,7 @@ class Operations(pyfuse3.Operations):
         node = self._tree.inode(inode)
         if not isinstance(node, Symlink):
             raise OSError(errno.EINVAL, "not a symbolic link")
-        if not self._noatime:
-            node.accessed()
+        self._access_times.read(node)
         return FileNameT(node.target)
 
     @_translated

@@ -29,7 +29,14 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import ClassVar, Final, NewType, Protocol
 
 from memfs.contract.page_map import PageMaps
-from memfs.contract.sys.libc import MOUNT_ATTR_NOATIME, Remount, mount_detached
+from memfs.contract.sys.libc import (
+    ATIME_ATTRIBUTES,
+    MOUNT_ATTR__ATIME,
+    MOUNT_ATTR_NOATIME,
+    Remount,
+    mount_detached,
+    set_mount_attributes,
+)
 from memfs.contract.units import bytes_to_pages, pages_to_bytes
 from memfs.options import MountOptions, OptionError
 from memfs.store.reaper import Reaper
@@ -104,6 +111,9 @@ class Backing(Protocol):
     def resize(self, size: int) -> None:
         """Change the limit to `size` bytes. Raises OSError(EINVAL) below what is in use, changing nothing."""
 
+    def set_access_times(self, atime: str) -> None:
+        """Have reads in passthrough mode set access times: "relatime", "strictatime" or (as at first) "noatime"."""
+
     def close(self) -> None:
         """Close the backing. Files live until their descriptors are closed."""
 
@@ -118,19 +128,19 @@ class TmpfsBacking:
     kind: ClassVar[str] = "tmpfs"
     accounted: ClassVar[bool] = False
 
-    def __init__(self, size: int, options: dict[str, str | None] | None = None, *, noatime: bool = False) -> None:
+    def __init__(self, size: int, options: dict[str, str | None] | None = None) -> None:
         self._total = bytes_to_pages(size)
         self._guest_reserved = 0  # pages that guest-sealed files have, or are about to have
         self._guest_share = 0  # pages that the ordinary tmpfs is smaller by
         self._earmarked = 0  # pages that are being allocated
         self.reaper = Reaper()
         self.page_maps = PageMaps()
-        self._root: Final = _mount_tmpfs(pages_to_bytes(self._total + _BALLAST), options or {}, noatime)
+        self._root: Final = _mount_tmpfs(pages_to_bytes(self._total + _BALLAST), options or {})
         self._guest_root, self._guest_pinned = self._root, True
         try:
-            self._guest_root = _mount_tmpfs(size, {**(options or {}), "noswap": None}, noatime)
+            self._guest_root = _mount_tmpfs(size, {**(options or {}), "noswap": None})
         except OSError:  # before Linux 6.4
-            self._guest_root, self._guest_pinned = _mount_tmpfs(size, options or {}, noatime), False
+            self._guest_root, self._guest_pinned = _mount_tmpfs(size, options or {}), False
         self._remount, self._remount_guest = Remount(self._root), Remount(self._guest_root)
         self._load_ballast()
 
@@ -250,6 +260,11 @@ class TmpfsBacking:
             raise
         self._total, self._guest_share = total, guest
 
+    def set_access_times(self, atime: str) -> None:
+        """Change the mount option of both tmpfs."""
+        for root in (self._root, self._guest_root):
+            set_mount_attributes(root, ATIME_ATTRIBUTES[atime], MOUNT_ATTR__ATIME)
+
     def close(self) -> None:
         """Close the roots of both tmpfs."""
         self._remount.close()
@@ -264,10 +279,9 @@ def _pages_in(root: int) -> int:
     return space.f_blocks - space.f_bfree
 
 
-def _mount_tmpfs(size: int, options: dict[str, str | None], noatime: bool) -> int:
+def _mount_tmpfs(size: int, options: dict[str, str | None]) -> int:
     # Inodes are limited by the tree, which also counts directories; the backing must never be the first to run out.
-    attributes = MOUNT_ATTR_NOATIME if noatime else 0
-    return mount_detached("tmpfs", {"size": str(size), "nr_inodes": "0", **options}, attributes=attributes)
+    return mount_detached("tmpfs", {"size": str(size), "nr_inodes": "0", **options}, attributes=MOUNT_ATTR_NOATIME)
 
 
 class MemfdBacking:
@@ -360,6 +374,9 @@ class MemfdBacking:
             raise OSError(errno.EINVAL, f"{used} pages are in use")
         self._total = bytes_to_pages(size)
 
+    def set_access_times(self, atime: str) -> None:
+        """Do nothing: memfds never pass through."""
+
     def close(self) -> None:
         """Do nothing: every memfd is a file's."""
 
@@ -374,7 +391,7 @@ def open_backing(options: MountOptions) -> tuple[Backing, str | None]:
             raise OptionError(f"option {next(iter(options.tmpfs_options))} is for backing=tmpfs")
         return MemfdBacking(options.size), None
     try:
-        return TmpfsBacking(options.size, options.tmpfs_options, noatime=_without_atime(options)), None
+        return TmpfsBacking(options.size, options.tmpfs_options), None
     except OSError as error:
         if error.filename in options.tmpfs_options:
             raise OptionError(f"option {error.filename}: this kernel's tmpfs does not take it") from error
@@ -382,8 +399,3 @@ def open_backing(options: MountOptions) -> tuple[Backing, str | None]:
             raise OptionError(f"option {next(iter(options.tmpfs_options))} needs CAP_SYS_ADMIN") from error
         reason = os.strerror(error.errno or 0)
         return MemfdBacking(options.size), f"no detached tmpfs ({reason}): files live on memfds, and memfs keeps size="
-
-
-def _without_atime(options: MountOptions) -> bool:
-    """Whether reads leave access times alone. Without passthrough the daemon reads, not the program."""
-    return options.atime == "noatime" or options.passthrough == "off"

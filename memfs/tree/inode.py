@@ -179,10 +179,10 @@ class TimedInode(Inode):
         """Set POSIX's mtime and ctime: the content was changed."""
         self.mtime_ns = self.ctime_ns = _now()
 
-    def accessed(self) -> None:
-        """Set POSIX's atime, as relatime has it (mount(8)): the content was read."""
+    def accessed(self, *, always: bool = False) -> None:
+        """Set POSIX's atime, `always` or as relatime has it (mount(8)): the content was read."""
         now = _now()
-        if self.atime_ns <= max(self.mtime_ns, self.ctime_ns) or now - self.atime_ns > _DAY:
+        if always or self.atime_ns <= max(self.mtime_ns, self.ctime_ns) or now - self.atime_ns > _DAY:
             self.atime_ns = now
 
     def set_times(self, atime_ns: int | None, mtime_ns: int | None) -> None:

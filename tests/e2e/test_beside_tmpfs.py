@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import json
 import os
 import stat
 import struct
@@ -18,6 +19,7 @@ import pytest
 
 from memfs.store.seals import F_SEAL_SEAL, MEMFS_IOC_ADD_SEALS
 
+from .conftest import run
 from .process import mounted_alike
 from .tools import needs
 
@@ -178,3 +180,41 @@ def test_from_each_position_that_was_told_the_same_follows(alike: tuple[Path, Pa
         listing.close()
         followed.append(([name for name, _ in entries], after, later))
     assert followed[0] == followed[1]
+
+
+# -- access times ------------------------------------------------------------------------------------------------------
+
+#: Mounts again with options, and says for a file, a directory and a link whether reading it once, and once more, sets
+#: its access time
+READS = """
+set -e; cd "$1"; mount -i -o remount,$2 .
+said() { stat -c %x "$1"; }
+for kind in file dir link; do
+    name=$kind-$(date +%N)
+    case $kind in file) echo x > $name;; dir) mkdir $name;; link) ln -s x $name;; esac
+    touch -h -a -d 2001-01-01 $name
+    for turn in 1 2; do
+        before=$(said $name); sleep 0.02
+        case $kind in file) cat $name > /dev/null;; dir) ls $name;; link) readlink $name > /dev/null;; esac
+        test "$before" = "$(said $name)" && echo $kind same || echo $kind new
+    done
+done
+"""
+
+
+@pytest.mark.parametrize(
+    "options", ["noatime", "strictatime", "relatime", "nodiratime", "strictatime,nodiratime", "relatime,diratime"]
+)
+def test_remount_says_when_access_times_are_set(alike: tuple[Path, Path], options: str) -> None:
+    def reads(path: Path) -> list[str]:
+        result = run("bash", "-c", READS, "bash", path, options)
+        assert result.returncode == 0, result.stderr
+        # Without passthrough, access times of regular files stay as they are.
+        return [line for line in result.stdout.splitlines() if passes or not line.startswith("file")]
+
+    passes = json.loads(os.getxattr(alike[0], "user.memfs.stat"))["passthrough"] == "on"
+    expected = reads(alike[1])
+    deadline = time.monotonic() + 10
+    while (found := reads(alike[0])) != expected and time.monotonic() < deadline:
+        pass  # it is told of the change a moment after mount(8) has returned
+    assert found == expected

@@ -282,3 +282,15 @@ def test_directories_are_made_in_safe_places_only(tmp_path: Path) -> None:
     assert result.returncode == 1
     assert "belongs to another user" in result.stderr
     assert list(strangers.iterdir()) == []
+
+
+def test_remount_among_the_options_of_mount_changes_what_is_mounted(mount_memfs: MountMemfs) -> None:
+    memfs = mount_memfs("size=8m")
+    assert run(*memfs_command("mount", memfs.path, "-o", "rw,nofail,remount,size=0x400000")).returncode == 0
+    assert memfs.run("df", "--output=size", ".").stdout.split()[-1] == "4096"
+    refused = run(*memfs_command("mount", memfs.path, "-o", "remount,mode=700"))
+    assert (refused.returncode, "mode" in refused.stderr) == (1, True)
+    read_only = mount_memfs("size=8m,ro")
+    refused = run(*memfs_command("mount", read_only.path, "-o", "rw,remount,size=4m"))
+    assert refused.returncode == 1
+    assert "Read-only file system" in refused.stderr

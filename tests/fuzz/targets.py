@@ -36,6 +36,7 @@ from memfs.options import MountOptions, OptionError, RemountOptions
 from memfs.store import seals
 from memfs.store.backing import MemfdBacking
 from memfs.store.file import File
+from memfs.tree.access_times import AccessTimes
 from memfs.tree.open_files import OpenFiles
 from memfs.tree.tree import ROOT_INO, Tree
 from memfs.tree.xattrs import Control, Xattrs
@@ -106,7 +107,7 @@ class _Mount:
         files = FileHandlers(self.tree, self.handles, self.backing)
         self.table = who_answers(
             Init(Passthrough(-1, Wanted.OFF, None), handlers, lambda: None, idmapped=True),
-            NameHandlers(self.tree, self.handles, files, xattrs, noatime=False),
+            NameHandlers(self.tree, self.handles, files, xattrs, AccessTimes()),
             files,
             handlers,
             IoctlHandlers(self.tree, self.handles, lambda ino: None),

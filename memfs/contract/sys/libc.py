@@ -27,6 +27,10 @@ MOUNT_ATTR_NOSUID: Final = 0x02
 MOUNT_ATTR_NODEV: Final = 0x04
 MOUNT_ATTR_NOEXEC: Final = 0x08
 MOUNT_ATTR_NOATIME: Final = 0x10
+MOUNT_ATTR_NODIRATIME: Final = 0x80
+MOUNT_ATTR__ATIME: Final = 0x70  #: all bits of which one says when access times are set
+#: which one it is, by mount(8)'s option
+ATIME_ATTRIBUTES: Final = {"relatime": 0, "noatime": MOUNT_ATTR_NOATIME, "strictatime": 0x20}
 _MOVE_MOUNT_F_EMPTY_PATH: Final = 0x04
 _MOVE_MOUNT_T_EMPTY_PATH: Final = 0x40
 _MOVE_MOUNT_BENEATH: Final = 0x200
@@ -38,7 +42,10 @@ _AT_STATX_DONT_SYNC: Final = 0x4000
 _STATX_MNT_ID: Final = 0x1000
 _STATX: Final = struct.Struct("=136xIIQ104x")  # of struct statx: stx_dev_major, stx_dev_minor, stx_mnt_id
 
+_MOUNT_ATTR: Final = struct.Struct("=QQQQ")  # struct mount_attr: attr_set, attr_clr, propagation, userns_fd
+
 _SYS_MOVE_MOUNT: Final = 429  # these are the same on every architecture
+_SYS_MOUNT_SETATTR: Final = 442
 _SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT, _SYS_FSPICK = 430, 431, 432, 433
 _FSOPEN_CLOEXEC = _FSMOUNT_CLOEXEC = _FSPICK_CLOEXEC = 1
 _FSPICK_EMPTY_PATH = 8
@@ -160,6 +167,12 @@ def attach_mount_beneath(root: int, top: int) -> None:
     """
     flags = _MOVE_MOUNT_F_EMPTY_PATH | _MOVE_MOUNT_T_EMPTY_PATH | _MOVE_MOUNT_BENEATH
     _checked(_libc.syscall(_SYS_MOVE_MOUNT, root, b"", top, b"", flags))
+
+
+def set_mount_attributes(root: int, wanted: int, cleared: int) -> None:
+    """Set and clear MOUNT_ATTR_* bits of a mount, by a descriptor of its root (mount_setattr(2)). Raises OSError."""
+    attributes = _MOUNT_ATTR.pack(wanted, cleared, 0, 0)
+    _checked(_libc.syscall(_SYS_MOUNT_SETATTR, root, b"", _AT_EMPTY_PATH, attributes, ctypes.c_size_t(len(attributes))))
 
 
 def mount_of(fd: int) -> tuple[str, str]:

@@ -38,6 +38,14 @@ def mountpoint_of(mount_id: str, device: str) -> str | None:
     )
 
 
+def mount_flags(mount_id: str, device: str) -> frozenset[str] | None:
+    """Return the options of a mount itself, such as ro and relatime; None if it is not in our mount namespace."""
+    return next(
+        (frozenset(fields[5].split(",")) for fields in _mountinfo() if fields[0] == mount_id and fields[2] == device),
+        None,
+    )
+
+
 def real_mountpoint(path: str) -> str:
     """Return a path, absolute and without symbolic links (os.path.realpath), without asking what is mounted there."""
     directory, name = os.path.split(os.path.abspath(path))

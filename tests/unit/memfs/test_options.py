@@ -41,6 +41,10 @@ UNDERSTOOD: dict[str, tuple[str, Any]] = {
     "ro,rw": ("ro", False),
     "noatime": ("atime", "noatime"),
     "noatime,relatime": ("atime", "relatime"),
+    "noatime,atime": ("atime", "relatime"),
+    "strictatime": ("atime", "strictatime"),
+    "nodiratime": ("diratime", False),
+    "nodiratime,diratime": ("diratime", True),
     "suid": ("suid", True),
     "suid,nosuid": ("suid", False),
     "dev": ("dev", True),
@@ -153,6 +157,7 @@ def test_nothing_given_is_the_defaults() -> None:
 def test_remount_takes_limits_only() -> None:
     assert RemountOptions.parse("size=1m,nr_inodes=5") == RemountOptions(1 << 20, 5)
     assert RemountOptions.parse("nr_blocks=2") == RemountOptions(2 * PAGE_SIZE, None)
+    assert RemountOptions.parse("rw,nofail,remount,size=1m,x-a=b") == RemountOptions(1 << 20, writable=True)
     for text in ("mode=700", "ro", "socket=x", "size=0"):
         with pytest.raises(OptionError) as caught:
             RemountOptions.parse(text)

@@ -36,6 +36,7 @@ from memfs.fuse.passthrough import Passthrough, Wanted
 from memfs.fuse.xattrs import XattrHandlers
 from memfs.store.backing import MemfdBacking
 from memfs.store.file import File
+from memfs.tree.access_times import AccessTimes
 from memfs.tree.open_files import OpenFiles
 from memfs.tree.tree import ROOT_INO, Tree
 from memfs.tree.xattrs import Control, Xattrs
@@ -54,7 +55,7 @@ class Mount:
         files = FileHandlers(self.tree, self.open_files, self.backing)
         self.table: dict[int, Handler | Pyfuse3] = who_answers(
             Init(Passthrough(-1, Wanted.OFF, None), handlers, lambda: None, idmapped=True),
-            NameHandlers(self.tree, self.open_files, files, xattrs, noatime=False),
+            NameHandlers(self.tree, self.open_files, files, xattrs, AccessTimes()),
             files,
             handlers,
             IoctlHandlers(self.tree, self.open_files, lambda ino: None),
