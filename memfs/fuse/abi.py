@@ -131,6 +131,7 @@ FATTR_ATIME_NOW: Final = 1 << 7  # with FATTR_ATIME, and the time beside it
 FATTR_MTIME_NOW: Final = 1 << 8
 FATTR_LOCKOWNER: Final = 1 << 9
 FATTR_KILL_SUIDGID: Final = 1 << 11
+FUSE_WRITE_CACHE: Final = 1 << 0
 FUSE_WRITE_KILL_SUIDGID: Final = 1 << 2
 FUSE_OPEN_KILL_SUIDGID: Final = 1 << 0
 

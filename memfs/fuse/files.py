@@ -36,6 +36,7 @@ from memfs.fuse.abi import (
     FOPEN_NOFLUSH,
     FOPEN_PASSTHROUGH,
     FUSE_OPEN_KILL_SUIDGID,
+    FUSE_WRITE_CACHE,
     FUSE_WRITE_KILL_SUIDGID,
     LSEEK_IN,
     LSEEK_OUT,
@@ -183,7 +184,10 @@ class FileHandlers:
         return self._open_files.file(fh).inode.file.read(_in_range(offset), size)
 
     async def write(self, request: Request) -> bytes:
-        """Answer write(2) to a file that is not in passthrough mode."""
+        """Answer write(2) to a file that is not in passthrough mode, or the page cache that writes back a mapping.
+
+        The page cache takes a short write for a whole one: fsync(2), msync(2) and close(2) report nothing but an error.
+        """
         body = request.body
         fh, offset, size, write_flags, *_ = unpack(WRITE_IN, body)
         data = body[WRITE_IN.size :]
@@ -192,7 +196,10 @@ class FileHandlers:
         inode = self._open_files.file(fh).inode
         if write_flags & FUSE_WRITE_KILL_SUIDGID:
             _kill_suidgid(inode, request)
-        return WRITE_OUT.pack(inode.file.write(_in_range(offset), data), 0)
+        written = inode.file.write(_in_range(offset), data)
+        if written < size and write_flags & FUSE_WRITE_CACHE:
+            raise OSError(errno.ENOSPC, f"{size - written} bytes of a mapping find no space")
+        return WRITE_OUT.pack(written, 0)
 
     async def lseek(self, request: Request) -> bytes:
         """Answer lseek(2) with SEEK_DATA or SEEK_HOLE; the kernel answers the others itself."""

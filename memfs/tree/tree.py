@@ -100,10 +100,10 @@ class Tree:
         return inode
 
     def lookup(self, parent: int, name: bytes) -> Inode:
-        """Return what a name in a directory names. ENOENT if nothing."""
-        directory = self.directory(parent)
+        """Return what a name in a directory names; "." is any inode itself, as for file handles. ENOENT if nothing."""
         if name == b".":
-            return directory
+            return self.inode(parent)
+        directory = self.directory(parent)
         if name == b"..":
             return directory.parent
         if len(name) > NAME_MAX:

@@ -8,6 +8,7 @@ import errno
 import mmap
 import os
 import signal
+import struct
 import subprocess
 import threading
 import time
@@ -24,6 +25,7 @@ from .conftest import Memfs, MountMemfs
 from .owner import connected
 
 _libc = ctypes.CDLL(None, use_errno=True)
+MS_NOSUID, MS_NODEV, MS_REMOUNT = 2, 4, 32  # linux/mount.h
 WAYS = pytest.mark.parametrize(
     "way", ["", ",passthrough=off", ",backing=memfd"], ids=["tmpfs", "no-passthrough", "memfd"]
 )
@@ -226,3 +228,69 @@ def test_a_signal_ends_no_open_while_a_large_file_is_freed(mount_memfs: MountMem
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("way", ["passthrough=off", "backing=memfd"])
+@pytest.mark.parametrize("call", ["msync", "fsync", "close"])
+@pytest.mark.parametrize(("free", "dirty"), [(0, 1), (1, 2), (64, 32), (100, 256), (255, 256)])
+def test_what_a_mapping_loses_is_reported(mount_memfs: MountMemfs, way: str, call: str, free: int, dirty: int) -> None:
+    """On tmpfs the store itself would be a SIGBUS; here the kernel asks for space when it writes back."""
+    memfs = mount_memfs(f"size=4m,{way}")
+    filler = os.open(memfs.path / "filler", os.O_RDWR | os.O_CREAT)
+    fallocate(filler, 0, ByteOffset(0), (free_pages(memfs.path) - free) * PAGE_SIZE)
+    fd = os.open(memfs.path / "file", os.O_RDWR | os.O_CREAT)
+    os.ftruncate(fd, dirty * PAGE_SIZE)
+    area = mmap.mmap(fd, dirty * PAGE_SIZE)
+    keeper = os.dup(fd)  # the mapping's own descriptor is closed by Python
+    area[:] = b"x" * len(area)
+    error = ""
+    try:
+        match call:
+            case "msync":
+                area.flush()
+            case "fsync":
+                os.fsync(fd)
+            case _:
+                os.close(os.dup(fd))
+    except OSError as failure:
+        error = errno.errorcode[failure.errno or 0]
+    assert error == ("ENOSPC" if free < dirty else "")
+    with contextlib.suppress(OSError):
+        area.close()
+    for each in (fd, keeper, filler):
+        with contextlib.suppress(OSError):
+            os.close(each)
+
+
+_HANDLE_BYTES = 128
+
+
+@pytest.mark.parametrize("kind", ["file", "directory", "link", "pipe"])
+def test_a_handle_opens_what_the_kernel_has_forgotten(memfs: Memfs, kind: str) -> None:
+    """The kernel asks for "." of it, whatever it is."""
+    path = memfs.path / "it"
+    match kind:
+        case "file":
+            path.write_bytes(b"content")
+        case "directory":
+            path.mkdir()
+        case "link":
+            path.symlink_to("target")
+        case _:
+            os.mkfifo(path)
+    handle = ctypes.create_string_buffer(struct.pack("Ii", _HANDLE_BYTES, 0) + bytes(_HANDLE_BYTES))
+    mount_id = ctypes.c_int()
+    assert _libc.name_to_handle_at(-100, os.fsencode(path), handle, ctypes.byref(mount_id), 0) == 0
+    forget_all(memfs)
+    root = os.open(memfs.path, os.O_RDONLY)
+    fd = _libc.open_by_handle_at(root, handle, os.O_PATH)
+    assert fd >= 0, errno.errorcode[ctypes.get_errno()]
+    assert os.fstat(fd).st_ino == os.lstat(path).st_ino
+    os.close(fd)
+    os.close(root)
+
+
+def forget_all(memfs: Memfs) -> None:
+    """Have the kernel forget names and inodes of a mount, by a remount that changes nothing."""
+    flags = MS_REMOUNT | MS_NOSUID | MS_NODEV
+    assert _libc.mount(b"none", os.fsencode(memfs.path), b"none", ctypes.c_ulong(flags), None) == 0
