@@ -12,6 +12,7 @@ import math
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -30,9 +31,10 @@ from kvmsim.memory_map import draw
 from kvmsim.mmu.fault_around import LARGEST_WINDOW
 from kvmsim.side import Side
 from kvmsim.slots.memslots import Memslot
-from kvmsim.uapi import PreFaultMemory
+from kvmsim.uapi import KVM_MAX_VCPU_ID, PreFaultMemory
 from kvmsim.vcpu import VCPU
 from kvmsim.vm import VM, Listener, VmConfig, create_vm
+from kvmsim.vm_type import VmType
 from kvmsim.vmm.vmm import UnhandledExit, Vmm, open_memory
 from memfs.contract import logs
 from memfs.contract.sizes import parse_bytes, parse_size
@@ -43,6 +45,9 @@ from memfs.contract.units import PAGE_SIZE, Gfn, GfnRange, Gpa, bytes_to_pages, 
 
 DEFAULT_TRACE: Final = "sort"
 _PRINTED_A_SECOND: Final = 1000  # notifications, with -v
+
+
+_VM_TYPES: Final = {"snp": VmType.SNP, "tdx-48": VmType.TDX_48, "tdx-52": VmType.TDX_52}
 
 
 class CommandError(Exception):
@@ -88,7 +93,23 @@ def _parser() -> argparse.ArgumentParser:
         "--private-ranges",
         metavar="START-END[,...]",
         help="guest physical addresses that the guest means as private, e.g. 0-1m,2m-3m "
-        "(default: the lower three quarters of the pages that the trace uses)",
+        "(default: the lower three quarters of the pages that each vCPU's trace uses)",
+    )
+    run.add_argument(
+        "--vm-type",
+        choices=sorted(_VM_TYPES),
+        default="snp",
+        help="how the guest says that it means private memory: C-bit, or bit 47 or 51 of the address (default: snp)",
+    )
+    run.add_argument(
+        "--vcpus",
+        metavar="N",
+        type=_count,
+        default=1,
+        help="run the trace on so many vCPUs, each on memory of its own (default: 1)",
+    )
+    run.add_argument(
+        "--slots", metavar="N", type=_count, default=1, help="divide guest memory among so many memslots (default: 1)"
     )
     run.add_argument("--no-map-on-fallocate", action="store_true", help="map private memory on faults only")
     run.add_argument(
@@ -142,11 +163,11 @@ def _run(options: argparse.Namespace) -> None:
         logs.set_up([options.log_file], logging.INFO)
     size = _size(options.mem, "--mem")
     trace = _load(options.trace)
-    if trace.memory_size > size:
-        raise CommandError(f"--mem {options.mem} is too small: the trace uses {trace.memory_size >> 10} KiB")
-    private = _ranges(options.private_ranges) if options.private_ranges else _default_private(trace)
+    if (needed := trace.memory_size * options.vcpus) > size:
+        raise CommandError(f"--mem {options.mem} is too small: the trace uses {needed >> 10} KiB")
+    private = _ranges(options.private_ranges) if options.private_ranges else _default_private(trace, options.vcpus)
     options.fault_around = _fault_around(options.fault_around)
-    with open_memory(options.shared, options.private, size, parse_size(options.granule)) as vmm:
+    with open_memory(options.shared, options.private, size, parse_size(options.granule), options.slots) as vmm:
         _check_files(options, vmm)
         socket_path = options.socket or socket_of(vmm.shared)
         trio.run(_simulate, options, vmm, trace, private, socket_path, restrict_keyboard_interrupt_to_checkpoints=True)
@@ -160,18 +181,20 @@ async def _simulate(
         name=f"kvmsim-{os.getpid()}",
         map_on_fallocate=not options.no_map_on_fallocate,
         fault_around=options.fault_around,
+        vm_type=_VM_TYPES[options.vm_type],
     )
     async with create_vm(socket_path, config) as vm:
         await vmm.add_memory(vm)
         if options.verbose:
             vm.listeners.append(_printer(console, None if options.verbose > 1 else vmm))
-        engine = TraceEngine(vm, trace, private, repeat_for=options.duration)
-        vcpu = vm.create_vcpu(0, engine)
+        traces = [trace.at(Gpa(number * trace.memory_size)) for number in range(options.vcpus)]
+        engines = [TraceEngine(vm, each, private, repeat_for=options.duration) for each in traces]
+        vcpus = [vm.create_vcpu(number, engine) for number, engine in enumerate(engines)]
         gfns = GfnRange(Gfn(0), gpa_to_gfn(Gpa(vmm.size)))
         if options.picture:
             console.print("guest memory before:", draw(vm, gfns, ascii_only=console.options.ascii_only), sep="\n")
         if options.prefault:
-            await _prefault(console, vcpu, vmm.size)
+            await _prefault(console, vcpus[0], vmm.size)
         started = time.monotonic()
         with Progress(
             TextColumn("{task.description}"),
@@ -183,12 +206,12 @@ async def _simulate(
             transient=True,
         ) as progress:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(_show_progress, progress, engine, options.duration)
-                failure = await _run_guest(vmm, vcpu)
+                nursery.start_soon(_show_progress, progress, engines, options.duration)
+                failure = await _run_guest(vmm, vcpus)
                 nursery.cancel_scope.cancel()
         if options.picture:
             console.print("guest memory after:", draw(vm, gfns, ascii_only=console.options.ascii_only), sep="\n")
-        _report(console, vm, vmm, vcpu, engine, time.monotonic() - started, failure)
+        _report(console, vm, vmm, engines, time.monotonic() - started, failure)
         if failure is not None:  # perhaps in the middle of a conversion, of which nobody will tell us the rest
             raise failure
         vm.check()
@@ -202,8 +225,24 @@ async def _prefault(console: Console, vcpu: VCPU, size: int) -> None:
     console.print(f"{'prefault':13}  {pages:,} pages mapped in {time.monotonic() - started:.2f} s")
 
 
-async def _run_guest(vmm: Vmm, vcpu: VCPU) -> Exception | None:
-    """Run until the guest halts; what went wrong is returned, so that the report can still be made."""
+async def _run_guest(vmm: Vmm, vcpus: Sequence[VCPU]) -> Exception | None:
+    """Run vCPUs until all have halted, or one fails, which is returned so that the report can still be made."""
+    failures: list[Exception] = []
+
+    async def run(vcpu: VCPU) -> None:
+        failure = await _run_vcpu(vmm, vcpu)
+        if failure is not None:
+            failures.append(failure)
+            for other in vcpus:
+                other.kick()
+
+    async with trio.open_nursery() as nursery:
+        for vcpu in vcpus:
+            nursery.start_soon(run, vcpu)
+    return failures[0] if failures else None
+
+
+async def _run_vcpu(vmm: Vmm, vcpu: VCPU) -> Exception | None:
     try:
         await vmm.run(vcpu)
     except OSError as error:
@@ -215,10 +254,11 @@ async def _run_guest(vmm: Vmm, vcpu: VCPU) -> Exception | None:
     return None
 
 
-async def _show_progress(progress: Progress, engine: TraceEngine, duration: float) -> None:
-    """Show how much of the time is over, or, of a guest that runs once, of its trace."""
+async def _show_progress(progress: Progress, engines: Sequence[TraceEngine], duration: float) -> None:
+    """Show how much of the time is over, or, of a guest that runs once, of the trace of the vCPU that is behind."""
     task, started = progress.add_task("running", total=1.0), time.monotonic()
     while True:
+        engine = min(engines, key=lambda each: each.passes + each.progress)
         done = min((time.monotonic() - started) / duration, 1) if duration else engine.progress
         progress.update(task, completed=done, description=f"running, pass {engine.passes + 1}")
         await trio.sleep(0.1)
@@ -246,18 +286,21 @@ def _printer(console: Console, silent: Vmm | None) -> Listener:
 
 
 def _report(
-    console: Console, vm: VM, vmm: Vmm, vcpu: VCPU, engine: TraceEngine, seconds: float, failure: Exception | None
+    console: Console, vm: VM, vmm: Vmm, engines: Sequence[TraceEngine], seconds: float, failure: Exception | None
 ) -> None:
-    everything = vm.mmu.table.everything
+    everything, tlbs = vm.mmu.table.everything, vm.mmu.tlbs
+    exits = sum((vcpu.exits for vcpu in vm.vcpus.values()), Counter[str]())
     counters = vm.backing.counters
     rows = {
-        "accesses": f"{engine.accesses:,} in {seconds:.2f} s, {engine.passes} passes of the trace",
+        "accesses": f"{sum(each.accesses for each in engines):,} in {seconds:.2f} s, "
+        f"{sum(each.passes for each in engines)} passes of the trace",
         "faults": f"{vm.faults[Side.PRIVATE]:,} private, {vm.faults[Side.SHARED]:,} shared, {vm.mmu.retries:,} retried",
-        "exits": ", ".join(f"{count:,} {name}" for name, count in sorted(vcpu.exits.items())) or "none",
+        "exits": ", ".join(f"{count:,} {name}" for name, count in sorted(exits.items())) or "none",
         "conversions": f"{vmm.conversions[Side.PRIVATE]:,} to private, {vmm.conversions[Side.SHARED]:,} to shared",
         "notifications": f"{counters.invalidate_begin:,} invalidate begin, {counters.invalidate_end:,} end, "
         f"{counters.fallocate:,} fallocate",
-        "TLB": f"{vcpu.tlb.hits:,} hits, {vcpu.tlb.misses:,} misses, {vcpu.tlb.flushes:,} flushes",
+        "TLB": f"{sum(tlb.hits for tlb in tlbs):,} hits, {sum(tlb.misses for tlb in tlbs):,} misses, "
+        f"{sum(tlb.flushes for tlb in tlbs):,} flushes",
         "mapped pages": f"{vm.mmu.table.count(everything, Side.PRIVATE):,} private, "
         f"{vm.mmu.table.count(everything, Side.SHARED):,} shared, in {vm.mmu.table.nr_tables} tables",
         "integrity": "every byte was as stored" if failure is None else f"FAILED: {failure}",
@@ -357,6 +400,15 @@ def _ranges(text: str) -> list[GfnRange]:
     return ranges
 
 
-def _default_private(trace: Trace) -> list[GfnRange]:
-    pages = trace.memory_size // PAGE_SIZE * 3 // 4
-    return [GfnRange(Gfn(0), Gfn(pages))] if pages else []
+def _count(text: str) -> int:
+    """Parse a number of vCPUs or slots. Raises ValueError, as argparse has it."""
+    number = int(text)
+    if not 0 < number < KVM_MAX_VCPU_ID:
+        raise argparse.ArgumentTypeError(f"{text}: from 1 to {KVM_MAX_VCPU_ID - 1}")
+    return number
+
+
+def _default_private(trace: Trace, vcpus: int) -> list[GfnRange]:
+    pages = trace.memory_size // PAGE_SIZE
+    starts = [number * pages for number in range(vcpus)]
+    return [GfnRange(Gfn(start), Gfn(start + pages * 3 // 4)) for start in starts if pages * 3 // 4]

@@ -25,7 +25,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from memfs.contract.units import PAGE_SIZE
+from memfs.contract.units import PAGE_SIZE, Gpa
 
 RECORD: Final = np.dtype([("gpa", "<u8"), ("size", "u1"), ("write", "?")])
 MAX_ACCESS: Final = 1 << 14  #: bytes; XSAVE with all of AMX's state stores 11,008
@@ -53,6 +53,12 @@ class Trace:
     def memory_size(self) -> int:
         """How much guest memory it needs, in bytes."""
         return (int(self.records["gpa"].max()) // PAGE_SIZE + 1) * PAGE_SIZE if len(self.records) else 0
+
+    def at(self, gpa: Gpa) -> Trace:
+        """Return the same accesses to memory from a gpa on, the beginning of a page."""
+        records = self.records.copy()
+        records["gpa"] += np.uint64(gpa)
+        return Trace(records, self.command, self.glued)
 
     def save(self, path: Path) -> None:
         """Write a .npz. Addresses are stored as 32-bit differences, which compress well."""

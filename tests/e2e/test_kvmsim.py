@@ -97,6 +97,32 @@ def test_private_ranges_decide_who_is_private(guest: Memfs) -> None:
     assert number(result.stdout, "to private") == 32
 
 
+@pytest.mark.parametrize("vm_type", ["snp", "tdx-48", "tdx-52"])
+def test_several_vcpus_and_slots(guest: Memfs, vm_type: str) -> None:
+    """Each runs the trace on memory of its own, and all convert, within slots that end anywhere."""
+    one = guest.run(*RUN)
+    assert one.returncode == 0, one.stdout + one.stderr
+    assert guest.run("fallocate", "-p", "-l", "4M", "private").returncode == 0
+    options = ["--vcpus", "3", "--slots", "5", "--vm-type", vm_type]
+    result = guest.run(*RUN, *options)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "every byte was as stored" in result.stdout
+    assert number(result.stdout, "passes") == 3
+    for what in ("to private", "MAP_PRIVATE"):
+        assert number(result.stdout, what) == 3 * number(one.stdout, what)
+    too_many = guest.run(*RUN, "--vcpus", "9999")
+    assert (too_many.returncode, "--vcpus" in too_many.stderr) == (2, True)
+
+
+def test_vcpu_that_finds_a_wrong_byte_stops_the_others(guest: Memfs) -> None:
+    with running(guest, "--duration", "60", "--vcpus", "3") as process:
+        script = "for i in $(seq 200); do head -c 245760 /dev/urandom | dd of=shared bs=1K seek=720 conv=notrunc; done"
+        guest.run("sh", "-c", script)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "shared memory at gpa" in output
+
+
 @contextmanager
 def running(memfs: Memfs, *options: str) -> Iterator[subprocess.Popen[str]]:
     """kvmsim in the background; over when the block is."""
