@@ -21,7 +21,7 @@ from typing import Final, TypeVar
 import trio
 
 SHARE: Final = 32  #: units that are done for a user in one event-loop iteration, about a millisecond
-_THREADS: Final = 4  # of a user
+_THREADS: Final = 1  # of a user: it may take all of a CPU that the event loop needs
 
 _T = TypeVar("_T")
 
@@ -90,7 +90,7 @@ class Turns:
                 del self._queues[user]
 
     async def run_in_thread(self, user: Hashable, function: Callable[[], _T]) -> _T:
-        """Run a function in a thread, of which each user has a few at a time."""
+        """Run a function in a thread, of which each user has one at a time."""
         threads = self._threads.setdefault(user, trio.CapacityLimiter(_THREADS))
         try:
             return await trio.to_thread.run_sync(function, limiter=threads)

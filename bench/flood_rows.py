@@ -1,0 +1,125 @@
+"""How long another user's stat(2) takes while one user floods memfs with what costs it most.
+
+Each flood is a process with many threads that ask for the same without end, of a file, a directory or an inode which
+that user has filled. Measured is the 99th percentile of the other's stat(2), in milliseconds; the reference is the same
+with nobody else. The process that asks and the daemon share a CPU, or do not; the flood may run on both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from bench.harness import BenchError, Row, Run, compare, measure, memfs, now, placements
+
+_TARGET: Final = 5.0  # ms, on a quiet machine
+_STATS: Final = 1000
+_THREADS: Final = 16  # that flood
+_USER: Final = 65534  # that floods
+
+#: A program that floods: what it fills first, and what its threads then call without end
+_PROGRAM: Final = """
+import os, sys, threading
+os.chdir(sys.argv[1])
+{prepare}
+def flood():
+    try:
+        while True:
+            {call}
+    except Exception as error:
+        print(error, file=sys.stderr, flush=True)
+        os._exit(1)
+os.sched_setaffinity(0, range(os.cpu_count()))
+os.setresgid({user}, {user}, {user})
+os.setresuid({user}, {user}, {user})
+for _ in range({threads}):
+    threading.Thread(target=flood, daemon=True).start()
+print("flooding", flush=True)
+sys.stdin.read()
+os._exit(0)
+"""
+
+_FLOODS: Final = {
+    "setxattr with 5,000 set": (
+        "open('file', 'w').close(); os.chmod('file', 0o666)\n"
+        "for number in range(5000): os.setxattr('file', f'user.{number}', b'')",
+        "os.setxattr('file', 'user.1', b'1')",
+    ),
+    "getxattr user.memfs.stat": ("", "os.getxattr('.', 'user.memfs.stat')"),
+    "SEEK_HOLE in 700 MiB": (
+        "fd = os.open('large', os.O_RDWR | os.O_CREAT); os.posix_fallocate(fd, 0, 700 << 20)\n"
+        "for number in range(700): os.pwrite(fd, bytes(1 << 20), number << 20)",
+        "os.lseek(fd, 0, os.SEEK_HOLE)",
+    ),
+    "listing 20,000 names": (
+        "os.mkdir('names')\nfor number in range(20000): os.mkfifo(f'names/{number}')",
+        "sum(1 for _ in os.scandir('names'))",
+    ),
+    "statfs and removing 64 MiB": (
+        "os.chmod('.', 0o777)",
+        "name = str(threading.get_ident()); fd = os.open(name, os.O_RDWR | os.O_CREAT); "
+        "os.posix_fallocate(fd, 0, 64 << 20); os.close(fd); os.unlink(name); os.statvfs('.')",
+    ),
+}
+
+
+def rows(run: Run) -> Iterator[Row]:
+    """Measure each flood, for each placement."""
+    for name, (prepare, call) in _FLOODS.items():
+        title = f"another user's stat p99, {name}"
+        if not run.wants(title):
+            continue
+        for placement, (cpu, daemon_cpu) in placements().items():
+            with memfs(run, "size=3g,nr_inodes=100k,allow_other") as ours:
+                ours.pin(daemon_cpu)
+                small = ours.path / "small"
+                small.write_bytes(b"x")  # so that memfs is asked each time
+                asking = partial(_p99, small, run.count(_STATS))
+                with _on(cpu):
+                    quiet = measure({"nobody": asking}, run.repetitions)["nobody"]
+                    with _flood(ours.path, prepare, call):
+                        flooded = measure({"flood": asking}, run.repetitions)["flood"]
+            yield compare(title, placement, flooded, "ms", "nobody else", quiet, at_most=_TARGET)
+
+
+def _p99(path: Path, count: int) -> float:
+    """Return the 99th percentile of the milliseconds that stat(2) takes."""
+    taken = []
+    for _ in range(count):
+        started = now()
+        os.stat(path)
+        taken.append(now() - started)
+    return statistics.quantiles(taken, n=100)[-1] * 1e3
+
+
+@contextlib.contextmanager
+def _on(cpu: int) -> Iterator[None]:
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {cpu})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@contextlib.contextmanager
+def _flood(path: Path, prepare: str, call: str) -> Iterator[None]:
+    program = _PROGRAM.format(prepare=prepare, call=call, user=_USER, threads=_THREADS)
+    command = [sys.executable, "-c", program, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        if process.stdout.readline() != b"flooding\n":
+            raise BenchError("the flood has not begun")
+        yield
+        if process.poll() is not None:
+            raise BenchError(f"the flood has ended: {call}")
+        process.stdin.close()
+        process.wait()
