@@ -132,7 +132,7 @@ class _Memfs:
         control = Control(socket_path, self.describe_in, self.remount)
         self._access_times: Final = AccessTimes()
         self._xattrs: Final = Xattrs(self._tree, control)
-        self._registry: Final = Registry(self._tree, options.notify_timeout)
+        self._registry: Final = Registry(self._tree, options.notify_timeout, mount.invalidate_attributes)
         self._clients: Final = Clients(options.socket_mode, options.socket_group)
 
     def _new_file(self, ino: Ino, seals: int) -> File:

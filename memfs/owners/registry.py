@@ -29,7 +29,7 @@ import json
 import logging
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from itertools import islice
 from typing import Any, Final, Protocol
 
@@ -331,10 +331,16 @@ class Owner(ABC):
 
 
 class Registry:
-    """All owners and registrations of a mount. `notify_timeout` in seconds."""
+    """All owners and registrations of a mount. `notify_timeout` in seconds.
 
-    def __init__(self, tree: Tree, notify_timeout: float = 5.0) -> None:
+    `given_out` is called with the number of an inode that an owner may change from now on without a request.
+    """
+
+    def __init__(
+        self, tree: Tree, notify_timeout: float = 5.0, given_out: Callable[[int], None] = lambda ino: None
+    ) -> None:
         self._tree: Final = tree
+        self._given_out: Final = given_out
         self.notify_timeout: Final = notify_timeout
         self.owners: dict[int, Owner] = {}
         self.outstanding: Final[Outstanding[Owner]] = Outstanding()
@@ -367,6 +373,7 @@ class Registry:
         self._tree.hold(inode)
         owner.registrations[registration.id] = registration
         inode.file.bind(registration)
+        self._given_out(inode.ino)
         log.info("registered", extra=fields(owner=owner.number, file=registration.id, ino=inode.ino))
         return registration
 

@@ -162,6 +162,11 @@ class File:
         """The owner that is notified when pages come and go."""
         return self._owner
 
+    @property
+    def is_given_out(self) -> bool:
+        """Whether an owner may change it by a descriptor of the backing file, which nobody can take back."""
+        return self._is_given_out
+
     def bind(self, owner: GuestOps) -> None:
         """Give the file, which has none, an owner. It receives descriptors of the backing file, if it has not."""
         assert self._owner is None, f"file {self.number} has two owners"

@@ -147,7 +147,7 @@ class RegularFile(Inode):
             *(backing.st_atime_ns, backing.st_mtime_ns, backing.st_ctime_ns, self.btime_ns),
             # An owner, or a program that writes to a mapping, fills holes, and nobody is notified. What is being
             # allocated lies beyond the end until all of it is there.
-            stable=not backing.st_size and not backing.st_blocks,
+            stable=not (backing.st_size or backing.st_blocks or self.file.is_given_out),
         )
 
     def set_times(self, atime_ns: int | None, mtime_ns: int | None) -> None:

@@ -332,3 +332,14 @@ async def test_owner_that_never_answers_is_fenced(mount_memfs: MountMemfs) -> No
         assert [type(message).__name__ for message in owner.heard] == ["InvalidateBegin", "Fenced"]
     async with connected(memfs.socket) as owner:
         assert isinstance(await owner.register(memfs.path / "file"), Registered)
+
+
+async def test_size_that_an_owner_sets_is_seen(memfs: Memfs) -> None:
+    path = memfs.path / "shared"
+    assert (await shell("sh", "-c", ": > shared; stat -c %s shared", cwd=memfs.path)).stdout == b"0\n"
+    async with connected(memfs.socket) as owner:
+        _, fds = await owner.registered(path)
+        assert (await shell("stat", "-c", "%s", "shared", cwd=memfs.path)).stdout == b"0\n"
+        os.ftruncate(fds[0], 8192)
+        assert (await shell("stat", "-c", "%s", "shared", cwd=memfs.path)).stdout == b"8192\n"
+        close_all(fds)
