@@ -1,6 +1,6 @@
 """Answers to ioctl(2): seals on an open file, and chattr(1)'s inode flags.
 
-The kernel does not know that an ioctl changes an inode, so it is told to ask for its attributes again.
+The kernel does not know that an ioctl changes an inode, so it is made to ask for its attributes again.
 """
 
 from __future__ import annotations

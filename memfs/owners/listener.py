@@ -58,7 +58,7 @@ class Listener:
 def listen(paths: Sequence[str], mode: int, group: int | None) -> Listener:
     """Listen on a socket of this mode and group (None: ours), at the first of these paths that can be had.
 
-    The listener's path is the one that was found to be safe, without symbolic links: no other may be told to anybody.
+    The listener's path is the one that was found to be safe, without symbolic links: no other may be given to anybody.
     Blocking. Raises ListenError.
     """
     for path in paths:
