@@ -3,30 +3,68 @@
 The page map says which pages there are; the backing, how many there may be in all. Both change together, in here, next
 to the system call that allocates or frees: first space is reserved, then pages are allocated, then the reservation is
 committed, which enters them in the map; and when pages have been freed, they leave the map and their space is free.
+
+A map takes two descriptors and address space. So a file has one only while it is held and its pages matter; of a file
+that nobody holds the runs of allocated pages are kept instead, if they are few and quickly found.
 """
 
 from __future__ import annotations
 
 import errno
+import itertools
+import os
 from typing import Final
 
-from memfs.contract.page_map import ABSENT, ALLOCATED, MAX_PAGES
+from memfs.contract.page_map import ABSENT, ALLOCATED, MAX_PAGES, PageMap
 from memfs.contract.units import ByteOffset, PageIndex, PageRange, page_offset
 from memfs.store.backing import Backing
 
 MAP_END: Final = PageIndex(MAX_PAGES)
+_MOST_RUNS: Final = 256  # that are kept in place of a map
+_MOST_BLOCKS: Final = 2048  # of 512 bytes, of a map that is read when it is put away: 4 GiB of a file
 _WHOLE: Final = PageRange(PageIndex(0), MAP_END)
 
 
 class Accounting:
     """Which pages one file has. Raises OSError(EFBIG) for pages that no map can hold."""
 
-    __slots__ = ("_backing", "page_map", "pages")
+    __slots__ = ("_backing", "_name", "_page_map", "_runs", "pages")
 
     def __init__(self, backing: Backing, name: str) -> None:
         self._backing: Final = backing
-        self.page_map: Final = backing.page_maps.create(name)
+        self._name: Final = name
+        self._page_map: PageMap | None = None
+        self._runs: tuple[PageRange, ...] = ()  # what the map shows, while there is none
         self.pages = 0  #: how many pages the map shows
+
+    @property
+    def page_map(self) -> PageMap:
+        """The page map, which is made if there is none. Raises OSError: EMFILE, ENOSPC."""
+        return self.take_out()
+
+    def take_out(self) -> PageMap:
+        """Return the page map, and make it if there is none. Raises OSError: EMFILE, ENOSPC."""
+        if self._page_map is None:
+            self._page_map = self._backing.page_maps.create(self._name)
+            for run in self._runs:
+                self._page_map.set(run, ALLOCATED)
+            self._runs = ()
+        return self._page_map
+
+    def put_away(self) -> None:
+        """Keep what the map shows without a map, and so without descriptors, unless that is much. Nobody may use it."""
+        page_map = self._page_map
+        if page_map is None:
+            return
+        runs: tuple[PageRange, ...] = ()
+        if self.pages:
+            if os.fstat(page_map.fd).st_blocks > _MOST_BLOCKS:
+                return
+            runs = tuple(itertools.islice(page_map.runs(_WHOLE), _MOST_RUNS + 1))
+            if len(runs) > _MOST_RUNS:
+                return
+        self._backing.page_maps.close(page_map)
+        self._page_map, self._runs = None, runs
 
     def reserve(self, pages: PageRange) -> Reservation:
         """Reserve space for the absent pages of a range, within a with statement. Raises OSError(ENOSPC)."""
@@ -36,7 +74,9 @@ class Accounting:
     def forget(self, pages: PageRange = _WHOLE) -> None:
         """Account for pages that were freed."""
         tracked = pages.intersect(_WHOLE)
-        if tracked is not None:
+        if not self.pages:
+            self._backing.unreserve(0)
+        elif tracked is not None:
             count = self.page_map.count(tracked)
             self.page_map.set(tracked, ABSENT)
             self.pages -= count
@@ -60,18 +100,21 @@ class Accounting:
 
     def close(self) -> None:
         """Account for a file that was freed."""
-        self.forget()
-        self._backing.page_maps.close(self.page_map)
+        self._backing.unreserve(self.pages)
+        self.pages, self._runs = 0, ()
+        if self._page_map is not None:
+            self._backing.page_maps.close(self._page_map)
 
     def check(self, pages: int, *, exactly: bool) -> None:
         """Raise AssertionError unless the map says what the file has; if not `exactly`, an owner may have added to it.
 
         Costs time proportional to the file's pages.
         """
-        mapped = self.page_map.count(_WHOLE)
+        page_map = self._page_map
+        mapped = page_map.count(_WHOLE) if page_map is not None else sum(map(len, self._runs))
         assert mapped == self.pages, f"{mapped} pages in the map, {self.pages} counted"
         assert mapped == pages or (mapped < pages and not exactly), f"{mapped} pages in the map, {pages} in the backing"
-        assert self.page_map.seq % 2 == 0, "page map left in the middle of a change"
+        assert page_map is None or page_map.seq % 2 == 0, "page map left in the middle of a change"
 
 
 class Reservation:

@@ -67,9 +67,9 @@ class File:
         self._backing: Final = backing
         self.seals = initial_seals
         self._backing_file: Final = BackingFile(backing, number, guest=self.guest)
+        self._accounting = Accounting(backing, str(number)) if backing.accounted or self.guest else None
         try:
             self._seal_backing_file(initial_seals)
-            self._accounting = Accounting(backing, str(number)) if backing.accounted or self.guest else None
         except OSError:
             self._backing_file.free()
             raise
@@ -87,7 +87,7 @@ class File:
 
     @property
     def page_map(self) -> PageMap | None:
-        """Which pages are allocated; None for an untracked file."""
+        """Which pages are allocated; None for an untracked file. Call while it is held. Raises OSError(EMFILE)."""
         return self._accounting.page_map if self._accounting is not None else None
 
     # -- the backing file -------------------------------------------------------------------------------------------
@@ -140,6 +140,8 @@ class File:
         self._backing_file.release()
         if not self._backing_file.holds:
             self._lock = None  # nobody waits for it, since a task that does holds the file
+            if self._accounting is not None:
+                self._accounting.put_away()
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -226,6 +228,8 @@ class File:
     # -- pages ------------------------------------------------------------------------------------------------------
 
     def _pages(self) -> Pages:
+        if self._accounting is not None:
+            self._accounting.take_out()  # or OSError, before anything has changed
         image = self._image if self._image is not None and not self._image.launched else None
         return Pages(self._backing, self._backing_file, self._accounting, self._owner, image, guest=self.guest)
 
@@ -307,13 +311,10 @@ class File:
             yield Obstacle.UNSEEN_WRITER if self.opens.backing_id is not None else Obstacle.WRITER
 
     def _become_guest(self) -> None:
+        if self._accounting is not None:
+            self._accounting.take_out()  # or OSError, before anything has changed
+        self._backing_file.replace_with_guest()
         accounting = self._accounting or Accounting(self._backing, str(self.number))
-        try:
-            self._backing_file.replace_with_guest()
-        except OSError:
-            if self._accounting is None:
-                accounting.close()
-            raise
         accounting.forget()  # what KEEP_SIZE had allocated
         self._accounting, self._is_given_out = accounting, False
         self._backing.unwatch(self)

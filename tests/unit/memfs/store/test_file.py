@@ -18,7 +18,7 @@ from memfs.contract.units import PAGE_SIZE, ByteOffset, PageRange
 from memfs.store.backing import Backing, MemfdBacking, TmpfsBacking
 from memfs.store.file import File
 from memfs.store.seals import F_SEAL_GUEST, F_SEAL_SEAL
-from tests.helpers import at, new_backing, pages, raises
+from tests.helpers import at, new_backing, not_none, pages, raises
 
 LIMIT = 32 * PAGE_SIZE
 
@@ -297,5 +297,39 @@ async def test_write_during_a_long_punch_is_counted(monkeypatch: pytest.MonkeyPa
     file.check()
     file.release()
     file.close()
+    assert backing.free_pages == backing.total_pages
+    backing.close()
+
+
+async def test_guest_file_that_nobody_holds_takes_no_descriptor() -> None:
+    """Nor does it lose count of its pages, until they are many."""
+    backing = new_backing(TmpfsBacking, 64 << 20)
+    before = len(os.listdir("/proc/self/fd"))
+    files = [File(backing, number, F_SEAL_GUEST) for number in range(1, 33)]
+    for file in files:
+        with file.held():
+            await file.truncate(at(16))
+            await file.allocate(at(2), at(3), keep_size=True)
+            await file.allocate(at(8), at(1), keep_size=True)
+        file.check()
+    assert len(os.listdir("/proc/self/fd")) == before
+    for file in files:
+        with file.held():
+            page_map = not_none(file.page_map)
+            assert list(page_map.runs(pages(0, 16))) == [pages(2, 5), pages(8, 9)]
+            await file.punch(at(3), at(1))
+        file.check()
+        assert file.pages == 3
+        file.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert backing.free_pages == backing.total_pages
+    fragmented = File(backing, 1, F_SEAL_GUEST)
+    with fragmented.held():
+        await fragmented.truncate(at(2000))
+        for page in range(0, 2000, 2):
+            await fragmented.allocate(at(page), at(1), keep_size=True)
+    fragmented.check()
+    fragmented.close()
+    assert len(os.listdir("/proc/self/fd")) == before
     assert backing.free_pages == backing.total_pages
     backing.close()
