@@ -34,12 +34,12 @@ class Backlog:
 
     def __init__(self, user_of: Callable[[Request], Hashable] = uid_of) -> None:
         self._user_of: Final = user_of
-        self._queues: Final[dict[Hashable, _Queue]] = {}  # whose turn is next comes first; none is empty
+        self.queues: Final[dict[Hashable, _Queue]] = {}  #: whose turn is next comes first; none is empty
         self._users: Final[dict[int, Hashable]] = {}  # by process: to ask takes as long as many an answer
         self._uniques: Final[set[int]] = set()
 
     def __bool__(self) -> bool:
-        return bool(self._queues)
+        return bool(self.queues)
 
     def __contains__(self, unique: int) -> bool:
         return unique in self._uniques
@@ -47,12 +47,12 @@ class Backlog:
     def add(self, request: Request) -> bool:
         """Keep a request for later. Returns whether there is space: a large one may have to be answered now."""
         user = self._user(request)
-        queue = self._queues.get(user)
+        queue = self.queues.get(user)
         nbytes = len(request.message)
         if nbytes + (queue.nbytes if queue is not None else 0) > MOST_BYTES:
             return False
         if queue is None:
-            queue = self._queues[user] = _Queue()
+            queue = self.queues[user] = _Queue()
         request.keep()
         queue.requests.append(request)
         queue.nbytes += nbytes
@@ -61,13 +61,13 @@ class Backlog:
 
     def pop(self) -> Request:
         """Return the next request of the user whose turn it is. There must be one."""
-        user, queue = next(iter(self._queues.items()))
+        user, queue = next(iter(self.queues.items()))
         request = queue.requests.popleft()
         queue.nbytes -= len(request.message)
-        del self._queues[user]
+        del self.queues[user]
         if queue.requests:
-            self._queues[user] = queue  # behind the others
-        elif not self._queues:
+            self.queues[user] = queue  # behind the others
+        elif not self.queues:
             self._users.clear()  # numbers of processes are used again
         self._uniques.discard(request.unique)
         return request

@@ -155,10 +155,11 @@ class Channel:
 
     async def _next(self) -> Request | None:
         """Return the request to be answered next; None when there will be none."""
+        backlog = self._backlog
         try:
             while True:
                 is_over = self._turns.total - self._begun >= SHARE
-                if (is_over or self._backlog) and self._ahead:
+                if (is_over or backlog.queues) and self._ahead:
                     request = self._receive()
                     self._ahead = self._ahead - 1 if request is not None else 0
                     if request is not None and (request.opcode in _IN_ORDER or not self._backlog.add(request)):
@@ -166,7 +167,7 @@ class Channel:
                 elif is_over:
                     await trio.lowlevel.checkpoint()
                     self._begin_share()
-                elif self._backlog:
+                elif backlog.queues:
                     return self._backlog.pop()
                 elif (request := self._receive()) is not None:
                     self._poll.stop()
@@ -242,8 +243,10 @@ class Channel:
 
     def _finish(self, request: Request, error: int, payload: bytes | None, turn: Turn) -> None:
         """Answer a request with an errno or, if that is 0, with what the handler returned. Logs and counts it."""
-        self._turns.spend(self, 1 + (len(request.message) + len(payload or b"")) // _LARGE)
-        self._interrupted.discard(request.unique)
+        nbytes = len(request.message) if payload is None else len(request.message) + len(payload)
+        self._turns.total += 1 + nbytes // _LARGE  # whose turn it is, the backlog knows
+        if self._interrupted:
+            self._interrupted.discard(request.unique)
         # What changes pages can be followed through the logs; so can what has had to wait.
         if (turn.is_over or request.opcode == _FALLOCATE) and log.isEnabledFor(logging.INFO):
             log.info("answered", extra=fields(opcode=request.opcode, error=error))
