@@ -124,7 +124,8 @@ class FileHandlers:
 
     async def statfs(self, request: Request) -> bytes:
         """Answer statfs(2): what is being freed counts as free (store/reaper.py)."""
-        free = min(self._backing.free_pages + self._backing.reaper.pages, self._backing.total_pages)
+        being_freed = self._backing.reaper.pages  # first: what a thread frees between both counts twice, and not never
+        free = min(being_freed + self._backing.free_pages, self._backing.total_pages)
         free_inodes = self._tree.space.free_inodes
         return STATFS_OUT.pack(
             *(self._backing.total_pages, free, free, self._tree.space.nr_inodes, free_inodes),
