@@ -146,8 +146,7 @@ class Pages:
         pages = PageRange.covering(offset, length)
         with self._reserve(pages) as reservation:
             if length <= chunks.LONG:
-                await self._fallocate(mode, offset, length)
-                self._account_allocated(reservation, allocated, pages)
+                await self._allocate_chunk(mode, offset, length, pages, reservation, allocated)
                 return
             with self._backing.earmarked(len(pages)) as has_space:
                 # Where space may run out it is one call, for the kernel frees what a single call has allocated.
@@ -159,8 +158,7 @@ class Pages:
                             await trio.lowlevel.checkpoint_if_cancelled()
                         start, stop = max(offset, chunk.offset), min(offset + length, page_offset(chunk.end))
                         keep_size = FALLOC_FL_KEEP_SIZE if chunk.end < pages.end else 0
-                        await self._fallocate(mode | keep_size, start, stop - start)
-                        self._account_allocated(reservation, allocated, chunk)
+                        await self._allocate_chunk(mode | keep_size, start, stop - start, chunk, reservation, allocated)
                 except OSError:
                     await self._undo(allocated, end_of_file)
                     raise
@@ -190,8 +188,18 @@ class Pages:
             raise OSError(errno.ENOSPC, f"{len(pages)} pages are more than there may be")
         return nullcontext()
 
-    async def _fallocate(self, mode: int, offset: ByteOffset, length: int) -> None:
+    async def _allocate_chunk(
+        self,
+        mode: int,
+        offset: ByteOffset,
+        length: int,
+        chunk: PageRange,
+        reservation: Reservation | None,
+        allocated: list[PageRange],
+    ) -> None:
+        """Allocate what [offset, offset + length) touches, which is `chunk`, and account for it."""
         await chunks.system_call(functools.partial(fallocate, self._file.fd, mode, offset, length), length)
+        self._account_allocated(reservation, allocated, chunk)
 
     def _account_allocated(self, reservation: Reservation | None, allocated: list[PageRange], chunk: PageRange) -> None:
         allocated.append(chunk)
