@@ -36,19 +36,19 @@ _FIELDS: Final = "fields"  # the attribute of a log record that holds them
 MOST_BYTES: Final = 32 << 20  #: of a log file, and of the one before it
 _BURST, _INTERVAL = 10, 5.0  # lines, seconds: printk_ratelimit and printk_ratelimit_burst
 
-_request: ContextVar[int] = ContextVar("request", default=0)
-_caller: ContextVar[int] = ContextVar("caller", default=0)
+#: the request that is worked on, and the thread whose system call it is
+_work: ContextVar[tuple[int, int]] = ContextVar("work", default=(0, 0))
 _ours: Final = itertools.count(1 << 63)
 
 
 def current_request() -> int:
     """Return the number of the request that is being worked on; 0 if none is."""
-    return _request.get()
+    return _work.get()[0]
 
 
 def current_caller() -> int:
     """Return the number of the thread whose system call is being worked on; 0 if that is not known."""
-    return _caller.get()
+    return _work.get()[1]
 
 
 class working_on:
@@ -57,19 +57,16 @@ class working_on:
     `caller` is the thread that waits for it, 0 if that is not known.
     """
 
-    __slots__ = ("_caller", "_caller_token", "_token", "_unique")
+    __slots__ = ("_token", "_work")
 
     def __init__(self, unique: int | None = None, caller: int = 0) -> None:
-        self._unique: Final = next(_ours) if unique is None else unique
-        self._caller: Final = caller
+        self._work: Final = (next(_ours) if unique is None else unique, caller)
 
     def __enter__(self) -> None:
-        self._token = _request.set(self._unique)
-        self._caller_token = _caller.set(self._caller)
+        self._token = _work.set(self._work)
 
     def __exit__(self, *_: object) -> None:
-        _request.reset(self._token)
-        _caller.reset(self._caller_token)
+        _work.reset(self._token)
 
 
 def fields(**values: object) -> dict[str, Any]:
@@ -94,8 +91,8 @@ class Formatter(logging.Formatter):
             "logger": record.name,
             "msg": record.getMessage(),
         }
-        if _request.get():
-            values["request"] = _request.get()
+        if request := current_request():
+            values["request"] = request
         values |= getattr(record, _FIELDS, {})
         if record.exc_info:
             values["trace"] = self.formatException(record.exc_info)

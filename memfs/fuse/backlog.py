@@ -9,6 +9,7 @@ How much a user can have here is bounded in bytes; and in number by its threads,
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from memfs.fuse.caller import uid_of
 
 MOST_BYTES: Final = 4 << 20  #: of requests of one user
 _MOST_CALLERS: Final = 4096  # of whom it is remembered which user they are
+_REMEMBERED: Final = 1.0  # seconds; numbers of processes are used again
 
 
 @dataclass(slots=True)
@@ -35,7 +37,8 @@ class Backlog:
     def __init__(self, user_of: Callable[[Request], Hashable] = uid_of) -> None:
         self._user_of: Final = user_of
         self.queues: Final[dict[Hashable, _Queue]] = {}  #: whose turn is next comes first; none is empty
-        self._users: Final[dict[int, Hashable]] = {}  # by process: to ask takes as long as many an answer
+        self._users: Final[dict[int, Hashable]] = {}  # by process: to ask takes longer than many an answer
+        self._remembered_until = 0.0
         self._uniques: Final[set[int]] = set()
 
     def __bool__(self) -> bool:
@@ -67,15 +70,15 @@ class Backlog:
         del self.queues[user]
         if queue.requests:
             self.queues[user] = queue  # behind the others
-        elif not self.queues:
-            self._users.clear()  # numbers of processes are used again
         self._uniques.discard(request.unique)
         return request
 
     def _user(self, request: Request) -> Hashable:
+        now = time.monotonic()
+        if now >= self._remembered_until or len(self._users) >= _MOST_CALLERS:
+            self._users.clear()
+            self._remembered_until = now + _REMEMBERED
         user = self._users.get(request.pid)
         if user is None:
-            if len(self._users) >= _MOST_CALLERS:
-                self._users.clear()
             user = self._users[request.pid] = self._user_of(request)
         return user

@@ -207,39 +207,32 @@ class Channel:
     async def _serve(self, request: Request, turn: Turn) -> None:
         """Answer a request or hand it on."""
         handler = self._handlers.get(request.opcode)
-        if handler is None:
-            await self._run(self._forward(request), request, turn)
-            return
-        with working_on(request.unique, request.pid):
-            await self._run(handler(request), request, turn)
-        # A program that has been answered often asks again immediately. If others are to be answered by other tasks,
-        # those need the event loop.
-        if not self._waiting and not turn.is_over:
-            self._poll.start()
 
-    async def _run(self, work: Coroutine[Any, Any, bytes | None], request: Request, turn: Turn) -> None:
-        """Run what answers a request, and answer it. Its INTERRUPT may be the next that is read while it waits."""
-
-        def waits() -> None:
+        def waits() -> None:  # its INTERRUPT may be the next that is read
             request.keep()
             self._waiting[request.unique] = turn.scope
             if request.unique in self._interrupted:
                 turn.scope.cancel()
 
         error, payload = 0, None
-        try:
-            payload = await turn.run(work, waits)
-        except Exception as failure:
-            error = _errno(failure, request.opcode)
-        except trio.Cancelled:
-            if turn.scope.cancel_called:
-                self._write(invalidate_attributes(request.nodeid))  # a part of it may have been done
-                self._finish(request, errno.EINTR, None, turn)
-            raise
-        finally:
-            if turn.is_over:
-                self._waiting.pop(request.unique, None)
-        self._finish(request, error, payload, turn)
+        with working_on(request.unique if handler is not None else 0, request.pid):
+            try:
+                payload = await turn.run((handler or self._forward)(request), waits)
+            except Exception as failure:
+                error = _errno(failure, request.opcode)
+            except trio.Cancelled:
+                if turn.scope.cancel_called:
+                    self._write(invalidate_attributes(request.nodeid))  # a part of it may have been done
+                    self._finish(request, errno.EINTR, None, turn)
+                raise
+            finally:
+                if turn.is_over:
+                    self._waiting.pop(request.unique, None)
+            self._finish(request, error, payload, turn)
+        # A program that has been answered often asks again immediately. If others are to be answered by other tasks,
+        # those need the event loop.
+        if handler is not None and not self._waiting and not turn.is_over:
+            self._poll.start()
 
     def _finish(self, request: Request, error: int, payload: bytes | None, turn: Turn) -> None:
         """Answer a request with an errno or, if that is 0, with what the handler returned. Logs and counts it."""

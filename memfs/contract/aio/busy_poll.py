@@ -32,6 +32,7 @@ class BusyPoll:
     >>> poll = BusyPoll(100e-6, clock=lambda: now)
     >>> for waited in (50e-6, 50e-6, 50e-6, 5.0):
     ...     poll.start()
+    ...     look_again = poll.goes_on()
     ...     now += waited
     ...     poll.stop()
     ...     print(f"{poll.window * 1e6:.0f}")
@@ -41,29 +42,35 @@ class BusyPoll:
     40
     """
 
-    __slots__ = ("_clock", "_end", "_since", "maximum", "window")
+    __slots__ = ("_clock", "_end", "_is_waiting", "_since", "maximum", "window")
 
     def __init__(self, maximum: float, *, window: float = 0.0, clock: Callable[[], float] = time.perf_counter) -> None:
         self.maximum: Final = maximum
         self.window = window
         self._clock: Final = clock
-        self._since: float | None = None  # None: nothing is waited for
+        self._is_waiting = False
+        self._since: float | None = None  # of the first look that was in vain; None: there was none yet
         self._end = 0.0
 
     def start(self) -> None:
-        """Wait for something from now on."""
-        self._since = self._clock()
-        self._end = self._since + self.window
+        """Wait for something from now on. To find it at the first look costs not even a look at the clock."""
+        self._is_waiting, self._since = True, None
 
     def goes_on(self) -> bool:
         """Return whether to look once more rather than to sleep; other processes have had the CPU meanwhile."""
-        if self._since is None or self._clock() >= self._end:
+        if not self._is_waiting:
+            return False
+        now = self._clock()
+        if self._since is None:
+            self._since, self._end = now, now + self.window
+        if now >= self._end:
             return False
         os.sched_yield()
         return True
 
     def stop(self) -> None:
-        """Adapt the window: it has come. Without effect if nothing was waited for."""
+        """Adapt the window: it has come. Without effect if it was not waited for, or not in vain."""
+        self._is_waiting = False
         if self._since is None:
             return
         waited, self._since = self._clock() - self._since, None
