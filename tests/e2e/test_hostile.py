@@ -279,7 +279,7 @@ async def test_file_that_an_owner_can_write_is_not_sealed_against_writes(memfs: 
     # The owner is gone, and its descriptor is not.
     os.write(fds[0], b"content")
     busy = await shell(*memfs_command("seal", "shared", "write"), cwd=memfs.path)
-    assert b"busy" in busy.stderr
+    assert b"has it open for writing" in busy.stderr
     assert (await shell(*memfs_command("seals", "shared"), cwd=memfs.path)).stdout == b"\n"
     close_all(fds)
 
