@@ -116,6 +116,7 @@ class Channel:
         self._begun = 0  # how much work had been done when other tasks ran last
         self._ahead = _AHEAD  # how many requests may still be read ahead before they do again
         self._backlog: Final = Backlog()
+        self._overtaken = False  # whether one that did not fit went before the backlog, whose turn it is now
         self._interrupted: Final[set[int]] = set()  # by unique: interrupted while they were in the backlog
         self._poll: Final = BusyPoll(_LONGEST_POLL, window=_FIRST_POLL)
         os.set_blocking(fuse_fd, False)
@@ -159,16 +160,22 @@ class Channel:
         try:
             while True:
                 is_over = self._turns.total - self._begun >= SHARE
-                if (is_over or backlog.queues) and self._ahead:
+                if (is_over or backlog.queues) and self._ahead and not self._overtaken:
                     request = self._receive()
                     self._ahead = self._ahead - 1 if request is not None else 0
-                    if request is not None and (request.opcode in _IN_ORDER or not self._backlog.add(request)):
+                    if request is None:
+                        continue
+                    if request.opcode in _IN_ORDER:
+                        return request
+                    if not backlog.add(request):
+                        self._overtaken = bool(backlog.queues)  # else an endless row of these would starve it
                         return request
                 elif is_over:
                     await trio.lowlevel.checkpoint()
                     self._begin_share()
                 elif backlog.queues:
-                    return self._backlog.pop()
+                    self._overtaken = False
+                    return backlog.pop()
                 elif (request := self._receive()) is not None:
                     self._poll.stop()
                     return request

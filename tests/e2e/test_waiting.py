@@ -43,7 +43,7 @@ def write(number):
 threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
 [thread.start() for thread in threads]
 [begun.acquire() for _ in range(100)]
-print("writing", flush=True)
+print("writing", end="", flush=True)
 sys.stdin.read()
 ends.set()
 [thread.join() for thread in threads]
@@ -122,7 +122,7 @@ async def test_large_direct_writes_hold_up_nobody(mount_memfs: Callable[..., Mem
     )
     assert writer.stdin is not None
     assert writer.stdout is not None
-    assert await writer.stdout.receive_some() == b"writing\n"
+    assert await writer.stdout.receive_some() == b"writing"
     for _ in range(3):
         await others_are_answered(memfs.path)
     assert writer.poll() is None

@@ -379,6 +379,29 @@ async def test_request_that_is_interrupted_before_its_turn_is_so_when_it_waits(s
     assert not sides.channel._interrupted
 
 
+async def test_endless_row_of_large_requests_holds_up_nobody(sides: Sides) -> None:
+    """Those that do not fit into the backlog are answered before it, but do not keep it from its turn."""
+    for end in (sides.kernel, sides.fuse):
+        end.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, 32 << 20)
+    body, seen = bytes(1 << 20), list[int]()
+
+    async def note(request: Request) -> bytes:
+        seen.append(request.unique)
+        if request.body and len(seen) < 200:  # its caller asks again
+            sides.kernel.send(request_of(1000, 2 * len(seen) + 1000, AT_ONCE, body))
+        return b""
+
+    sides.channel._handlers[AT_ONCE] = note
+    for number in range(8):
+        sides.kernel.send(request_of(1000, 2 * number + 2, AT_ONCE, body))
+    sides.kernel.send(request_of(1000, 100))
+    sides.kernel.send(request_of(1001, 102))
+    await sides.answers()
+    assert len(seen) >= 200
+    assert seen.index(100) < 50
+    assert seen.index(102) < 50
+
+
 def test_backlog_is_bounded_in_bytes() -> None:
     backlog, body = Backlog(), bytes(1 << 20)
     added = [backlog.add(Request.parse(memoryview(request_of(1000, 2 * n + 2, AT_ONCE, body)))) for n in range(8)]
