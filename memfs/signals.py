@@ -13,8 +13,10 @@ sends to the background: a signal that is sent to us is meant for us.
 from __future__ import annotations
 
 import enum
+import operator
 import os
 import signal
+import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from signal import Signals
@@ -32,6 +34,9 @@ _LEFT_ALONE: Final = frozenset({
     *(Signals.SIGTSTP, Signals.SIGTTIN, Signals.SIGTTOU),
 })  # fmt: skip
 
+#: A handler in C. One in Python, as trio's, is interrupted by the next signal, and many signals are a RecursionError.
+_DO_NOTHING: Final = operator.is_
+
 
 class Meaning(enum.Enum):
     """What a signal asks for."""
@@ -48,9 +53,26 @@ def receiving(*, logs_to_file: bool) -> Iterator[AsyncIterator[tuple[Meaning, st
     meanings: dict[int, Meaning] = dict.fromkeys(_ENDING, Meaning.END)
     meanings |= {Signals.SIGHUP: on_hangup, Signals.SIGUSR1: Meaning.LOG_STATE}
     for number in signal.valid_signals() - _LEFT_ALONE:
-        signal.signal(number, signal.SIG_IGN)  # the receiver restores that in the end
-    with trio.open_signal_receiver(*meanings) as numbers:
-        yield ((meanings[number], Signals(number).name) async for number in numbers)
+        signal.signal(number, signal.SIG_IGN)
+    ours, pythons = socket.socketpair()
+    with ours, pythons:
+        pythons.setblocking(False)
+        trios = signal.set_wakeup_fd(pythons.fileno(), warn_on_full_buffer=False)
+        try:
+            for meant in meanings:
+                signal.signal(meant, _DO_NOTHING)
+            yield ((meanings[number], Signals(number).name) async for number in _numbers(ours))
+        finally:
+            for meant in meanings:
+                signal.signal(meant, signal.SIG_IGN)
+            signal.set_wakeup_fd(trios, warn_on_full_buffer=False)
+
+
+async def _numbers(wakeups: socket.socket) -> AsyncIterator[int]:
+    while True:
+        await trio.lowlevel.wait_readable(wakeups)
+        for number in dict.fromkeys(wakeups.recv(4096)):
+            yield number
 
 
 def _has_terminal() -> bool:
