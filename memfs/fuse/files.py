@@ -16,7 +16,7 @@ from typing import Final
 
 from memfs.contract.aio.turns import Turns
 from memfs.contract.logs import fields
-from memfs.contract.sys.libc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
+from memfs.contract.sys.libc import FALLOC_FL_KEEP_SIZE, PUNCH_HOLE
 from memfs.contract.units import MAX_OFFSET, PAGE_SIZE, ByteOffset
 from memfs.fuse.abi import (
     FALLOCATE_IN,
@@ -64,7 +64,6 @@ from memfs.tree.tree import NAME_MAX, Tree
 
 log = logging.getLogger(__name__)
 
-_PUNCH: Final = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 _NOT_TIMES: Final = FATTR_MODE | FATTR_UID | FATTR_GID | FATTR_SIZE
 _TIMES: Final = FATTR_ATIME | FATTR_MTIME
 _TIMES_TO_NOW: Final = _TIMES | FATTR_ATIME_NOW | FATTR_MTIME_NOW
@@ -219,7 +218,7 @@ class FileHandlers:
     async def fallocate(self, request: Request) -> bytes:
         """Answer fallocate(2): allocate a range, or free one."""
         fh, offset, length, mode, _ = unpack(FALLOCATE_IN, request.body)
-        if mode not in (0, FALLOC_FL_KEEP_SIZE, _PUNCH):
+        if mode not in (0, FALLOC_FL_KEEP_SIZE, PUNCH_HOLE):
             raise OSError(errno.EOPNOTSUPP, f"fallocate mode {mode:#x}")
         if not length or offset > MAX_OFFSET:
             raise OSError(errno.EINVAL, f"{length} bytes from {offset} on")
@@ -230,7 +229,7 @@ class FileHandlers:
         if log.isEnabledFor(logging.INFO):
             said = fields(ino=inode.ino, mode=mode, offset=offset, length=length, pid=request.pid, uid=request.uid)
             log.info("fallocate", extra=said)
-        if mode == _PUNCH:
+        if mode == PUNCH_HOLE:
             await inode.file.punch(ByteOffset(offset), length)
         else:
             await inode.file.allocate(ByteOffset(offset), length, keep_size=bool(mode))
