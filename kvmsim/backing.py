@@ -46,6 +46,7 @@ class GuestFile:
         self.id: Final[FileId] = registered.file
         self.ino: Final = registered.ino
         self.size = registered.size  #: bytes, when it was last registered
+        self.granule: Final = registered.granule  #: bytes: pages come and go in multiples of it
         self.registrations = 0  #: how many slots use it
         self.page_map: PageMapView | None = None
         self.measurement: bytes | None = None  #: of its first content, once the guest has been launched

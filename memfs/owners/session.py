@@ -188,7 +188,8 @@ class Session(Owner):
                 except OSError:
                     close_all(fds)
                     raise
-                return Registered(registration.id, inode.ino, inode.file.size, inode.file.seals), fds
+                file = inode.file
+                return Registered(registration.id, inode.ino, file.size, file.seals, file.granule), fds
 
     async def _populate(self, message: Populate, fds: tuple[int, ...]) -> Message:
         if len(fds) < 2:

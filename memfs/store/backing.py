@@ -37,7 +37,7 @@ from memfs.contract.sys.libc import (
     mount_detached,
     set_mount_attributes,
 )
-from memfs.contract.units import bytes_to_pages, pages_to_bytes
+from memfs.contract.units import PAGE_SIZE, bytes_to_pages, pages_to_bytes
 from memfs.options import MountOptions, OptionError
 from memfs.store.reaper import Reaper
 
@@ -65,6 +65,10 @@ class Backing(Protocol):
     @property
     def guest_pinned(self) -> bool:
         """Whether pages of guest-sealed files are never swapped."""
+
+    @property
+    def guest_granule(self) -> int:
+        """In what multiples, in bytes, guest-sealed files get and lose pages, at offsets that are such multiples."""
 
     def create(self, number: int, *, guest: bool) -> Content:
         """Create an empty file. Of each number (> 0) there may be one that is for a guest and one that is not."""
@@ -153,6 +157,11 @@ class TmpfsBacking:
     def guest_pinned(self) -> bool:
         """Whether this kernel has `noswap`."""
         return self._guest_pinned
+
+    @property
+    def guest_granule(self) -> int:
+        """A page."""
+        return PAGE_SIZE
 
     def create(self, number: int, *, guest: bool) -> Content:
         """Create an empty file: its content id is negative if it is for a guest."""
@@ -302,6 +311,11 @@ class MemfdBacking:
     def guest_pinned(self) -> bool:
         """False: memfds may be swapped."""
         return False
+
+    @property
+    def guest_granule(self) -> int:
+        """A page."""
+        return PAGE_SIZE
 
     def create(self, number: int, *, guest: bool) -> Content:
         """Create a memfd; its descriptor is the content id."""

@@ -33,7 +33,7 @@ from typing import Final
 import trio
 
 from memfs.contract.page_map import ABSENT, ALLOCATED, PageMap
-from memfs.contract.units import ByteOffset, PageIndex, PageRange, is_page_aligned, page_ceil, page_floor
+from memfs.contract.units import PAGE_SIZE, ByteOffset, PageIndex, PageRange, is_page_aligned, page_ceil, page_floor
 from memfs.store import chunks, seals
 from memfs.store.accounting import Accounting
 from memfs.store.backing import Backing
@@ -84,6 +84,11 @@ class File:
     def guest(self) -> bool:
         """Whether only the guest reaches the content (F_SEAL_GUEST)."""
         return bool(self.seals & seals.F_SEAL_GUEST)
+
+    @property
+    def granule(self) -> int:
+        """In what multiples, in bytes, it gets and loses pages; of an ordinary file fewer bytes are zeroed instead."""
+        return self._backing.guest_granule if self.guest else PAGE_SIZE
 
     @property
     def page_map(self) -> PageMap | None:

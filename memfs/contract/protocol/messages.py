@@ -13,7 +13,19 @@ import struct
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final, NewType, Self
 
-from memfs.contract.units import MAX_OFFSET, ByteOffset, PageIndex, PageRange, Pfn, page_floor
+from memfs.contract.units import (
+    MAX_OFFSET,
+    ORDER_1G,
+    ORDER_2M,
+    ORDER_4K,
+    PAGE_SIZE,
+    ByteOffset,
+    PageIndex,
+    PageRange,
+    Pfn,
+    page_floor,
+    pages_to_bytes,
+)
 
 VERSION: Final = 1
 MAX_TEXT: Final = 512  #: bytes of UTF-8 in Hello, Failed and Fenced
@@ -21,6 +33,7 @@ MAX_ERRNO: Final = 4095  #: linux/err.h
 SOCKET_XATTR: Final = "user.memfs.socket"  #: of everything on a mount: the path of the socket to connect to
 
 _MAX_PAGES: Final = page_floor(ByteOffset(MAX_OFFSET)) + 1
+_ORDERS: Final = frozenset({ORDER_4K, ORDER_2M, ORDER_1G})
 
 FileId = NewType("FileId", int)  #: names a registered file on one connection; never reused
 
@@ -146,18 +159,31 @@ class Register(Message):
 
 @dataclass(frozen=True, slots=True)
 class Registered(Message):
-    """Store: the file is yours. With it travel the backing file and, if `sealed`, its page map (read-only)."""
+    """Store: the file is yours. With it travel the backing file and, if `sealed`, its page map (read-only).
+
+    `granule`: pages are allocated and freed in aligned blocks of so many bytes (4 KiB, 2 MiB or 1 GiB), and the size of
+    the file is a multiple of it. More than 4 KiB if it lies on huge pages of hugetlbfs.
+    """
 
     TYPE = 4
-    _BODY = struct.Struct("<QQQQ")
+    _BODY = struct.Struct("<QQQQQ")
     DESCRIPTORS = frozenset({1, 2})
+    GRANULES: ClassVar[frozenset[int]] = frozenset(pages_to_bytes(1 << order) for order in _ORDERS)
     file: FileId
     ino: int  #: inode number on the mount
     size: int  #: bytes
     seals: int  #: F_SEAL_* bits
+    granule: int = PAGE_SIZE
 
     def _fields(self) -> tuple[Any, ...]:
-        return self.file, self.ino, self.size, self.seals
+        return self.file, self.ino, self.size, self.seals, self.granule
+
+    @classmethod
+    def _from_fields(cls, *fields: Any) -> Self:
+        registered = cls(*fields)
+        if registered.granule not in cls.GRANULES:
+            raise Malformed(f"a granule of {registered.granule} bytes")
+        return registered
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +271,7 @@ class PfnReply(Message):
     _RUN: ClassVar[struct.Struct] = struct.Struct("<QQQ")  # end, pfn (ABSENT if none), order
     ABSENT: ClassVar[int] = (1 << 64) - 1
     MAX_RUNS: ClassVar[int] = 2048
-    ORDERS: ClassVar[frozenset[int]] = frozenset({0, 9, 18})
+    ORDERS: ClassVar[frozenset[int]] = _ORDERS
     file: FileId
     pages: PageRange
     runs: tuple[PfnRun, ...]

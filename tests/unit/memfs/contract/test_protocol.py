@@ -34,6 +34,7 @@ from memfs.contract.protocol.messages import (
     InvalidateBegin,
     InvalidateEnd,
     Launch,
+    Malformed,
     Measured,
     Message,
     PfnReply,
@@ -75,7 +76,7 @@ MESSAGE: dict[type[Message], st.SearchStrategy[Any]] = {
     Hello: st.builds(Hello, st.just(1), st.integers(1, 9), text),
     HelloReply: st.builds(HelloReply, st.integers(1, 9), st.integers(1, 1 << 20)),
     Register: st.builds(Register),
-    Registered: st.builds(Registered, u64, u64, u64, u64),
+    Registered: st.builds(Registered, u64, u64, u64, u64, st.sampled_from([4096, 2 << 20, 1 << 30])),
     Unregister: st.builds(Unregister, u64),
     GetPfn: st.builds(GetPfn, u64, ranges, st.booleans(), st.booleans()),
     PfnReply: pfn_replies(),
@@ -260,6 +261,13 @@ def test_runs_must_cover_what_they_claim() -> None:
         with pytest.raises(RemoteProtocolError):
             owner.receive(struct.pack("<HHIQ", 1, PfnReply.TYPE, 16 + len(body), number) + body)
         assert snapshot(owner) == before
+
+
+@pytest.mark.parametrize("granule", [0, 1, 8192, (2 << 20) + 4096, 1 << 63])
+def test_granule_is_the_size_of_a_page(granule: int) -> None:
+    body = memoryview(struct.pack("<QQQQQ", FILE, 3, 4096, 0, granule))
+    with pytest.raises(Malformed):
+        Registered.unpack(body)
 
 
 def test_replayed_and_reordered_requests_are_refused() -> None:
