@@ -1,7 +1,7 @@
 r"""One mounted memfs: puts the parts together, runs them, and takes them apart again, whichever way it ends.
 
-    kernel -- Channel -- handlers (fuse/opcodes.py) --\
-                  \----- pyfuse3 -- Operations ------- Tree, OpenFiles, File -- Backing
+    kernel -- Channel -- handlers (fuse/opcodes.py) -- Tree, OpenFiles, File -- Backing
+                  \----- pyfuse3                     /
     owners -- Server -- Registry --------------------/
 
 It ends when the filesystem is unmounted (the kernel closes the channel) or on a signal (we unmount; signals.py). In
@@ -156,8 +156,7 @@ class _Memfs:
             IoctlHandlers(self._tree, self._open_files, self._mount.invalidate_attributes),
         )
         channel = Channel(self._mount.fuse_fd, table)
-        operations = Operations(self._tree, self._xattrs, self._access_times)
-        pyfuse3.init(operations, f"/dev/fd/{channel.hand_over()}", options=set())
+        pyfuse3.init(Operations(), f"/dev/fd/{channel.hand_over()}", options=set())
         server = Server(
             listener.socket, self._clients, self._settings.closer, self._registry, self._tree, self._mount.device
         )

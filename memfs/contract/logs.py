@@ -5,8 +5,7 @@
     time=2026-11-23T17:45:56.124Z level=info logger=kvmsim.backing msg=notified request=412 ...
 
 `request` is the number that the kernel gave the FUSE request (`unique`); a notification carries it to the owner.
-Requests that pyfuse3 answers do not show it, so they get numbers of ours, from 2**63 on. It is a context variable, so
-that code which works on a request, in whichever task, need not pass it on.
+It is a context variable, so that code which works on a request, in whichever task, need not pass it on.
 
 A value with anything but plain characters is quoted as JSON is, so that no name that a client gives itself can look
 like a line or a field of its own; a traceback is one such value. Warnings and errors may be lines that a client
@@ -17,7 +16,6 @@ can bring about as often as it likes, so they are limited per place in the code,
 from __future__ import annotations
 
 import fcntl
-import itertools
 import json
 import logging
 import os
@@ -38,7 +36,6 @@ _BURST, _INTERVAL = 10, 5.0  # lines, seconds: printk_ratelimit and printk_ratel
 
 #: the request that is worked on, and the thread whose system call it is
 _work: ContextVar[tuple[int, int]] = ContextVar("work", default=(0, 0))
-_ours: Final = itertools.count(1 << 63)
 
 
 def current_request() -> int:
@@ -52,15 +49,15 @@ def current_caller() -> int:
 
 
 class working_on:
-    """The request that is worked on within the block, and in tasks that it starts. None: one with a number of ours.
+    """The request that is worked on within the block, and in tasks that it starts.
 
     `caller` is the thread that waits for it, 0 if that is not known.
     """
 
     __slots__ = ("_token", "_work")
 
-    def __init__(self, unique: int | None = None, caller: int = 0) -> None:
-        self._work: Final = (next(_ours) if unique is None else unique, caller)
+    def __init__(self, unique: int, caller: int = 0) -> None:
+        self._work: Final = (unique, caller)
 
     def __enter__(self) -> None:
         self._token = _work.set(self._work)

@@ -5,9 +5,8 @@ r"""The kernel's side of memfs: /dev/fuse, the mount, and two servers of FUSE re
 
 Which of the two answers is one table, opcodes.py. pyfuse3 knows neither FALLOCATE nor LSEEK nor IOCTL, each of its
 answers costs two event-loop iterations more, and whatever fills its 99 tasks or its socketpair stops the mount for
-everybody. So our own handlers answer what pyfuse3 does not know, what programs ask for most, and all that can wait or
-is long; pyfuse3 answers the rest, which is immediate and short: INIT (amended by init.py), and the names that are
-created, linked, renamed and removed less often than those of regular files.
+everybody. So it settles with the kernel what both can do (INIT, amended by init.py), and our own handlers answer all
+else.
 
 The ABI is in abi.py, what stat(2) tells as bytes in reply.py; mount.py makes the mount, passthrough.py registers
 backing files.

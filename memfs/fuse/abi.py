@@ -92,6 +92,11 @@ STATFS_OUT: Final = struct.Struct("=QQQQQIII28x")  # struct fuse_kstatfs: blocks
 # namelen, frsize; spare
 OPEN_IN: Final = struct.Struct("=II")  # flags, open_flags
 CREATE_IN: Final = struct.Struct("=IIII")  # flags, mode, umask, open_flags; then the name
+MKNOD_IN: Final = struct.Struct("=IIII")  # mode, rdev, umask, padding; then the name
+MKDIR_IN: Final = struct.Struct("=II")  # mode, umask; then the name
+LINK_IN: Final = struct.Struct("=Q")  # the inode's nodeid; then the new name, in the directory that the header says
+RENAME_IN: Final = struct.Struct("=Q")  # the new directory's nodeid; then the old name and the new one
+RENAME2_IN: Final = struct.Struct("=QII")  # the same, with flags and padding
 OPEN_OUT: Final = struct.Struct("=QIi")  # fh, open_flags, backing_id
 INIT_OUT: Final = struct.Struct("=IIIIHHIIHHII24x")  # major, minor, max_readahead, flags, max_background,
 # congestion_threshold, max_write, time_gran, max_pages, map_alignment, flags2, max_stack_depth
@@ -209,6 +214,12 @@ def unpack_name(data: memoryview) -> bytes:
     if len(name) == 1:
         raise OSError(errno.EINVAL, "an empty name")
     return name[:-1]
+
+
+def unpack_names(data: memoryview) -> tuple[bytes, bytes]:
+    """Return the two names that the rest of a request is. Raises Malformed or OSError(EINVAL)."""
+    first, zero, second = bytes(data).partition(b"\0")
+    return unpack_name(memoryview(first + zero)), unpack_name(memoryview(second))
 
 
 def reply(unique: int, payload: bytes = b"") -> bytes:

@@ -1,4 +1,4 @@
-"""The pump between /dev/fuse and pyfuse3, which answers most requests itself.
+"""The pump between /dev/fuse and pyfuse3, which answers nearly all requests itself.
 
 pyfuse3 has no handlers for FALLOCATE, LSEEK and IOCTL, and after the first ENOSYS the kernel never asks again. But
 libfuse can be given any descriptor that speaks the FUSE protocol. So the channel owns /dev/fuse and gives pyfuse3 one
@@ -24,10 +24,10 @@ Rejected:
 - patching pyfuse3: the channel needs only the kernel's stable ABI and libfuse's /dev/fd feature.
 - leaving to pyfuse3 what waits: it has 99 tasks, and the 100th truncation of files whose owners are slow to acknowledge
   would stop the mount for everybody.
-- leaving to pyfuse3 what is long: the messages that are under way fit into the socketpair as long as none is larger
-  than a path, whereas the data of a few O_DIRECT writers, or one large directory, would fill it.
-- doing without pyfuse3: it negotiates INIT for every kernel that there is, and answers what programs ask for seldom in
-  a form in which anybody who knows pyfuse3 can read it (operations.py).
+- leaving to pyfuse3 what is long: the data of a few O_DIRECT writers, or one large directory, would fill the
+  socketpair.
+- leaving to pyfuse3 what is rare: there, to do something and to answer are two steps, between which others come.
+- doing without pyfuse3: it negotiates INIT for every kernel that there is.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Answers to requests by name: looking up, creating and removing regular files, and reading directories.
+"""Answers to requests by name: looking up, creating, linking, renaming and removing, and reading directories and links.
 
-Requests by name that programs make less often are left to pyfuse3 (operations.py). It could answer most of these, too,
-but each of its answers costs two more event-loop iterations, one for libfuse to see the request behind the socketpair
-and one for the channel to see the reply, and that was half of what a create, stat and unlink took. And the contents of
-a directory can be too long for the socketpair.
+pyfuse3 could answer most of these, but each of its answers costs two more event-loop iterations, one for libfuse to see
+the request behind the socketpair and one for the channel to see the reply, and that was half of what a create, stat and
+unlink took. And the contents of a directory can be too long for the socketpair.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from itertools import islice
@@ -19,18 +19,24 @@ from memfs.fuse.abi import (
     CREATE_IN,
     FORGET_IN,
     FORGET_ONE,
+    LINK_IN,
+    MKDIR_IN,
+    MKNOD_IN,
     OPEN_IN,
     OPEN_OUT,
     READ_IN,
+    RENAME2_IN,
+    RENAME_IN,
     Malformed,
     Request,
     unpack,
     unpack_name,
+    unpack_names,
 )
 from memfs.fuse.files import FileHandlers
 from memfs.fuse.reply import NO_ENTRY, pack_direntplus, pack_entry
 from memfs.tree.access_times import AccessTimes
-from memfs.tree.inode import DOT_COOKIE, DOTDOT_COOKIE, Inode, RegularFile
+from memfs.tree.inode import DOT_COOKIE, DOTDOT_COOKIE, Inode, RegularFile, Symlink
 from memfs.tree.open_files import OpenFiles
 from memfs.tree.tree import Tree
 from memfs.tree.xattrs import Xattrs
@@ -38,6 +44,7 @@ from memfs.tree.xattrs import Xattrs
 _FORGOTTEN_AT_ONCE: Final = 16  # look-ups, as a unit of work: the memory of a file may be freed with each
 _ENTRY_BYTES: Final = 1500  # of a reply, as a unit of work
 _MOST_ENTRIES: Final = 256  # of a directory in one reply, each of which may take a stat(2)
+_UMASK: Final = 0o777  # the bits that there are
 
 
 class NameHandlers:
@@ -117,10 +124,69 @@ class NameHandlers:
         opened = self._files.opened(inode, flags)
         return self._entry(inode) + opened
 
+    async def mknod(self, request: Request) -> bytes:
+        """Answer mknod(2)."""
+        body = request.body
+        mode, rdev, umask, _ = unpack(MKNOD_IN, body)
+        return self._made(request, unpack_name(body[MKNOD_IN.size :]), mode, umask, rdev)
+
+    async def mkdir(self, request: Request) -> bytes:
+        """Answer mkdir(2)."""
+        body = request.body
+        mode, umask = unpack(MKDIR_IN, body)
+        return self._made(request, unpack_name(body[MKDIR_IN.size :]), stat.S_IMODE(mode) | stat.S_IFDIR, umask)
+
+    def _made(self, request: Request, name: bytes, mode: int, umask: int, rdev: int = 0) -> bytes:
+        parent, umask = request.nodeid, umask & _UMASK
+        seals = self._xattrs.default_seals(parent) if stat.S_ISREG(mode) else 0
+        made = self._tree.create(parent, name, mode, request.uid, request.gid, umask=umask, rdev=rdev, seals=seals)
+        return self._entry(made)
+
+    async def symlink(self, request: Request) -> bytes:
+        """Answer symlink(2)."""
+        name, target = unpack_names(request.body)
+        return self._entry(self._tree.symlink(request.nodeid, name, target, request.uid, request.gid))
+
+    async def link(self, request: Request) -> bytes:
+        """Answer link(2)."""
+        body = request.body
+        (nodeid,) = unpack(LINK_IN, body)
+        return self._entry(self._tree.link(nodeid, request.nodeid, unpack_name(body[LINK_IN.size :])))
+
     async def unlink(self, request: Request) -> bytes:
         """Answer unlink(2)."""
         self._tree.unlink(request.nodeid, unpack_name(request.body))
         return b""
+
+    async def rmdir(self, request: Request) -> bytes:
+        """Answer rmdir(2)."""
+        self._tree.rmdir(request.nodeid, unpack_name(request.body))
+        return b""
+
+    async def rename(self, request: Request) -> bytes:
+        """Answer rename(2)."""
+        (directory,) = unpack(RENAME_IN, request.body)
+        return self._renamed(request, request.body[RENAME_IN.size :], directory, 0)
+
+    async def rename2(self, request: Request) -> bytes:
+        """Answer renameat2(2) with flags."""
+        directory, flags, _ = unpack(RENAME2_IN, request.body)
+        return self._renamed(request, request.body[RENAME2_IN.size :], directory, flags)
+
+    def _renamed(self, request: Request, names: memoryview, directory: int, flags: int) -> bytes:
+        name, new_name = unpack_names(names)
+        self._tree.rename(request.nodeid, name, directory, new_name, flags, uid=request.uid, gid=request.gid)
+        return b""
+
+    # -- symbolic links ---------------------------------------------------------------------------------------------
+
+    async def readlink(self, request: Request) -> bytes:
+        """Answer readlink(2)."""
+        inode = self._tree.inode(request.nodeid)
+        if not isinstance(inode, Symlink):
+            raise OSError(errno.EINVAL, "not a symbolic link")
+        self._access_times.read(inode)
+        return inode.target
 
     # -- directories ------------------------------------------------------------------------------------------------
 
@@ -152,9 +218,6 @@ class NameHandlers:
 
 
 def _unpack_create(body: memoryview) -> tuple[int, int, int]:
-    """Return flags, mode and umask.
-
-    open(2) creates a regular file, whatever type the mode says, and a umask has nine bits.
-    """
+    """Return flags, mode and umask. open(2) creates a regular file, whatever type the mode says."""
     flags, mode, umask, _ = unpack(CREATE_IN, body)
-    return flags, stat.S_IMODE(mode) | stat.S_IFREG, umask & 0o777
+    return flags, stat.S_IMODE(mode) | stat.S_IFREG, umask & _UMASK

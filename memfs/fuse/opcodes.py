@@ -1,8 +1,9 @@
 """The table of opcodes: which handler answers a request, or why pyfuse3 may. The channel is made from it.
 
-A request that has a handler of our own is answered where it arrives. pyfuse3 has those that are answered immediately
-and whose messages are short, for one that waits or is long would stop the mount for everybody (channel.py says why).
-Opcodes that the table does not know, because the kernel is newer, go to pyfuse3 as well, and libfuse answers ENOSYS.
+A request that has a handler of our own is answered where it arrives, and what changes something is answered in the same
+step. pyfuse3 has the session: what both sides can do, and its end. One that waits or is long would stop the mount for
+everybody there (channel.py says why). Opcodes that the table does not know, because the kernel is newer, go to pyfuse3
+as well, and libfuse answers ENOSYS.
 """
 
 from __future__ import annotations
@@ -47,14 +48,14 @@ def who_answers(
         Opcode.OPENDIR: names.opendir,
         Opcode.READDIRPLUS: names.readdirplus,
         Opcode.RELEASEDIR: files.release,
-        Opcode.READLINK: Pyfuse3("immediate: the target of a symbolic link is kept beside its inode"),
-        Opcode.SYMLINK: Pyfuse3("immediate: a new inode and a new name"),
-        Opcode.MKNOD: Pyfuse3("immediate: a new inode and a new name"),
-        Opcode.MKDIR: Pyfuse3("immediate: a new inode and a new name"),
-        Opcode.LINK: Pyfuse3("immediate: a new name"),
-        Opcode.RMDIR: Pyfuse3("immediate: a directory that is empty has no memory to free"),
-        Opcode.RENAME: Pyfuse3("immediate: what it replaces is freed as by UNLINK, later if that takes long"),
-        Opcode.RENAME2: Pyfuse3("immediate: as RENAME"),
+        Opcode.MKNOD: names.mknod,
+        Opcode.MKDIR: names.mkdir,
+        Opcode.SYMLINK: names.symlink,
+        Opcode.LINK: names.link,
+        Opcode.RMDIR: names.rmdir,
+        Opcode.RENAME: names.rename,
+        Opcode.RENAME2: names.rename2,
+        Opcode.READLINK: names.readlink,
         # Inodes and open files
         Opcode.GETATTR: files.getattr,
         Opcode.STATX: files.statx,

@@ -1,4 +1,4 @@
-"""What stat(2) tells of an inode, as the kernel wants it: as bytes, and for pyfuse3 as its EntryAttributes.
+"""What stat(2) tells of an inode, as the bytes that the kernel wants.
 
 What the kernel may cache follows from who can change what. Names and attributes change only through this mount, so the
 kernel, which has seen every request, may believe them for good, absent names included. Not so the block count of a file
@@ -11,8 +11,6 @@ from __future__ import annotations
 import os
 from stat import S_IFMT
 from typing import Final
-
-from pyfuse3 import EntryAttributes, InodeT, ModeT
 
 from memfs.contract.units import PAGE_SIZE
 from memfs.fuse.abi import (
@@ -63,17 +61,6 @@ def pack_direntplus(name: bytes, stat: Stat, cookie: int) -> bytes:
     """Return struct fuse_direntplus: an entry of a directory, with what a look-up of it would tell."""
     dirent = DIRENT.pack(stat.ino, cookie, len(name), S_IFMT(stat.mode) >> 12)
     return pack_entry(stat) + dirent + name + bytes(-len(dirent + name) % DIRENT_ALIGN)
-
-
-def entry_attributes(stat: Stat) -> EntryAttributes:
-    """Return what `pack_entry` packs in pyfuse3's form, which it packs itself."""
-    entry = EntryAttributes()
-    entry.st_ino, entry.st_mode = InodeT(stat.ino), ModeT(stat.mode)
-    entry.st_nlink, entry.st_uid, entry.st_gid, entry.st_rdev = stat.nlink, stat.uid, stat.gid, stat.rdev
-    entry.st_size, entry.st_blocks, entry.st_blksize = stat.size, stat.blocks, PAGE_SIZE
-    entry.st_atime_ns, entry.st_mtime_ns, entry.st_ctime_ns = stat.atime_ns, stat.mtime_ns, stat.ctime_ns
-    entry.entry_timeout, entry.attr_timeout = FOREVER, _timeout(stat)
-    return entry
 
 
 def _timestamp(time_ns: int) -> tuple[int, int, int]:

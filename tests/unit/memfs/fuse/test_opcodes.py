@@ -18,11 +18,17 @@ from memfs.fuse.abi import (
     FATTR_FH,
     FATTR_SIZE,
     IN_HEADER,
+    LINK_IN,
+    MKDIR_IN,
+    MKNOD_IN,
     OPEN_IN,
     OPEN_OUT,
     READ_IN,
+    RENAME2_IN,
+    RENAME_IN,
     SETATTR_IN,
     SETXATTR_IN,
+    Malformed,
     Opcode,
     Request,
 )
@@ -89,11 +95,38 @@ def test_every_request_is_answered_by_us_or_by_pyfuse3_for_a_reason(mount: Mount
             assert entry.why.startswith("immediate: "), Opcode(opcode).name
 
 
-def test_what_can_wait_or_is_long_is_not_left_to_pyfuse3(mount: Mount) -> None:
-    ours = {opcode for opcode, entry in mount.table.items() if not isinstance(entry, Pyfuse3)}
-    can_wait = {Opcode.SETATTR, Opcode.STATFS, Opcode.OPEN, Opcode.CREATE, Opcode.TMPFILE, Opcode.FALLOCATE}
-    is_long = {Opcode.READ, Opcode.WRITE, Opcode.READDIRPLUS, Opcode.SETXATTR, Opcode.LISTXATTR}
-    assert can_wait | is_long <= ours
+def test_pyfuse3_has_nothing_but_the_session(mount: Mount) -> None:
+    theirs = {opcode for opcode, entry in mount.table.items() if isinstance(entry, Pyfuse3)}
+    assert theirs == {Opcode.INIT, Opcode.DESTROY, Opcode.INTERRUPT}
+
+
+async def test_names_are_made_renamed_and_removed_as_asked(mount: Mount) -> None:
+    await mount.ask(Opcode.MKDIR, ROOT_INO, MKDIR_IN.pack(0o1777, 0o022) + b"d\0")
+    directory = mount.tree.lookup(ROOT_INO, b"d")
+    assert directory.mode == stat.S_IFDIR | 0o1755
+    await mount.ask(Opcode.MKNOD, directory.ino, MKNOD_IN.pack(stat.S_IFCHR | 0o666, 0x103, 0o077, 0) + b"null\0")
+    device = mount.tree.lookup(directory.ino, b"null")
+    assert (device.mode, device.stat().rdev) == (stat.S_IFCHR | 0o600, 0x103)
+    await mount.ask(Opcode.LINK, ROOT_INO, LINK_IN.pack(device.ino) + b"other\0")
+    assert mount.tree.lookup(ROOT_INO, b"other") is device
+    await mount.ask(Opcode.SYMLINK, ROOT_INO, b"link\0/a/target\0")
+    link = mount.tree.lookup(ROOT_INO, b"link")
+    assert await mount.ask(Opcode.READLINK, link.ino) == b"/a/target"
+    await mount.ask(Opcode.RENAME, ROOT_INO, RENAME_IN.pack(directory.ino) + b"link\0moved\0")
+    assert mount.tree.lookup(directory.ino, b"moved") is link
+    with raises(errno.EEXIST):
+        await mount.ask(Opcode.RENAME2, directory.ino, RENAME2_IN.pack(ROOT_INO, 1, 0) + b"moved\0other\0")
+    for name in (b"null", b"moved"):
+        await mount.ask(Opcode.UNLINK, directory.ino, name + b"\0")
+    await mount.ask(Opcode.RMDIR, ROOT_INO, b"d\0")
+    assert list(mount.tree.root.entries) == [b"other"]
+
+
+@pytest.mark.parametrize("names", [b"one\0", b"one", b"\0two\0", b"one\0\0", b"one\0two", b""])
+async def test_two_names_that_are_not_two_are_refused(mount: Mount, names: bytes) -> None:
+    with pytest.raises((OSError, Malformed)):
+        await mount.ask(Opcode.SYMLINK, ROOT_INO, names)
+    assert not mount.tree.root.entries
 
 
 def entries(data: bytes) -> list[tuple[bytes, int, int]]:
