@@ -28,7 +28,7 @@ from typing import Final, NewType, Protocol
 
 from memfs.store import seals
 from memfs.store.file import File
-from memfs.tree.inode import Directory, Inode, RegularFile
+from memfs.tree.inode import Directory, RegularFile
 from memfs.tree.tree import Tree
 
 CONTROL: Final = os.O_ACCMODE  #: the access mode of a handle for ioctl(2) only
@@ -104,11 +104,15 @@ class OpenFiles:
         Raises OSError: EMFILE, and EBUSY as `_sealed_access` says. Inode flags are checked by the caller: a file that
         is being created may be opened in any way.
         """
-        with self._tree.holding(inode):
+        self._tree.hold(inode)
+        try:
             handle = OpenFile(inode, flags, self._access(inode, flags))
-            if handle.mappable:
-                inode.file.opens.add(writable=handle.writable)
-            return self._add(inode, handle), handle
+        except OSError:
+            self._tree.release(inode)
+            raise
+        if handle.mappable:
+            inode.file.opens.add(writable=handle.writable)
+        return self._add(handle), handle
 
     def _access(self, inode: RegularFile, flags: int) -> Access:
         file, controls = inode.file, flags & os.O_ACCMODE == CONTROL
@@ -134,7 +138,8 @@ class OpenFiles:
 
     def open_directory(self, inode: Directory, flags: int) -> Fh:
         """Open a handle as opendir(3) does."""
-        return self._add(inode, OpenDirectory(inode, flags))
+        self._tree.hold(inode)
+        return self._add(OpenDirectory(inode, flags))
 
     def file(self, fh: int) -> OpenFile:
         """Return the open file behind a number."""
@@ -183,9 +188,9 @@ class OpenFiles:
         for ino, handles in held.items():
             assert self._tree.inode(ino).holds >= len(handles), f"inode {ino}: fewer holds than handles"
 
-    def _add(self, inode: Inode, handle: OpenFile | OpenDirectory) -> Fh:
+    def _add(self, handle: OpenFile | OpenDirectory) -> Fh:
+        """Give a handle a number; its inode is held."""
         fh = self._next
         self._next = Fh(fh + 1)
         self._open[fh] = handle
-        self._tree.hold(inode)
         return fh

@@ -165,13 +165,14 @@ class Tree:
             gid = parent.gid
             if stat.S_ISDIR(mode):
                 mode |= stat.S_ISGID
-        inode = self._new_inode(parent, new._replace(mode=mode, gid=gid))
+        inode = self._new_inode(parent, new, mode, gid)
         inode.xattrs = xattrs or None
         self._add(inode)
         return inode
 
-    def _new_inode(self, parent: Directory, new: _New) -> Inode:
-        ino, mode, uid, gid = self._new_ino(), new.mode, new.uid, new.gid
+    def _new_inode(self, parent: Directory, new: _New, mode: int, gid: int) -> Inode:
+        """Return an inode with the mode and group that it has got from its directory."""
+        ino, uid = self._new_ino(), new.uid
         if stat.S_ISREG(mode):
             return RegularFile(ino, mode, uid, gid, self._new_file(ino, new.seals))
         if stat.S_ISDIR(mode):
