@@ -48,6 +48,11 @@ def current_caller() -> int:
     return _work.get()[1]
 
 
+def work_on(unique: int, caller: int = 0) -> None:
+    """Note which request is worked on from now on: `working_on` for a loop in which the next one follows."""
+    _work.set((unique, caller))
+
+
 class working_on:
     """The request that is worked on within the block, and in tasks that it starts.
 

@@ -178,6 +178,7 @@ class Request:
     uid: int
     gid: int
     pid: int
+    is_interrupted: bool = False  #: before its handler was called
 
     @classmethod
     def parse(cls, message: memoryview) -> Request:

@@ -2,7 +2,8 @@
 
 The kernel queues requests in the order in which they come, so a user with many threads would be answered as often as it
 has threads before another one is answered once. So when there is more to do than is done in one event-loop iteration,
-the channel reads ahead, and answers one request of each user, then a second. The requests of one user stay in order.
+the channel reads ahead (intake.py), and answers one request of each user, then a second. The requests of one user stay
+in order.
 
 How much a user can have here is bounded in bytes; and in number by its threads, each of which is in a system call.
 """
@@ -39,13 +40,17 @@ class Backlog:
         self.queues: Final[dict[Hashable, _Queue]] = {}  #: whose turn is next comes first; none is empty
         self._users: Final[dict[int, Hashable]] = {}  # by process: to ask takes longer than many an answer
         self._remembered_until = 0.0
-        self._uniques: Final[set[int]] = set()
+        self._requests: Final[dict[int, Request]] = {}  # by unique
 
     def __bool__(self) -> bool:
         return bool(self.queues)
 
-    def __contains__(self, unique: int) -> bool:
-        return unique in self._uniques
+    def interrupt(self, unique: int) -> bool:
+        """Mark a request as interrupted: its handler may not wait. Returns whether it is here."""
+        request = self._requests.get(unique)
+        if request is not None:
+            request.is_interrupted = True
+        return request is not None
 
     def add(self, request: Request) -> bool:
         """Keep a request for later. Returns whether there is space: a large one may have to be answered now."""
@@ -59,7 +64,7 @@ class Backlog:
         request.keep()
         queue.requests.append(request)
         queue.nbytes += nbytes
-        self._uniques.add(request.unique)
+        self._requests[request.unique] = request
         return True
 
     def pop(self) -> Request:
@@ -70,7 +75,7 @@ class Backlog:
         del self.queues[user]
         if queue.requests:
             self.queues[user] = queue  # behind the others
-        self._uniques.discard(request.unique)
+        del self._requests[request.unique]
         return request
 
     def _user(self, request: Request) -> Hashable:

@@ -10,7 +10,7 @@ A table (opcodes.py) says which requests have a handler here; all others go thro
 except for that to INIT, which must say things that pyfuse3 does not know.
 
 Order matters: requests of one user are handed on, or their handlers called, in the order in which the kernel queued
-them. Between users there are turns (backlog.py) where more is asked than is done in one event-loop iteration. Handlers
+them. Between users there are turns (intake.py) where more is asked than is done in one event-loop iteration. Handlers
 are eager tasks (contract/aio/eager.py): one that does not wait has answered before the next request is looked at, so
 that a RELEASE is seen before the SETXATTR that follows it; one that waits holds up nobody. Handing on is such a
 handler, too: where the socketpair is full, the request waits and not the channel. How many wait is bounded by how many
@@ -36,19 +36,18 @@ import errno
 import logging
 import os
 import socket
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 import trio
 
 from memfs.contract.aio.busy_poll import BusyPoll
-from memfs.contract.aio.eager import Turn, run_loop
-from memfs.contract.aio.turns import SHARE, Turns
-from memfs.contract.logs import fields, working_on
+from memfs.contract.aio.eager import LoopTask, run_loop
+from memfs.contract.aio.turns import Turns
+from memfs.contract.logs import fields, work_on
 from memfs.fuse.abi import (
     BUFFER_SIZE,
-    IN_HEADER,
     INTERRUPT_IN,
     OUT_HEADER,
     Malformed,
@@ -59,7 +58,7 @@ from memfs.fuse.abi import (
     reply,
     unpack,
 )
-from memfs.fuse.backlog import Backlog
+from memfs.fuse.intake import Intake, Unmounted
 
 log = logging.getLogger(__name__)
 
@@ -71,21 +70,9 @@ Amendment = Callable[[bytearray], None]
 
 _FALLOCATE: Final = int(Opcode.FALLOCATE)
 _BURST: Final = 32  # replies of pyfuse3 before other tasks run
-_AHEAD: Final = 64  # requests that are read ahead in an event-loop iteration
 _LARGE: Final = 1 << 15  # bytes of a request or its reply that count as a unit of work
-#: Not in the backlog: what its caller does next relies on it, whichever user the kernel says that it is
-_IN_ORDER: Final = frozenset(
-    {
-        *(Opcode.INIT, Opcode.DESTROY, Opcode.INTERRUPT),
-        *(Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.RELEASE, Opcode.RELEASEDIR),
-    }
-)
 _LONGEST_POLL: Final = 200e-6  # seconds: KVM's halt_poll_ns, more than it takes to be woken on another CPU
 _FIRST_POLL: Final = 40e-6  # seconds
-
-
-class _Unmounted(Exception):
-    """There will be no more requests."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,13 +98,8 @@ class Channel:
         self._pyfuse3: Final = {opcode: entry for opcode, entry in table.items() if isinstance(entry, Pyfuse3)}
         self._amend_next: dict[int, Amendment] = {}  # by unique: replies that pyfuse3 owes and we will change
         self._waiting: dict[int, trio.CancelScope] = {}  # by unique: requests whose handlers wait
-        self._buffer: Final = memoryview(bytearray(BUFFER_SIZE))
         self._turns: Turns
-        self._begun = 0  # how much work had been done when other tasks ran last
-        self._ahead = _AHEAD  # how many requests may still be read ahead before they do again
-        self._backlog: Final = Backlog()
-        self._overtaken = False  # whether one that did not fit went before the backlog, whose turn it is now
-        self._interrupted: Final[set[int]] = set()  # by unique: interrupted while they were in the backlog
+        self._intake: Intake
         self._poll: Final = BusyPoll(_LONGEST_POLL, window=_FIRST_POLL)
         os.set_blocking(fuse_fd, False)
         self._ours, self._libfuse = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -131,19 +113,17 @@ class Channel:
     async def run(self, unmounted: Callable[[], None]) -> None:
         """Pump until cancelled, or until the filesystem is unmounted; then call `unmounted` and return."""
         self._turns = Turns.here()
-        self._begin_share()
+        self._intake = Intake(self._fuse, self._turns, self._refuse)
         async with trio.open_nursery() as nursery:
 
-            async def read(turn: Turn) -> None:
-                while not turn.is_over:
-                    request = await self._next()
-                    if request is None:
-                        nursery.cancel_scope.cancel()
-                        return
-                    await self._serve(request, turn)
+            async def serve(task: LoopTask) -> None:
+                try:
+                    await self._serve(task)
+                except Unmounted:
+                    nursery.cancel_scope.cancel()
 
             nursery.start_soon(self._replies)
-            run_loop(read, nursery.start_soon)
+            run_loop(serve, nursery.start_soon)
         unmounted()
 
     def close(self) -> None:
@@ -154,101 +134,72 @@ class Channel:
 
     # -- kernel to us -----------------------------------------------------------------------------------------------
 
-    async def _next(self) -> Request | None:
-        """Return the request to be answered next; None when there will be none."""
-        backlog = self._backlog
-        try:
-            while True:
-                is_over = self._turns.total - self._begun >= SHARE
-                if (is_over or backlog.queues) and self._ahead and not self._overtaken:
-                    request = self._receive()
-                    self._ahead = self._ahead - 1 if request is not None else 0
-                    if request is None:
-                        continue
-                    if request.opcode in _IN_ORDER:
-                        return request
-                    if not backlog.add(request):
-                        self._overtaken = bool(backlog.queues)  # else an endless row of these would starve it
-                        return request
-                elif is_over:
-                    await trio.lowlevel.checkpoint()
-                    self._begin_share()
-                elif backlog.queues:
-                    self._overtaken = False
-                    return backlog.pop()
-                elif (request := self._receive()) is not None:
-                    self._poll.stop()
-                    return request
-                elif not self._poll.goes_on():
-                    await trio.lowlevel.wait_readable(self._fuse)
-                    self._begin_share()
-        except _Unmounted:
-            return None
-
-    def _begin_share(self) -> None:
-        """Note that other tasks have run."""
-        self._begun, self._ahead = self._turns.total, _AHEAD
-
-    def _receive(self) -> Request | None:
-        """Read a request; None if there is none now. Raises _Unmounted."""
+    async def _serve(self, task: LoopTask) -> None:
+        """Answer requests or hand them on, until a handler waits. Raises Unmounted."""
+        intake, handlers, forward = self._intake, self._handlers, self._forward
+        handler: Handler = forward
         while True:
-            try:
-                length = os.readv(self._fuse, [self._buffer])
-            except BlockingIOError:
-                return None
-            except InterruptedError:
+            request = intake.next()
+            if request is None and intake.share_is_over:
+                await trio.lowlevel.checkpoint()
+                intake.begin_share()
                 continue
-            except OSError as error:
-                if error.errno == errno.ENODEV:
-                    raise _Unmounted from None
-                if error.errno != errno.ENOENT:  # the request was interrupted before we read it
-                    raise
-            else:
-                try:
-                    return Request.parse(self._buffer[:length])
-                except Malformed as error:
-                    log.error("from the kernel: %s", error)  # noqa: TRY400
-                    if length >= IN_HEADER.size:
-                        self._refuse(IN_HEADER.unpack_from(self._buffer)[2], errno.EIO)
-
-    async def _serve(self, request: Request, turn: Turn) -> None:
-        """Answer a request or hand it on."""
-        handler = self._handlers.get(request.opcode)
-
-        def waits() -> None:  # its INTERRUPT may be the next that is read
-            request.keep()
-            self._waiting[request.unique] = turn.scope
-            if request.unique in self._interrupted:
-                turn.scope.cancel()
-
-        error, payload = 0, None
-        with working_on(request.unique if handler is not None else 0, request.pid):
+            if request is None:
+                # A program that has been answered often asks again immediately. If others are to be answered by other
+                # tasks, those need the event loop.
+                request = await self._wait(poll=handler is not forward and not self._waiting)
+            handler = handlers.get(request.opcode, forward)
+            work_on(request.unique, request.pid)
+            work = handler(request)
             try:
-                payload = await turn.run((handler or self._forward)(request), waits)
+                trap = work.send(None)
+            except StopIteration as end:
+                self._answer(request, end.value)
             except Exception as failure:
-                error = _errno(failure, request.opcode)
-            except trio.Cancelled:
-                if turn.scope.cancel_called:
-                    self._write(invalidate_attributes(request.nodeid))  # a part of it may have been done
-                    self._finish(request, errno.EINTR, None, turn)
-                raise
-            finally:
-                if turn.is_over:
-                    self._waiting.pop(request.unique, None)
-            self._finish(request, error, payload, turn)
-        # A program that has been answered often asks again immediately. If others are to be answered by other tasks,
-        # those need the event loop.
-        if handler is not None and not self._waiting and not turn.is_over:
-            self._poll.start()
+                self._answer(request, None, _errno(failure, request.opcode))
+            else:
+                await self._finish(request, task.rest(work, trap), task.scope)
+                return
 
-    def _finish(self, request: Request, error: int, payload: bytes | None, turn: Turn) -> None:
+    async def _wait(self, *, poll: bool) -> Request:
+        """Wait for a request, at first by busy-polling. Raises Unmounted."""
+        if poll:
+            self._poll.start()
+        while True:
+            if not self._poll.goes_on():
+                await trio.lowlevel.wait_readable(self._fuse)
+                self._intake.begin_share()
+            request = self._intake.next()
+            if request is not None:
+                self._poll.stop()
+                return request
+
+    async def _finish(self, request: Request, rest: Awaitable[bytes | None], scope: trio.CancelScope) -> None:
+        """Answer a request whose handler waits. `scope` is around it."""
+        request.keep()
+        self._waiting[request.unique] = scope  # its INTERRUPT may be the next that is read
+        if request.is_interrupted:
+            scope.cancel()
+        error, payload = 0, None
+        try:
+            payload = await rest
+        except Exception as failure:
+            error = _errno(failure, request.opcode)
+        except trio.Cancelled:
+            if scope.cancel_called:
+                self._write(invalidate_attributes(request.nodeid))  # a part of it may have been done
+                self._answer(request, None, errno.EINTR, waited=True)
+            raise
+        finally:
+            del self._waiting[request.unique]
+        self._answer(request, payload, error, waited=True)
+
+    def _answer(self, request: Request, payload: bytes | None, error: int = 0, *, waited: bool = False) -> None:
         """Answer a request with an errno or, if that is 0, with what the handler returned. Logs and counts it."""
-        nbytes = len(request.message) if payload is None else len(request.message) + len(payload)
+        nbytes = len(request.message) + len(payload or b"")
         self._turns.total += 1 + nbytes // _LARGE  # whose turn it is, the backlog knows
-        if self._interrupted:
-            self._interrupted.discard(request.unique)
         # What changes pages can be followed through the logs; so can what has had to wait.
-        if (turn.is_over or request.opcode == _FALLOCATE) and log.isEnabledFor(logging.INFO):
+        if (waited or request.opcode == _FALLOCATE) and log.isEnabledFor(logging.INFO):
             log.info("answered", extra=fields(opcode=request.opcode, error=error))
         if error:
             self._refuse(request.unique, error)
@@ -261,9 +212,7 @@ class Channel:
         scope = self._waiting.get(unique)
         if scope is not None:
             scope.cancel()
-        elif unique in self._backlog:
-            self._interrupted.add(unique)
-        else:
+        elif not self._intake.interrupt(unique):
             await self._forward(request)
 
     def _refuse(self, unique: int, error: int) -> None:

@@ -5,13 +5,12 @@ holds up nobody. asyncio has this under the same name (asyncio.eager_task_factor
 
 trio cannot move a coroutine that has begun to another task: what it waits for knows the task, and its cancel scopes lie
 on that task's stack. So it is done the other way round. A task that runs a loop (reading requests, say) runs the
-handlers itself, in its `Turn`. When a handler waits, the task is that handler's from then on, and the loop goes on in a
-new task, with a turn of its own:
+handlers itself. When a handler waits, the task is that handler's from then on, and the loop goes on in a new task:
 
-    async def loop(turn: Turn) -> None:
-        while not turn.is_over:
+    async def loop(task: LoopTask) -> None:
+        while not task.is_taken:
             request = await receive()
-            await turn.run(handle(request))
+            await task.run(handle(request))
 
     run_loop(loop, nursery.start_soon)
 
@@ -35,54 +34,61 @@ def _nothing() -> None:
     """Do nothing."""
 
 
-class Turn:
-    """One task's turn at running a loop.
+class LoopTask:
+    """A task that runs a loop until something that the loop runs waits.
 
-    `scope` surrounds the loop: to cancel it cancels a handler that waits. Once `is_over` is set, the loop goes on in
-    another task and has to return in this one.
+    `scope` surrounds the loop: to cancel it cancels a handler that waits. Once the task `is_taken`, by such a handler,
+    the loop goes on in another task and has to return in this one.
     """
 
-    __slots__ = ("_go_on", "is_over", "scope")
+    __slots__ = ("_go_on", "is_taken", "scope")
 
     def __init__(self, go_on: Callable[[], None]) -> None:
         self._go_on: Final = go_on
         self.scope: Final = trio.CancelScope()
-        self.is_over = False
+        self.is_taken = False
 
     async def run(self, work: Coroutine[Any, Any, _T], waits: Callable[[], object] = _nothing) -> _T:
         """Run a coroutine and return its result. Raises what it raises.
 
-        If it waits, the turn is over, the loop's next turn is begun and `waits` is called, once, before it waits.
+        If it waits, the loop goes on in another task, and `waits` is called, once, before it waits.
         """
         try:
             trap = work.send(None)
         except StopIteration as end:
             result: _T = end.value
             return result
-        if not self.is_over:
-            self.is_over = True
-            self._go_on()
         waits()
+        return await self.rest(work, trap)
+
+    async def rest(self, work: Coroutine[Any, Any, _T], trap: object) -> _T:
+        """Return the result of a coroutine that has begun, and asked the event loop for `trap`.
+
+        It is for a loop that makes the first step itself, to save a call where most of what it runs does not wait.
+        """
+        if not self.is_taken:
+            self.is_taken = True
+            self._go_on()
         return await _drive(work, trap)
 
 
-def run_loop(loop: Callable[[Turn], Awaitable[None]], spawn: Callable[..., object]) -> None:
+def run_loop(loop: Callable[[LoopTask], Awaitable[None]], spawn: Callable[..., object]) -> None:
     """Run a loop as a task, and as another one each time that what it runs waits.
 
-    `spawn` is like `nursery.start_soon`. Each turn runs in a copy of the present context, not of the context of the
+    `spawn` is like `nursery.start_soon`. Each task runs in a copy of the present context, not of the context of the
     handler that waits.
     """
     context = contextvars.copy_context()
 
-    async def take_turn() -> None:
-        turn = Turn(begin_turn)
-        with turn.scope:
-            await loop(turn)
+    async def run() -> None:
+        task = LoopTask(go_on)
+        with task.scope:
+            await loop(task)
 
-    def begin_turn() -> None:
-        context.run(spawn, take_turn)
+    def go_on() -> None:
+        context.run(spawn, run)
 
-    begin_turn()
+    go_on()
 
 
 @types.coroutine

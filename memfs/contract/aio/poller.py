@@ -24,12 +24,12 @@ from typing import Any, Final
 import trio
 
 from memfs.contract.aio.busy_poll import BusyPoll
-from memfs.contract.aio.eager import Turn, run_loop
+from memfs.contract.aio.eager import LoopTask, run_loop
 from memfs.contract.aio.turns import SHARE, Turns
 
-#: Reads what there is to read, in a turn of the poller's. Returns whether another task has something to do because of
+#: Reads what there is to read, in the poller's task. Returns whether another task has something to do because of
 #: it. Raises nothing
-Reader = Callable[[Turn], Coroutine[Any, Any, bool]]
+Reader = Callable[[LoopTask], Coroutine[Any, Any, bool]]
 
 _EVENTS: Final = 256  # at which the poller looks at once
 _MAX_POLL: Final = 1200e-6  # seconds: as long as a VMM that converts much memory takes from one request to the next
@@ -92,13 +92,13 @@ class Poller:
         """Busy-poll before sleeping next time: something else will probably come soon."""
         self._busy_poll.start()
 
-    async def _run(self, turn: Turn) -> None:
+    async def _run(self, task: LoopTask) -> None:
         """Read until a reader has to wait."""
-        while not turn.is_over:
+        while not task.is_taken:
             await trio.lowlevel.wait_readable(self._epoll.fileno())
-            await self._read(turn)
+            await self._read(task)
 
-    async def _read(self, turn: Turn) -> None:
+    async def _read(self, task: LoopTask) -> None:
         """Read until there is nothing more to read, and no more to be expected."""
         turns = Turns.here()
         begun = turns.total  # when other tasks ran last
@@ -116,8 +116,8 @@ class Poller:
                 self._turn += 1
                 user.last_turn = self._turn
                 turns.spend(user.name)
-                wakes |= await reader(turn)
-                if turn.is_over:
+                wakes |= await reader(task)
+                if task.is_taken:
                     return
                 if turns.total - begun >= SHARE:
                     break

@@ -9,7 +9,7 @@ space; a request for which the peer has too many unanswered ones lies in another
 bounded by the peer: while a reply lies in the first one, no requests are read, so a peer that does not read its replies
 gets no more of them; and a call is not answered before it is sent.
 
-Handlers run eagerly, in the turns of the poller (aio/eager.py, aio/poller.py): in the order of the requests, and the
+Handlers run eagerly, in the task of the poller (aio/eager.py, aio/poller.py): in the order of the requests, and the
 next request is read when a handler is done or waits. What they wait for ends with the connection.
 """
 
@@ -27,7 +27,7 @@ from typing import Any, Final
 import trio
 
 from memfs.contract.aio.busy_poll import BusyPoll
-from memfs.contract.aio.eager import Turn
+from memfs.contract.aio.eager import LoopTask
 from memfs.contract.protocol.connection import (
     HEADER_SIZE,
     MAX_DESCRIPTORS,
@@ -358,7 +358,7 @@ class Peer:
             while self._waiting:
                 await self._handlers_ended.park()
 
-    async def _read(self, turn: Turn) -> bool:
+    async def _read(self, task: LoopTask) -> bool:
         """Receive a message and act on it. Returns whether a task has something to do now."""
         try:
             received = self._receive()
@@ -374,18 +374,18 @@ class Peer:
         if is_reply:
             self._take(incoming)
             return True
-        await self._run_handler(incoming, turn)
+        await self._run_handler(incoming, task)
         return self._closed
 
-    async def _run_handler(self, request: Incoming, turn: Turn) -> None:
+    async def _run_handler(self, request: Incoming, task: LoopTask) -> None:
         assert self._handle is not None
         try:
-            await turn.run(self._handle(request), functools.partial(self._waiting.add, turn.scope))
+            await task.run(self._handle(request), functools.partial(self._waiting.add, task.scope))
         except Exception as error:  # `serve` raises it
             self._break(error)
         finally:
-            if turn.is_over:
-                self._waiting.discard(turn.scope)
+            if task.is_taken:
+                self._waiting.discard(task.scope)
                 self._handlers_ended.unpark_all()
 
     def poll_for(self, call: Call) -> None:

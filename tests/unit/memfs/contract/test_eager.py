@@ -9,7 +9,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from memfs.contract.aio.eager import Turn, run_loop
+from memfs.contract.aio.eager import LoopTask, run_loop
 
 number: contextvars.ContextVar[int] = contextvars.ContextVar("number", default=0)
 
@@ -21,16 +21,16 @@ class Requests:
         self.handlers = list(handlers)
         self.answers: list[str] = []
         self.tasks: list[trio.lowlevel.Task] = []
-        self.turns: list[Turn] = []
+        self.loop_tasks: list[LoopTask] = []
         self.waited = 0
         self.contexts: list[int] = []
 
-    async def loop(self, turn: Turn) -> None:
+    async def loop(self, task: LoopTask) -> None:
         self.tasks.append(trio.lowlevel.current_task())
         self.contexts.append(number.get())
-        self.turns.append(turn)
-        while self.handlers and not turn.is_over:
-            self.answers.append(await turn.run(self._answer(self.handlers.pop(0)), self._waits))
+        self.loop_tasks.append(task)
+        while self.handlers and not task.is_taken:
+            self.answers.append(await task.run(self._answer(self.handlers.pop(0)), self._waits))
 
     async def _answer(self, handler: Callable[[], Awaitable[str]]) -> str:
         number.set(number.get() + 1)
@@ -50,7 +50,7 @@ async def test_what_does_not_wait_costs_no_task_and_no_iteration(nursery: trio.N
     await trio.lowlevel.checkpoint()  # trio runs the tasks of an iteration in any order
     await trio.lowlevel.checkpoint()
     assert requests.answers == ["at once"] * 3
-    assert (len(requests.tasks), requests.waited, requests.turns[0].is_over) == (1, 0, False)
+    assert (len(requests.tasks), requests.waited, requests.loop_tasks[0].is_taken) == (1, 0, False)
 
 
 async def test_loop_goes_on_in_another_task_while_a_handler_waits(nursery: trio.Nursery) -> None:
@@ -66,9 +66,9 @@ async def test_loop_goes_on_in_another_task_while_a_handler_waits(nursery: trio.
     run_loop(requests.loop, nursery.start_soon)
     await wait_all_tasks_blocked()
     assert requests.answers == ["at once", "at once"]
-    assert [turn.is_over for turn in requests.turns] == [True, True, False]
+    assert [task.is_taken for task in requests.loop_tasks] == [True, True, False]
     assert requests.waited == 2, "once for each that waits, however often it does"
-    assert requests.contexts == [0, 0, 0], "a turn does not begin in the context of what waits"
+    assert requests.contexts == [0, 0, 0], "a task does not begin in the context of what waits"
     event.set()
     await wait_all_tasks_blocked()
     assert requests.answers == ["at once", "at once", "later", "later"]
@@ -83,11 +83,11 @@ async def test_exception_is_raised_whether_it_waited_or_not(nursery: trio.Nurser
             await trio.lowlevel.checkpoint()
         raise LookupError(waits)
 
-    async def loop(turn: Turn) -> None:
+    async def loop(task: LoopTask) -> None:
         for waits in (False, True):
             with pytest.raises(LookupError) as raised:
-                await turn.run(fail(waits))
-            caught.append((raised.value.args[0], turn.is_over))
+                await task.run(fail(waits))
+            caught.append((raised.value.args[0], task.is_taken))
 
     run_once(loop, nursery)
     await wait_all_tasks_blocked()
@@ -107,38 +107,38 @@ async def test_cancelling_the_scope_cancels_who_waits_and_not_the_loop(nursery: 
     requests = Requests(never, at_once)
     run_loop(requests.loop, nursery.start_soon)
     await wait_all_tasks_blocked()
-    requests.turns[0].scope.cancel()
+    requests.loop_tasks[0].scope.cancel()
     await wait_all_tasks_blocked()
     assert cleaned_up == [True]
-    assert (requests.answers, requests.turns[0].scope.cancelled_caught) == (["at once"], True)
-    assert not requests.turns[1].scope.cancel_called
+    assert (requests.answers, requests.loop_tasks[0].scope.cancelled_caught) == (["at once"], True)
+    assert not requests.loop_tasks[1].scope.cancel_called
 
 
-async def test_loop_may_run_more_in_its_turn_after_one_that_waited(nursery: trio.Nursery) -> None:
-    """Cleaning up, for example; that begins no further turn."""
+async def test_loop_may_run_more_after_one_that_waited(nursery: trio.Nursery) -> None:
+    """Cleaning up, for example; that begins no further task."""
     begun, done = [], []
 
     async def waits() -> int:
         await trio.lowlevel.checkpoint()
         return 1
 
-    async def loop(turn: Turn) -> None:
-        begun.append(turn)
+    async def loop(task: LoopTask) -> None:
+        begun.append(task)
         if len(begun) == 1:
-            done.extend([await turn.run(waits()), await turn.run(waits())])
+            done.extend([await task.run(waits()), await task.run(waits())])
 
     run_loop(loop, nursery.start_soon)
     await wait_all_tasks_blocked()
     assert (len(begun), done) == (2, [1, 1])
 
 
-def run_once(loop: Callable[[Turn], Awaitable[None]], nursery: trio.Nursery) -> None:
-    """Run the first turn of a loop only."""
-    begun: list[Turn] = []
+def run_once(loop: Callable[[LoopTask], Awaitable[None]], nursery: trio.Nursery) -> None:
+    """Run the first task of a loop only."""
+    begun: list[LoopTask] = []
 
-    async def first(turn: Turn) -> None:
+    async def first(task: LoopTask) -> None:
         if not begun:
-            begun.append(turn)
-            await loop(turn)
+            begun.append(task)
+            await loop(task)
 
     run_loop(first, nursery.start_soon)

@@ -12,7 +12,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from memfs.contract.aio.busy_poll import BusyPoll
-from memfs.contract.aio.eager import Turn
+from memfs.contract.aio.eager import LoopTask
 from memfs.contract.aio.poller import Poller
 from memfs.contract.aio.turns import SHARE, Turns
 
@@ -33,7 +33,7 @@ async def test_whoever_reads_is_called_for_as_long_as_there_is_something(pairs: 
     poller = Poller()
     read: list[tuple[int, bytes]] = []
 
-    async def reader(number: int, _: Turn) -> bool:
+    async def reader(number: int, _: LoopTask) -> bool:
         read.append((number, pairs[number][0].recv(64)))
         return False
 
@@ -63,7 +63,7 @@ async def test_reader_may_have_another_one_removed(pairs: Pairs) -> None:
     poller = Poller()
     called: list[int] = []
 
-    async def reader(number: int, _: Turn) -> bool:
+    async def reader(number: int, _: LoopTask) -> bool:
         called.append(number)
         for end, _theirs in pairs:
             poller.remove(end.fileno())
@@ -83,7 +83,7 @@ async def test_tasks_get_a_turn_while_messages_keep_coming(pairs: Pairs, wakes: 
     woken = trio.Event()
     calls = 0
 
-    async def reader(_: Turn) -> bool:
+    async def reader(_: LoopTask) -> bool:
         nonlocal calls
         calls += 1
         woken.set()
@@ -101,7 +101,7 @@ async def test_a_user_with_many_descriptors_has_no_more_turns_than_one_with_one(
     """Whose turn was the longest ago comes first, also if one message is as much work as a share."""
     poller, called = Poller(), list[str]()
 
-    async def reader(user: str, _: Turn) -> bool:
+    async def reader(user: str, _: LoopTask) -> bool:
         called.append(user)
         Turns.here().spend(user, SHARE)
         return False
@@ -127,7 +127,7 @@ async def test_other_tasks_run_when_a_share_of_work_is_done(pairs: Pairs) -> Non
     poller, (ours, theirs) = Poller(), pairs[0]
     woken, calls = trio.Event(), 0
 
-    async def reader(_: Turn) -> bool:
+    async def reader(_: LoopTask) -> bool:
         nonlocal calls
         calls += 1
         woken.set()
@@ -156,7 +156,7 @@ async def test_who_stays_does_not_sleep_and_holds_up_nobody(pairs: Pairs) -> Non
     sleeps, woken, done = Sleeps(), trio.Event(), trio.Event()
     slept: list[int] = []
 
-    async def reader(_: Turn) -> bool:
+    async def reader(_: LoopTask) -> bool:
         slept.append(sleeps.count)
         text = ours.recv(64)
         if text == b"first":
