@@ -18,7 +18,7 @@ import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import pyfuse3
 import trio
@@ -59,6 +59,8 @@ log = logging.getLogger(__name__)
 #: what SIGUSR1 asks for is logged at whatever level
 state_log = logging.getLogger("memfs.state")
 state_log.setLevel(logging.INFO)
+
+_T = TypeVar("_T")
 
 _MOST_FILES: Final = 1000  # in the log; the rest is only counted
 
@@ -270,7 +272,7 @@ class _Memfs:
         The kernel does not tell a FUSE server of that, but it tells everybody of changes of mounts.
         """
         async for _ in mount_changes():
-            said = await trio.to_thread.run_sync(self._mount.access_times)
+            said = await _in_a_thread(self._mount.access_times)
             if said not in (None, (self._access_times.atime, self._access_times.diratime)):
                 assert said is not None
                 self._set_access_times(*said)
@@ -305,6 +307,6 @@ class _Memfs:
         self._backing.close()
 
 
-async def _in_a_thread(function: Callable[[], None]) -> None:
+async def _in_a_thread(function: Callable[[], _T]) -> _T:
     """Call what may block in a thread, however many of those that there may be are held up."""
-    await trio.to_thread.run_sync(function, limiter=trio.CapacityLimiter(1))
+    return await trio.to_thread.run_sync(function, limiter=trio.CapacityLimiter(1))

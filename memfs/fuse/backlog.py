@@ -10,18 +10,14 @@ How much a user can have here is bounded in bytes; and in number by its threads,
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Final
 
 from memfs.fuse.abi import Request
-from memfs.fuse.caller import uid_of
 
 MOST_BYTES: Final = 4 << 20  #: of requests of one user
-_MOST_CALLERS: Final = 4096  # of whom it is remembered which user they are
-_REMEMBERED: Final = 1.0  # seconds; numbers of processes are used again
 
 
 @dataclass(slots=True)
@@ -35,11 +31,9 @@ class _Queue:
 class Backlog:
     """Requests by user. `user_of` says whose a request is."""
 
-    def __init__(self, user_of: Callable[[Request], Hashable] = uid_of) -> None:
+    def __init__(self, user_of: Callable[[Request], Hashable]) -> None:
         self._user_of: Final = user_of
         self.queues: Final[dict[Hashable, _Queue]] = {}  #: whose turn is next comes first; none is empty
-        self._users: Final[dict[int, Hashable]] = {}  # by process: to ask takes longer than many an answer
-        self._remembered_until = 0.0
         self._requests: Final[dict[int, Request]] = {}  # by unique
 
     def __bool__(self) -> bool:
@@ -54,7 +48,7 @@ class Backlog:
 
     def add(self, request: Request) -> bool:
         """Keep a request for later. Returns whether there is space: a large one may have to be answered now."""
-        user = self._user(request)
+        user = self._user_of(request)
         queue = self.queues.get(user)
         nbytes = len(request.message)
         if nbytes + (queue.nbytes if queue is not None else 0) > MOST_BYTES:
@@ -77,13 +71,3 @@ class Backlog:
             self.queues[user] = queue  # behind the others
         del self._requests[request.unique]
         return request
-
-    def _user(self, request: Request) -> Hashable:
-        now = time.monotonic()
-        if now >= self._remembered_until or len(self._users) >= _MOST_CALLERS:
-            self._users.clear()
-            self._remembered_until = now + _REMEMBERED
-        user = self._users.get(request.pid)
-        if user is None:
-            user = self._users[request.pid] = self._user_of(request)
-        return user

@@ -7,12 +7,19 @@ created, in the ids of the mount's. With all other requests it says INVALID_ID: 
 
 from __future__ import annotations
 
+import functools
+import time
 from typing import Final, NamedTuple
 
+import trio
+
+from memfs.contract.aio.threads import working_for
 from memfs.contract.sys.processes import directory_of
 from memfs.fuse.abi import Request
 
 INVALID_ID: Final = 0xFFFFFFFF  # FUSE_INVALID_UIDGID (fs/fuse/fuse_i.h)
+_MOST_CALLERS: Final = 4096  # of whom it is remembered which user they are
+_REMEMBERED: Final = 1.0  # seconds; numbers of processes are used again
 _FSID: Final = 3  # of the four ids in a line of /proc/PID/status
 
 
@@ -27,6 +34,48 @@ def uid_of(request: Request) -> int:
         return request.uid
     caller = _look(request.pid)
     return caller.uid if caller is not None else INVALID_ID
+
+
+class Callers:
+    """Which user each caller is, for shares: not for rights, since it is what was so up to a second ago.
+
+    To ask takes longer than many an answer. One for each `trio.run`: `Callers.here`.
+    """
+
+    def __init__(self) -> None:
+        self._users: Final[dict[int, int]] = {}  # by process
+        self._remembered_until = 0.0
+
+    @classmethod
+    def here(cls) -> Callers:
+        """Return those of the event loop that is running."""
+        try:
+            return _here.get()
+        except LookupError:
+            callers = cls()
+            _here.set(callers)
+            return callers
+
+    def user(self, request: Request) -> int:
+        """Return the user of the caller; INVALID_ID is all those together who cannot be known."""
+        if request.uid != INVALID_ID:
+            return request.uid
+        now = time.monotonic()
+        if now >= self._remembered_until or len(self._users) >= _MOST_CALLERS:
+            self._users.clear()
+            self._remembered_until = now + _REMEMBERED
+        user = self._users.get(request.pid)
+        if user is None:
+            user = self._users[request.pid] = uid_of(request)
+        return user
+
+
+def working_for_caller(request: Request) -> working_for:
+    """Have what takes long within the block take the threads of the caller's user."""
+    return working_for(functools.partial(Callers.here().user, request))
+
+
+_here: trio.lowlevel.RunVar[Callers] = trio.lowlevel.RunVar("callers")
 
 
 def is_in_group_or_capable(request: Request, gid: int) -> bool:

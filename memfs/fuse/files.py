@@ -14,7 +14,7 @@ import logging
 import os
 from typing import Final
 
-from memfs.contract.aio.turns import Turns
+from memfs.contract.aio.threads import Threads
 from memfs.contract.logs import fields
 from memfs.contract.sys.libc import FALLOC_FL_KEEP_SIZE, PUNCH_HOLE
 from memfs.contract.units import MAX_OFFSET, PAGE_SIZE, ByteOffset
@@ -53,7 +53,7 @@ from memfs.fuse.abi import (
     Request,
     unpack,
 )
-from memfs.fuse.caller import is_in_group_or_capable
+from memfs.fuse.caller import is_in_group_or_capable, working_for_caller
 from memfs.fuse.reply import pack_attr, pack_statx
 from memfs.store.backing import Backing
 from memfs.store.chunks import LONG
@@ -118,7 +118,7 @@ class FileHandlers:
         new_size = _in_range(size)
         if inode.file.owner is not None and log.isEnabledFor(logging.INFO):
             log.info("truncate", extra=fields(ino=inode.ino, size=size, pid=request.pid, uid=request.uid))
-        with self._tree.holding(inode):
+        with self._tree.holding(inode), working_for_caller(request):
             await inode.file.truncate(new_size, by_path=by_path)
 
     async def statfs(self, request: Request) -> bytes:
@@ -142,7 +142,8 @@ class FileHandlers:
             _kill_suidgid(inode, request)
         with self._tree.holding(inode):  # it may be unlinked meanwhile
             if flags & os.O_TRUNC:
-                await inode.file.truncate(0)
+                with working_for_caller(request):
+                    await inode.file.truncate(0)
             if flags & (os.O_TRUNC | os.O_ACCMODE):
                 await self.space()
             return self.opened(inode, flags)
@@ -210,7 +211,8 @@ class FileHandlers:
         file = self._open_files.file(fh).inode.file
         seek = functools.partial(file.seek, ByteOffset(signed), whence)
         if file.size - max(0, signed) > LONG:  # the kernel may look at every page
-            return LSEEK_OUT.pack(await Turns.here().run_in_thread(request.uid, seek))
+            with working_for_caller(request):
+                return LSEEK_OUT.pack(await Threads.here().run(seek))
         return LSEEK_OUT.pack(seek())
 
     # -- pages ------------------------------------------------------------------------------------------------------
@@ -229,10 +231,11 @@ class FileHandlers:
         if log.isEnabledFor(logging.INFO):
             said = fields(ino=inode.ino, mode=mode, offset=offset, length=length, pid=request.pid, uid=request.uid)
             log.info("fallocate", extra=said)
-        if mode == PUNCH_HOLE:
-            await inode.file.punch(ByteOffset(offset), length)
-        else:
-            await inode.file.allocate(ByteOffset(offset), length, keep_size=bool(mode))
+        with working_for_caller(request):
+            if mode == PUNCH_HOLE:
+                await inode.file.punch(ByteOffset(offset), length)
+            else:
+                await inode.file.allocate(ByteOffset(offset), length, keep_size=bool(mode))
         return b""
 
 

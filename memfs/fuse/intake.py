@@ -16,6 +16,7 @@ from typing import Final
 from memfs.contract.aio.turns import SHARE, Turns
 from memfs.fuse.abi import BUFFER_SIZE, IN_HEADER, Malformed, Opcode, Request
 from memfs.fuse.backlog import Backlog
+from memfs.fuse.caller import Callers
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class Intake:
         self._turns: Final = turns
         self._refuse: Final = refuse
         self._buffer: Final = memoryview(bytearray(BUFFER_SIZE))
-        self._backlog: Final = Backlog()
+        self._backlog: Final = Backlog(lambda request: Callers.here().user(request))
         self._begun = turns.total  # how much work had been done when other tasks ran last
         self._ahead = _AHEAD  # how many requests may still be read ahead before they do again
         self._overtaken = False  # whether one that did not fit went before the backlog, whose turn it is now

@@ -13,6 +13,7 @@ import stat
 from itertools import islice
 from typing import Final
 
+from memfs.contract.aio.threads import working_for
 from memfs.contract.aio.turns import Turns
 from memfs.fuse.abi import (
     BATCH_FORGET_IN,
@@ -41,7 +42,7 @@ from memfs.tree.open_files import OpenFiles
 from memfs.tree.tree import Tree
 from memfs.tree.xattrs import Xattrs
 
-_FORGOTTEN_AT_ONCE: Final = 16  # look-ups, as a unit of work: the memory of a file may be freed with each
+_FORGOTTEN_AT_ONCE: Final = 16  # look-ups, as a unit of work, beside the memory that is freed with them
 _ENTRY_BYTES: Final = 1500  # of a reply, as a unit of work
 _MOST_ENTRIES: Final = 256  # of a directory in one reply, each of which may take a stat(2)
 _UMASK: Final = 0o777  # the bits that there are
@@ -90,10 +91,11 @@ class NameHandlers:
         if len(forgotten) != count * FORGET_ONE.size:
             raise Malformed(f"{count} inodes to forget in {len(forgotten)} bytes")
         turns = Turns.here()
-        for number, (nodeid, nlookup) in enumerate(FORGET_ONE.iter_unpack(forgotten)):
-            if number % _FORGOTTEN_AT_ONCE == 0:
-                await turns.take(self)
-            self._tree.forget(nodeid, nlookup)
+        with working_for(lambda: self):
+            for number, (nodeid, nlookup) in enumerate(FORGET_ONE.iter_unpack(forgotten)):
+                if number % _FORGOTTEN_AT_ONCE == 0 or not turns.has_share(self):
+                    await turns.take(self)
+                self._tree.forget(nodeid, nlookup)
 
     # -- creating and removing --------------------------------------------------------------------------------------
 

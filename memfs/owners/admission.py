@@ -31,6 +31,7 @@ from typing import Final, TypeVar
 
 import trio
 
+from memfs.contract.aio.threads import NoThread
 from memfs.contract.sys.peer_credentials import PeerCredentials
 
 MAX_CONNECTIONS: Final = 4096  #: from which on only trusted users are admitted
@@ -52,13 +53,6 @@ Close = Callable[[int], Awaitable[None]]
 
 class Rejected(Exception):
     """A client may not connect; the message is a sentence."""
-
-
-class NoThread(OSError):
-    """EAGAIN: the machine, or a limit, lets the daemon have no more threads."""
-
-    def __init__(self) -> None:
-        super().__init__(errno.EAGAIN, "memfs can have no thread for that")
 
 
 @dataclass(frozen=True, slots=True)

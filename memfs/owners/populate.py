@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import os
 
 import trio
 
+from memfs.contract.aio.threads import Threads
 from memfs.contract.units import ByteOffset, PageRange, page_ceil
 from memfs.store.file import File
 
@@ -32,7 +34,7 @@ async def populate(file: File, pages: PageRange, source: int, start: ByteOffset)
         with trio.CancelScope(shield=True):
             await file.ensure_allocated(pages)
             try:
-                await trio.to_thread.run_sync(image.copy_in, pages, file.fd, source, start)
+                await Threads.here().run(functools.partial(image.copy_in, pages, file.fd, source, start))
             finally:  # they are there
                 if file.owner is not None:
                     await file.owner.fallocate(pages)

@@ -27,6 +27,7 @@ from typing import Final
 
 import trio
 
+from memfs.contract.aio.threads import working_for
 from memfs.contract.protocol.connection import LocalProtocolError, RemoteProtocolError, Role
 from memfs.contract.protocol.messages import (
     VERSION,
@@ -139,7 +140,7 @@ class Session(Owner):
         fds: tuple[int, ...] = ()
         try:
             try:
-                with self._client.request():
+                with self._client.request(), working_for(lambda: self.user):
                     reply, fds = await self._act(request)
             except OSError as error:
                 reply = Failed(error.errno or errno.EIO, str(error.strerror))

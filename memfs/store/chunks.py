@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Final
 
-import trio
-
+from memfs.contract.aio.threads import Threads, current_user
+from memfs.contract.aio.turns import SHARE, Turns
 from memfs.contract.page_map import PageMap
 from memfs.contract.units import PageRange, bytes_to_pages
 
-LONG: Final = 8 << 20  #: bytes; the kernel takes 2 ms for that. Anything longer goes to a thread
+LONG: Final = 4 << 20  #: bytes; the kernel takes a millisecond for that. Anything longer goes to a thread
 LONG_PAGES: Final = bytes_to_pages(LONG)
 CHUNK: Final = bytes_to_pages(256 << 20)  #: pages of a long range: 20 to 30 ms of the kernel's, in a thread
+_UNIT: Final = LONG // SHARE  # bytes of a system call that count as a unit of work
 _MOST_CHUNKS: Final = 64  # of a file whose holes are not known: most of a huge one is holes
 
 
@@ -29,9 +30,22 @@ def to_free(pages: PageRange, page_map: PageMap | None, *, guest: bool) -> Itera
         yield from run.chunks(CHUNK if guest else LONG_PAGES)
 
 
+def count(nbytes: int) -> None:
+    """Count the work of a system call that allocated or freed so much."""
+    if nbytes >= _UNIT:
+        Turns.here().spend(current_user(), nbytes // _UNIT)
+
+
+async def turn(nbytes: int) -> None:
+    """Wait for the turn of whom a system call is for, that is about to allocate or free so much, and count its work."""
+    if nbytes >= _UNIT:
+        await Turns.here().take(current_user(), nbytes // _UNIT)
+
+
 async def system_call(call: Callable[[], object], nbytes: int) -> None:
-    """Run a system call whose cost grows with `nbytes`: immediately if it is short, else in a thread."""
+    """Run a system call whose cost grows with `nbytes`: immediately if it is short, else in a thread of its user's."""
     if nbytes <= LONG:
+        await turn(nbytes)
         call()
     else:
-        await trio.to_thread.run_sync(call)
+        await Threads.here().run(call)

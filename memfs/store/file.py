@@ -347,13 +347,11 @@ class File:
 
     def free(self) -> None:
         """Free a file that nobody refers to any more; the memory of a large one later. No owner may be left."""
-        if not self._is_large or not self._backing.reaper.take(self):
+        pages = self.pages
+        if pages <= chunks.LONG_PAGES or not self._backing.reaper.take(self):
             self._backing.reaper.forget(self)
+            chunks.count(pages * PAGE_SIZE)
             self.close()
-
-    @property
-    def _is_large(self) -> bool:
-        return self.pages > chunks.LONG_PAGES
 
     async def empty(self) -> None:
         """Free the memory of a file that nobody refers to any more, in chunks.

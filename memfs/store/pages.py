@@ -257,7 +257,8 @@ class Pages:
     async def _free(self, free_rest: Callable[[], None], notified: PageRange | None, freed: PageRange | None) -> None:
         if notified is not None:
             self._measure_removal(notified)
-            await self.free_in_chunks(notified)
+            if not await self.free_in_chunks(notified):
+                await chunks.turn(min(notified.nbytes, chunks.LONG))
         free_rest()
         self._account_freed(freed)
 
@@ -269,15 +270,17 @@ class Pages:
         if self._owner is not None and pages is not None:
             await self._owner.invalidate_end(pages)
 
-    async def free_in_chunks(self, pages: PageRange) -> None:
+    async def free_in_chunks(self, pages: PageRange) -> bool:
         """Free a range of many pages, so that the one call for all of it finds little left to do; of few pages none.
+
+        Returns whether it did.
 
         Where writes are accounted for, not in a thread: a write could come during a chunk, and nobody could say whether
         the pages that it allocated were freed again.
         """
         in_backing = self._file.pages
         if len(pages) <= chunks.LONG_PAGES or in_backing <= chunks.LONG_PAGES:
-            return
+            return False
         page_map = self._page_map
         if self._accounting is not None and self._accounting.pages < in_backing:
             page_map = None  # an owner has allocated behind our back
@@ -286,9 +289,11 @@ class Pages:
             if self._accounting is None or self._guest:
                 await chunks.system_call(punch, chunk.nbytes)
             else:
+                await chunks.turn(chunk.nbytes)
                 punch()
             self._account_freed(chunk)
             await trio.lowlevel.checkpoint()
+        return True
 
     def _account_freed(self, pages: PageRange | None) -> None:
         if self._accounting is not None and pages is not None:

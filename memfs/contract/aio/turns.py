@@ -15,15 +15,12 @@ event-loop iterations for each request, of which most have the loop for themselv
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from typing import Final, TypeVar
+from collections.abc import Hashable
+from typing import Final
 
 import trio
 
 SHARE: Final = 32  #: units that are done for a user in one event-loop iteration, about a millisecond
-_THREADS: Final = 1  # of a user: it may take all of a CPU that the event loop needs
-
-_T = TypeVar("_T")
 
 
 class _Iterations(trio.abc.Instrument):
@@ -45,7 +42,6 @@ class Turns:
         self._iteration = 0  # in which `_spent` counts
         self._spent: Final[dict[Hashable, int]] = {}  # units, by user
         self._queues: Final[dict[Hashable, trio.Lock]] = {}  # of tasks that wait for their turn, by user
-        self._threads: Final[dict[Hashable, trio.CapacityLimiter]] = {}  # of users that have any
         trio.lowlevel.add_instrument(self._iterations)
 
     @classmethod
@@ -88,15 +84,6 @@ class Turns:
         finally:
             if not queue.locked() and self._queues.get(user) is queue:
                 del self._queues[user]
-
-    async def run_in_thread(self, user: Hashable, function: Callable[[], _T]) -> _T:
-        """Run a function in a thread, of which each user has one at a time."""
-        threads = self._threads.setdefault(user, trio.CapacityLimiter(_THREADS))
-        try:
-            return await trio.to_thread.run_sync(function, limiter=threads)
-        finally:
-            if not threads.borrowed_tokens and not threads.statistics().tasks_waiting:
-                self._threads.pop(user, None)
 
     def _begin_iteration(self) -> None:
         if self._iteration != self._iterations.count:

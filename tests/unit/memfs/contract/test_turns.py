@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Hashable
 
 import trio
@@ -63,20 +62,3 @@ async def test_turns_of_a_user_come_in_the_order_in_which_they_were_asked_for() 
             await wait_all_tasks_blocked() if number == 0 else None
     assert sorted(done) == list(range(5))
     assert not turns._queues
-
-
-async def test_threads_of_one_user_leave_others_theirs() -> None:
-    turns, ends, begun = Turns.here(), threading.Event(), list[int]()
-
-    def wait() -> None:
-        begun.append(1)
-        ends.wait()
-
-    async with trio.open_nursery() as nursery:
-        for _ in range(100):
-            nursery.start_soon(turns.run_in_thread, "many", wait)
-        await wait_all_tasks_blocked(0.05)
-        assert len(begun) < 10
-        assert await turns.run_in_thread("one", lambda: 7) == 7
-        ends.set()
-    assert not turns._threads

@@ -402,7 +402,7 @@ async def test_endless_row_of_large_requests_holds_up_nobody(sides: Sides) -> No
 
 
 def test_backlog_is_bounded_in_bytes() -> None:
-    backlog, body = Backlog(), bytes(1 << 20)
+    backlog, body = Backlog(lambda request: request.uid), bytes(1 << 20)
     added = [backlog.add(Request.parse(memoryview(request_of(1000, 2 * n + 2, AT_ONCE, body)))) for n in range(8)]
     assert added == [True] * 3 + [False] * 5
     assert backlog.add(Request.parse(memoryview(request_of(1000, 100))))
