@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from memfs.contract.sys.constants import F_SEAL_FUTURE_WRITE
+from memfs.contract.sys.ioctl import IOC_READ, IOC_WRITE, ioc
 from memfs.contract.units import ByteOffset, page_floor, page_offset
 
 F_SEAL_SEAL: Final = 0x0001
@@ -155,12 +156,7 @@ def format_seals(bits: int) -> str:
     return ",".join(name for name, bit in NAMES.items() if bits & bit)
 
 
-def _ioc(direction: int, number: int) -> int:
-    """Return _IOC (asm-generic/ioctl.h) for memfs's type 'M' and a u32 argument."""
-    return direction << 30 | 4 << 16 | ord("M") << 8 | number
-
-
 #: ioctl(2) on a memfs file for what fcntl(F_ADD_SEALS) and fcntl(F_GET_SEALS) do on a memfd; both take IOC_ARGUMENT
-MEMFS_IOC_ADD_SEALS: Final = _ioc(1, 0x40)
-MEMFS_IOC_GET_SEALS: Final = _ioc(2, 0x41)
 IOC_ARGUMENT: Final = struct.Struct("=I")
+MEMFS_IOC_ADD_SEALS: Final = ioc(IOC_WRITE, 0x40, IOC_ARGUMENT.size)
+MEMFS_IOC_GET_SEALS: Final = ioc(IOC_READ, 0x41, IOC_ARGUMENT.size)
