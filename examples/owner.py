@@ -11,14 +11,14 @@ import sys
 import trio
 
 from memfs.contract.on_memfs import locate
-from memfs.contract.protocol import InvalidateBegin, Notification, StoreGone, connect, socket_of
+from memfs.contract.protocol import ConvertBegin, InvalidateBegin, Notification, StoreGone, connect, socket_of
 
 
 async def act(message: Notification) -> None:
     """Act on a notification. memfs frees nothing before this returns, since only then it is acknowledged."""
-    if isinstance(message, InvalidateBegin):
-        pass  # here a VMM unmaps `message.pages`, and has its vCPUs flush their TLBs
-    print(type(message).__name__, message.pages, flush=True)
+    if isinstance(message, InvalidateBegin | ConvertBegin):
+        pass  # here a VMM unmaps the pages, and has its vCPUs flush their TLBs
+    print(type(message).__name__, message.subject["pages"], flush=True)
 
 
 async def own(path: str) -> None:

@@ -24,6 +24,7 @@ from memfs.contract.page_map import ALLOCATED, PageMapView
 from memfs.contract.protocol import Client, StoreGone, socket_of
 from memfs.contract.protocol import client as protocol
 from memfs.contract.protocol.messages import (
+    ConvertBegin,
     Fallocate,
     FileId,
     InvalidateBegin,
@@ -167,6 +168,7 @@ class Counters:
     invalidate_begin: int = 0
     invalidate_end: int = 0
     fallocate: int = 0
+    convert: int = 0  #: conversions that began
 
 
 class Backing:
@@ -199,6 +201,8 @@ class Backing:
                     file.freed(message.pages)
             case Fallocate():
                 self.counters.fallocate += 1
+            case ConvertBegin():
+                self.counters.convert += 1
         self._notify(message)
 
     def check_recipient(self, fd: int) -> None:

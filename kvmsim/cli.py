@@ -37,6 +37,7 @@ from kvmsim.vm import VM, Listener, VmConfig, create_vm
 from kvmsim.vm_type import VmType
 from kvmsim.vmm.vmm import UnhandledExit, Vmm, open_memory
 from memfs.contract import logs
+from memfs.contract.protocol.messages import ConvertBegin, ConvertEnd
 from memfs.contract.sizes import parse_bytes, parse_size
 from memfs.contract.sys.dumpable import hide_memory
 from memfs.contract.sys.standard_descriptors import fill_standard_descriptors
@@ -271,7 +272,8 @@ def _printer(console: Console, silent: Vmm | None) -> Listener:
 
     def print_notification(message: Notification, slot: Memslot, gfns: GfnRange, side: Side) -> None:
         nonlocal second, printed
-        if silent is not None and silent.is_converting(message.pages):
+        pages = slot.pages_of(gfns) if isinstance(message, ConvertBegin | ConvertEnd) else message.pages
+        if silent is not None and silent.is_converting(pages):
             return
         name, now = type(message).__name__, time.monotonic()
         if now - second >= 1:
@@ -280,7 +282,7 @@ def _printer(console: Console, silent: Vmm | None) -> Listener:
             second, printed = now, 0
         printed += 1
         if printed <= _PRINTED_A_SECOND:
-            console.print(f"  {now - started:7.3f}s  {name:15} {side!s:7} pages {message.pages}")
+            console.print(f"  {now - started:7.3f}s  {name:15} {side!s:7} pages {pages}")
 
     return print_notification
 
@@ -298,7 +300,7 @@ def _report(
         "exits": ", ".join(f"{count:,} {name}" for name, count in sorted(exits.items())) or "none",
         "conversions": f"{vmm.conversions[Side.PRIVATE]:,} to private, {vmm.conversions[Side.SHARED]:,} to shared",
         "notifications": f"{counters.invalidate_begin:,} invalidate begin, {counters.invalidate_end:,} end, "
-        f"{counters.fallocate:,} fallocate",
+        f"{counters.fallocate:,} fallocate, {counters.convert:,} convert",
         "TLB": f"{sum(tlb.hits for tlb in tlbs):,} hits, {sum(tlb.misses for tlb in tlbs):,} misses, "
         f"{sum(tlb.flushes for tlb in tlbs):,} flushes",
         "mapped pages": f"{vm.mmu.table.count(everything, Side.PRIVATE):,} private, "

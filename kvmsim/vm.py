@@ -10,6 +10,8 @@ What a notification does is done before it is acknowledged, in `_notified`, with
     Fallocate        of private memory: drop the shared mappings, bump seq. Dropping is mandatory. Mapping the private
                      pages immediately (RFC v2) is the policy `map_on_fallocate`. Where frames must be asked for, that
                      is left to a task, which runs under the rules for faults. Mainline never does it.
+    ConvertBegin     raise in_progress for both sides' gfns, drop the mappings of the side that pages leave
+    ConvertEnd       bump seq, lower in_progress; what has become private may be mapped, as on Fallocate
 
 Lifetimes: a slot holds a registration of each of its files; the files live as long as some slot has them; the VM ends
 with the connection, and then nothing is mapped any more.
@@ -52,7 +54,7 @@ from kvmsim.uapi import (
 from kvmsim.vcpu import VCPU, Engine
 from kvmsim.vm_type import VmType
 from memfs.contract.aio.nurseries import open_flat_nursery
-from memfs.contract.protocol.messages import Fallocate, InvalidateBegin, InvalidateEnd
+from memfs.contract.protocol.messages import ConvertBegin, ConvertEnd, Fallocate, InvalidateBegin, InvalidateEnd
 from memfs.contract.units import Gfn, GfnRange, Gpa, PageRange, gpa_to_gfn
 
 #: Called with each notification, slot by slot, after it has been acted upon, and the side of memory that it is about
@@ -241,10 +243,13 @@ class VM:
     def _notified(self, message: Notification) -> None:
         if self.closed:  # it was on its way
             return
+        if isinstance(message, ConvertBegin | ConvertEnd):
+            self._converting(message)
+            return
         touched = self.mmu.slots.touching(message.file, message.pages)
         key = (message.file, message.pages)
         if isinstance(message, InvalidateBegin):
-            self.mmu.invalidations.begin(key, [gfns for _, gfns in touched])
+            self.mmu.invalidations.begin(key, [gfns for _, gfns in touched], (message.file, (message.pages,)))
         elif isinstance(message, InvalidateEnd):
             self.mmu.invalidations.end(key)
         for window, gfns in touched:
@@ -253,10 +258,38 @@ class VM:
             elif isinstance(message, Fallocate) and window.side is Side.PRIVATE:
                 self.mmu.unmap(gfns, Side.SHARED)
                 self.mmu.invalidations.conversion()
-                if self.config.map_on_fallocate and not self._map_now(window.slot, gfns):
-                    self._nursery.start_soon(self._map_private, window.slot, gfns)
+                self._allocated(window.slot, gfns)
             for listener in self.listeners:
                 listener(message, window.slot, gfns, window.side)
+
+    def _converting(self, message: ConvertBegin | ConvertEnd) -> None:
+        """Act as on InvalidateBegin of the file that pages leave and Fallocate of the other, as one invalidation."""
+        left = message.shared if message.to_private else message.private
+        touched = [
+            each
+            for file in (message.shared, message.private)
+            for each in self.mmu.slots.touching_all(file, message.ranges)
+        ]
+        key = (message.shared, message.private)
+        if isinstance(message, ConvertBegin):
+            gfns = [part for _, parts in touched for part in parts]
+            self.mmu.invalidations.begin(key, gfns, *((file, message.ranges) for file in key))
+        else:
+            self.mmu.invalidations.end(key)
+        for window, parts in touched:
+            becomes_private = window.space != left and window.side is Side.PRIVATE
+            for part in parts:
+                if isinstance(message, ConvertBegin) and (window.space == left or becomes_private):
+                    self.mmu.unmap(part, Side.SHARED if becomes_private else window.side)
+                elif isinstance(message, ConvertEnd) and becomes_private:
+                    self._allocated(window.slot, part)
+                for listener in self.listeners:
+                    listener(message, window.slot, part, window.side)
+
+    def _allocated(self, slot: Memslot, gfns: GfnRange) -> None:
+        """Take notice that private memory has been allocated."""
+        if self.config.map_on_fallocate and not self._map_now(slot, gfns):
+            self._nursery.start_soon(self._map_private, slot, gfns)
 
     def _map_now(self, slot: Memslot, gfns: GfnRange) -> bool:
         """Map what was allocated, if its frames are known. Returns whether nothing is left to be done."""

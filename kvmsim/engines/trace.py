@@ -36,7 +36,7 @@ from kvmsim.slots.hva import LocalMemory
 from kvmsim.slots.memslots import Memslot
 from kvmsim.vcpu import VCPU
 from kvmsim.vm import VM
-from memfs.contract.protocol.messages import InvalidateBegin
+from memfs.contract.protocol.messages import ConvertEnd, InvalidateBegin
 from memfs.contract.sparse import data_pages
 from memfs.contract.units import (
     PAGE_SHIFT,
@@ -234,6 +234,6 @@ class TraceEngine:
 
     def _notified(self, message: Notification, slot: Memslot, gfns: GfnRange, side: Side) -> None:
         mine = gfns.intersect(GfnRange(Gfn(0), Gfn(self._pages)))
-        if isinstance(message, InvalidateBegin) and mine is not None:
+        if isinstance(message, InvalidateBegin | ConvertEnd) and mine is not None:  # what is converted arrives zeroed
             start = gfn_to_gpa(mine.start)
             self._shadows[side].madvise(mmap.MADV_DONTNEED, start, gfn_to_gpa(mine.end) - start)

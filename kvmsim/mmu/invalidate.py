@@ -20,7 +20,8 @@ be one of them) or if one ended since the sample. That end bumps seq *before* it
 gap between the two. Invalidations elsewhere do not disturb a fault while they run; once ended, they cost it one retry.
 
 A page that becomes private is a change for those who have it mapped shared, so `conversion` bumps seq, too: a fault
-that looked before sees after that it looked too early.
+that looked before sees after that it looked too early. A conversion that is one operation (ConvertBegin, ConvertEnd) is
+an invalidation of the gfns on both sides.
 
 The pages that a fault asks about are not locked in the store (GetPfn without `lock`). An answer may be stale when it
 comes: then the punch that made it so sent its begin after the question, so after the sample, and either it is in
@@ -33,12 +34,23 @@ lock (every checkpoint in between would be a bug that the lock hides), and block
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
 
 import trio
 
-from memfs.contract.units import GfnRange
+from memfs.contract.units import GfnRange, PageRange
+
+#: pages of a space (a file, or the VMM's address space: slots/memslots.py)
+Concerned = tuple[Hashable, Iterable[PageRange]]
+
+
+@dataclass(slots=True)
+class _Active:
+    """An invalidation in progress."""
+
+    gfns: list[GfnRange]
+    concerned: tuple[Concerned, ...]
 
 
 class InvalidationState:
@@ -46,7 +58,7 @@ class InvalidationState:
 
     def __init__(self) -> None:
         self.seq = 0
-        self._active: dict[Hashable, list[GfnRange]] = {}
+        self._active: dict[Hashable, _Active] = {}
         self._ended = trio.Event()  # replaced each time it is set
 
     @property
@@ -58,23 +70,25 @@ class InvalidationState:
         """Return what a fault must remember before it decides anything."""
         return self.seq
 
-    def begin(self, key: Hashable, gfns: list[GfnRange]) -> None:
+    def begin(self, key: Hashable, gfns: list[GfnRange], *concerned: Concerned) -> None:
         """Begin: pages that serve these gfns are about to go; the caller unmaps them before it does anything else.
 
         `key` names the invalidation until its end: which gfns it concerns may look different by then, since slots come
-        and go.
+        and go. `concerned` are the pages.
         """
         assert key not in self._active, f"{key} has begun already"
-        self._active[key] = gfns
+        self._active[key] = _Active(gfns, concerned)
 
-    def take_over(self, gfns_of: Callable[[Any], list[GfnRange]]) -> None:
+    def take_over(self, gfns_of: Callable[[Hashable, PageRange], Iterable[GfnRange]]) -> None:
         """Have what is in progress concern new gfns, too, of which nothing is mapped yet: a slot has been added.
 
-        `gfns_of` says which, given the key of an invalidation. Waiting until nothing is in progress would not do: an
+        `gfns_of` says which, given a space and pages of it. Waiting until nothing is in progress would not do: an
         invalidation may begin while the files of the slot are being registered.
         """
-        for key, gfns in self._active.items():
-            gfns.extend(gfns_of(key))
+        for active in self._active.values():
+            for space, ranges in active.concerned:
+                for pages in ranges:
+                    active.gfns.extend(gfns_of(space, pages))
 
     def end(self, key: Hashable) -> None:
         """End: the pages are gone."""
@@ -103,7 +117,7 @@ class InvalidationState:
 
     def active(self, gfns: GfnRange) -> list[GfnRange]:
         """Return what is being invalidated and overlaps a range."""
-        return [active for ranges in self._active.values() for active in ranges if active.overlaps(gfns)]
+        return [part for active in self._active.values() for part in active.gfns if part.overlaps(gfns)]
 
     def is_active(self, gfns: GfnRange) -> bool:
         """Return whether an invalidation of something in a range is in progress."""

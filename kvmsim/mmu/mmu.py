@@ -6,6 +6,7 @@ Everything here is called under the MMU lock, that is: nothing awaits (invalidat
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,7 +22,7 @@ from kvmsim.mmu.page_table import PageTable
 from kvmsim.mmu.pte import PTE_PRIVATE, PTE_R, PTE_W, PTE_X, is_private, level_pages, pte_pfn, select, side_of
 from kvmsim.mmu.tlb import Tlb
 from kvmsim.side import Side
-from kvmsim.slots.memslots import Memslot, Memslots, Space, Window
+from kvmsim.slots.memslots import Memslot, Memslots, Window
 from memfs.contract.units import GfnRange, PageRange, Pfn
 
 
@@ -52,8 +53,7 @@ class Mmu:
         self._take_over([window])
 
     def _take_over(self, windows: list[Window]) -> None:
-        def gfns_of(key: tuple[Space, PageRange]) -> list[GfnRange]:
-            space, pages = key
+        def gfns_of(space: Hashable, pages: PageRange) -> list[GfnRange]:
             return [each.gfns_of(pages) for each in windows if each.space == space and each.pages.overlaps(pages)]
 
         self.invalidations.take_over(gfns_of)

@@ -26,6 +26,7 @@ from kvmsim.side import Side
 from kvmsim.slots.dirty import DirtyLog
 from kvmsim.slots.intervals import IntervalIndex
 from kvmsim.uapi import KVM_MEM_FD, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY
+from memfs.contract.page_ranges import PageRanges
 from memfs.contract.protocol.messages import FileId
 from memfs.contract.units import ByteOffset, Gfn, GfnRange, PageIndex, PageRange, page_floor
 
@@ -132,6 +133,14 @@ class Window:
         start, end = max(pages.start, mine.start), min(pages.end, mine.end)
         return GfnRange(Gfn(start + shift), Gfn(end + shift))
 
+    def gfns_of_all(self, ranges: PageRanges) -> list[GfnRange]:
+        """Return the gfns that ranges of pages of the space serve through this window, which not all need to touch."""
+        mine, shift = self.pages, self.gfn - self.pages.start
+        starts, ends = np.clip(ranges.array, mine.start, mine.end).T
+        here = starts < ends
+        pairs = zip((starts[here] + shift).tolist(), (ends[here] + shift).tolist(), strict=True)
+        return [GfnRange(Gfn(start), Gfn(end)) for start, end in pairs]
+
     def serves(self, gfns: GfnRange) -> bool:
         """Return whether any of those gfns is served through it."""
         return gfns.overlaps(GfnRange(self.gfn, Gfn(self.gfn + len(self.pages))))
@@ -198,6 +207,14 @@ class Memslots:
         if index is None:
             return []
         return [(window, window.gfns_of(pages)) for window in index.touching(pages.start, pages.end)]
+
+    def touching_all(self, space: Space, ranges: PageRanges) -> list[tuple[Window, list[GfnRange]]]:
+        """Do the same for many ranges at once."""
+        index = self._spaces.get(space)
+        if index is None or not len(ranges):
+            return []
+        windows = index.touching(int(ranges.array[0, 0]), ranges.end)
+        return [(window, window.gfns_of_all(ranges)) for window in windows]
 
     def windows_of(self, slot: Memslot) -> list[Window]:
         """Return all windows of a slot."""

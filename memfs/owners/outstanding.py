@@ -47,14 +47,8 @@ class Pending(Generic[_Owner]):
 
     def describe(self) -> dict[str, Any]:
         """Return what people want to know of it."""
-        message = self.message
-        return {
-            "notification": self.kind,
-            "file": message.file,
-            "pages": str(message.pages),
-            "request": message.cause,
-            "age": round(self.age, 3),
-        }
+        about = {name: str(value) if name == "pages" else value for name, value in self.message.subject.items()}
+        return {"notification": self.kind, **about, "request": self.message.cause, "age": round(self.age, 3)}
 
 
 class Outstanding(Generic[_Owner]):

@@ -68,7 +68,7 @@ _MOST_PAGES: Final = 1 << 21  # looked at for one reply, which takes less than a
 class Registration:
     """One file and its one owner; the file's `GuestOps`."""
 
-    __slots__ = ("_begun", "_tree", "alive", "count", "frames", "id", "inode", "locks", "owner")
+    __slots__ = ("_begun", "_tree", "alive", "count", "frames", "id", "inode", "locks", "owner", "preserves")
 
     def __init__(self, owner: Owner, tree: Tree, inode: RegularFile, file_id: FileId, frames: FileFrames) -> None:
         self.owner: Final = owner
@@ -79,6 +79,7 @@ class Registration:
         self.count = 1  #: how often it was registered
         self.alive = True
         self.locks: Final = PageLocks()
+        self.preserves = False  #: whether conversions may keep the content of pages
         self._begun = False  # the owner has been notified of a beginning, and not yet of its end
 
     @property
@@ -173,13 +174,14 @@ class Registration:
         if log.isEnabledFor(logging.INFO):
             self._log("acknowledged", pending.message, seconds=pending.age)
         if ack.errno:
-            reason, pages = os.strerror(ack.errno), pending.message.pages
+            reason, pages = os.strerror(ack.errno), pending.message.subject["pages"]
             log.warning("%s could not act on %s of %s: %s", self.owner, pending.kind, pages, reason)
 
     def _log(self, what: str, message: Notification, **more: object) -> None:
         if log.isEnabledFor(logging.INFO):
             owner, kind = self.owner.number, type(message).__name__
-            said = fields(owner=owner, notification=kind, ino=self.inode.ino, pages=message.pages, **more)
+            pages = message.subject["pages"]
+            said = fields(owner=owner, notification=kind, ino=self.inode.ino, pages=pages, **more)
             log.info(what, extra=said)
 
     # -- guest_mem_ops: the owner asks about pages ------------------------------------------------------------------
@@ -239,6 +241,12 @@ class Registration:
     def put_pfn(self, pages: PageRange) -> None:
         """Unlock pages. Raises OSError(EINVAL), changing nothing, if any of them is not locked."""
         self.locks.unlock(pages)
+
+    def allow_preserve(self) -> None:
+        """Let conversions keep the content of pages. Raises OSError(EINVAL) if the file is not guest-sealed."""
+        if not self.file.guest:
+            raise OSError(errno.EINVAL, "not guest-sealed")
+        self.preserves = True
 
     def describe(self) -> dict[str, Any]:
         """Return what people want to know of it, or wanted to if it has ended."""

@@ -30,7 +30,9 @@ import trio
 from memfs.contract.aio.threads import working_for
 from memfs.contract.protocol.connection import LocalProtocolError, RemoteProtocolError, Role
 from memfs.contract.protocol.messages import (
+    MIN_VERSION,
     VERSION,
+    AllowPreserve,
     Done,
     Failed,
     Fenced,
@@ -155,11 +157,12 @@ class Session(Owner):
         message = request.message
         match message:
             case Hello():
-                if not message.min_version <= VERSION <= message.max_version:
-                    raise OSError(errno.EPROTONOSUPPORT, f"memfs speaks protocol version {VERSION}")
+                version = min(message.max_version, VERSION)
+                if version < max(message.min_version, MIN_VERSION):
+                    raise OSError(errno.EPROTONOSUPPORT, f"memfs speaks protocol versions {MIN_VERSION} to {VERSION}")
                 self.name = message.name
                 self._client.greeted()
-                return HelloReply(VERSION, PAGE_SIZE), ()
+                return HelloReply(version, PAGE_SIZE), ()
             case Register():
                 return await self._register(request)
             case Unregister(file):
@@ -172,6 +175,8 @@ class Session(Owner):
                 return await self._populate(message, request.fds), ()
             case Launch(file):
                 return await self._launch(self.registration(file)), ()
+            case AllowPreserve(file):
+                self.registration(file).allow_preserve()
             case _:
                 raise AssertionError(f"the protocol let {message} through")
         return Done(), ()

@@ -12,8 +12,13 @@ from typing import Final
 import numpy as np
 
 from kvmsim.engines.trace_file import RECORD, Trace
+from memfs.contract.page_ranges import PageRanges
 from memfs.contract.protocol.messages import (
+    VERSION,
     Ack,
+    AllowPreserve,
+    ConvertBegin,
+    ConvertEnd,
     Done,
     Failed,
     Fallocate,
@@ -44,6 +49,7 @@ from .targets import OPCODES
 
 CORPUS: Final = Path(__file__).with_name("corpus")
 PAGES: Final = PageRange(PageIndex(0), PageIndex(512))
+RANGES: Final = PageRanges.of([PAGES, PageRange(PageIndex(600), PageIndex(601))])
 TO_STORE, TO_OWNER = 1, 0
 
 
@@ -64,7 +70,7 @@ def protocol() -> dict[str, bytes]:
     told = (begin, Fallocate(file, PAGES), end)
     runs = PfnReply(file, PAGES, (PfnRun(PAGES, Pfn(512), 9),))
     return {
-        "greeting": b"\0" + said(Hello(name="vm"), TO_STORE, 1) + said(HelloReply(1, 4096), TO_OWNER, 1),
+        "greeting": b"\0" + said(Hello(name="vm"), TO_STORE, 1) + said(HelloReply(VERSION, 4096), TO_OWNER, 1),
         "requests": b"\1" + b"".join(said(m, TO_STORE, n, fds) for n, (m, fds) in enumerate(to_store, 2)),
         "notifications": b"\1" + b"".join(said(m, TO_OWNER, n) for n, m in enumerate(told, 1)),
         "replies": b"\1"
@@ -77,6 +83,11 @@ def protocol() -> dict[str, bytes]:
         + said(Populate(PAGES, ByteOffset(0)), TO_STORE, 2, 2)
         + said(Launch(file), TO_STORE, 3)
         + said(Measured(bytes(48)), TO_OWNER, 2),
+        "conversion": b"\1"
+        + said(AllowPreserve(file), TO_STORE, 2)
+        + said(ConvertBegin(FileId(2), file, True, RANGES), TO_OWNER, 1)
+        + said(Ack(), TO_STORE, 1)
+        + said(ConvertEnd(FileId(2), file, True, RANGES), TO_OWNER, 2),
         "fenced": b"\1" + said(Fenced(110, "too late"), TO_OWNER, 1),
     }
 

@@ -21,7 +21,7 @@ import trio
 
 from kvmsim.engines.trace_file import Trace, TraceError, read_lackey
 from memfs.contract.protocol.connection import Connection, RemoteProtocolError, Role, State
-from memfs.contract.protocol.messages import Hello, HelloReply
+from memfs.contract.protocol.messages import VERSION, Hello, HelloReply
 from memfs.contract.units import PAGE_SIZE, ByteOffset
 from memfs.fuse.abi import IN_HEADER, Malformed, Opcode, Request
 from memfs.fuse.channel import Pyfuse3
@@ -63,7 +63,7 @@ def protocol(data: bytes) -> None:
     if data[:1] and data[0] & 1:
         number, hello = ends[Role.OWNER].send(Hello(name="fuzz"))
         ends[Role.STORE].receive(hello)
-        ends[Role.OWNER].receive(ends[Role.STORE].send(HelloReply(1, PAGE_SIZE), answers=number)[1])
+        ends[Role.OWNER].receive(ends[Role.STORE].send(HelloReply(VERSION, PAGE_SIZE), answers=number)[1])
     for piece in _pieces(data[1:], 2):
         if not piece:
             continue
@@ -83,7 +83,7 @@ def protocol(data: bytes) -> None:
 
 def _state(end: Connection) -> tuple[Any, ...]:
     sides = [(side.last_id, repr(side.unanswered), side.may_say) for side in (end._ours, end._theirs)]
-    return end.state, end.unanswered, sides, end.invalidations
+    return end.state, end.version, end.unanswered, sides, end.invalidations, end.conversions
 
 
 class _Mount:

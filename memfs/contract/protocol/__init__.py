@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from memfs.contract.protocol.client import Client, StoreGone, connect, socket_of
 from memfs.contract.protocol.messages import (
+    ConvertBegin,
+    ConvertEnd,
     Fallocate,
     FileId,
     InvalidateBegin,
@@ -16,6 +18,8 @@ from memfs.contract.protocol.messages import (
 
 __all__ = [
     "Client",
+    "ConvertBegin",
+    "ConvertEnd",
     "Fallocate",
     "FileId",
     "InvalidateBegin",

@@ -32,20 +32,18 @@ from memfs.contract import on_memfs
 from memfs.contract.aio.nurseries import open_flat_nursery
 from memfs.contract.aio.poller import Poller
 from memfs.contract.logs import fields, working_on
-from memfs.contract.protocol.connection import RemoteProtocolError, Role
+from memfs.contract.protocol.connection import RemoteProtocolError, Role, is_answered
 from memfs.contract.protocol.messages import (
     SOCKET_XATTR,
     Ack,
+    AllowPreserve,
     Done,
     Failed,
-    Fallocate,
     Fenced,
     FileId,
     GetPfn,
     Hello,
     HelloReply,
-    InvalidateBegin,
-    InvalidateEnd,
     Launch,
     Measured,
     Message,
@@ -145,6 +143,15 @@ class Client:
         """Say that the guest begins to run. Returns the measurement of what was populated, 48 bytes."""
         return _expect(Measured, await self._request(Launch(file))).measurement
 
+    async def allow_preserve(self, file: FileId) -> None:
+        """Let conversions of a guest-sealed file keep the content of pages. Not for a guest whose memory is encrypted.
+
+        Raises OSError: EINVAL if it is not guest-sealed, EOPNOTSUPP if this memfs has no conversions.
+        """
+        if self._peer.protocol.version < AllowPreserve.SINCE:
+            raise OSError(errno.EOPNOTSUPP, "this memfs has no conversions")
+        _expect(Done, await self._request(AllowPreserve(file)))
+
     async def request(self, message: Request, fds: Sequence[int] = (), late: LateReply | None = None) -> Incoming:
         """Send any request and return what comes, which may be Failed; its descriptors are the caller's.
 
@@ -196,12 +203,12 @@ class Client:
             self.fenced = message
             self.gone = f"memfs has cut us off: {message.text}"
             return
-        assert isinstance(message, InvalidateBegin | InvalidateEnd | Fallocate)
+        assert isinstance(message, Notification)
         with working_on(message.cause):
             _log("notified", message)
             await self._on_notification(message)
             self._poller.expect()
-            if not isinstance(message, InvalidateEnd):
+            if is_answered(message):
                 with suppress(PeerGone):  # why it has gone comes next, if it said so
                     await self._peer.reply(request.id, Ack())
                     _log("acknowledged", message)
@@ -215,8 +222,8 @@ class Client:
 async def connect(path: str, name: str, on_notification: OnNotification) -> AsyncIterator[Client]:
     """Connect to the memfs that listens on a socket; the connection ends with the block.
 
-    `name` is for logs. `on_notification` is awaited with each InvalidateBegin, InvalidateEnd and Fallocate, in tasks of
-    this event loop; InvalidateBegin and Fallocate are acknowledged, and memfs goes on, when it returns.
+    `name` is for logs. `on_notification` is awaited with each notification, in tasks of this event loop; those that
+    are answered (`InvalidateBegin`, `Fallocate`, `ConvertBegin`) are acknowledged, and memfs goes on, when it returns.
 
     While the block runs, no file operation on a file that is owned through it may be made in the thread of this event
     loop: fallocate(2) and ftruncate(2) return when notifications are acknowledged, which that thread does. Have
@@ -254,5 +261,4 @@ def _expect(kind: type[_Reply], reply: Incoming) -> _Reply:
 
 def _log(what: str, message: Notification) -> None:
     if log.isEnabledFor(logging.INFO):
-        kind = type(message).__name__
-        log.info(what, extra=fields(notification=kind, file=message.file, pages=message.pages))
+        log.info(what, extra=fields(notification=type(message).__name__, **message.subject))

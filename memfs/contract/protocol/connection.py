@@ -8,24 +8,29 @@ two processes a callback is a message, and a callback that returns is a message 
 kinds of request, one in each direction, on one AF_UNIX SOCK_SEQPACKET connection (one datagram, one message):
 
     owner -> store    Hello, Register, Unregister, GetPfn, PutPfn,         answered by HelloReply, Registered, Done,
-                      Populate, Launch                                     PfnReply, Measured or Failed
-    store -> owner    InvalidateBegin, Fallocate                           each answered by Ack
-    store -> owner    InvalidateEnd, Fenced                                not answered
+                      Populate, Launch, AllowPreserve                      PfnReply, Measured or Failed
+    store -> owner    InvalidateBegin, Fallocate, ConvertBegin             each answered by Ack
+    store -> owner    InvalidateEnd, ConvertEnd, Fenced                    not answered
 
-The end of an invalidation needs no answer: the pages are gone, whatever the owner thinks of it. Fenced is the final
-message of a connection.
+The end of an invalidation or conversion needs no answer: pages are where they are, whatever the owner thinks of it.
+Fenced is the final message of a connection.
 
 One connection is one owner, that is, one virtual machine. When it ends, by whatever cause, everything that it
 registered or locked ends with it; the protocol therefore needs no goodbye.
 
-`Connection` holds what both ends must agree on and nothing else: the state (below), which requests are still
-unanswered in each direction, and which invalidations have begun and not ended. `send` and `receive` check a
-message against all of that *before* they change anything, so an illegal message raises and leaves the connection
-as it was. The exception tells whose fault it is: LocalProtocolError is ours, RemoteProtocolError is the peer's, and
-after the latter the connection must be closed, since nothing that a broken peer says can be believed.
+`Connection` holds what both ends must agree on and nothing else: the state (below), which version is spoken, which
+requests are still unanswered in each direction, and which invalidations and conversions have begun and not ended.
+`send` and `receive` check a message against all of that *before* they change anything, so an illegal message raises and
+leaves the connection as it was. The exception tells whose fault it is: LocalProtocolError is ours, RemoteProtocolError
+is the peer's, and after the latter the connection must be closed, since nothing that a broken peer says can be
+believed.
 
     START --Hello--> GREETED --HelloReply--> OPEN --Fenced--> CLOSED
                         \---------Failed-----------------------/
+
+Hello says which versions of the protocol an owner speaks, HelloReply which one is spoken from then on: the newest that
+both know. A message that came with a later one does not exist on that connection; who would need it has to do without.
+The header is the same in all versions.
 
 Requests are numbered by their sender, each number larger than the one before, so that a replayed or duplicated
 message is recognised. A reply carries the number of its request. Both directions are pipelined up to
@@ -33,7 +38,7 @@ MAX_IN_FLIGHT; a peer that goes past that is broken.
 
 Wire format, little-endian, no pickle, every length bounded:
 
-    header   u16 version, u16 type, u32 length of the whole message, u64 request number
+    header   u16 format (1), u16 type, u32 length of the whole message, u64 request number
     body     as messages.py says
 
 File descriptors travel beside a message (SCM_RIGHTS): one with Register (the file), one or two with Registered
@@ -54,8 +59,11 @@ from typing import Final, NewType
 
 from memfs.contract.protocol.messages import (
     MESSAGES,
-    VERSION,
+    MIN_VERSION,
     Ack,
+    AllowPreserve,
+    ConvertBegin,
+    ConvertEnd,
     Done,
     Failed,
     Fallocate,
@@ -83,6 +91,7 @@ MAX_MESSAGE: Final = 64 * 1024  #: bytes; a datagram is never larger
 MAX_IN_FLIGHT: Final = 256  #: unanswered requests in one direction
 MAX_DESCRIPTORS: Final = 2  #: file descriptors beside one message
 
+_FORMAT: Final = 1  # of the header
 _HEADER: Final = struct.Struct("<HHIQ")
 HEADER_SIZE: Final = _HEADER.size  #: bytes
 
@@ -132,8 +141,10 @@ _REPLIES: Final[dict[type[Message], frozenset[type[Message]]]] = {
     PutPfn: frozenset({Done, Failed}),
     Populate: frozenset({Measured, Failed}),
     Launch: frozenset({Measured, Failed}),
+    AllowPreserve: frozenset({Done, Failed}),
     InvalidateBegin: frozenset({Ack}),
     Fallocate: frozenset({Ack}),
+    ConvertBegin: frozenset({Ack}),
 }
 _IS_REPLY: Final = frozenset().union(*_REPLIES.values())
 
@@ -145,13 +156,13 @@ def _loop(state: State, messages: Iterable[type[Message]]) -> dict[type[Message]
 _TRANSITIONS: Final[dict[Role, dict[State, dict[type[Message], State]]]] = {
     Role.OWNER: {
         State.START: {Hello: State.GREETED},
-        State.OPEN: _loop(State.OPEN, (Register, Unregister, GetPfn, PutPfn, Populate, Launch, Ack)),
+        State.OPEN: _loop(State.OPEN, (Register, Unregister, GetPfn, PutPfn, Populate, Launch, AllowPreserve, Ack)),
     },
     Role.STORE: {
         State.GREETED: {HelloReply: State.OPEN, Failed: State.CLOSED},
         State.OPEN: {
             **_loop(State.OPEN, (Registered, Done, PfnReply, Measured, Failed)),
-            **_loop(State.OPEN, (InvalidateBegin, InvalidateEnd, Fallocate)),
+            **_loop(State.OPEN, (InvalidateBegin, InvalidateEnd, Fallocate, ConvertBegin, ConvertEnd)),
             Fenced: State.CLOSED,
         },
     },
@@ -190,21 +201,23 @@ class Connection:
     >>> owner, store = Connection(Role.OWNER), Connection(Role.STORE)
     >>> number, data = owner.send(Hello(name="vm-1"))
     >>> store.receive(data).message
-    Hello(min_version=1, max_version=1, name='vm-1')
-    >>> _, data = store.send(HelloReply(version=1, page_size=4096), answers=number)
+    Hello(min_version=1, max_version=2, name='vm-1')
+    >>> _, data = store.send(HelloReply(version=2, page_size=4096), answers=number)
     >>> owner.receive(data).message, owner.state
-    (HelloReply(version=1, page_size=4096), <State.OPEN: 'open'>)
+    (HelloReply(version=2, page_size=4096), <State.OPEN: 'open'>)
 
     Not thread-safe; does no I/O.
     """
 
-    __slots__ = ("_invalidations", "_ours", "_theirs", "role", "state")
+    __slots__ = ("_conversions", "_invalidations", "_ours", "_theirs", "role", "state", "version")
 
     def __init__(self, role: Role) -> None:
         self.role: Final = role
         self._ours: Final = _Side(role)
         self._theirs: Final = _Side(role.peer)
+        self.version = MIN_VERSION  #: of the protocol that is spoken
         self._invalidations: list[tuple[FileId, PageRange]] = []  # begun by the store and not ended
+        self._conversions: list[tuple[FileId, FileId]] = []  # of which files: begun by the store and not ended
         self._enter(State.START)
 
     def _enter(self, state: State) -> None:
@@ -221,6 +234,11 @@ class Connection:
     def invalidations(self) -> tuple[tuple[FileId, PageRange], ...]:
         """The ranges between InvalidateBegin and InvalidateEnd, oldest first."""
         return tuple(self._invalidations)
+
+    @property
+    def conversions(self) -> tuple[tuple[FileId, FileId], ...]:
+        """The files, shared and private, between ConvertBegin and ConvertEnd, oldest first."""
+        return tuple(self._conversions)
 
     def send(
         self, message: Message, *, answers: RequestId | None = None, descriptors: int = 0
@@ -239,7 +257,7 @@ class Connection:
         if _HEADER.size + len(body) > MAX_MESSAGE:
             raise LocalProtocolError(f"{type(message).__name__} of {len(body)} bytes; at most {MAX_MESSAGE}")
         self._advance(self._ours, self._theirs, number, message)
-        return number, _HEADER.pack(VERSION, message.TYPE, _HEADER.size + len(body), number) + body
+        return number, _HEADER.pack(_FORMAT, message.TYPE, _HEADER.size + len(body), number) + body
 
     def receive(self, data: bytes | memoryview, descriptors: int | None = 0) -> Received:
         """Unpack one datagram that came with `descriptors` file descriptors (None: unknown) and move on.
@@ -261,12 +279,16 @@ class Connection:
         kind = type(message)
         if kind not in sender.may_say:
             raise Malformed(f"{kind.__name__} from the {sender.role.value} while {self.state.value}")
+        if self.version < kind.SINCE:
+            raise Malformed(f"{kind.__name__} in version {self.version} of the protocol")
         if descriptors is not None and descriptors not in kind.DESCRIPTORS:
             raise Malformed(f"{kind.__name__} with {descriptors} file descriptors")
         if kind in _IS_REPLY:
             request = other.unanswered.get(number)
             if request is None or kind not in _REPLIES[type(request)]:
                 raise Malformed(f"{kind.__name__} does not answer request {number}")
+            if isinstance(message, HelloReply) and isinstance(request, Hello):
+                _check_version(message.version, request)
             return
         if number <= sender.last_id:
             raise Malformed(f"request number {number} after {sender.last_id}")
@@ -274,22 +296,38 @@ class Connection:
             raise Malformed(f"more than {MAX_IN_FLIGHT} unanswered requests")
         if isinstance(message, InvalidateEnd) and (message.file, message.pages) not in self._invalidations:
             raise Malformed(f"InvalidateEnd of {message.pages}, which was not begun")
+        if isinstance(message, ConvertBegin) and (message.shared, message.private) in self._conversions:
+            raise Malformed(f"ConvertBegin of files {message.shared} and {message.private}, which was begun already")
+        if isinstance(message, ConvertEnd) and (message.shared, message.private) not in self._conversions:
+            raise Malformed(f"ConvertEnd of files {message.shared} and {message.private}, which was not begun")
 
     def _advance(self, sender: _Side, other: _Side, number: RequestId, message: Message) -> Message | None:
         kind = type(message)
         state = sender.may_say[kind]
         if state is not self.state:
             self._enter(state)
+        if isinstance(message, HelloReply):
+            self.version = message.version
         if kind in _IS_REPLY:
             return other.unanswered.pop(number)
         sender.last_id = number
         if kind in _REPLIES:
             sender.unanswered[number] = message
-        if isinstance(message, InvalidateBegin):
-            self._invalidations.append((message.file, message.pages))
-        elif isinstance(message, InvalidateEnd):
-            self._invalidations.remove((message.file, message.pages))
+        match message:
+            case InvalidateBegin():
+                self._invalidations.append((message.file, message.pages))
+            case InvalidateEnd():
+                self._invalidations.remove((message.file, message.pages))
+            case ConvertBegin():
+                self._conversions.append((message.shared, message.private))
+            case ConvertEnd():
+                self._conversions.remove((message.shared, message.private))
         return None
+
+
+def _check_version(version: int, hello: Hello) -> None:
+    if not hello.min_version <= version <= hello.max_version:
+        raise Malformed(f"version {version} in answer to {hello.min_version} to {hello.max_version}")
 
 
 def is_answered(message: Message) -> bool:
@@ -305,9 +343,9 @@ def is_reply(header: bytes) -> bool:
 def _parse(data: memoryview) -> tuple[RequestId, Message]:
     if len(data) < _HEADER.size:
         raise Malformed(f"a message of {len(data)} bytes")
-    version, kind, length, number = _HEADER.unpack_from(data)
-    if version != VERSION:
-        raise Malformed(f"protocol version {version}; this is {VERSION}")
+    form, kind, length, number = _HEADER.unpack_from(data)
+    if form != _FORMAT:
+        raise Malformed(f"a header of format {form}; this is {_FORMAT}")
     if length != len(data) or length > MAX_MESSAGE:
         raise Malformed(f"a message of {len(data)} bytes that claims {length}")
     if kind not in MESSAGES:

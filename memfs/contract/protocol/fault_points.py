@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import Final
 
 from memfs.contract.faults import Point, Step
-from memfs.contract.protocol.messages import Fallocate, InvalidateBegin, InvalidateEnd, Message, Notification
+from memfs.contract.protocol.messages import (
+    ConvertBegin,
+    ConvertEnd,
+    Fallocate,
+    InvalidateBegin,
+    InvalidateEnd,
+    Message,
+    Notification,
+)
 
 STEPS_OF_PEERS: Final = {
     "memfs.contract.protocol.peer:Peer._transmit": Step((Point.BEFORE_SEND,), (Point.AFTER_SEND,)),
@@ -17,11 +25,15 @@ _BEFORE: Final[dict[type[Message], Point]] = {
     InvalidateBegin: Point.BEFORE_BEGIN,
     InvalidateEnd: Point.BEFORE_END,
     Fallocate: Point.BEFORE_TELL,
+    ConvertBegin: Point.BEFORE_BEGIN,
+    ConvertEnd: Point.BEFORE_END,
 }
 _AFTER: Final[dict[type[Message], Point]] = {
     InvalidateBegin: Point.AFTER_BEGIN,
     InvalidateEnd: Point.AFTER_END,
     Fallocate: Point.AFTER_TELL,
+    ConvertBegin: Point.AFTER_BEGIN,
+    ConvertEnd: Point.AFTER_END,
 }
 
 

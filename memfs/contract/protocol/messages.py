@@ -1,8 +1,8 @@
 """The messages that memfs and an owner can send: one class a message, with its body on the wire.
 
-Each class packs its own body and unpacks it again, and refuses bytes that are not exactly what it would have packed:
-a flag is 0 or 1, a range is not empty, a text is UTF-8 and bounded, runs cover what they claim to cover. Which message
-may come when is not decided here but in connection.py.
+Each class packs its own body and unpacks it again, and refuses bytes that are not exactly what it would have packed
+(wire.py): a flag is 0 or 1, a range is not empty, a text is UTF-8 and bounded, runs cover what they claim to cover.
+Which message may come when is not decided here but in connection.py. conversion_messages.py has those of conversions.
 
 Little-endian, no pickle, every length bounded. Pages are page indexes, ranges half-open.
 """
@@ -11,8 +11,25 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Final, NewType, Self
+from typing import Any, ClassVar, Final, Self
 
+from memfs.contract.protocol.conversion_messages import AllowPreserve, ConvertBegin, ConvertEnd
+from memfs.contract.protocol.wire import (
+    MAX_ERRNO,
+    MAX_TEXT,
+    MIN_VERSION,
+    NO_FILE,
+    SOCKET_XATTR,
+    VERSION,
+    FileId,
+    Malformed,
+    Message,
+    pack_text,
+    parse_errno,
+    parse_flag,
+    parse_pages,
+    parse_text,
+)
 from memfs.contract.units import (
     MAX_OFFSET,
     ORDER_1G,
@@ -20,84 +37,49 @@ from memfs.contract.units import (
     ORDER_4K,
     PAGE_SIZE,
     ByteOffset,
-    PageIndex,
     PageRange,
     Pfn,
-    page_floor,
     pages_to_bytes,
 )
 
-VERSION: Final = 1
-MAX_TEXT: Final = 512  #: bytes of UTF-8 in Hello, Failed and Fenced
-MAX_ERRNO: Final = 4095  #: linux/err.h
-SOCKET_XATTR: Final = "user.memfs.socket"  #: of everything on a mount: the path of the socket to connect to
+__all__ = [
+    "MAX_ERRNO",
+    "MAX_TEXT",
+    "MESSAGES",
+    "MIN_VERSION",
+    "NO_FILE",
+    "SOCKET_XATTR",
+    "VERSION",
+    "Ack",
+    "AllowPreserve",
+    "ConvertBegin",
+    "ConvertEnd",
+    "Done",
+    "Failed",
+    "Fallocate",
+    "Fenced",
+    "FileId",
+    "GetPfn",
+    "Hello",
+    "HelloReply",
+    "InvalidateBegin",
+    "InvalidateEnd",
+    "Launch",
+    "Malformed",
+    "Measured",
+    "Message",
+    "Notification",
+    "PfnReply",
+    "PfnRun",
+    "Populate",
+    "PutPfn",
+    "Register",
+    "Registered",
+    "Request",
+    "Unregister",
+]
 
-_MAX_PAGES: Final = page_floor(ByteOffset(MAX_OFFSET)) + 1
 _ORDERS: Final = frozenset({ORDER_4K, ORDER_2M, ORDER_1G})
-
-FileId = NewType("FileId", int)  #: names a registered file on one connection; never reused
-
-
-class Malformed(Exception):
-    """Bytes that are not the message they claim to be."""
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """A message. Immutable; `pack` and `unpack` are each other's inverse for the body, without header."""
-
-    TYPE: ClassVar[int]
-    _BODY: ClassVar[struct.Struct]
-    DESCRIPTORS: ClassVar[frozenset[int]] = frozenset({0})  #: how many may travel beside it
-
-    def pack(self) -> bytes:
-        """Return the body as it travels."""
-        return self._BODY.pack(*self._fields())
-
-    def _fields(self) -> tuple[Any, ...]:
-        return ()
-
-    @classmethod
-    def unpack(cls, body: memoryview) -> Self:
-        """Return the message with this body. Raises Malformed."""
-        if len(body) != cls._BODY.size:
-            raise Malformed(f"a body of {len(body)} bytes instead of {cls._BODY.size}")
-        return cls._from_fields(*cls._BODY.unpack(body))
-
-    @classmethod
-    def _from_fields(cls, *fields: Any) -> Self:
-        return cls(*fields)
-
-
-def _pages(start: int, end: int) -> PageRange:
-    if not start < end <= _MAX_PAGES:
-        raise Malformed(f"[{start}, {end}) is not a range of pages")
-    return PageRange(PageIndex(start), PageIndex(end))
-
-
-def _flag(value: int) -> bool:
-    if value not in (0, 1):
-        raise Malformed(f"{value} is neither true nor false")
-    return bool(value)
-
-
-def _errno(value: int) -> int:
-    if value > MAX_ERRNO:
-        raise Malformed(f"{value} is not an errno")
-    return value
-
-
-def _pack_text(text: str) -> bytes:
-    return text.encode()[:MAX_TEXT].decode(errors="ignore").encode()
-
-
-def _unpack_text(tail: memoryview) -> str:
-    if len(tail) > MAX_TEXT:
-        raise Malformed(f"a text of {len(tail)} bytes; at most {MAX_TEXT}")
-    try:
-        return str(tail, "utf-8")
-    except UnicodeDecodeError as error:
-        raise Malformed("a text that is not UTF-8") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,13 +88,13 @@ class Hello(Message):
 
     TYPE = 1
     _BODY = struct.Struct("<HH")
-    min_version: int = VERSION
+    min_version: int = MIN_VERSION
     max_version: int = VERSION
     name: str = ""
 
     def pack(self) -> bytes:
         """Return the body as it travels."""
-        return self._BODY.pack(self.min_version, self.max_version) + _pack_text(self.name)
+        return self._BODY.pack(self.min_version, self.max_version) + pack_text(self.name)
 
     @classmethod
     def unpack(cls, body: memoryview) -> Self:
@@ -122,7 +104,7 @@ class Hello(Message):
         low, high = cls._BODY.unpack_from(body)
         if low > high:
             raise Malformed(f"versions {low} to {high} are none")
-        return cls(low, high, _unpack_text(body[cls._BODY.size :]))
+        return cls(low, high, parse_text(body[cls._BODY.size :]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,13 +192,18 @@ class _OnPages(Message):
     pages: PageRange
     cause: int = field(default=0, compare=False)
 
+    @property
+    def subject(self) -> dict[str, object]:
+        """What it is about, for logs."""
+        return {"file": self.file, "pages": self.pages}
+
     def _fields(self) -> tuple[Any, ...]:
         return self.file, self.pages.start, self.pages.end, self.cause
 
     @classmethod
     def _from_fields(cls, *fields: Any) -> Self:
         file, start, end, cause = fields
-        return cls(file, _pages(start, end), cause)
+        return cls(file, parse_pages(start, end), cause)
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +233,7 @@ class GetPfn(Message):
     @classmethod
     def _from_fields(cls, *fields: Any) -> Self:
         file, start, end, alloc, lock = fields
-        return cls(file, _pages(start, end), _flag(alloc), _flag(lock))
+        return cls(file, parse_pages(start, end), parse_flag(alloc), parse_flag(lock))
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,12 +278,12 @@ class PfnReply(Message):
         if len(body) < cls._BODY.size or len(tail) % cls._RUN.size or len(tail) > cls.MAX_RUNS * cls._RUN.size:
             raise Malformed(f"a PfnReply of {len(body)} bytes")
         file, start, end = cls._BODY.unpack_from(body)
-        pages = _pages(start, end)
+        pages = parse_pages(start, end)
         runs: list[PfnRun] = []
         for run_end, pfn, order in cls._RUN.iter_unpack(tail):
             if order not in cls.ORDERS:
                 raise Malformed(f"order {order}")
-            runs.append(PfnRun(_pages(start, run_end), None if pfn == cls.ABSENT else Pfn(pfn), order))
+            runs.append(PfnRun(parse_pages(start, run_end), None if pfn == cls.ABSENT else Pfn(pfn), order))
             start = run_end
         if start != end:
             raise Malformed(f"runs that end at page {start} instead of {end}")
@@ -322,7 +309,7 @@ class PutPfn(Message):
     @classmethod
     def _from_fields(cls, *fields: Any) -> Self:
         file, start, end, dirty = fields
-        return cls(file, _pages(start, end), _flag(dirty))
+        return cls(file, parse_pages(start, end), parse_flag(dirty))
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,7 +335,7 @@ class Populate(Message):
     @classmethod
     def _from_fields(cls, *fields: Any) -> Self:
         start, end, source = fields
-        pages = _pages(start, end)
+        pages = parse_pages(start, end)
         if len(pages) > cls.MAX_PAGES or source > MAX_OFFSET:
             raise Malformed(f"{len(pages)} pages from byte {source} on; at most {cls.MAX_PAGES}")
         return cls(pages, ByteOffset(source))
@@ -400,7 +387,7 @@ class Failed(Message):
 
     def pack(self) -> bytes:
         """Return the body as it travels."""
-        return self._BODY.pack(self.errno) + _pack_text(self.text)
+        return self._BODY.pack(self.errno) + pack_text(self.text)
 
     @classmethod
     def unpack(cls, body: memoryview) -> Self:
@@ -408,7 +395,7 @@ class Failed(Message):
         if len(body) < cls._BODY.size:
             raise Malformed(f"{cls.__name__} is cut short")
         (errno,) = cls._BODY.unpack_from(body)
-        return cls(_errno(errno), _unpack_text(body[cls._BODY.size :]))
+        return cls(parse_errno(errno), parse_text(body[cls._BODY.size :]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -437,7 +424,7 @@ class Fallocate(_OnPages):
 
 @dataclass(frozen=True, slots=True)
 class Ack(Message):
-    """Owner: an InvalidateBegin or Fallocate has been acted upon; or `errno`, why not (the store logs it)."""
+    """Owner: a notification has been acted upon; or `errno`, why not (the store logs it)."""
 
     TYPE = 14
     _BODY = struct.Struct("<I")
@@ -448,7 +435,7 @@ class Ack(Message):
 
     @classmethod
     def _from_fields(cls, *fields: Any) -> Self:
-        return cls(_errno(*fields))
+        return cls(parse_errno(*fields))
 
 
 @dataclass(frozen=True, slots=True)
@@ -458,8 +445,8 @@ class Fenced(Failed):
     TYPE = 15
 
 
-Request = Hello | Register | Unregister | GetPfn | PutPfn | Populate | Launch
-Notification = InvalidateBegin | InvalidateEnd | Fallocate
+Request = Hello | Register | Unregister | GetPfn | PutPfn | Populate | Launch | AllowPreserve
+Notification = InvalidateBegin | InvalidateEnd | Fallocate | ConvertBegin | ConvertEnd
 
 #: by the number on the wire
 MESSAGES: Final[dict[int, type[Message]]] = {
@@ -467,5 +454,6 @@ MESSAGES: Final[dict[int, type[Message]]] = {
     for cls in (
         *(Hello, HelloReply, Register, Registered, Unregister, GetPfn, PfnReply, PutPfn, Done, Failed),
         *(InvalidateBegin, InvalidateEnd, Fallocate, Ack, Fenced, Populate, Launch, Measured),
+        *(AllowPreserve, ConvertBegin, ConvertEnd),
     )
 }

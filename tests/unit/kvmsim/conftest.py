@@ -25,7 +25,9 @@ from kvmsim.vm_type import VmType
 from memfs.contract.page_map import ABSENT, ALLOCATED, PageMap
 from memfs.contract.protocol.connection import Role
 from memfs.contract.protocol.messages import (
+    VERSION,
     Ack,
+    ConvertEnd,
     Done,
     Failed,
     Fallocate,
@@ -90,7 +92,7 @@ class ScriptedStore:
     async def notify(self, message: Message) -> None:
         """Say something, and return when it has been acted upon."""
         assert self.peer is not None
-        if isinstance(message, InvalidateEnd):  # not answered; what comes after it is
+        if isinstance(message, InvalidateEnd | ConvertEnd):  # not answered; what comes after it is
             await self.peer.tell(message)
             message = Fallocate(FileId(0), PageRange(PageIndex(0), PageIndex(1)))
         assert isinstance((await self.peer.call(message)).message, Ack)
@@ -125,7 +127,7 @@ class ScriptedStore:
             return Failed(self.refuse[type(message)], "as told"), ()
         match message:
             case Hello():
-                return HelloReply(1, PAGE_SIZE), ()
+                return HelloReply(VERSION, PAGE_SIZE), ()
             case Register():
                 file = self.files[os.fstat(fds[0]).st_ino]
                 file.registered += 1

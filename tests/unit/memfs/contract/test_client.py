@@ -16,6 +16,7 @@ from trio.testing import wait_all_tasks_blocked
 from memfs.contract.protocol.client import Client, OnNotification, StoreGone, connect
 from memfs.contract.protocol.connection import Role
 from memfs.contract.protocol.messages import (
+    VERSION,
     Ack,
     Done,
     Failed,
@@ -47,7 +48,7 @@ FILE = FileId(1)
 PAGES = PageRange(PageIndex(0), PageIndex(2))
 PFNS = PfnReply(FILE, PAGES, (PfnRun(PAGES, Pfn(512)),))
 ANSWERS: dict[type[Message], Message] = {
-    Hello: HelloReply(1, PAGE_SIZE),
+    Hello: HelloReply(VERSION, PAGE_SIZE),
     Register: Registered(FILE, 3, 2 * PAGE_SIZE, 0),
     Unregister: Done(),
     GetPfn: PFNS,

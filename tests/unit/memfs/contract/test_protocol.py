@@ -5,10 +5,12 @@ from __future__ import annotations
 import struct
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from memfs.contract.page_ranges import PageRanges
 from memfs.contract.protocol.connection import (
     MAX_IN_FLIGHT,
     MAX_MESSAGE,
@@ -22,7 +24,13 @@ from memfs.contract.protocol.connection import (
 from memfs.contract.protocol.messages import (
     MAX_ERRNO,
     MESSAGES,
+    MIN_VERSION,
+    NO_FILE,
+    VERSION,
     Ack,
+    AllowPreserve,
+    ConvertBegin,
+    ConvertEnd,
     Done,
     Failed,
     Fallocate,
@@ -49,11 +57,27 @@ from memfs.contract.units import Pfn
 from tests.helpers import pages
 
 FILE = FileId(7)
+OTHER = FileId(8)
+RANGES = PageRanges.of([pages(1, 3), pages(5, 6)])
 
 
 u64 = st.integers(0, (1 << 64) - 1)
 ranges = st.tuples(st.integers(0, 1 << 40), st.integers(1, 1 << 40)).map(lambda each: pages(each[0], sum(each)))
 text = st.text(st.characters(codec="utf-8"), max_size=100)
+
+
+@st.composite
+def many_ranges(draw: st.DrawFn, at_least: int) -> PageRanges:
+    edges = draw(st.sets(st.integers(0, 1 << 40), min_size=2 * at_least, max_size=20))
+    ends = sorted(edges)[: len(edges) // 2 * 2]
+    return PageRanges(np.array(ends, np.int64).reshape(-1, 2))
+
+
+def conversions(kind: type[ConvertBegin | ConvertEnd], at_least: int) -> st.SearchStrategy[Any]:
+    files = st.tuples(u64, u64).filter(lambda pair: pair[0] != pair[1])
+    return files.flatmap(
+        lambda pair: st.builds(kind, st.just(pair[0]), st.just(pair[1]), st.booleans(), many_ranges(at_least))
+    )
 
 
 @st.composite
@@ -89,12 +113,15 @@ MESSAGE: dict[type[Message], st.SearchStrategy[Any]] = {
         st.integers(0, (1 << 63) - 1),
     ),
     Launch: st.builds(Launch, u64),
+    AllowPreserve: st.builds(AllowPreserve, u64),
     Measured: st.builds(Measured, st.binary(min_size=48, max_size=48)),
     Done: st.builds(Done),
     Failed: st.builds(Failed, st.integers(1, 133), text),
     InvalidateBegin: st.builds(InvalidateBegin, u64, ranges),
     InvalidateEnd: st.builds(InvalidateEnd, u64, ranges),
     Fallocate: st.builds(Fallocate, u64, ranges),
+    ConvertBegin: conversions(ConvertBegin, 1),
+    ConvertEnd: conversions(ConvertEnd, 0),
     Ack: st.builds(Ack, st.integers(0, 133)),
     Fenced: st.builds(Fenced, st.integers(1, 133), text),
 }
@@ -109,11 +136,11 @@ def test_what_is_packed_is_unpacked(message: Message) -> None:
     assert type(message).unpack(memoryview(message.pack())) == message
 
 
-def opened() -> tuple[Connection, Connection]:
+def opened(version: int = VERSION) -> tuple[Connection, Connection]:
     owner, store = Connection(Role.OWNER), Connection(Role.STORE)
     number, data = owner.send(Hello())
     store.receive(data)
-    _, data = store.send(HelloReply(1, 4096), answers=number)
+    _, data = store.send(HelloReply(version, 4096), answers=number)
     owner.receive(data)
     return owner, store
 
@@ -123,6 +150,8 @@ def snapshot(connection: Connection) -> tuple[Any, ...]:
         connection.state,
         *((side.last_id, dict(side.unanswered)) for side in (connection._ours, connection._theirs)),
         connection.invalidations,
+        connection.conversions,
+        connection.version,
     )
 
 
@@ -163,12 +192,15 @@ def illegal() -> list[tuple[str, Connection, Message, RequestId | None, int]]:
         InvalidateBegin: InvalidateBegin(FILE, pages(0, 1)),
         InvalidateEnd: InvalidateEnd(FILE, pages(0, 1)),
         Fallocate: Fallocate(FILE, pages(0, 1)),
+        AllowPreserve: AllowPreserve(FILE),
+        ConvertBegin: ConvertBegin(FILE, OTHER, True, RANGES),
+        ConvertEnd: ConvertEnd(FILE, OTHER, True, RANGES),
         Ack: Ack(),
         Fenced: Fenced(1, ""),
     }
     said_when_open = {
-        Role.OWNER: {Register, Unregister, GetPfn, PutPfn},
-        Role.STORE: {InvalidateBegin, Fallocate, Fenced},
+        Role.OWNER: {Register, Unregister, GetPfn, PutPfn, AllowPreserve},
+        Role.STORE: {InvalidateBegin, Fallocate, ConvertBegin, Fenced},
     }
     cases: list[tuple[str, Connection, Message, RequestId | None, int]] = []
     for role in Role:
@@ -279,6 +311,79 @@ def test_replayed_and_reordered_requests_are_refused() -> None:
         with pytest.raises(RemoteProtocolError):
             store.receive(again)
         assert snapshot(store) == before
+
+
+@pytest.mark.parametrize("end", [RANGES, PageRanges.of([])], ids=["of all", "of nothing"])
+def test_a_conversion(end: PageRanges) -> None:
+    """One message begins it, and one, which is not answered, ends it; of two files there is one at a time."""
+    owner, store = opened()
+    number, data = store.send(ConvertBegin(FILE, OTHER, True, RANGES))
+    assert owner.receive(data).message == ConvertBegin(FILE, OTHER, True, RANGES)
+    assert owner.conversions == store.conversions == ((FILE, OTHER),)
+    for wrong in (ConvertBegin(FILE, OTHER, False, RANGES), ConvertEnd(OTHER, FILE, True, RANGES)):
+        before = snapshot(owner)
+        with pytest.raises(LocalProtocolError):
+            store.send(wrong)
+        with pytest.raises(RemoteProtocolError):
+            owner.receive(datagram(wrong, 99))
+        assert snapshot(owner) == before
+    store.receive(owner.send(Ack(), answers=number)[1])
+    owner.receive(store.send(ConvertEnd(FILE, OTHER, True, end))[1])
+    assert not owner.conversions
+    assert not store.conversions
+    assert owner.unanswered == store.unanswered == 0
+
+
+def test_the_newest_version_that_both_speak_is_spoken(subtests: pytest.Subtests) -> None:
+    """Messages that came later do not exist then, neither to be sent nor to be received."""
+    assert MIN_VERSION < VERSION
+    owner, store = opened(MIN_VERSION)
+    assert owner.version == store.version == MIN_VERSION
+    for message in (AllowPreserve(FILE), ConvertBegin(FILE, OTHER, True, RANGES)):
+        sender, receiver = (owner, store) if isinstance(message, AllowPreserve) else (store, owner)
+        before = snapshot(sender), snapshot(receiver)
+        with subtests.test(type(message).__name__):
+            with pytest.raises(LocalProtocolError, match="version 1"):
+                sender.send(message)
+            with pytest.raises(RemoteProtocolError, match="version 1"):
+                receiver.receive(datagram(message))
+            assert (snapshot(sender), snapshot(receiver)) == before
+    for low, high, answer in ((1, 1, 2), (2, 2, 1), (1, 2, 3)):
+        owner, store = Connection(Role.OWNER), Connection(Role.STORE)
+        number, data = owner.send(Hello(low, high))
+        store.receive(data)
+        with subtests.test(f"{answer} in answer to {low} to {high}"), pytest.raises(LocalProtocolError):
+            store.send(HelloReply(answer, 4096), answers=number)
+
+
+def body(*ranges: int, shared: int = FILE, private: int = OTHER, to_private: int = 1) -> bytes:
+    return struct.pack(f"<QQBQ{len(ranges)}q", shared, private, to_private, 0, *ranges)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    {
+        "cut short": body(1, 2)[:-1],
+        "no range": body(),
+        "half a range": body(1),
+        "an empty range": body(1, 1),
+        "a reversed range": body(2, 1),
+        "below 0": body(-1, 1),
+        "ranges that overlap": body(1, 4, 3, 5),
+        "ranges that touch": body(1, 3, 3, 5),
+        "ranges out of order": body(5, 6, 1, 2),
+        "beyond all files": body(1, 1 << 52),
+        "too many ranges": body(*range(2 * 513)),
+        "no flag": body(1, 2, to_private=2),
+        "one file on both sides": body(1, 2, shared=OTHER),
+        "nobody's": body(1, 2, shared=NO_FILE, private=NO_FILE),
+    }.items(),
+    ids=lambda pair: pair[0],
+)
+def test_what_is_no_conversion_is_refused(wrong: tuple[str, bytes]) -> None:
+    with pytest.raises(Malformed):
+        ConvertBegin.unpack(memoryview(wrong[1]))
+    ConvertBegin.unpack(memoryview(body(1, 2, 3, 4)))
 
 
 def test_an_answer_counts_once() -> None:

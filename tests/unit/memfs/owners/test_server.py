@@ -440,7 +440,7 @@ async def test_owner_of_another_version_is_told(mount: Mount) -> None:
         nursery.start_soon(peer.serve, nobody_asks)
         with trio.fail_after(10):
             reply = await peer.call(Hello(min_version=99, max_version=100))
-        assert reply.message == Failed(errno.EPROTONOSUPPORT, "memfs speaks protocol version 1")
+        assert reply.message == Failed(errno.EPROTONOSUPPORT, "memfs speaks protocol versions 1 to 2")
         peer.close()
         nursery.cancel_scope.cancel()
 
