@@ -1,9 +1,13 @@
 """Which pages of a guest-sealed file are allocated, that is, private: one byte a page in a shared memory object.
 
 This is the truth about private pages. The backing file is not: it holds bytes, and only its owner may look whether
-there are any. The object is a memfd, so that the owner (kvmsim) maps the same memory and asks for a page's
-state with an array look-up instead of a message. The store alone writes: once its own mapping exists the memfd is
-sealed with F_SEAL_FUTURE_WRITE, so the descriptor that an owner gets can be mapped read-only at best.
+there are any. The object is a file in memory, so that the owner (kvmsim) maps the same memory and asks for a page's
+state with an array look-up instead of a message. The store alone writes, and keeps its maps in one of two ways:
+
+- `MapFiles`: files of a tmpfs. Owners get descriptors through a clone of its mount that is read-only, which they cannot
+  open anew for writing either. A file lies there whether or not somebody has it open.
+- `MapMemfds`: memfds, which live by their descriptors. Once the store's own mapping exists a memfd is sealed with
+  F_SEAL_FUTURE_WRITE, so that it can be mapped read-only at best.
 
     byte 0      u64 magic   u32 version   u32 page shift   u64 seq
     byte 4096   one byte for page 0 (ABSENT or ALLOCATED), one for page 1, ...
@@ -14,7 +18,7 @@ pages of one moment samples seq, reads, and reads again if seq was odd or has mo
 The object is as sparse as the file it describes: MAX_PAGES bytes of address space, of which only what was ever
 allocated costs memory (a page of map for 16 MiB of file). Clearing, counting and finding pages in a large range asks
 the object for its data extents first, so no operation costs more than the pages that were ever touched. It never
-grows or shrinks (and is sealed against both), so an owner's mapping of it cannot fault. Address space has an end, too:
+grows or shrinks, so an owner's mapping of it cannot fault. Address space has an end, too:
 a store has at most MOST_MAPS, and then there is no space for another map, rather than for anything at all.
 
 Rejected: a bitmap (a byte can be stored without reading its neighbours, so no lock between pages, and numpy slices
@@ -27,8 +31,10 @@ import errno
 import fcntl
 import mmap
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Final, TypeVar
+from contextlib import suppress
+from typing import ClassVar, Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -172,11 +178,12 @@ class PageMapView:
 
 
 class PageMap(PageMapView):
-    """A page map on the store's side, empty at first: the only one that can be written.
+    """A page map on the store's side, the only one that can be written. An object that is empty becomes an empty map.
 
-    Raises OSError: EMFILE.
+    `fd` is duplicated. Raises OSError: EMFILE.
 
-    >>> page_map = PageMap("guest.mem")
+    >>> fd = os.memfd_create("map")
+    >>> page_map = PageMap(fd)
     >>> page_map.set(PageRange(PageIndex(2), PageIndex(5)), ALLOCATED)
     >>> page_map.count(PageRange(PageIndex(0), PageIndex(4)))
     2
@@ -187,27 +194,26 @@ class PageMap(PageMapView):
 
     _access = mmap.PROT_READ | mmap.PROT_WRITE
 
-    def __init__(self, name: str) -> None:
-        fd = os.memfd_create(f"memfs-map:{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        try:
+    def __init__(self, fd: int) -> None:
+        if not os.fstat(fd).st_size:
             os.ftruncate(fd, _OBJECT_BYTES)
-            os.fchmod(fd, 0o400)  # so that an owner, which gets it for reading, cannot open it anew for writing
-            super().__init__(fd)
-            fcntl.fcntl(
-                fd,
-                fcntl.F_ADD_SEALS,
-                F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL,
-            )
-        finally:
-            os.close(fd)
+        super().__init__(fd)
 
     def _check_header(self, header: np.void) -> None:
-        header["magic"], header["version"], header["page_shift"] = _MAGIC, _VERSION, PAGE_SHIFT
+        if not header["magic"]:
+            header["version"], header["page_shift"] = _VERSION, PAGE_SHIFT
+            header["magic"] = _MAGIC
+        super()._check_header(header)
 
     @property
     def fd(self) -> int:
-        """The descriptor that owners receive."""
+        """The store's descriptor."""
         return self._fd
+
+    @property
+    def nbytes(self) -> int:
+        """How much memory the object takes, in bytes."""
+        return os.fstat(self._fd).st_blocks * 512
 
     def set(self, pages: PageRange, state: int) -> None:
         """Put every page of a range into one state, as one change."""
@@ -219,23 +225,97 @@ class PageMap(PageMapView):
         finally:
             self._seq[0] += 1
 
+    def settle(self) -> None:
+        """End a change in the middle of which the store died."""
+        self._seq[0] += self._seq[0] % 2
 
-class PageMaps:
-    """The page maps of a store, at most `most`."""
+
+class PageMaps(ABC):
+    """The page maps of a store, at most `most` of them open."""
+
+    are_kept: ClassVar[bool]  #: whether a map that was closed is still there when it is opened again
 
     def __init__(self, most: int = MOST_MAPS) -> None:
         self._most: Final = most
         self._count = 0
 
-    def create(self, name: str) -> PageMap:
-        """Create an empty map. Raises OSError: ENOSPC if there are so many already, EMFILE."""
+    def open(self, name: str) -> PageMap:
+        """Open a map; one that is not there is made, and empty. Raises OSError: ENOSPC if too many are open, EMFILE."""
         if self._count >= self._most:
             raise OSError(errno.ENOSPC, f"there are {self._most} page maps, for which there is address space")
-        page_map = PageMap(name)
+        fd = self._open(name)
+        try:
+            page_map = PageMap(fd)
+            self._protect(page_map)
+        finally:
+            os.close(fd)
         self._count += 1
         return page_map
 
+    @abstractmethod
+    def _open(self, name: str) -> int: ...
+
+    @abstractmethod
+    def _protect(self, page_map: PageMap) -> None:
+        """See that nobody else can write to it."""
+
+    @abstractmethod
+    def open_for_owner(self, name: str, page_map: PageMap) -> int:
+        """Return a descriptor of an open map for an owner, to whom it is read-only. Raises OSError."""
+
     def close(self, page_map: PageMap) -> None:
-        """Close a map that was created here."""
+        """Close a map that nobody uses now."""
         page_map.close()
         self._count -= 1
+
+    @abstractmethod
+    def remove(self, name: str) -> None:
+        """Remove a map that is closed, if there is one."""
+
+
+class MapMemfds(PageMaps):
+    """Maps that are memfds."""
+
+    are_kept = False
+
+    def _open(self, name: str) -> int:
+        fd = os.memfd_create(f"memfs-map:{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.fchmod(fd, 0o400)  # so that an owner, which gets it for reading, cannot open it anew for writing
+        return fd
+
+    def _protect(self, page_map: PageMap) -> None:
+        seals = F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+        fcntl.fcntl(page_map.fd, fcntl.F_ADD_SEALS, seals)
+
+    def open_for_owner(self, name: str, page_map: PageMap) -> int:
+        """Open the memfd anew, for reading."""
+        return os.open(f"/proc/self/fd/{page_map.fd}", os.O_RDONLY | os.O_CLOEXEC)
+
+    def remove(self, name: str) -> None:
+        """Do nothing: it is gone."""
+
+
+class MapFiles(PageMaps):
+    """Maps that are files: `root` is a descriptor of their directory, `read_only` one of it on a read-only mount."""
+
+    are_kept = True
+
+    def __init__(self, root: int, read_only: int, most: int = MOST_MAPS) -> None:
+        super().__init__(most)
+        self._root: Final = root
+        self._read_only: Final = read_only
+
+    def _open(self, name: str) -> int:
+        return os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=self._root)
+
+    def _protect(self, page_map: PageMap) -> None:
+        """Do nothing: nobody else gets to the directory."""
+
+    def open_for_owner(self, name: str, page_map: PageMap) -> int:
+        """Open the file for reading, where it cannot be written to."""
+        return os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._read_only)
+
+    def remove(self, name: str) -> None:
+        """Unlink the file."""
+        with suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=self._root)

@@ -236,15 +236,12 @@ def _for_owner(file: File) -> tuple[int, ...]:
     The backing of a file sealed against writes is open for reading only.
     """
     closed_to_writes = file.seals & seals.NO_WRITES and not file.guest
-    fds = [_open_anew(file.fd, os.O_RDONLY if closed_to_writes else os.O_RDWR)]
-    if file.guest and file.page_map is not None:
+    flags = os.O_RDONLY if closed_to_writes else os.O_RDWR
+    fds = [os.open(f"/proc/self/fd/{file.fd}", flags | os.O_CLOEXEC)]
+    if file.guest:
         try:
-            fds.append(_open_anew(file.page_map.fd, os.O_RDONLY))
+            fds.append(file.open_page_map())
         except OSError:
             close_all(fds)
             raise
     return tuple(fds)
-
-
-def _open_anew(fd: int, flags: int) -> int:
-    return os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC)

@@ -4,15 +4,15 @@ The page map says which pages there are; the backing, how many there may be in a
 to the system call that allocates or frees: first space is reserved, then pages are allocated, then the reservation is
 committed, which enters them in the map; and when pages have been freed, they leave the map and their space is free.
 
-A map takes two descriptors and address space. So a file has one only while it is held and its pages matter; of a file
-that nobody holds the runs of allocated pages are kept instead, if they are few and quickly found.
+A map takes two descriptors and address space. So a file has one open only while it is held and its pages matter. Of a
+file that nobody holds it is closed; if it would be gone then (contract/page_map.py: MapMemfds), the runs of allocated
+pages are kept instead, if they are few and quickly found.
 """
 
 from __future__ import annotations
 
 import errno
 import itertools
-import os
 from typing import Final
 
 from memfs.contract.page_map import ABSENT, ALLOCATED, MAX_PAGES, PageMap
@@ -21,7 +21,7 @@ from memfs.store.backing import Backing
 
 MAP_END: Final = PageIndex(MAX_PAGES)
 _MOST_RUNS: Final = 256  # that are kept in place of a map
-_MOST_BLOCKS: Final = 2048  # of 512 bytes, of a map that is read when it is put away: 4 GiB of a file
+_MOST_BYTES: Final = 1 << 20  # of a map that is read when it is put away: 4 GiB of a file
 _WHOLE: Final = PageRange(PageIndex(0), MAP_END)
 
 
@@ -39,32 +39,40 @@ class Accounting:
 
     @property
     def page_map(self) -> PageMap:
-        """The page map, which is made if there is none. Raises OSError: EMFILE, ENOSPC."""
+        """The page map, which is opened if it is not. Raises OSError: EMFILE, ENOSPC."""
         return self.take_out()
 
     def take_out(self) -> PageMap:
-        """Return the page map, and make it if there is none. Raises OSError: EMFILE, ENOSPC."""
+        """Return the page map, and open it if it is not. Raises OSError: EMFILE, ENOSPC."""
         if self._page_map is None:
-            self._page_map = self._backing.page_maps.create(self._name)
+            self._page_map = self._backing.page_maps.open(self._name)
             for run in self._runs:
                 self._page_map.set(run, ALLOCATED)
             self._runs = ()
         return self._page_map
 
+    def open_for_owner(self) -> int:
+        """Return a descriptor of the page map for an owner. Raises OSError: EMFILE, ENOSPC."""
+        return self._backing.page_maps.open_for_owner(self._name, self.page_map)
+
     def put_away(self) -> None:
-        """Keep what the map shows without a map, and so without descriptors, unless that is much. Nobody may use it."""
-        page_map = self._page_map
+        """Keep what the map shows without descriptors, unless that takes long. Nobody may use it."""
+        page_map, maps = self._page_map, self._backing.page_maps
         if page_map is None:
             return
-        runs: tuple[PageRange, ...] = ()
-        if self.pages:
-            if os.fstat(page_map.fd).st_blocks > _MOST_BLOCKS:
-                return
-            runs = tuple(itertools.islice(page_map.runs(_WHOLE), _MOST_RUNS + 1))
-            if len(runs) > _MOST_RUNS:
-                return
-        self._backing.page_maps.close(page_map)
-        self._page_map, self._runs = None, runs
+        if not maps.are_kept:
+            runs: tuple[PageRange, ...] = ()
+            if self.pages:
+                if page_map.nbytes > _MOST_BYTES:
+                    return
+                runs = tuple(itertools.islice(page_map.runs(_WHOLE), _MOST_RUNS + 1))
+                if len(runs) > _MOST_RUNS:
+                    return
+            self._runs = runs
+        maps.close(page_map)
+        self._page_map = None
+        if not self.pages:
+            maps.remove(self._name)
 
     def reserve(self, pages: PageRange) -> Reservation:
         """Reserve space for the absent pages of a range, within a with statement. Raises OSError(ENOSPC)."""
@@ -104,17 +112,20 @@ class Accounting:
         self.pages, self._runs = 0, ()
         if self._page_map is not None:
             self._backing.page_maps.close(self._page_map)
+        self._backing.page_maps.remove(self._name)
 
     def check(self, pages: int, *, exactly: bool) -> None:
         """Raise AssertionError unless the map says what the file has; if not `exactly`, an owner may have added to it.
 
         Costs time proportional to the file's pages.
         """
-        page_map = self._page_map
-        mapped = page_map.count(_WHOLE) if page_map is not None else sum(map(len, self._runs))
+        is_open, page_map = self._page_map is not None, self.page_map
+        mapped = page_map.count(_WHOLE)
         assert mapped == self.pages, f"{mapped} pages in the map, {self.pages} counted"
         assert mapped == pages or (mapped < pages and not exactly), f"{mapped} pages in the map, {pages} in the backing"
-        assert page_map is None or page_map.seq % 2 == 0, "page map left in the middle of a change"
+        assert page_map.seq % 2 == 0, "page map left in the middle of a change"
+        if not is_open:
+            self.put_away()
 
 
 class Reservation:

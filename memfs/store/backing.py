@@ -10,7 +10,8 @@ descriptors: `locate` says how os.stat, os.utime and os.chmod find it.
   files must never be swapped (RFC patch 01), which a tmpfs can only promise for all its files, so they lie in a second
   one with `noswap`. Both share one limit: what the guests' takes, the ordinary one is made smaller by, page for page,
   so that space is short only where statfs(2) says so. What an owner allocates behind memfs's back is in use as well:
-  the kernel is asked how much there is.
+  the kernel is asked how much there is. Page maps lie in a third one, without a limit, of which owners get descriptors
+  through a mount that is read-only.
 - `MemfdBacking`: memfds, which anybody may create but which have no limit of the kernel's (a fallocate of 2**62 bytes
   on one ends in the OOM killer). So `reserve` comes before each allocation; that is exact only because no handle is in
   passthrough mode then, and every allocation goes by file.py, except for those of owners, which are counted afterwards.
@@ -26,14 +27,17 @@ import errno
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
 from typing import ClassVar, Final, NewType, Protocol
 
-from memfs.contract.page_map import PageMaps
+from memfs.contract.page_map import MapFiles, MapMemfds, PageMaps
 from memfs.contract.sys.libc import (
     ATIME_ATTRIBUTES,
     MOUNT_ATTR__ATIME,
     MOUNT_ATTR_NOATIME,
+    MOUNT_ATTR_RDONLY,
     Remount,
+    clone_detached,
     mount_detached,
     set_mount_attributes,
 )
@@ -60,7 +64,10 @@ class Backing(Protocol):
     kind: ClassVar[str]  #: for people: "tmpfs", "memfd"
     accounted: ClassVar[bool]  #: whether pages of ordinary files must be reserved, too
     reaper: Reaper  #: large files that nobody refers to any more
-    page_maps: PageMaps  #: those of tracked files
+
+    @property
+    def page_maps(self) -> PageMaps:
+        """The page maps of tracked files."""
 
     @property
     def guest_pinned(self) -> bool:
@@ -122,6 +129,14 @@ class Backing(Protocol):
         """Close the backing. Files live until their descriptors are closed."""
 
 
+@dataclass(frozen=True, slots=True)
+class State:
+    """A tmpfs for what is not content: descriptors of its root, and of the same on a mount that is read-only."""
+
+    root: int
+    read_only: int
+
+
 class TmpfsBacking:
     """Two tmpfs that are mounted nowhere and seen by nobody, one for ordinary files and one for guest-sealed ones.
 
@@ -138,7 +153,6 @@ class TmpfsBacking:
         self._guest_share = 0  # pages that the ordinary tmpfs is smaller by
         self._earmarked = 0  # pages that are being allocated
         self.reaper = Reaper()
-        self.page_maps = PageMaps()
         self._root: Final = _mount_tmpfs(pages_to_bytes(self._total + _BALLAST), options or {})
         self._guest_root, self._guest_pinned = self._root, True
         try:
@@ -147,6 +161,8 @@ class TmpfsBacking:
             self._guest_root, self._guest_pinned = _mount_tmpfs(size, options or {}), False
         self._remount, self._remount_guest = Remount(self._root), Remount(self._guest_root)
         self._load_ballast()
+        self.state = _open_state()
+        self.page_maps: Final = MapMemfds() if self.state is None else MapFiles(self.state.root, self.state.read_only)
 
     def _load_ballast(self) -> None:
         # To tmpfs a size of 0 is no limit, so where guests have all there is, one page must be allowed and taken.
@@ -280,6 +296,21 @@ class TmpfsBacking:
         self._remount_guest.close()
         os.close(self._root)
         os.close(self._guest_root)
+        if self.state is not None:
+            os.close(self.state.root)
+            os.close(self.state.read_only)
+
+
+def _open_state() -> State | None:
+    """Mount the tmpfs for what is not content; None where it cannot be cloned."""
+    root = _mount_tmpfs(0, {})
+    try:
+        read_only = clone_detached(root)
+    except OSError:  # before Linux 6.15
+        os.close(root)
+        return None
+    set_mount_attributes(read_only, MOUNT_ATTR_RDONLY, 0)
+    return State(root, read_only)
 
 
 def _pages_in(root: int) -> int:
@@ -305,7 +336,7 @@ class MemfdBacking:
         self._stray = 0  # pages that owners have allocated by themselves, when they were last counted
         self._watched: Final[set[Watched]] = set()
         self.reaper = Reaper()
-        self.page_maps = PageMaps()
+        self.page_maps: Final = MapMemfds()
 
     @property
     def guest_pinned(self) -> bool:

@@ -95,6 +95,11 @@ class File:
         """Which pages are allocated; None for an untracked file. Call while it is held. Raises OSError(EMFILE)."""
         return self._accounting.page_map if self._accounting is not None else None
 
+    def open_page_map(self) -> int:
+        """Return a descriptor of a tracked file's page map for an owner, to whom it is read-only. Raises OSError."""
+        assert self._accounting is not None, "an untracked file has no page map"
+        return self._accounting.open_for_owner()
+
     # -- the backing file -------------------------------------------------------------------------------------------
 
     @property

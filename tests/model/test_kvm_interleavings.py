@@ -29,7 +29,7 @@ from kvmsim.mmu.pte import is_private, level_pages
 from kvmsim.side import Side
 from kvmsim.uapi import KVM_MEM_FD, UserspaceMemoryRegion
 from kvmsim.vm import VM, VmConfig
-from memfs.contract.page_map import ABSENT, ALLOCATED, PageMap
+from memfs.contract.page_map import ABSENT, ALLOCATED, MapMemfds
 from memfs.contract.protocol.messages import Fallocate, FileId, InvalidateBegin, InvalidateEnd, PfnReply, PfnRun
 from memfs.contract.units import PAGE_SIZE, ByteOffset, Gfn, GfnRange, Gpa, PageIndex, PageRange, Pfn
 from tests.helpers import one, pages
@@ -71,7 +71,7 @@ class ModelStore:
 
     def __init__(self, scheduler: Scheduler, *, told: bool) -> None:
         self.scheduler, self.told = scheduler, told
-        self.page_map = PageMap("model")
+        self.page_map = MapMemfds().open("model")
         self.files: dict[FileId, Any] = {
             SHARED: SimpleNamespace(id=SHARED, ino=1, size=PAGES * PAGE_SIZE, page_map=None, registrations=0),
             PRIVATE: SimpleNamespace(

@@ -26,7 +26,7 @@ from kvmsim.mmu.page_fault import Access
 from kvmsim.mmu.tlb import Tlb
 from kvmsim.uapi import KVM_EXIT_MEM_MAP_PRIVATE, KVM_MEM_FD, UserspaceMemoryRegion
 from kvmsim.vm import VM, VmConfig
-from memfs.contract.page_map import ABSENT, ALLOCATED, PageMap
+from memfs.contract.page_map import ABSENT, ALLOCATED, MapMemfds
 from memfs.contract.protocol.messages import (
     Fallocate,
     FileId,
@@ -57,7 +57,7 @@ class DirectStore:
 
     def __init__(self, resources: ExitStack) -> None:
         self.gone: str | None = None
-        self.page_map = PageMap("test")
+        self.page_map = MapMemfds().open("test")
         resources.callback(self.page_map.close)
         self.files: dict[int, GuestFile] = {}
         for number in (SHARED, PRIVATE):

@@ -44,9 +44,10 @@ _STATX: Final = struct.Struct("=136xIIQ104x")  # of struct statx: stx_dev_major,
 
 _MOUNT_ATTR: Final = struct.Struct("=QQQQ")  # struct mount_attr: attr_set, attr_clr, propagation, userns_fd
 
-_SYS_MOVE_MOUNT: Final = 429  # these are the same on every architecture
+_SYS_OPEN_TREE, _SYS_MOVE_MOUNT = 428, 429  # these are the same on every architecture
 _SYS_MOUNT_SETATTR: Final = 442
 _SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT, _SYS_FSPICK = 430, 431, 432, 433
+_OPEN_TREE_CLONE, _OPEN_TREE_CLOEXEC = 1, os.O_CLOEXEC
 _FSOPEN_CLOEXEC = _FSMOUNT_CLOEXEC = _FSPICK_CLOEXEC = 1
 _FSPICK_EMPTY_PATH = 8
 _FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE, _FSCONFIG_CMD_RECONFIGURE = 0, 1, 6, 7
@@ -148,6 +149,15 @@ def mount_detached(fstype: str, options: dict[str, str | None], *, attributes: i
         return _checked(_libc.syscall(_SYS_FSMOUNT, fs, _FSMOUNT_CLOEXEC, attributes))
     finally:
         os.close(fs)
+
+
+def clone_detached(root: int) -> int:
+    """Return a descriptor of the root of another mount of the same filesystem, mounted nowhere (open_tree(2)).
+
+    `root` is a descriptor of the root of a mount that is nowhere. Raises OSError: EINVAL before Linux 6.15.
+    """
+    flags = _OPEN_TREE_CLONE | _OPEN_TREE_CLOEXEC | _AT_EMPTY_PATH
+    return _checked(_libc.syscall(_SYS_OPEN_TREE, root, b"", flags))
 
 
 def attach_mount(root: int, target: str) -> None:

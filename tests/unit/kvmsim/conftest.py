@@ -22,7 +22,7 @@ from kvmsim.mmu.ownership import OwnershipTable
 from kvmsim.uapi import KVM_MEM_FD, UserspaceMemoryRegion
 from kvmsim.vm import VM, create_vm
 from kvmsim.vm_type import VmType
-from memfs.contract.page_map import ABSENT, ALLOCATED, PageMap
+from memfs.contract.page_map import ABSENT, ALLOCATED, MapMemfds, PageMap
 from memfs.contract.protocol.connection import Role
 from memfs.contract.protocol.messages import (
     VERSION,
@@ -80,7 +80,7 @@ class ScriptedStore:
         fd = os.memfd_create("fake", os.MFD_CLOEXEC)
         os.ftruncate(fd, pages * PAGE_SIZE)
         number = FileId(len(self.files) + 1)
-        self.files[os.fstat(fd).st_ino] = FakeFile(number, fd, PageMap("fake") if guest else None)
+        self.files[os.fstat(fd).st_ino] = FakeFile(number, fd, MapMemfds().open("fake") if guest else None)
         return fd
 
     def by_fd(self, fd: int) -> FakeFile:
