@@ -104,11 +104,14 @@ class Poller:
         begun = turns.total  # when other tasks ran last
         while True:
             events = self._epoll.poll(0, _EVENTS)
-            if events:
-                self._busy_poll.stop()
-            elif not self._busy_poll.goes_on():
-                return
-            wakes = not events
+            if not events:
+                if not self._busy_poll.goes_on():
+                    return
+                await trio.lowlevel.checkpoint()
+                begun = turns.total
+                continue
+            self._busy_poll.stop()
+            wakes = False
             for fd in self._in_turn(events):
                 reader, user = self._readers.get(fd, (None, None))  # one before it may have had it removed
                 if reader is None or user is None:
