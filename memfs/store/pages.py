@@ -278,8 +278,7 @@ class Pages:
         Where writes are accounted for, not in a thread: a write could come during a chunk, and nobody could say whether
         the pages that it allocated were freed again.
         """
-        in_backing = self._file.pages
-        if len(pages) <= chunks.LONG_PAGES or in_backing <= chunks.LONG_PAGES:
+        if len(pages) <= chunks.LONG_PAGES or (in_backing := self._file.pages) <= chunks.LONG_PAGES:
             return False
         page_map = self._page_map
         if self._accounting is not None and self._accounting.pages < in_backing:
