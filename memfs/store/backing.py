@@ -9,9 +9,11 @@ descriptors: `locate` says how os.stat, os.utime and os.chmod find it.
   allocates, so ENOSPC is real and a runaway writer cannot take the machine down. Needs CAP_SYS_ADMIN. Guest-sealed
   files must never be swapped (RFC patch 01), which a tmpfs can only promise for all its files, so they lie in a second
   one with `noswap`. Both share one limit: what the guests' takes, the ordinary one is made smaller by, page for page,
-  so that space is short only where statfs(2) says so. What an owner allocates behind memfs's back is in use as well:
-  the kernel is asked how much there is. Page maps lie in a third one, without a limit, of which owners get descriptors
-  through a mount that is read-only.
+  so that space is short only where statfs(2) says so. Where there is plenty of space, what guests have freed goes
+  back to the ordinary one a moment later: to change its limit takes longer than to allocate a page, and most of what
+  a conversion frees another one allocates. What an owner allocates behind memfs's back is in use as well: the kernel is
+  asked how much there is. Page maps lie in a third one, without a limit, of which owners get descriptors through a
+  mount that is read-only.
 - `MemfdBacking`: memfds, which anybody may create but which have no limit of the kernel's (a fallocate of 2**62 bytes
   on one ends in the OOM killer). So `reserve` comes before each allocation; that is exact only because no handle is in
   passthrough mode then, and every allocation goes by file.py, except for those of owners, which are counted afterwards.
@@ -30,6 +32,9 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import ClassVar, Final, NewType, Protocol
 
+import trio
+from trio.lowlevel import ParkingLot
+
 from memfs.contract.page_map import MapFiles, MapMemfds, PageMaps
 from memfs.contract.sys.libc import (
     ATIME_ATTRIBUTES,
@@ -46,6 +51,8 @@ from memfs.options import MountOptions, OptionError
 from memfs.store.reaper import Reaper
 
 _BALLAST: Final = 1  # pages of the ordinary tmpfs that nobody may have
+_MOMENT: Final = 0.01  # seconds until what guests have freed goes back to ordinary files that have
+_PLENTY: Final = bytes_to_pages(256 << 20)  # which nobody fills in a moment
 
 Content = NewType("Content", int)  #: a backing's number for one of its files
 
@@ -125,6 +132,9 @@ class Backing(Protocol):
     def set_access_times(self, atime: str) -> None:
         """Have reads in passthrough mode set access times: "relatime", "strictatime" or (as at first) "noatime"."""
 
+    async def run(self) -> None:
+        """Free what can wait to be freed, until cancelled. What comes while it does not run is freed immediately."""
+
     def close(self) -> None:
         """Close the backing. Files live until their descriptors are closed."""
 
@@ -152,6 +162,8 @@ class TmpfsBacking:
         self._guest_reserved = 0  # pages that guest-sealed files have, or are about to have
         self._guest_share = 0  # pages that the ordinary tmpfs is smaller by
         self._earmarked = 0  # pages that are being allocated
+        self._is_running = False
+        self._freed: Final = ParkingLot()  # `_return_freed` waits for guests to free pages
         self.reaper = Reaper()
         self._root: Final = _mount_tmpfs(pages_to_bytes(self._total + _BALLAST), options or {})
         self._guest_root, self._guest_pinned = self._root, True
@@ -207,14 +219,36 @@ class TmpfsBacking:
     def reserve(self, pages: int) -> None:
         """Reserve pages of guest-sealed files, by making the ordinary tmpfs smaller."""
         if pages:
-            self._set_guest_share(self._guest_pages + pages)
+            needed = self._guest_pages + pages
+            if needed > self._guest_share:
+                self._set_guest_share(needed)
             self._guest_reserved += pages
 
     def unreserve(self, pages: int) -> None:
         """Undo `reserve`, and make the ordinary tmpfs larger."""
         assert pages <= self._guest_reserved, f"{pages} pages unreserved, {self._guest_reserved} in use"
         self._guest_reserved -= pages
-        self._adjust_guest_share()
+        if self._is_running and os.fstatvfs(self._root).f_bfree > _PLENTY:
+            self._freed.unpark_all()
+        else:
+            self._adjust_guest_share()
+
+    async def run(self) -> None:
+        """Free large files, and return to ordinary files what guests have freed."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.reaper.run)
+            nursery.start_soon(self._return_freed)
+
+    async def _return_freed(self) -> None:
+        self._is_running = True
+        try:
+            while True:
+                await self._freed.park()
+                await trio.sleep(_MOMENT)
+                self._adjust_guest_share()
+        finally:
+            self._is_running = False
+            self._adjust_guest_share()
 
     def watch(self, file: Watched) -> None:
         """Do nothing: the kernel says how much of a tmpfs is in use."""
@@ -421,6 +455,10 @@ class MemfdBacking:
 
     def set_access_times(self, atime: str) -> None:
         """Do nothing: memfds never pass through."""
+
+    async def run(self) -> None:
+        """Free large files."""
+        await self.reaper.run()
 
     def close(self) -> None:
         """Do nothing: every memfd is a file's."""

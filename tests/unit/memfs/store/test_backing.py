@@ -1,0 +1,83 @@
+"""Two tmpfs under one limit: what guests have freed is there for ordinary files."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from memfs.contract.units import PAGE_SIZE
+from memfs.store.backing import Backing, TmpfsBacking
+from memfs.store.file import File
+from memfs.store.seals import F_SEAL_GUEST
+from tests.helpers import at, new_backing, raises
+
+PLENTY = 300 << 20
+SCARCE = 32 * PAGE_SIZE
+
+
+async def free_a_guests_page(backing: Backing) -> None:
+    guest = File(backing, 1, F_SEAL_GUEST)
+    with guest.held():
+        await guest.allocate(at(0), PAGE_SIZE, keep_size=False)
+        await guest.truncate(0)
+    guest.close()
+
+
+def fill(backing: Backing, size: int) -> None:
+    """Allocate so many bytes as a program does in passthrough mode: memfs is not asked."""
+    file = File(backing, 2)
+    try:
+        with file.held():
+            os.posix_fallocate(file.fd, 0, size)
+    finally:
+        file.close()
+
+
+async def test_what_a_guest_frees_returns_to_ordinary_files_in_a_moment(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    backing = new_backing(TmpfsBacking, PLENTY)
+    nursery.start_soon(backing.run)
+    await trio.testing.wait_all_tasks_blocked()
+    await free_a_guests_page(backing)
+    await trio.sleep(0.02)
+    fill(backing, PLENTY)
+    nursery.cancel_scope.cancel()
+    backing.close()
+
+
+async def test_a_guest_allocates_again_what_has_not_returned_yet(nursery: trio.Nursery) -> None:
+    backing = new_backing(TmpfsBacking, PLENTY)
+    nursery.start_soon(backing.run)
+    await trio.testing.wait_all_tasks_blocked()
+    await free_a_guests_page(backing)
+    guest = File(backing, 3, F_SEAL_GUEST)
+    with guest.held():
+        await guest.allocate(at(0), PAGE_SIZE, keep_size=False)
+        with raises(errno.ENOSPC):
+            fill(backing, PLENTY)
+        assert backing.free_pages == backing.total_pages - 1
+        await guest.truncate(0)
+    guest.close()
+    nursery.cancel_scope.cancel()
+    backing.close()
+
+
+@pytest.mark.parametrize("size", [SCARCE, PLENTY])
+@pytest.mark.parametrize("runs", [False, True])
+async def test_what_a_guest_frees_returns_immediately(nursery: trio.Nursery, size: int, runs: bool) -> None:
+    """Where space is scarce, where nothing runs that would return it, and whenever somebody asks how much there is."""
+    backing = new_backing(TmpfsBacking, size)
+    if runs:
+        nursery.start_soon(backing.run)
+        await trio.testing.wait_all_tasks_blocked()
+    await free_a_guests_page(backing)
+    if runs and size == PLENTY:
+        assert backing.free_pages == backing.total_pages
+    fill(backing, size)
+    nursery.cancel_scope.cancel()
+    backing.close()
