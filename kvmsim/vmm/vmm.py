@@ -9,8 +9,8 @@
 
 Any other exit is one that this VMM has no answer to; it stops and says so, rather than run a guest on that waits.
 
-File operations wait, inside the kernel and memfs, for KVM's own acknowledgement, so they must not be called from the
-thread in which KVM acknowledges: another one makes them.
+File calls wait, inside the kernel and memfs, for KVM's own acknowledgement, so they must not be made in the thread in
+which KVM acknowledges: another one makes them (file_calls.py).
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Final
-
-import trio
 
 from kvmsim.exits import Exit, HaltExit, HypercallExit, InterruptExit, MemoryErrorExit, MemoryFaultExit, MmioExit
 from kvmsim.side import Side
@@ -39,7 +37,9 @@ from kvmsim.uapi import (
 )
 from kvmsim.vcpu import VCPU
 from kvmsim.vm import VM
-from kvmsim.vmm.convert import GRANULES, Converter
+from kvmsim.vmm.around import GRANULES
+from kvmsim.vmm.convert import Converter
+from kvmsim.vmm.file_calls import FileCalls
 from memfs.contract.on_memfs import locate
 from memfs.contract.units import (
     PAGE_SIZE,
@@ -70,6 +70,7 @@ class Vmm:
         self.granule: Final = granule
         self.slots: Final = slots  #: among which the memory is divided
         self.conversions: Counter[Side] = Counter()  #: asked for, by what memory became
+        self._calls: Final = FileCalls()
         self._memory: list[tuple[Memslot, Converter]] = []
         self._devices: list[tuple[Gpa, int, Device]] = []
 
@@ -108,7 +109,7 @@ class Vmm:
         """
         for fd in (self.shared, self.private):
             vm.backing.check_recipient(fd)
-        await trio.to_thread.run_sync(self._grow_files)
+        await self._calls.call(self._grow_files)
         for region in self.regions:
             await vm.set_user_memory_region(region)
             self.adopt(vm, region.slot)
@@ -124,7 +125,7 @@ class Vmm:
         if slot is None or slot.private is None:
             raise ValueError(f"slot {slot_id} has no private memory")
         shared, private = self.shared if shared is None else shared, self.private if private is None else private
-        converter = Converter(shared, private, slot.pages, slot.private.is_private, self.granule)
+        converter = Converter(slot, shared, private, self.granule, self._calls)
         self._memory = [each for each in self._memory if vm.mmu.slots.is_current(each[0])]
         self._memory.append((slot, converter))
         return converter
