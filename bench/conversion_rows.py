@@ -17,9 +17,9 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -28,7 +28,22 @@ import numpy as np
 import trio
 
 from bench import uffd
-from bench.harness import BenchError, Row, Run, Sample, alone, compare, measure, memfs, now, placements, tmpfs, work
+from bench.harness import (
+    BenchError,
+    Row,
+    Run,
+    Sample,
+    alone,
+    compare,
+    helper,
+    measure,
+    memfs,
+    now,
+    pin,
+    placements,
+    tmpfs,
+    work,
+)
 from bench.owner import add_slot, make_files
 from kvmsim.mmu.page_fault import Access
 from kvmsim.side import Side
@@ -54,31 +69,11 @@ def rows(run: Run) -> Iterator[Row]:
             yield from group(run)
 
 
-@contextlib.contextmanager
-def owner(root: Path, vms: int, slots: int, pages: int, first: int = 0) -> Iterator[subprocess.Popen[str]]:
+def owner(
+    root: Path, vms: int, slots: int, pages: int, first: int = 0
+) -> AbstractContextManager[subprocess.Popen[str]]:
     """Run a process with VMs on a memfs (owner.py). Raises BenchError."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "bench.owner", *map(str, (root, vms, slots, pages, first))],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parent.parent,
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    try:
-        if not process.stdout.readline():
-            raise BenchError("the owner did not get ready")
-        yield process
-    finally:
-        process.stdin.close()
-        process.wait()
-        process.stdout.close()
-
-
-def _pin(process: subprocess.Popen[str], cpu: int) -> None:
-    for task in Path(f"/proc/{process.pid}/task").iterdir():
-        os.sched_setaffinity(int(task.name), {cpu})
+    return helper("bench.owner", root, vms, slots, pages, first)
 
 
 # -- conversions ----------------------------------------------------------------------------------------------------
@@ -90,7 +85,7 @@ def _conversions(run: Run) -> Iterator[Row]:
             (theirs.path / name).touch()
         for placement, (client_cpu, daemon_cpu) in placements().items():
             ours.pin(daemon_cpu)
-            _pin(process, client_cpu)
+            pin(process, client_cpu)
             yield from _conversions_at(run, placement, ours.path, theirs.path, client_cpu, daemon_cpu)
 
 
@@ -299,7 +294,7 @@ def _many_vms(run: Run) -> Iterator[Row]:
                 with contextlib.ExitStack() as owners:
                     for first in range(0, number, _VMS_OF_A_PROCESS):
                         in_it = min(_VMS_OF_A_PROCESS, number - first)
-                        _pin(owners.enter_context(owner(root, in_it, 4, 16, first)), cpu)
+                        pin(owners.enter_context(owner(root, in_it, 4, 16, first)), cpu)
                     _convert_everywhere(root, number, vms * 4)  # does not count
                     for _ in range(run.repetitions):
                         rate, waited = _convert_everywhere(root, number, vms * 4)

@@ -163,6 +163,37 @@ def work(what: str, directory: Path, count: int, cpu: int) -> float:
     return float(result.stdout)
 
 
+def pin(process: subprocess.Popen[str], cpu: int) -> None:
+    """Have all threads of a process run on one CPU."""
+    for task in Path(f"/proc/{process.pid}/task").iterdir():
+        os.sched_setaffinity(int(task.name), {cpu})
+
+
+@contextlib.contextmanager
+def helper(module: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """Run a module of bench in a process of its own, which says that it is ready and ends with its standard input.
+
+    Raises BenchError.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-m", module, *map(str, arguments)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=_HERE.parent,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        if not process.stdout.readline():
+            raise BenchError(f"{module} did not get ready")
+        yield process
+    finally:
+        process.stdin.close()
+        process.wait()
+        process.stdout.close()
+
+
 @dataclass(frozen=True)
 class Mounted:
     """A filesystem to measure, and the process that serves it, if one does."""
@@ -173,8 +204,7 @@ class Mounted:
     def pin(self, cpu: int) -> None:
         """Have all threads of the daemon run on one CPU."""
         if self.process is not None:
-            for task in Path(f"/proc/{self.process.pid}/task").iterdir():
-                os.sched_setaffinity(int(task.name), {cpu})
+            pin(self.process, cpu)
 
     @property
     def memory(self) -> float:
