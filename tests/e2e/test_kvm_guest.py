@@ -1,4 +1,4 @@
-"""Guests of kvmsim on a mounted memfs: conversions they ask for, classic memory beside files, dirty pages, huge pages.
+"""Guests of kvmsim on a mounted memfs: classic memory beside files, dirty pages, huge pages, other slots.
 
 The VM runs in the process of the test, memfs in its own; what the VMM does to files it does in threads.
 """
@@ -7,237 +7,40 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import mmap
 import os
 import threading
-from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Protocol
 
 import numpy as np
 import pytest
 import trio
 
-from kvmsim.backing import GuestFile, StoreGone
+from kvmsim.backing import StoreGone
 from kvmsim.engines.program import Hypercall, Load, Program, ProgramEngine, Store, convert
-from kvmsim.exits import HypercallExit, MemoryErrorExit
+from kvmsim.exits import HypercallExit
 from kvmsim.mmu.page_fault import Access
 from kvmsim.mmu.pte import PG_LEVEL_2M
 from kvmsim.side import Side
 from kvmsim.uapi import (
     KVM_MEM_FD,
     KVM_MEM_LOG_DIRTY_PAGES,
-    KVM_MEMORY_EXIT_FLAG_PRIVATE,
     UserspaceMemoryRegion,
 )
 from kvmsim.vm import VM, create_vm
-from kvmsim.vm_type import VmType
-from kvmsim.vmm.vmm import UnhandledExit, Vmm, open_memory
 from memfs.contract.sys.libc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
-from memfs.contract.units import PAGE_SIZE, ByteOffset, Gfn, GfnRange, Gpa, PageIndex, PageRange
-from tests.helpers import not_none, raises
+from memfs.contract.units import PAGE_SIZE, ByteOffset, Gfn, GfnRange, Gpa, PageRange
+from tests.helpers import raises
 
 from .conftest import Memfs, MountMemfs, memfs_command
+from .guests import SIZE, Guest, blocks, guest_on, run
 
-SIZE = 8 << 20
 PUNCH = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
-
-
-class Guest(Protocol):
-    """The fixture `guest`."""
-
-    def __call__(
-        self, granule: int = PAGE_SIZE, *, vm_type: VmType = VmType.SNP
-    ) -> AbstractAsyncContextManager[tuple[VM, Vmm]]:
-        """Make a VM, and its VMM that converts `granule` bytes at a time."""
 
 
 @pytest.fixture
 def guest(memfs: Memfs) -> Guest:
-    """A context manager: a VM of 8 MiB on two files of a memfs, and its VMM."""
-
-    @asynccontextmanager
-    async def make(granule: int = PAGE_SIZE, *, vm_type: VmType = VmType.SNP) -> AsyncIterator[tuple[VM, Vmm]]:
-        shared, private = memfs.path / "shared", memfs.path / "private"
-        memfs.run("touch", "shared")
-        memfs.run(*memfs_command("create", "--seals", "guest", private))
-        memory = open_memory(str(shared), str(private), SIZE, granule)
-        vmm = await trio.to_thread.run_sync(memory.__enter__)
-        try:
-            async with create_vm(str(memfs.socket), vm_type=vm_type) as vm:
-                await vmm.add_memory(vm)
-                yield vm, vmm
-                vm.check()
-        finally:
-            await trio.to_thread.run_sync(memory.__exit__, None, None, None)
-
-    return make
-
-
-async def run(vm: VM, vmm: Vmm, program: Program, vcpu_id: int = 0) -> dict[str, int]:
-    """Run a guest to its end; its exits by name."""
-    vcpu = vm.create_vcpu(vcpu_id, ProgramEngine(program))
-    await vmm.run(vcpu)
-    return dict(vcpu.exits)
-
-
-def shared_of(vm: VM) -> GuestFile:
-    """The shared file of slot 0."""
-    file = not_none(vm.mmu.slots.get(0)).shared
-    assert isinstance(file, GuestFile)
-    return file
-
-
-def private_of(vm: VM) -> GuestFile:
-    """The private file of slot 0."""
-    return not_none(not_none(vm.mmu.slots.get(0)).private)
-
-
-# -- conversions -----------------------------------------------------------------------------------------
-
-
-async def test_guest_converts_by_hypercall_and_by_touching(guest: Guest) -> None:
-    seen: list[object] = []
-
-    def program() -> Program:
-        yield Store(Gpa(0x1800), b"x" * PAGE_SIZE, encrypted=True)  # two pages, each converted by the fault
-        seen.append((yield Load(Gpa(0x1FFE), 4, encrypted=True)))
-        seen.append((yield convert(Gpa(0x1000), 2, Side.SHARED)))
-        seen.append((yield Load(Gpa(0x1800), 4)))  # shared memory, and nothing of what was private
-        seen.append((yield convert(Gpa(0x1000), 2, Side.PRIVATE)))
-        seen.append((yield Load(Gpa(0x1800), 4, encrypted=True)))
-
-    async with guest() as (vm, vmm):
-        exits = await run(vm, vmm, program())
-    assert seen == [b"xxxx", 0, bytes(4), 0, bytes(4)]
-    assert exits == {"MAP_PRIVATE": 2, "HYPERCALL": 2, "HLT": 1}
-    assert vmm.conversions == {Side.PRIVATE: 3, Side.SHARED: 1}
-
-
-async def test_tdx_guest_says_shared_with_an_address_bit(guest: Guest) -> None:
-    seen: list[object] = []
-    shared = 1 << 47
-
-    def program() -> Program:
-        yield Store(Gpa(0x3000), b"secret")
-        yield Store(Gpa(0x4000 | shared), b"public")
-        seen.append((yield Load(Gpa(0x3000), 6)))
-        seen.append((yield Load(Gpa(0x4000 | shared), 6)))
-        seen.append((yield Load(Gpa(0x3000 | shared), 6)))  # the same page, converted by the access
-
-    async with guest(vm_type=VmType.TDX_48) as (vm, vmm):
-        exits = await run(vm, vmm, program())
-        content = os.pread(shared_of(vm).fd, 6, 0x4000)
-    assert seen == [b"secret", b"public", bytes(6)]
-    assert content == b"public"
-    assert exits == {"MAP_PRIVATE": 1, "MAP_SHARED": 1, "HLT": 1}
-
-
-async def test_hypercalls_that_are_refused_change_nothing(guest: Guest) -> None:
-    seen: list[object] = []
-
-    def program() -> Program:
-        seen.append((yield convert(Gpa(0x1001), 1, Side.PRIVATE)))
-        seen.append((yield convert(Gpa(SIZE), 1, Side.PRIVATE)))
-        seen.append((yield convert(Gpa(0), 0, Side.PRIVATE)))
-        seen.append((yield Hypercall(99, ())))
-
-    async with guest() as (vm, vmm):
-        await run(vm, vmm, program())
-        assert vm.mmu.table.mapped == 0
-    assert seen == [-errno.EINVAL] * 3 + [-1000]
-    assert not vmm.conversions
-
-
-async def test_exit_for_who_knows_mainline_only(guest: Guest) -> None:
-    async with guest() as (vm, vmm):
-        exit_ = await vm.fault(Access(Gfn(3), write=False, side=Side.PRIVATE))
-        assert isinstance(exit_, MemoryErrorExit)
-        fault = exit_.memory_fault
-        assert (fault.reason, fault.flags, fault.gpa, fault.size) == (
-            *(39, KVM_MEMORY_EXIT_FLAG_PRIVATE),
-            *(3 * PAGE_SIZE, PAGE_SIZE),
-        )
-        await vmm.answer(fault)
-        assert await vm.fault(Access(Gfn(3), write=False, side=Side.PRIVATE)) is None
-
-
-async def test_devices_answer_mmio_and_nothing_else_does(guest: Guest) -> None:
-    seen: list[object] = []
-
-    def device(offset: int, size: int, data: bytes | None) -> bytes:
-        seen.append((offset, size, data))
-        return b"\x2a" * size
-
-    def program() -> Program:
-        yield Store(Gpa(SIZE + 8), b"out")
-        seen.append((yield Load(Gpa(SIZE + 16), 4)))
-        yield Load(Gpa(SIZE + PAGE_SIZE), 1)
-
-    async with guest() as (vm, vmm):
-        vmm.add_device(Gpa(SIZE), PAGE_SIZE, device)
-        with pytest.raises(UnhandledExit, match="nothing is at gpa"):
-            await run(vm, vmm, program())
-    assert seen == [(8, 3, b"out"), (16, 4, None), b"\x2a" * 4]
-
-
-async def test_burst_of_neighbours_is_one_range(guest: Guest) -> None:
-    def program(page: int) -> Program:
-        yield Store(Gpa(page * PAGE_SIZE), b"x", encrypted=True)
-
-    async with guest() as (vm, vmm), trio.open_nursery() as nursery:
-        for page in range(8):
-            nursery.start_soon(run, vm, vmm, program(page), page)
-    assert vmm.conversions[Side.PRIVATE] == 8
-    assert not_none(vmm.converter).ranges < 8, "each page was converted by itself"
-
-
-async def test_granule_takes_empty_neighbours_along_and_loses_nothing(guest: Guest) -> None:
-    seen: list[object] = []
-
-    def program() -> Program:
-        yield Store(Gpa(0x5000), b"mine")
-        yield Store(Gpa(0x2000), b"x", encrypted=True)
-        yield Store(Gpa(0xF000), b"x", encrypted=True)
-        seen.append((yield Load(Gpa(0x5000), 4)))
-
-    async with guest(granule=1 << 16) as (vm, vmm):
-        exits = await run(vm, vmm, program())
-        assert not_none(private_of(vm).page_map).count(PageRange(PageIndex(0), PageIndex(32))) == 15
-    assert seen == [b"mine"]
-    assert exits == {"MAP_PRIVATE": 1, "HLT": 1}
-    assert not_none(vmm.converter).extra == 14
-
-
-class Recorder:
-    def __init__(self) -> None:
-        self.populated: set[int] = set()
-        self.calls: list[tuple[str, PageRange]] = []
-
-    def populate(self, pages: PageRange) -> None:
-        self.calls.append(("populate", pages))
-        self.populated |= set(range(pages.start, pages.end))
-
-    def discard(self, pages: PageRange) -> None:
-        self.calls.append(("discard", pages))
-        self.populated -= set(range(pages.start, pages.end))
-
-
-async def test_listeners_hear_what_is_shared_from_the_beginning(guest: Guest) -> None:
-    async with guest() as (_, vmm):
-        converter, late, early = not_none(vmm.converter), Recorder(), Recorder()
-        converter.register(early)
-        assert early.populated == set(range(SIZE // PAGE_SIZE))
-        await converter.convert(PageRange(PageIndex(3), PageIndex(5)), Side.PRIVATE)
-        converter.register(late)
-        assert late.populated == early.populated == set(range(SIZE // PAGE_SIZE)) - {3, 4}
-        await converter.convert(PageRange(PageIndex(4), PageIndex(5)), Side.SHARED)
-        assert late.calls[-1] == ("populate", PageRange(PageIndex(4), PageIndex(5)))
-        converter.unregister(late)
-        assert late.populated == set()
-        with pytest.raises(OSError, match="not pages of this memory"):
-            await converter.convert(PageRange(PageIndex(0), PageIndex(1 << 20)), Side.PRIVATE)
-        assert 0 in early.populated
+    return functools.partial(guest_on, memfs)
 
 
 # -- sizes of mappings -----------------------------------------------------------------------------------
@@ -294,98 +97,6 @@ async def test_slots_that_exist_are_adopted(guest: Guest, memfs: Memfs) -> None:
         for fd in (shared, private):
             await trio.to_thread.run_sync(os.close, fd)
     assert seen == [b"secret", b"secret", b"secret", -errno.EINVAL, 0, bytes(6)]
-
-
-# -- conversions for which there is hardly any space -----------------------------------------------------
-
-
-def blocks(*fds: int) -> list[int]:
-    """How many pages files have."""
-    return [os.fstat(fd).st_blocks * 512 // PAGE_SIZE for fd in fds]
-
-
-async def fill(memfs: Memfs, *, but: int) -> None:
-    """Leave so many pages free."""
-
-    def allocate() -> None:
-        status = os.statvfs(memfs.path)
-        free = status.f_bavail * status.f_frsize - but * PAGE_SIZE
-        assert memfs.run("fallocate", "-l", str(free), "filler").returncode == 0
-
-    await trio.to_thread.run_sync(allocate)
-
-
-async def test_conversion_without_space_destroys_nothing(guest: Guest, memfs: Memfs) -> None:
-    seen: list[object] = []
-
-    def program() -> Program:
-        yield Store(Gpa(7 * PAGE_SIZE), b"precious")
-        seen.append((yield Hypercall(99, ())))  # the mount fills up
-        seen.append((yield convert(Gpa(0), 512, Side.PRIVATE)))
-        seen.append((yield Load(Gpa(7 * PAGE_SIZE), 8)))
-
-    async with guest() as (vm, vmm):
-        vcpu = vm.create_vcpu(0, ProgramEngine(program()))
-        assert isinstance(await vcpu.run(), HypercallExit)
-        await fill(memfs, but=100)
-        before = await trio.to_thread.run_sync(blocks, vmm.private)
-        await vmm.run(vcpu)
-        assert await trio.to_thread.run_sync(blocks, vmm.private) == before
-    assert seen == [0, -errno.ENOSPC, b"precious"]
-
-
-async def test_conversion_that_needs_nothing_more_succeeds_on_a_full_mount(guest: Guest, memfs: Memfs) -> None:
-    """A page on one side is taken for the page on the other, those that were never written to first."""
-    seen: list[object] = []
-
-    def program() -> Program:
-        for page in (0, 3, 4, 40, 63):
-            yield Store(Gpa(page * PAGE_SIZE), b"x")  # and the pages around each, to which nothing is written
-        seen.append((yield Hypercall(99, ())))  # the mount fills up
-        seen.append((yield convert(Gpa(0), 64, Side.PRIVATE)))
-        yield Store(Gpa(3 * PAGE_SIZE), b"private", encrypted=True)
-
-    async with guest() as (vm, vmm):
-        vcpu = vm.create_vcpu(0, ProgramEngine(program()))
-        assert isinstance(await vcpu.run(), HypercallExit)
-        assert await trio.to_thread.run_sync(blocks, vmm.shared, vmm.private) == [48, 0]
-        await fill(memfs, but=16)
-        await vmm.run(vcpu)
-        assert await trio.to_thread.run_sync(blocks, vmm.shared, vmm.private) == [0, 64]
-    assert seen == [0, 0]
-
-
-async def test_no_page_stays_paid_for_twice_when_neighbours_are_touched(guest: Guest) -> None:
-    """One vCPU converts a page while another touches the next one, and asks for those around it."""
-    vcpus = 2
-
-    def program(first: int, private: bool) -> Program:
-        for page in range(first, 2048, 16):
-            yield Store(Gpa(page * PAGE_SIZE), b"x", encrypted=private)
-
-    async with guest() as (vm, vmm):
-        async with trio.open_nursery() as nursery:
-            for number in range(vcpus):
-                nursery.start_soon(run, vm, vmm, program(number, not number), number)
-        slot = not_none(vm.mmu.slots.get(0))
-        page_map = not_none(not_none(slot.private).page_map)
-        shared, private = await trio.to_thread.run_sync(blocks, vmm.shared, vmm.private)
-        assert private == 128 == page_map.count(slot.pages)
-        assert shared + private <= 2048, "a page is in both files"
-
-
-async def test_two_vcpus_that_want_one_page_pay_once(guest: Guest) -> None:
-    def program(text: bytes) -> Program:
-        for page in range(64):
-            yield Store(Gpa(page * PAGE_SIZE), text, encrypted=True)
-            assert (yield Load(Gpa(page * PAGE_SIZE + 100), 1, encrypted=True)) == b"\0"
-
-    async with guest() as (vm, vmm):
-        async with trio.open_nursery() as nursery:
-            for number in range(2):
-                nursery.start_soon(run, vm, vmm, program(b"%d" % number), number)
-        assert await trio.to_thread.run_sync(blocks, vmm.shared, vmm.private) == [0, 64]
-        assert not_none(vmm.converter).ranges <= 64
 
 
 # -- classic memory --------------------------------------------------------------------------------------
