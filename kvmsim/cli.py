@@ -123,7 +123,8 @@ def _parser() -> argparse.ArgumentParser:
         "--granule",
         choices=["4k", "64k", "2m"],
         default="4k",
-        help="how far around a page that is converted empty neighbours are converted as well (default: 4k)",
+        help="how far around a page that is converted empty neighbours are converted as well, and ever farther, up to "
+        "2m, if the guest goes on in order; 4k: none are (default: 4k)",
     )
     run.add_argument(
         "--prefault",

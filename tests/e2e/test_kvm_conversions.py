@@ -19,7 +19,7 @@ from kvmsim.uapi import (
 from kvmsim.vm_type import VmType
 from kvmsim.vmm.vmm import UnhandledExit
 from memfs.contract.units import PAGE_SIZE, Gfn, Gpa, PageIndex, PageRange
-from tests.helpers import not_none
+from tests.helpers import not_none, one
 
 from .conftest import Memfs
 from .guests import SIZE, Guest, blocks, fill, guest_on, private_of, run, shared_of
@@ -251,3 +251,61 @@ async def test_two_vcpus_that_want_one_page_pay_once(guest: Guest) -> None:
                 nursery.start_soon(run, vm, vmm, program(b"%d" % number), number)
         assert await trio.to_thread.run_sync(blocks, vmm.shared, vmm.private) == [0, 64]
         assert not_none(vmm.converter).ranges <= 64
+
+
+async def test_guest_that_goes_on_in_order_is_served_ever_more(guest: Guest) -> None:
+    def program() -> Program:
+        for page in range(SIZE // PAGE_SIZE):
+            yield Store(Gpa(page * PAGE_SIZE), b"x", encrypted=True)
+
+    async with guest(granule=1 << 16) as (vm, vmm):
+        exits = await run(vm, vmm, program())
+        assert await trio.to_thread.run_sync(blocks, vmm.shared, vmm.private) == [0, SIZE // PAGE_SIZE]
+    assert exits["MAP_PRIVATE"] == not_none(vmm.converter).ranges == 9  # of 16, 32, ... 512 pages, and the rest
+
+
+async def test_what_nobody_asked_for_is_not_what_a_conversion_fails_for(guest: Guest, memfs: Memfs) -> None:
+    def program() -> Program:
+        yield Store(Gpa(5 * PAGE_SIZE), b"x", encrypted=True)
+
+    async with guest(granule=1 << 16) as (vm, vmm):
+        await fill(memfs, but=2)
+        await run(vm, vmm, program())
+        assert await trio.to_thread.run_sync(blocks, vmm.private) == [1]
+        assert not_none(vmm.converter).extra == 0
+
+
+async def test_each_conversion_of_a_burst_fails_for_itself(guest: Guest, memfs: Memfs) -> None:
+    """Two are worked on together, of which there is space for one."""
+    seen: dict[int, int] = {}
+
+    def program(first: int, pages: int) -> Program:
+        seen[first] = yield convert(Gpa(first * PAGE_SIZE), pages, Side.PRIVATE)
+
+    async with guest() as (vm, vmm):
+        await fill(memfs, but=8)
+        async with trio.open_nursery() as nursery:
+            for number, (first, pages) in enumerate(((0, 1), (100, 64), (300, 4))):
+                nursery.start_soon(run, vm, vmm, program(first, pages), number)
+        assert await trio.to_thread.run_sync(blocks, vmm.private) == [5]
+    assert seen == {0: 0, 100: -errno.ENOSPC, 300: 0}
+
+
+async def test_conversion_that_is_given_up_while_it_waits_is_not_made(guest: Guest) -> None:
+    async with guest() as (_, vmm):
+        converter = not_none(vmm.converter)
+
+        async def convert_page(page: int, done: list[int]) -> None:
+            await converter.convert(one(page), Side.PRIVATE)
+            done.append(page)
+
+        done: list[int] = []
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(convert_page, 1, done)
+            async with trio.open_nursery() as given_up:
+                given_up.start_soon(convert_page, 2, done)
+                await trio.lowlevel.checkpoint()
+                given_up.cancel_scope.cancel()
+            nursery.start_soon(convert_page, 3, done)
+        assert sorted(done) == [1, 3]
+        assert await trio.to_thread.run_sync(blocks, vmm.private) == [2]
