@@ -15,8 +15,7 @@ from kvmsim import Gpa, Load, Program, ProgramEngine, Side, Store, UnhandledExit
 from memfs.contract.on_memfs import locate
 from memfs.contract.protocol import StoreGone
 
-SIZE = 16 << 20  # of guest memory, in bytes
-MAILBOX, SECRET = Gpa(0x1000), Gpa(0x20_0000)
+SIZE, MAILBOX, SECRET = 16 << 20, Gpa(0x1000), Gpa(0x20_0000)  # bytes of guest memory, and two places in it
 
 
 def guest() -> Program:
@@ -33,15 +32,14 @@ async def run(mount: Path) -> None:
     with locate(str(mount), last_link=True) as directory:  # refuses what does not lie on a memfs
         socket = directory.get("user.memfs.socket")
     shared, private = mount / "shared", mount / "private"
-    for path in (shared, private):
-        path.touch()
+    shared.touch()
+    private.touch()
     os.setxattr(private, "user.memfs.seals", b"guest")  # from now on nobody can read, write or map it
     with open_memory(str(shared), str(private), SIZE) as vmm:
         async with create_vm(socket, name="example") as vm:
             await vmm.add_memory(vm)  # one memslot on both files, from guest physical address 0 on
             await vmm.run(vm.create_vcpu(0, ProgramEngine(guest())))
-            mailbox = os.pread(vmm.shared, 11, MAILBOX)
-            print(f"the guest halted; its mailbox says {mailbox.decode()!r}")
+            print(f"the guest halted; its mailbox says {os.pread(vmm.shared, 11, MAILBOX).decode()!r}")
             print(f"conversions: {vmm.conversions[Side.PRIVATE]} to private, {vmm.conversions[Side.SHARED]} to shared")
 
 

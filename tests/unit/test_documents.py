@@ -61,7 +61,7 @@ def test_files_that_are_named_exist(document: str) -> None:
 
 
 def test_readme_is_read_in_three_minutes() -> None:
-    assert len(text("README.md").splitlines()) <= 110
+    assert len(text("README.md").splitlines()) <= 100
 
 
 def test_readme_quotes_an_example_that_runs() -> None:
