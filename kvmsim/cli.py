@@ -48,7 +48,7 @@ DEFAULT_TRACE: Final = "sort"
 _PRINTED_A_SECOND: Final = 1000  # notifications, with -v
 
 
-_VM_TYPES: Final = {"snp": VmType.SNP, "tdx-48": VmType.TDX_48, "tdx-52": VmType.TDX_52}
+_VM_TYPES: Final = {kind.name: kind for kind in (VmType.SNP, VmType.TDX_48, VmType.TDX_52)}
 
 
 class CommandError(Exception):
@@ -291,7 +291,7 @@ def _printer(console: Console, silent: Vmm | None) -> Listener:
 def _report(
     console: Console, vm: VM, vmm: Vmm, engines: Sequence[TraceEngine], seconds: float, failure: Exception | None
 ) -> None:
-    everything, tlbs = vm.mmu.table.everything, vm.mmu.tlbs
+    everything, tlbs = vm.mmu.table.everything, [vcpu.tlb for vcpu in vm.vcpus.values()]
     exits = sum((vcpu.exits for vcpu in vm.vcpus.values()), Counter[str]())
     counters = vm.backing.counters
     rows = {

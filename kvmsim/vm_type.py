@@ -1,39 +1,54 @@
 """How a guest says that it means private memory: the one thing in which confidential VMs differ here.
 
 default     not at all; such a VM has no private memory
-TDX         by an address bit: with the shared bit of the gpa clear, an access is private. It is bit 47 of a guest
-            with 48 address bits and bit 51 of one with 52, and no part of the gfn
+TDX         by an address bit: with the shared bit of the gpa clear, an access is private. It is the highest address
+            bit that the guest has (47 of 48, 51 of 52), and no part of the gfn
 SNP         by the C-bit of the guest's own page tables, which the processor takes off before KVM sees the gpa: an
             attribute of the access
 """
 
 from __future__ import annotations
 
-import enum
 import errno
+from dataclasses import dataclass
+from typing import ClassVar, Final
 
 from kvmsim.side import Side
 from kvmsim.uapi import KVM_MAX_GPA
 from memfs.contract.units import Gpa
 
+_LEAST_BITS: Final = 32  # of a processor's addresses (CPUID 8000_0008)
 
-class VmType(enum.Enum):
-    """A kind of VM; the value is the shared bit of a gpa, or what else it is."""
 
-    DEFAULT = "default"
-    TDX_48 = 47
-    TDX_52 = 51
-    SNP = "snp"
+@dataclass(frozen=True, slots=True)
+class VmType:
+    """A kind of VM: `DEFAULT`, `SNP`, or of those with a shared bit `TDX_48`, `TDX_52` and others (`address_bits`)."""
+
+    name: str
+    shared_bit: int = 0  #: its mask; 0 if there is none
+
+    DEFAULT: ClassVar[VmType]
+    SNP: ClassVar[VmType]
+    TDX_48: ClassVar[VmType]
+    TDX_52: ClassVar[VmType]
+
+    @classmethod
+    def address_bits(cls, bits: int) -> VmType:
+        """Return the type of a guest with so many address bits, of which the highest is the shared bit.
+
+        Raises ValueError for a number that no processor has: 32 to 52.
+
+        >>> VmType.address_bits(48) == VmType.TDX_48
+        True
+        """
+        if not _LEAST_BITS <= bits <= KVM_MAX_GPA.bit_length() - 1:
+            raise ValueError(f"no processor has {bits} address bits")
+        return cls(f"tdx-{bits}", 1 << (bits - 1))
 
     @property
     def has_private_memory(self) -> bool:
         """Whether its guest can mean private memory at all."""
-        return self is not VmType.DEFAULT
-
-    @property
-    def shared_bit(self) -> int:
-        """The mask of the shared bit; 0 if there is none."""
-        return 1 << self.value if isinstance(self.value, int) else 0
+        return self != VmType.DEFAULT
 
     @property
     def max_gpa(self) -> int:
@@ -52,10 +67,16 @@ class VmType(enum.Enum):
         >>> VmType.TDX_48.decode(Gpa(0x1000))
         (4096, <Side.PRIVATE: 2>)
         """
-        if encrypted and self is not VmType.SNP:
+        if encrypted and self != VmType.SNP:
             raise OSError(errno.EFAULT, "only an SNP guest has the C-bit")
         if self.shared_bit:
             if fetch and gpa & self.shared_bit:
                 raise OSError(errno.EFAULT, "a TDX guest cannot execute shared memory")
             return Gpa(gpa & ~self.shared_bit), Side.of(not gpa & self.shared_bit)
-        return gpa, Side.of(encrypted or (fetch and self is VmType.SNP))
+        return gpa, Side.of(encrypted or (fetch and self == VmType.SNP))
+
+
+VmType.DEFAULT = VmType("default")
+VmType.SNP = VmType("snp")
+VmType.TDX_48 = VmType.address_bits(48)
+VmType.TDX_52 = VmType.address_bits(52)
