@@ -30,6 +30,8 @@ class Regions:
         self._mmu: Final = mmu
         self._type: Final = vm_type
         self._lock: Final = trio.Lock()  # setting a slot waits for memfs
+        #: why no slot may come, move or go any more
+        self.fixed: str | None = None
         self._to_launch: dict[FileId, GuestFile] = {}  # private files, until a vCPU runs
 
     async def set(self, region: UserspaceMemoryRegion) -> None:
@@ -39,6 +41,8 @@ class Regions:
         """
         async with self._lock:
             change = check_region(self._mmu.slots, region)
+            if self.fixed is not None and change not in (Change.FLAGS_ONLY, Change.NONE):
+                raise OSError(errno.EBUSY, self.fixed)
             await self._mmu.invalidations.wait_idle()  # slots do not change under an invalidation (RFC patch 10)
             old = self._mmu.slots.get(region.slot)
             if change is Change.DELETE:

@@ -107,6 +107,10 @@ class VM:
         """
         await self._regions.set(region)
 
+    def fix_slots(self, why: str) -> None:
+        """Have no slot come, move or go from now on: it would be EBUSY, with these words. Flags may change."""
+        self._regions.fixed = why
+
     def _slot_with_log(self, slot_id: int) -> tuple[Memslot, DirtyLog]:
         if not 0 <= slot_id < KVM_USER_MEM_SLOTS:
             raise OSError(errno.EINVAL, f"slot ids are below {KVM_USER_MEM_SLOTS}")
@@ -324,6 +328,8 @@ class VM:
         """Raise AssertionError on the first broken invariant."""
         self.mmu.table.check()
         self.mmu.slots.check()
+        for translations in self.mmu.tlbs:
+            translations.check(self.mmu.table)
         for leaves in self.mmu.table.leaves(self.mmu.table.everything):
             pages = level_pages(leaves.level)
             for position in leaves.ptes.nonzero()[0].tolist():

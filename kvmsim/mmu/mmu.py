@@ -20,7 +20,7 @@ from kvmsim.mmu.ownership import OwnershipTable
 from kvmsim.mmu.page_fault import PageFault
 from kvmsim.mmu.page_table import PageTable
 from kvmsim.mmu.pte import PTE_PRIVATE, PTE_R, PTE_W, PTE_X, is_private, level_pages, pte_pfn, select, side_of
-from kvmsim.mmu.tlb import Tlb
+from kvmsim.mmu.tlb import Translations
 from kvmsim.side import Side
 from kvmsim.slots.memslots import Memslot, Memslots, Window
 from memfs.contract.units import GfnRange, PageRange, Pfn
@@ -38,7 +38,7 @@ class Mmu:
     frames: FrameMap = field(default_factory=FrameMap)
     invalidations: InvalidationState = field(default_factory=InvalidationState)
     fault_around: FaultAround = field(default_factory=FaultAround)
-    tlbs: list[Tlb] = field(default_factory=list)  #: of all vCPUs
+    tlbs: list[Translations] = field(default_factory=list)  #: of all vCPUs, and what else is flushed with them
     retries: int = 0  #: faults that had to start again
     tlb_flushes: int = 0
 

@@ -11,13 +11,27 @@ from __future__ import annotations
 
 import mmap
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final, Protocol
 
+from kvmsim.mmu.pte import PTE_W, side_of
 from kvmsim.side import Side
 from kvmsim.slots.hva import LocalMemory
 from memfs.contract.units import Gfn, GfnRange
 
+if TYPE_CHECKING:
+    from kvmsim.mmu.radix import Radix
+
 TLB_ENTRIES: Final = 1536  #: as many as the second-level TLB of a Skylake core has
+
+
+class Translations(Protocol):
+    """What keeps translations beside the page table, in whatever form, and so has to be flushed."""
+
+    def flush(self, gfns: GfnRange) -> None:
+        """Drop the translations of a range. It is called under the MMU lock; when it returns nobody uses them."""
+
+    def check(self, table: Radix) -> None:
+        """Raise AssertionError on the first translation that allows what the page table does not."""
 
 
 @dataclass(slots=True)
@@ -69,3 +83,11 @@ class Tlb:
             del self.entries[gfn]
         self.flushes += 1
         self.flushed += len(gone)
+
+    def check(self, table: Radix) -> None:
+        """Raise AssertionError on the first translation that allows what the page table does not."""
+        for gfn, entry in self.entries.items():
+            pte = table.lookup(Gfn(gfn))
+            assert pte, f"a TLB has gfn {gfn:#x}, which is not mapped"
+            assert side_of(pte) is entry.side, f"a TLB has gfn {gfn:#x} on the wrong side"
+            assert not entry.dirty or pte & PTE_W, f"a TLB allows stores to gfn {gfn:#x}, which is mapped read-only"
