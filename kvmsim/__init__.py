@@ -17,9 +17,11 @@ from kvmsim.exits import (
     HypercallExit,
     InternalErrorExit,
     InterruptExit,
+    IoExit,
     MemoryErrorExit,
     MemoryFaultExit,
     MmioExit,
+    ShutdownExit,
 )
 from kvmsim.mmu.page_fault import Access
 from kvmsim.side import Side
@@ -85,6 +87,7 @@ __all__ = [
     "IntegrityError",
     "InternalErrorExit",
     "InterruptExit",
+    "IoExit",
     "Listener",
     "Load",
     "MemoryErrorExit",
@@ -96,6 +99,7 @@ __all__ = [
     "Program",
     "ProgramEngine",
     "RamDiscardListener",
+    "ShutdownExit",
     "Side",
     "Store",
     "StoreGone",

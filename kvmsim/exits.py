@@ -10,10 +10,12 @@ from kvmsim.uapi import (
     KVM_EXIT_HYPERCALL,
     KVM_EXIT_INTERNAL_ERROR,
     KVM_EXIT_INTR,
+    KVM_EXIT_IO,
     KVM_EXIT_MEM_MAP_PRIVATE,
     KVM_EXIT_MEMORY_ERROR,
     KVM_EXIT_MEMORY_FAULT,
     KVM_EXIT_MMIO,
+    KVM_EXIT_SHUTDOWN,
     KVM_MEMORY_EXIT_FLAG_PRIVATE,
 )
 from memfs.contract.units import Gpa
@@ -77,12 +79,25 @@ class HypercallExit:
     ret: int = field(default=0, compare=False)  #: 0, or minus an errno
 
 
+@dataclass(slots=True)
+class IoExit:
+    """KVM_EXIT_IO: the guest executed `in` or `out`. For a read, the VMM fills in `data`."""
+
+    reason: ClassVar[int] = KVM_EXIT_IO
+    name: ClassVar[str] = "IO"
+    port: int
+    size: int  #: bytes: 1, 2 or 4
+    is_write: bool
+    data: bytes = field(default=b"", compare=False)
+
+
 @dataclass(frozen=True, slots=True)
 class HaltExit:
-    """KVM_EXIT_HLT: the guest has nothing more to do."""
+    """KVM_EXIT_HLT: the guest has nothing more to do. `code`: what it says about how it went, 0 if well."""
 
     reason: ClassVar[int] = KVM_EXIT_HLT
     name: ClassVar[str] = "HLT"
+    code: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,16 +109,24 @@ class InterruptExit:
 
 
 @dataclass(frozen=True, slots=True)
+class ShutdownExit:
+    """KVM_EXIT_SHUTDOWN: a triple fault."""
+
+    reason: ClassVar[int] = KVM_EXIT_SHUTDOWN
+    name: ClassVar[str] = "SHUTDOWN"
+
+
+@dataclass(frozen=True, slots=True)
 class InternalErrorExit:
     """KVM_EXIT_INTERNAL_ERROR: the guest did what KVM cannot emulate, such as executing what is no memory."""
 
     reason: ClassVar[int] = KVM_EXIT_INTERNAL_ERROR
     name: ClassVar[str] = "INTERNAL_ERROR"
-    suberror: int  #: KVM_INTERNAL_ERROR_EMULATION
-    gpa: Gpa
+    suberror: int  #: KVM_INTERNAL_ERROR_*
+    gpa: Gpa | None = None  #: where that was, if it is known
 
 
-Exit = MemoryErrorExit | MmioExit | HypercallExit | HaltExit | InterruptExit | InternalErrorExit
+Exit = MemoryErrorExit | MmioExit | IoExit | HypercallExit | HaltExit | InterruptExit | ShutdownExit | InternalErrorExit
 
 HALT: Final = HaltExit()
 INTERRUPTED: Final = InterruptExit()

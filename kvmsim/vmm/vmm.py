@@ -4,6 +4,7 @@
                              is another view of the same exit and is answered likewise
     KVM_EXIT_HYPERCALL       KVM_HC_MAP_GPA_RANGE asks for the same of a range, and gets an errno back
     KVM_EXIT_MMIO            the device at that address, if there is one
+    KVM_EXIT_IO              whoever answers at that port, if anybody does
     KVM_EXIT_HLT             the end
     KVM_EXIT_INTR            whoever kicked the vCPU goes on
 
@@ -18,11 +19,20 @@ from __future__ import annotations
 import errno
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Final
 
-from kvmsim.exits import Exit, HaltExit, HypercallExit, InterruptExit, MemoryErrorExit, MemoryFaultExit, MmioExit
+from kvmsim.exits import (
+    Exit,
+    HaltExit,
+    HypercallExit,
+    InterruptExit,
+    IoExit,
+    MemoryErrorExit,
+    MemoryFaultExit,
+    MmioExit,
+)
 from kvmsim.side import Side
 from kvmsim.slots.memslots import Memslot
 from kvmsim.uapi import (
@@ -55,6 +65,9 @@ from memfs.contract.units import (
 #: A device: given the offset into its range and, for a store, the bytes; returns what a load reads
 Device = Callable[[int, int, bytes | None], bytes]
 
+#: What answers at an I/O port: it acts on what `out` brings, and fills in what `in` reads
+Port = Callable[[IoExit], Awaitable[None]]
+
 
 class UnhandledExit(Exception):
     """The guest did something that this VMM has no answer to."""
@@ -73,6 +86,7 @@ class Vmm:
         self._calls: Final = FileCalls()
         self._memory: list[tuple[Memslot, Converter]] = []
         self._devices: list[tuple[Gpa, int, Device]] = []
+        self._ports: dict[int, Port] = {}
 
     @property
     def regions(self) -> list[UserspaceMemoryRegion]:
@@ -143,6 +157,10 @@ class Vmm:
         """Have a device answer MMIO exits of `size` bytes from `gpa` on."""
         self._devices.append((gpa, size, device))
 
+    def add_port(self, port: int, answer: Port) -> None:
+        """Have a port answered, whatever the size of an access to it."""
+        self._ports[port] = answer
+
     async def run(self, vcpu: VCPU) -> HaltExit | InterruptExit:
         """Run a vCPU until the guest halts or it is kicked. Raises UnhandledExit, and what VCPU.run raises."""
         while not isinstance(exit_ := await vcpu.run(), HaltExit | InterruptExit):
@@ -153,13 +171,15 @@ class Vmm:
         """Do what an exit asks for. Raises UnhandledExit, OSError (ENOSPC)."""
         match exit_:
             case MemoryErrorExit(wanted, gpa, size):
-                await self._convert(gpa, size, Side.of(wanted == KVM_EXIT_MEM_MAP_PRIVATE))
+                await self.convert(gpa, size, Side.of(wanted == KVM_EXIT_MEM_MAP_PRIVATE))
             case MemoryFaultExit(flags, gpa, size):
-                await self._convert(gpa, size, Side.of(bool(flags & KVM_MEMORY_EXIT_FLAG_PRIVATE)))
+                await self.convert(gpa, size, Side.of(bool(flags & KVM_MEMORY_EXIT_FLAG_PRIVATE)))
             case HypercallExit():
                 exit_.ret = await self._hypercall(exit_)
             case MmioExit():
                 self._mmio(exit_)
+            case IoExit() if exit_.port in self._ports:
+                await self._ports[exit_.port](exit_)
             case _:
                 raise UnhandledExit(f"{exit_.name} exit: {exit_}")
 
@@ -171,7 +191,7 @@ class Vmm:
         if not is_page_aligned(gpa) or pages <= 0 or gpa < 0:
             return -KVM_EINVAL
         try:
-            await self._convert(Gpa(gpa), size, Side.of(bool(attributes & KVM_MAP_GPA_RANGE_ENCRYPTED)))
+            await self.convert(Gpa(gpa), size, Side.of(bool(attributes & KVM_MAP_GPA_RANGE_ENCRYPTED)))
         except OSError as error:
             return -(error.errno or KVM_EINVAL)
         return 0
@@ -183,7 +203,8 @@ class Vmm:
                 return
         raise UnhandledExit(f"MMIO exit: nothing is at gpa {exit_.gpa:#x}, of {exit_.size} bytes")
 
-    async def _convert(self, gpa: Gpa, size: int, to: Side) -> None:
+    async def convert(self, gpa: Gpa, size: int, to: Side) -> None:
+        """Convert memory, in bytes. Raises OSError: EINVAL if it is not all memory of this VMM, ENOSPC."""
         wanted = GfnRange(gpa_to_gfn(gpa), gpa_to_gfn(Gpa(gpa + size)))
         parts = [(slot, part, each) for slot, each in self._memory if (part := slot.gfns.intersect(wanted)) is not None]
         if sum(len(part) for _, part, _ in parts) != len(wanted):
