@@ -7,7 +7,7 @@ PYTHON ?= python3
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo unit test coverage bench bench-plot soak fuzz lint clean system
+.PHONY: help demo unit test coverage bench bench-plot soak fuzz guest lint clean system
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -42,6 +42,11 @@ coverage: $(STAMP) ## Which lines of memfs and kvmsim all tests run, in all proc
 	-$(BIN)/coverage run -m pytest -q
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
+
+guest: ## Build the test guest of native code anew (kvmsim/guests/selftest.elf; needs a C compiler)
+	$(or $(CC),cc) -O2 -Wall -Wextra -Werror -march=x86-64 -ffreestanding -fno-pic -no-pie -nostdlib -static -fno-stack-protector \
+		-fcf-protection=none -fno-asynchronous-unwind-tables -Wl,-z,max-page-size=4096,-z,noseparate-code,--build-id=none -s \
+		-o kvmsim/guests/selftest.elf kvmsim/guests/selftest.c
 
 lint: $(STAMP) ## ruff, mypy --strict, codespell, and who may import whom
 	$(BIN)/ruff check .

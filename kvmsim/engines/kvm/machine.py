@@ -1,0 +1,239 @@
+"""A VM of the real KVM that runs on the memory of one of ours.
+
+Theory of operation
+===================
+
+kvmsim's page table decides; this is one more TLB of it. Each file of each slot is mapped as a window (window.py), a
+KVM memslot each: the private file at the slot's gpa, the shared one at the same with the shared bit set. Nothing is
+mapped in a window to begin with.
+
+    the guest touches a page that is not mapped     KVM's thread falls asleep in the kernel ("parked"), an event comes
+      its PTE allows that                           the page and mapped neighbours are projected, the thread is woken
+      otherwise                                     its engine asks `vm.fault`, which may give an exit: the VMM converts
+    kvmsim unmaps                                   `flush`: out of the windows, under the MMU lock, so before the
+                                                    invalidation is acknowledged; the guest may run meanwhile
+
+Mapping never wakes. A neighbour that is projected along may be what another vCPU is parked at, whose VMM has not run it
+since; it goes on when its engine is run. Two that are parked at one page cannot be woken apart, so that one that nobody
+runs is kicked as well: it leaves without having executed anything.
+
+Events are read by a task, or by an engine that is being cancelled; both do the same, which does not await.
+"""
+
+from __future__ import annotations
+
+import bisect
+import errno
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import trio
+
+from kvmsim.engines.kvm.thread import handle_kicks
+from kvmsim.engines.kvm.uapi import Kvm
+from kvmsim.engines.kvm.userfaultfd import FaultEvent, Userfaultfd
+from kvmsim.engines.kvm.window import Window
+from kvmsim.mmu.page_fault import Access
+from kvmsim.mmu.pte import PTE_A, PTE_D, PTE_PRIVATE, PTE_R, PTE_W, side_of
+from kvmsim.mmu.radix import Radix
+from kvmsim.side import Side
+from kvmsim.vm import VM
+from memfs.contract.aio.nurseries import open_flat_nursery
+from memfs.contract.units import PAGE_SIZE, Gfn, GfnRange, gfn_to_gpa
+
+if TYPE_CHECKING:
+    from kvmsim.engines.kvm.engine import KvmEngine
+
+PAGES_A_FAULT: Final = 64  #: as large as the aligned block that is projected around a page, by default
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class ParkedAt:
+    """Where a vCPU is parked, and why."""
+
+    window: Window
+    access: Access
+
+
+class KvmMachine:
+    """The real KVM's side of a VM. Use `open_kvm_machine`.
+
+    `pages_a_fault`: a power of two; that many pages, aligned, are looked at when one is touched.
+    """
+
+    def __init__(self, vm: VM, pages_a_fault: int = PAGES_A_FAULT) -> None:
+        if pages_a_fault < 1 or pages_a_fault & (pages_a_fault - 1):
+            raise ValueError("a power of two of pages is projected a fault")
+        handle_kicks()
+        self.vm: Final = vm
+        self.events = 0  #: faults that came as events
+        self._block: Final = pages_a_fault
+        self._engines: dict[int, KvmEngine] = {}  # by native thread id
+        self.windows: list[Window] = []  #: by address
+        self._by_gfn: list[Window] = []
+        with ExitStack() as undo:
+            self.kvm: Final = Kvm()
+            undo.callback(self.kvm.close)
+            self._uffd: Final = Userfaultfd()
+            undo.callback(self._uffd.close)
+            undo.callback(self._close_windows)
+            self._add_windows()
+            vm.fix_slots("memslots are as they are once the real KVM has them")
+            vm.mmu.tlbs.append(self)
+            undo.pop_all()
+
+    def _add_windows(self) -> None:
+        shared_bit = self.vm.type.shared_bit
+        if not shared_bit or shared_bit >> self.kvm.address_bits:
+            kind = f"tdx-{self.kvm.address_bits}"
+            raise OSError(errno.EINVAL, f"VM type {self.vm.type.name}: on this KVM a gpa says its side as {kind} does")
+        for slot in self.vm.mmu.slots:
+            if slot.is_classic:
+                raise OSError(errno.EINVAL, f"slot {slot.id} lies on host virtual addresses, not on files")
+            for side in (Side.PRIVATE, Side.SHARED):
+                file = slot.file(side)
+                if file is not None:
+                    window = Window(slot, side, file, self._uffd)
+                    self._by_gfn.append(window)
+                    gpa = gfn_to_gpa(slot.gfns.start) | (shared_bit if side is Side.SHARED else 0)
+                    number = len(self._by_gfn) - 1
+                    self.kvm.set_memory(number, gpa, window.size, window.address, readonly=slot.readonly)
+        self.windows = sorted(self._by_gfn, key=lambda window: window.address)
+
+    def add(self, engine: KvmEngine, thread: int) -> None:
+        """Hand the events of a thread to an engine."""
+        self._engines[thread] = engine
+
+    # -- from kvmsim's page table to the windows ---------------------------------------------------------------------
+
+    def flush(self, gfns: GfnRange) -> None:
+        """Unmap a range from all windows."""
+        first = bisect.bisect_right(self._by_gfn, gfns.start, key=lambda window: window.gfns.end)
+        for window in self._by_gfn[first:]:
+            part = window.gfns.intersect(gfns)
+            if part is None:
+                return
+            window.flush(part)
+
+    def check(self, table: Radix) -> None:
+        """Raise AssertionError on the first page in a window that the page table does not map, so, or on that side."""
+        for window in self.windows:
+            gfns, writable = window.present()
+            ptes = table.translate(gfns)
+            wanted = PTE_R | PTE_PRIVATE if window.side is Side.PRIVATE else PTE_R
+            wrong = (ptes & (PTE_R | PTE_PRIVATE)) != wanted
+            assert not wrong.any(), f"the guest sees gfn {gfns[wrong][0]:#x} as {window.side} memory, which it is not"
+            wrong = writable & ((ptes & PTE_W) == 0)
+            assert not wrong.any(), f"the guest can store to gfn {gfns[wrong][0]:#x}, which is mapped read-only"
+
+    def project(self, parked: ParkedAt) -> bool:
+        """Map the page of an access, and neighbours, if its PTE allows that. Returns whether it does; wakes nobody.
+
+        Raises OSError(EFAULT) if the file does not have the page.
+        """
+        window, access = parked.window, parked.access
+        pte = self.vm.mmu.table.lookup(access.gfn)
+        if not pte or side_of(pte) is not access.side or (access.write and not pte & PTE_W):
+            return False
+        window.project(access.gfn, writable=bool(pte & PTE_W))
+        start = access.gfn & -self._block
+        block = GfnRange(Gfn(start), Gfn(start + self._block)).intersect(window.gfns)
+        assert block is not None
+        if self._block > 1:
+            self._project(window, block)
+        self._mark(block if self._block > 1 else GfnRange(access.gfn, Gfn(access.gfn + 1)), access.side)
+        return True
+
+    def project_range(self, gfns: GfnRange) -> None:
+        """Map all that the page table maps of a range, before the guest touches it."""
+        for window in self._by_gfn:
+            part = window.gfns.intersect(gfns)
+            if part is not None:
+                self._project(window, part)
+                self._mark(part, window.side)
+
+    def _project(self, window: Window, gfns: GfnRange) -> None:
+        wanted = PTE_R | PTE_PRIVATE if window.side is Side.PRIVATE else PTE_R
+        ptes = self.vm.mmu.table.translate(np.arange(gfns.start, gfns.end))
+        kinds = np.where((ptes & (PTE_R | PTE_PRIVATE)) == wanted, 1 + ((ptes & PTE_W) != 0), 0)
+        edges = np.flatnonzero(np.diff(kinds, prepend=0, append=0)) + gfns.start
+        for first, last in zip(edges.tolist(), edges[1:].tolist(), strict=False):
+            kind = kinds[first - gfns.start]
+            if kind:
+                window.project_range(GfnRange(Gfn(first), Gfn(last)), writable=kind == 2)
+
+    def _mark(self, gfns: GfnRange, side: Side) -> None:
+        """Count what was projected as accessed, and dirty where it can be: nobody sees what the guest does with it."""
+        for leaves in self.vm.mmu.table.leaves(gfns):
+            ptes = leaves.ptes
+            mine = (ptes != 0) & (((ptes & PTE_PRIVATE) != 0) == (side is Side.PRIVATE))
+            ptes[mine] |= np.where(ptes[mine] & PTE_W, PTE_A | PTE_D, PTE_A)
+
+    def wake(self, parked: ParkedAt) -> None:
+        """Let those go on that are parked at a page."""
+        address = parked.window.address + (parked.access.gfn - parked.window.gfns.start) * PAGE_SIZE
+        for engine in self._engines.values():
+            engine.woken(parked)
+        self._uffd.wake(address, PAGE_SIZE)
+
+    # -- from the guest's faults to kvmsim ----------------------------------------------------------------------------
+
+    async def serve(self) -> None:
+        """Take events as they come, for ever."""
+        while True:
+            await trio.lowlevel.wait_readable(self._uffd.fd)
+            self.take_events()
+
+    def take_events(self) -> None:
+        """Take the events that are there. Does not await."""
+        for event in self._uffd.events():
+            self.events += 1
+            parked = self._where(event)
+            engine = self._engines.get(event.thread)
+            if engine is not None:
+                engine.parked(parked)
+            elif self.project(parked):  # no vCPU's thread, but it is the guest that waits for it
+                self.wake(parked)
+
+    def _where(self, event: FaultEvent) -> ParkedAt:
+        window = self.windows[bisect.bisect_right(self.windows, event.address, key=lambda each: each.address) - 1]
+        return ParkedAt(window, Access(window.gfn_at(event.address), event.write, window.side))
+
+    # -- the end ------------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """End all threads, wherever they are, and unmap the windows. Nothing is allocated for one that is parked."""
+        self.vm.mmu.tlbs.remove(self)
+        for engine in self._engines.values():
+            engine.refuse_to_run()
+        self._close_windows()
+        self._uffd.close()  # after the windows: whoever is parked is to find nothing, and not memory of its own
+        for engine in self._engines.values():
+            engine.close()
+        self.kvm.close()
+
+    def _close_windows(self) -> None:
+        for window in self._by_gfn:
+            window.close()
+
+
+@asynccontextmanager
+async def open_kvm_machine(vm: VM, pages_a_fault: int = PAGES_A_FAULT) -> AsyncIterator[KvmMachine]:
+    """Give a VM, whose slots are set, to the real KVM for the block.
+
+    Raises KvmUnavailable or UserfaultfdUnavailable, with a sentence, where that cannot be; OSError(EINVAL) if a slot
+    lies on no files, or the VM's type does not fit the processor.
+    """
+    machine = KvmMachine(vm, pages_a_fault)
+    try:
+        async with open_flat_nursery() as nursery:
+            nursery.start_soon(machine.serve)
+            try:
+                yield machine
+            finally:
+                nursery.cancel_scope.cancel()
+    finally:
+        machine.close()

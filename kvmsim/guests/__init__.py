@@ -1,0 +1,1 @@
+"""Guests of native code: what is loaded into guest memory, and what answers them."""
