@@ -1,9 +1,6 @@
 """The command `memfs`: mount a memfs, and create, seal and look at files on one.
 
 Exit codes: 0, 1 for anything that went wrong (one sentence on standard error), 2 for wrong usage (argparse's).
-
-`memfs mount` returns when the mount answers. What serves it is forked off before anything heavy is imported, and
-reports over a pipe: that it is ready and what could not be had, or why it cannot mount.
 """
 
 from __future__ import annotations
@@ -12,30 +9,23 @@ import argparse
 import errno
 import fcntl
 import json
-import logging
 import os
 import stat
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import NoReturn
 
 from memfs import __version__
-from memfs.contract import logs
+from memfs.cli import mount
+from memfs.cli.command import CommandError
 from memfs.contract.on_memfs import OnMemfs, locate, naming
 from memfs.contract.sizes import parse_bytes
-from memfs.contract.sys.mountinfo import real_mountpoint
 from memfs.contract.sys.standard_descriptors import fill_standard_descriptors
 from memfs.contract.terminal import Parser, printable, quoted
 from memfs.contract.units import PAGE_SIZE, ByteOffset, is_page_aligned
-from memfs.inherited import InheritedError, leave_behind, raise_limits
-from memfs.options import REMOUNT, MountOptions, OptionError, RemountOptions
+from memfs.options import OptionError
 from memfs.store import seals
-
-
-class CommandError(Exception):
-    """Why a command failed: one sentence."""
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -60,39 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="memfs", description="A filesystem that is the memory of virtual machines.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    mount = commands.add_parser("mount", help="mount a memfs on a directory", description=_mount.__doc__)
-    mount.add_argument("mountpoint", metavar="MOUNTPOINT")
-    mount.add_argument(
-        "-o",
-        dest="options",
-        metavar="OPTIONS",
-        action="append",
-        default=[],
-        help="as for tmpfs, separated by commas: size= (bytes, k/m/g/t or %% of RAM; default 50%%), nr_blocks=, "
-        "nr_inodes=, mode= (octal), uid=, gid=, huge=never|always|within_size|advise, mpol=, noswap, inode32; ro, "
-        "noatime, strictatime, nodiratime, suid, dev, noexec, allow_other; passthrough=auto|on|off, "
-        "backing=tmpfs|memfd, socket=, "
-        "socket_mode= (octal; default 0600), socket_group=, "
-        "notify_timeout= (seconds that an owner may take to answer; default 5)",
-    )
-    mount.add_argument(
-        "--socket",
-        metavar="PATH",
-        help="where owners connect, also as option socket= (default /run/memfs/NAME.sock, NAME from MOUNTPOINT)",
-    )
-    mount.add_argument("-f", "--foreground", action="store_true", help="stay in the foreground and log to stderr")
-    mount.add_argument(
-        "--log-file", metavar="FILE", help="append the log to FILE (default in the background: /run/memfs/NAME.log)"
-    )
-    mount.add_argument("-v", "--verbose", action="store_true", help="log more")
-    mount.add_argument("--check", action="store_true", help="verify every invariant at the end; exit code 1 if broken")
-    mount.set_defaults(run=_mount)
-
-    remount = commands.add_parser("remount", help="change options of a mounted memfs", description=_remount.__doc__)
-    remount.add_argument("path", metavar="PATH", help="the mountpoint, or anything on it")
-    remount.add_argument("-o", dest="options", metavar="OPTIONS", required=True, help="size=, nr_blocks=, nr_inodes=")
-    remount.set_defaults(run=_remount)
+    mount.add_to(commands)
 
     state = commands.add_parser("stat", help="show the state of a mounted memfs", description=_stat.__doc__)
     state.add_argument("path", metavar="PATH", help="the mountpoint, or anything on it")
@@ -142,145 +100,6 @@ def _size(text: str) -> int:
         return parse_bytes(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text}: {error}") from error
-
-
-@dataclass(frozen=True, slots=True)
-class _Mount:
-    """The command line of `memfs mount`. Paths are absolute, and the mountpoint's is without symbolic links."""
-
-    mountpoint: str
-    options: MountOptions
-    socket: str | None
-    log_file: str | None
-    foreground: bool
-    verbose: bool
-    check: bool
-
-    @classmethod
-    def parse(cls, arguments: argparse.Namespace) -> _Mount:
-        """Parse the options and resolve the paths. Raises OptionError; CommandError for no path."""
-        if not arguments.mountpoint:  # of a variable that is not set; it would be the working directory
-            raise CommandError("MOUNTPOINT is empty")
-        return cls(
-            mountpoint=real_mountpoint(arguments.mountpoint),
-            options=MountOptions.parse(",".join(arguments.options)),
-            socket=arguments.socket and os.path.abspath(arguments.socket),
-            log_file=arguments.log_file and os.path.abspath(arguments.log_file),
-            foreground=arguments.foreground,
-            verbose=arguments.verbose,
-            check=arguments.check,
-        )
-
-
-def _mount(arguments: argparse.Namespace) -> None:
-    """Mount a memfs. Returns when the mount answers; ends with umount(8), SIGINT or SIGTERM."""
-    options = ",".join(arguments.options)
-    if REMOUNT in options.split(","):
-        _remount(argparse.Namespace(path=arguments.mountpoint, options=options))
-        return
-    mount = _Mount.parse(arguments)
-    if mount.foreground:
-
-        def ready(notes: list[str]) -> None:
-            _print_notes(notes)
-            print(f"memfs: {quoted(mount.mountpoint)} is mounted", flush=True)
-
-        leave_behind()
-        _serve(mount, ready)
-        return
-    reader, writer = os.pipe()
-    sys.stdout.flush()
-    if os.fork() == 0:
-        leave_behind([writer])
-        _detach()
-        _serve_and_report(mount, writer)
-    os.close(writer)
-    with os.fdopen(reader, errors="surrogateescape") as report:
-        outcome, *lines = report.read().split("\n")
-    if outcome != "ready":
-        raise CommandError(lines[0] if lines else "the daemon died while mounting; --foreground shows why")
-    _print_notes([line for line in lines if line])
-
-
-def _serve_and_report(mount: _Mount, report: int) -> NoReturn:
-    """Serve as the daemon of `memfs mount`, and tell the parent over a pipe how it went."""
-
-    def tell(outcome: str, lines: list[str]) -> None:
-        os.write(report, os.fsencode("\n".join([outcome, *lines])))
-        os.close(report)
-
-    try:
-        _serve(mount, lambda notes: tell("ready", notes))
-    except CommandError as error:
-        tell("failed", [str(error)])
-        os._exit(1)
-    except OSError as error:
-        tell("failed", [f"{error.filename}: {error.strerror}" if error.filename else str(error)])
-        os._exit(1)
-    os._exit(0)
-
-
-def _serve(mount: _Mount, ready: Callable[[list[str]], None]) -> None:
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy would start a thread a CPU for nothing
-    import trio
-
-    from memfs import fault_points
-    from memfs.daemon import Settings, serve
-    from memfs.fuse.mount import MountError
-    from memfs.owners.closer import Closer
-    from memfs.owners.listener import ListenError, prepare_directory
-    from memfs.run_files import default_paths
-
-    fault_points.install_faults()
-    by_default = mount.log_file is None and not mount.foreground
-    log_files = [mount.log_file] if mount.log_file is not None else []
-    if by_default:
-        log_files = default_paths(mount.mountpoint, "log")
-        prepare_directory(os.path.dirname(log_files[0]))
-    logs.set_up(log_files, logging.INFO if mount.verbose else logging.WARNING, when_needed=by_default)
-    asked_for = mount.socket or mount.options.socket
-    try:
-        raise_limits()
-        settings = Settings(
-            mount.mountpoint,
-            [asked_for] if asked_for else default_paths(mount.mountpoint, "sock"),
-            mount.options,
-            Closer.start(),
-            log_beside_socket=by_default and not asked_for,
-            check=mount.check,
-        )
-        trio.run(serve, settings, ready)
-    except (InheritedError, ListenError, MountError, OptionError) as error:
-        raise CommandError(str(error)) from error
-
-
-def _detach() -> None:
-    """Leave the terminal that the command was started from (daemon(7))."""
-    os.setsid()
-    null = os.open(os.devnull, os.O_RDWR)
-    for fd in (0, 1, 2):
-        os.dup2(null, fd)
-    os.close(null)
-
-
-def _print_notes(notes: list[str]) -> None:
-    for note in notes:
-        print(f"memfs: {printable(note)}", file=sys.stderr)
-
-
-def _remount(arguments: argparse.Namespace) -> None:
-    """Change how large a mounted memfs may become, in bytes and inodes. Less than is in use is refused."""
-    RemountOptions.parse(arguments.options)  # for its clear words; the daemon parses it again
-    with locate(arguments.path, last_link=True) as mount:
-        try:
-            try:
-                mount.set("trusted.memfs.remount", arguments.options)
-            except PermissionError:  # not root: then it must be our own
-                mount.set("user.memfs.remount", arguments.options)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            raise CommandError(f"{arguments.path}: {arguments.options} is less than what is in use") from error
 
 
 def _stat(arguments: argparse.Namespace) -> None:
