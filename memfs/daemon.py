@@ -168,6 +168,7 @@ class _Memfs:
                 nursery.start_soon(channel.run, unmounted.set)
                 nursery.start_soon(self._obey, received, unmounted, server)
                 nursery.start_soon(self._backing.run)
+                nursery.start_soon(self._settings.closer.run)
                 nursery.start_soon(self._end, unmounted, server, nursery.cancel_scope)
                 await initialized.wait()
                 self._passthrough.try_it()

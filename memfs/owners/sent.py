@@ -28,7 +28,7 @@ class Sent(Custody):
 
     def receive(self, sock: socket.socket, size: int, ancillary: int, flags: int) -> Datagram:
         """Receive a datagram; the descriptors that come with it go to the closer."""
-        return self._closer.receive(sock, size, ancillary, flags)
+        return self._closer.receive(self._uid, sock, size, flags)
 
     def discard(self, fds: Iterable[int]) -> None:
         """Have them closed."""

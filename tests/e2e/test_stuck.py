@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -41,11 +41,20 @@ def stuck(memfs: Memfs, directory: Path, what: str) -> Iterator[None]:
             umount(str(mountpoint), MNT_DETACH)
 
 
-def closer_of(memfs: Memfs) -> int:
-    """Return the process that closes descriptors for a daemon."""
-    pid = memfs.process.pid
+def child_of(pid: int) -> int:
+    """Return the one child of a process."""
     (child,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return int(child)
+
+
+def forker_of(memfs: Memfs) -> int:
+    """Return the process that forks what closes descriptors for a daemon."""
+    return child_of(memfs.process.pid)
+
+
+def closer_of(memfs: Memfs) -> int:
+    """Return the process that closes descriptors for a daemon."""
+    return child_of(forker_of(memfs))
 
 
 def held_by(pid: int) -> list[str]:
@@ -81,27 +90,61 @@ def test_daemon_that_is_told_to_end_is_gone(memfs: Memfs, tmp_path: Path, what: 
     until(lambda: not os.path.exists(f"/proc/{closer}"))
 
 
-def test_closer_holds_nothing_of_the_daemon_s(memfs: Memfs) -> None:
+@pytest.mark.parametrize(("process", "sockets"), [(closer_of, 2), (forker_of, 1)], ids=["closer", "forker"])
+def test_closer_holds_nothing_of_the_daemon_s(memfs: Memfs, process: Callable[[Memfs], int], sockets: int) -> None:
     (memfs.path / "file").write_text("content")
-    closer = closer_of(memfs)
-    assert all(link == "/dev/null" or link.startswith("socket:") for link in held_by(closer))
-    assert len(held_by(closer)) == 5
-    status = dict(line.split(":\t", 1) for line in Path(f"/proc/{closer}/status").read_text().splitlines())
+    pid = process(memfs)
+    assert all(link == "/dev/null" or link.startswith("socket:") for link in held_by(pid))
+    assert len(held_by(pid)) == 3 + sockets
+    status = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     assert {int(status[name], 16) for name in ("CapEff", "CapPrm", "CapInh", "CapBnd", "CapAmb")} == {0}
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        os.kill(closer, number)
+        os.kill(pid, number)
     memfs.process.send_signal(signal.SIGTERM)
     memfs.see_end()
-    until(lambda: not os.path.exists(f"/proc/{closer}"))
+    until(lambda: not os.path.exists(f"/proc/{pid}"))
 
 
-def test_without_closer_the_daemon_goes_on(memfs: Memfs) -> None:
+def populate(memfs: Memfs) -> subprocess.CompletedProcess[str]:
+    """Have a client send two descriptors."""
+    return memfs.run(*memfs_command("populate", "private", "shared"))
+
+
+def is_populated(memfs: Memfs) -> bool:
+    """Return whether a client could send them; if not, it has been told why."""
+    result = populate(memfs)
+    assert not result.returncode or "no descriptors left" in result.stderr
+    return not result.returncode
+
+
+@pytest.fixture
+def populated(memfs: Memfs) -> Memfs:
+    """A mount with what it takes to populate."""
     memfs.expected.append("the closer is gone")
     memfs.run("sh", "-c", "echo content > shared")
     memfs.run(*memfs_command("create", "--seals", "guest", "--size", "1m", "private"))
-    os.kill(closer_of(memfs), signal.SIGKILL)
-    refused = memfs.run(*memfs_command("populate", "private", "shared"))
+    return memfs
+
+
+def test_closer_that_is_killed_is_replaced(populated: Memfs) -> None:
+    populated.expected.append("there is another closer")
+    for _ in range(2):
+        killed = closer_of(populated)
+        os.kill(killed, signal.SIGKILL)
+        until(lambda: is_populated(populated))
+        assert closer_of(populated) != killed
+    populated.stop()
+
+
+def test_without_closer_the_daemon_goes_on(populated: Memfs) -> None:
+    populated.expected.append("there can be no other closer")
+    closer = closer_of(populated)
+    os.kill(forker_of(populated), signal.SIGKILL)
+    assert populate(populated).returncode == 0
+    os.kill(closer, signal.SIGKILL)
+    until(lambda: "there can be no other closer" in populated.log.read_text())
+    refused = populate(populated)
     assert refused.returncode == 1
     assert "no descriptors left" in refused.stderr
-    assert memfs.run("sh", "-c", "echo other > shared && cat shared").stdout == "other\n"
-    memfs.stop()
+    assert populated.run("sh", "-c", "echo other > shared && cat shared").stdout == "other\n"
+    populated.stop()

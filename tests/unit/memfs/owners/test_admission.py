@@ -350,10 +350,9 @@ async def test_connection_with_something_in_its_queue_is_closed_elsewhere(data: 
         with trio.fail_after(10):
             await trio.lowlevel.wait_readable(reading)
         assert os.read(reading, 1) == b""  # what lay in the queue is closed
-    assert not closer._asked
+    assert not closer._line.asked
     os.close(reading)
     closer.stop()
-    await trio.to_thread.run_sync(os.waitpid, closer.pid, 0)
 
 
 def test_requests_of_a_user_are_limited_on_all_its_connections_together(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,6 +146,7 @@ async def mount(
     path = str(tmp_path_factory.mktemp("socket") / "memfs.sock")
     mount = Mount(tree_place, OnTmpfs(tmpfs), tmpfs, path, closer)
     with closing(listen([path], 0o600, None)) as listener:
+        nursery.start_soon(closer.run)
         server = mount.server(listener.socket)
         nursery.start_soon(server.run)
         yield mount
