@@ -50,6 +50,7 @@ from memfs.store.backing import Backing, open_backing
 from memfs.store.file import File
 from memfs.store.seals import format_seals
 from memfs.tree.access_times import AccessTimes
+from memfs.tree.holdings import Holdings
 from memfs.tree.inode import Ino
 from memfs.tree.open_files import OpenFiles
 from memfs.tree.tree import Tree
@@ -127,15 +128,19 @@ class _Memfs:
         self._mount: Final = mount
         self._backing: Final = backing
         self._passthrough: Final = passthrough
+        nr_inodes = min(options.nr_inodes, backing.most_files)
         self._tree: Final = Tree(
-            *(self._new_file, options.nr_inodes, options.mode, options.uid, options.gid), inode32=options.inode32
+            *(self._new_file, nr_inodes, options.mode, options.uid, options.gid), inode32=options.inode32
         )
-        self._open_files: Final = OpenFiles(self._tree, passthrough)
+        self._holdings: Final = Holdings.of_process(backing.most_files if backing.accounted else 0)
+        self._open_files: Final = OpenFiles(self._tree, passthrough, self._holdings)
         control = Control(socket_path, self.describe_in, self.remount)
         self._access_times: Final = AccessTimes()
         self._xattrs: Final = Xattrs(self._tree, control)
-        self._registry: Final = Registry(self._tree, options.notify_timeout, mount.invalidate_attributes)
-        self._clients: Final = Clients(options.socket_mode, options.socket_group)
+        self._registry: Final = Registry(
+            self._tree, options.notify_timeout, mount.invalidate_attributes, self._holdings
+        )
+        self._clients: Final = Clients(options.socket_mode, options.socket_group, self._holdings.descriptors)
 
     def _new_file(self, ino: Ino, seals: int) -> File:
         return File(self._backing, ino, seals)
@@ -201,6 +206,10 @@ class _Memfs:
             "nr_inodes": self._tree.space.nr_inodes,
             "inodes_used": len(self._tree.inodes),
             "open_handles": len(self._open_files),
+            "descriptors": self._holdings.descriptors.size,
+            "descriptors_used": self._holdings.descriptors.used,
+            "page_maps": self._holdings.page_maps.size,
+            "page_maps_used": self._holdings.page_maps.used,
             "owners": len(owners),
             "registered_files": sum(len(owner.registrations) for owner in owners),
             "owners_fenced": self._registry.fenced,
@@ -212,7 +221,8 @@ class _Memfs:
 
     async def describe_in(self, most_bytes: int, user: int) -> str:
         """Return the state as JSON for a user, with as many owners, files and notifications as fit."""
-        state = self.describe()
+        pools = self._holdings.descriptors, self._holdings.page_maps
+        state = {**self.describe(), **{f"your_{pool.what.replace(' ', '_')}": pool.of(user) for pool in pools}}
         left = most_bytes - len(json.dumps({**state, "registry": []}))
         return json.dumps({**state, "registry": await self._registry.describe(left, user)})
 
@@ -251,7 +261,7 @@ class _Memfs:
         if options.size is not None:
             self._backing.resize(options.size)
         if options.nr_inodes is not None:
-            self._tree.space.set_limit(options.nr_inodes)
+            self._tree.space.set_limit(min(options.nr_inodes, self._backing.most_files))
 
     async def _obey(self, received: AsyncIterator[tuple[Meaning, str]], unmounted: trio.Event, server: Server) -> None:
         """Do what signals ask for."""
@@ -293,6 +303,7 @@ class _Memfs:
         self._tree.check()
         self._open_files.check()
         self._registry.check()
+        self._holdings.check()
         # A program that has a file open in passthrough mode may write while we count, even after the end of the mount.
         before = self._backing.used_pages
         in_files = sum(inode.stat().blocks for inode in self._tree.inodes.values()) // SECTORS_PER_PAGE

@@ -53,7 +53,7 @@ from memfs.fuse.abi import (
     Request,
     unpack,
 )
-from memfs.fuse.caller import is_in_group_or_capable, working_for_caller
+from memfs.fuse.caller import Callers, is_in_group_or_capable, working_for_caller
 from memfs.fuse.reply import pack_attr, pack_statx
 from memfs.store.backing import Backing
 from memfs.store.chunks import LONG
@@ -146,7 +146,7 @@ class FileHandlers:
                     await inode.file.truncate(0)
             if flags & (os.O_TRUNC | os.O_ACCMODE):
                 await self.space()
-            return self.opened(inode, flags)
+            return self.opened(inode, flags, request)
 
     async def space(self) -> None:
         """Wait for deferred frees if they will return more space than is free now (store/reaper.py).
@@ -157,9 +157,9 @@ class FileHandlers:
         if not reaper.is_idle and reaper.pages > self._backing.free_pages:
             await reaper.drain()
 
-    def opened(self, inode: RegularFile, flags: int) -> bytes:
-        """Open a file and return struct fuse_open_out."""
-        fh, handle = self._open_files.open_file(inode, flags)
+    def opened(self, inode: RegularFile, flags: int, request: Request) -> bytes:
+        """Open a file for a caller and return struct fuse_open_out."""
+        fh, handle = self._open_files.open_file(inode, flags, Callers.here().user(request))
         if handle.access is Access.PASSTHROUGH:
             backing_id = inode.file.opens.backing_id
             assert backing_id is not None

@@ -108,7 +108,7 @@ class NameHandlers:
         seals = self._xattrs.default_seals(request.nodeid)
         inode = self._tree.create(request.nodeid, name, mode, request.uid, request.gid, umask=umask, seals=seals)
         try:
-            return self._created(inode, flags)
+            return self._created(inode, flags, request)
         except OSError:  # EMFILE: all or nothing
             self._tree.unlink(request.nodeid, name)
             raise
@@ -119,11 +119,11 @@ class NameHandlers:
         flags, mode, umask = _unpack_create(request.body)
         seals = self._xattrs.default_seals(request.nodeid)
         inode = self._tree.create_unlinked(request.nodeid, mode, request.uid, request.gid, umask=umask, seals=seals)
-        return self._created(inode, flags)
+        return self._created(inode, flags, request)
 
-    def _created(self, inode: Inode, flags: int) -> bytes:
+    def _created(self, inode: Inode, flags: int, request: Request) -> bytes:
         assert isinstance(inode, RegularFile)
-        opened = self._files.opened(inode, flags)
+        opened = self._files.opened(inode, flags, request)
         return self._entry(inode) + opened
 
     async def mknod(self, request: Request) -> bytes:

@@ -33,6 +33,7 @@ import trio
 
 from memfs.contract.aio.threads import NoThread
 from memfs.contract.sys.peer_credentials import PeerCredentials
+from memfs.store.shares import Pool
 
 MAX_CONNECTIONS: Final = 4096  #: from which on only trusted users are admitted
 MAX_PER_USER: Final = 1024  #: connections, and descriptors that are being closed
@@ -138,7 +139,7 @@ class Client:
         """Note that it has ended."""
         self.greeted()
         self._user.connections -= 1
-        self._clients.forget(self.credentials.uid)
+        self._clients.disconnected(self.credentials.uid)
 
     @contextlib.contextmanager
     def request(self) -> Iterator[None]:
@@ -181,9 +182,13 @@ class Client:
 
 
 class Clients:
-    """All clients that are connected. `mode` and `group` are the socket's; `group` None: the daemon's own."""
+    """All clients that are connected. `mode` and `group` are the socket's; `group` None: the daemon's own.
 
-    def __init__(self, mode: int, group: int | None) -> None:
+    Of `descriptors` each connection takes one.
+    """
+
+    def __init__(self, mode: int, group: int | None, descriptors: Pool | None = None) -> None:
+        self._descriptors: Final = descriptors or Pool("descriptors", MAX_CONNECTIONS * MAX_PER_USER)
         self._mode: Final = mode
         self._group: Final = os.getegid() if group is None else group
         self._trusted: Final = frozenset({0, os.geteuid()})
@@ -205,6 +210,7 @@ class Clients:
             self.rejected += 1
             raise Rejected(f"{credentials} is rejected: {why}")
         self._users[credentials.uid] = user
+        self._descriptors.take(credentials.uid)
         user.connections += 1
         client = Client(self, credentials, user, disconnect)
         self.silent[client] = None
@@ -227,7 +233,13 @@ class Clients:
         needed = 0o020 if self._group in credentials.groups else 0o002
         if not self._mode & needed:
             return f"socket_mode={self._mode:04o} does not admit it"
-        return f"it has {user.held} connections" if user.held >= MAX_PER_USER else None
+        if user.held >= MAX_PER_USER:
+            return f"it has {user.held} connections"
+        try:
+            self._descriptors.check(credentials.uid)
+        except OSError as error:
+            return str(error.strerror)
+        return None
 
     def reject(self, sock: socket.socket, close_elsewhere: Callable[[socket.socket], bool] = lambda _: False) -> None:
         """Close the connection of a client that was rejected.
@@ -240,6 +252,11 @@ class Clients:
             sock.close()
         elif not close_elsewhere(sock):
             trio.lowlevel.spawn_system_task(self._all_rejected.close, sock.detach())
+
+    def disconnected(self, uid: int) -> None:
+        """Note that a user has a connection less."""
+        self._descriptors.give_back(uid)
+        self.forget(uid)
 
     def forget(self, uid: int) -> None:
         """Forget a user that holds nothing any more."""

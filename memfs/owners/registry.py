@@ -56,6 +56,7 @@ from memfs.owners.outstanding import Outstanding, Pending
 from memfs.owners.page_locks import PageLocks
 from memfs.owners.populate import launch
 from memfs.store.file import File
+from memfs.tree.holdings import Holdings
 from memfs.tree.inode import RegularFile
 from memfs.tree.tree import Tree
 
@@ -345,9 +346,14 @@ class Registry:
     """
 
     def __init__(
-        self, tree: Tree, notify_timeout: float = 5.0, given_out: Callable[[int], None] = lambda ino: None
+        self,
+        tree: Tree,
+        notify_timeout: float = 5.0,
+        given_out: Callable[[int], None] = lambda ino: None,
+        holdings: Holdings | None = None,
     ) -> None:
         self._tree: Final = tree
+        self._holdings: Final = holdings or Holdings.of_process()
         self._given_out: Final = given_out
         self.notify_timeout: Final = notify_timeout
         self.owners: dict[int, Owner] = {}
@@ -366,7 +372,8 @@ class Registry:
     def register(self, owner: Owner, inode: RegularFile) -> Registration:
         """Register a file for an owner, or count it once more. Raises OSError(EPERM) if it is another's.
 
-        ESHUTDOWN: the owner has ended; a request of its may have waited for the file while it was fenced.
+        EMFILE: its user has its share of files (tree/holdings.py). ESHUTDOWN: the owner has ended; a request of its may
+        have waited for the file while it was fenced.
         """
         if not owner.is_connected:
             raise OSError(errno.ESHUTDOWN, "the owner has been cut off")
@@ -376,6 +383,7 @@ class Registry:
                 raise OSError(errno.EPERM, "the file has another owner")
             current.count += 1
             return current
+        self._holdings.hold(owner.user, inode.ino, maps=inode.file.is_tracked)
         self._last_file += 1
         registration = Registration(owner, self._tree, inode, FileId(self._last_file), FileFrames(self._frames))
         self._tree.hold(inode)
@@ -417,6 +425,7 @@ class Registry:
         del registration.owner.registrations[registration.id]
         registration.file.unbind()
         registration.end()
+        self._holdings.release(registration.owner.user, registration.inode.ino)
         self._tree.release(registration.inode)
 
     async def describe(self, most_bytes: int, user: Hashable) -> list[dict[str, Any]]:

@@ -27,6 +27,8 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
@@ -71,6 +73,10 @@ class Backing(Protocol):
     kind: ClassVar[str]  #: for people: "tmpfs", "memfd"
     accounted: ClassVar[bool]  #: whether pages of ordinary files must be reserved, too
     reaper: Reaper  #: large files that nobody refers to any more
+
+    @property
+    def most_files(self) -> int:
+        """How many files it can have."""
 
     @property
     def page_maps(self) -> PageMaps:
@@ -155,6 +161,7 @@ class TmpfsBacking:
     """
 
     kind: ClassVar[str] = "tmpfs"
+    most_files: ClassVar[int] = sys.maxsize
     accounted: ClassVar[bool] = False
 
     def __init__(self, size: int, options: dict[str, str | None] | None = None) -> None:
@@ -366,6 +373,8 @@ class MemfdBacking:
 
     def __init__(self, size: int) -> None:
         self._total = bytes_to_pages(size)
+        #: each takes a descriptor; the other half is for those that are open
+        self.most_files: Final = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
         self._reserved = 0  # pages that files have, or are about to have, by memfs
         self._stray = 0  # pages that owners have allocated by themselves, when they were last counted
         self._watched: Final[set[Watched]] = set()

@@ -91,6 +91,11 @@ class File:
         return self._backing.guest_granule if self.guest else PAGE_SIZE
 
     @property
+    def is_tracked(self) -> bool:
+        """Whether it has a page map, open or not."""
+        return self._accounting is not None
+
+    @property
     def page_map(self) -> PageMap | None:
         """Which pages are allocated; None for an untracked file. Call while it is held. Raises OSError(EMFILE)."""
         return self._accounting.page_map if self._accounting is not None else None

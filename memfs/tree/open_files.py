@@ -28,6 +28,7 @@ from typing import Final, NewType, Protocol
 
 from memfs.store import seals
 from memfs.store.file import File
+from memfs.tree.holdings import Holdings
 from memfs.tree.inode import Directory, RegularFile
 from memfs.tree.tree import Tree
 
@@ -61,6 +62,7 @@ class OpenFile:
     inode: RegularFile
     flags: int  #: O_* as given to open(2)
     access: Access
+    user: int = 0  #: whoever opened it
 
     @property
     def mappable(self) -> bool:
@@ -89,8 +91,9 @@ class OpenDirectory:
 class OpenFiles:
     """All open handles of a mount. Raises OSError(EBADF) for a number that is none."""
 
-    def __init__(self, tree: Tree, backing_ids: BackingIds | None = None) -> None:
+    def __init__(self, tree: Tree, backing_ids: BackingIds | None = None, holdings: Holdings | None = None) -> None:
         self._tree: Final = tree
+        self._holdings: Final = holdings or Holdings.of_process()
         self._backing_ids: Final = backing_ids
         self._next = Fh(1)
         self._open: dict[Fh, OpenFile | OpenDirectory] = {}
@@ -98,15 +101,23 @@ class OpenFiles:
     def __len__(self) -> int:
         return len(self._open)
 
-    def open_file(self, inode: RegularFile, flags: int) -> tuple[Fh, OpenFile]:
-        """Open a handle as open(2) does with these flags.
+    def open_file(self, inode: RegularFile, flags: int, user: int = 0) -> tuple[Fh, OpenFile]:
+        """Open a handle as open(2) does with these flags, for a user.
 
-        Raises OSError: EMFILE, and EBUSY as `_sealed_access` says. Inode flags are checked by the caller: a file that
-        is being created may be opened in any way.
+        Raises OSError: EMFILE if that user has its share (holdings.py) or there is no descriptor, and EBUSY as
+        `_sealed_access` says. Inode flags are checked by the caller: a file that is being created may be opened in any
+        way.
         """
+        file = inode.file
+        may_be_guest = file.is_tracked or bool(file.seals & seals.ON_WRITES) or flags & os.O_ACCMODE == CONTROL
         self._tree.hold(inode)
         try:
-            handle = OpenFile(inode, flags, self._access(inode, flags))
+            self._holdings.hold(user, inode.ino, maps=may_be_guest)
+            try:
+                handle = OpenFile(inode, flags, self._access(inode, flags), user)
+            except OSError:
+                self._holdings.release(user, inode.ino)
+                raise
         except OSError:
             self._tree.release(inode)
             raise
@@ -160,10 +171,12 @@ class OpenFiles:
         handle = self._open.pop(Fh(fh), None)
         if handle is None:
             raise OSError(errno.EBADF, f"no open handle {fh}")
-        if isinstance(handle, OpenFile) and handle.mappable:
-            unused = handle.inode.file.opens.remove(writable=handle.writable)
-            if unused is not None and self._backing_ids is not None:
-                self._backing_ids.close(unused)
+        if isinstance(handle, OpenFile):
+            self._holdings.release(handle.user, handle.inode.ino)
+            if handle.mappable:
+                unused = handle.inode.file.opens.remove(writable=handle.writable)
+                if unused is not None and self._backing_ids is not None:
+                    self._backing_ids.close(unused)
         self._tree.release(handle.inode)
 
     def close(self) -> None:

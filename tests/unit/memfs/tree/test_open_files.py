@@ -16,6 +16,8 @@ import trio
 from memfs.contract.sys.constants import F_SEAL_FUTURE_WRITE
 from memfs.store.backing import MemfdBacking
 from memfs.store.seals import F_SEAL_GROW, F_SEAL_GUEST, F_SEAL_SHRINK, F_SEAL_WRITE
+from memfs.store.shares import Pool
+from memfs.tree.holdings import Holdings
 from memfs.tree.inode import Directory, RegularFile
 from memfs.tree.open_files import CONTROL, Access, Fh, OpenDirectory, OpenFile, OpenFiles
 from memfs.tree.tree import ROOT_INO
@@ -23,6 +25,7 @@ from tests.helpers import raises
 
 from .places import SIZE, OnTree
 
+ALICE, BOB = 12001, 12002
 PASSTHROUGH, CACHED, DIRECT = Access.PASSTHROUGH, Access.CACHED, Access.DIRECT
 READ, WRITE, APPEND = os.O_RDONLY, os.O_RDWR, os.O_WRONLY | os.O_APPEND
 
@@ -76,6 +79,49 @@ def make(place: OnTree, seals: int = 0, name: str = "file") -> RegularFile:
 def access(opens: OpenFiles, inode: RegularFile, flags: int) -> Access:
     """How a new handle reaches content."""
     return opens.open_file(inode, flags)[1].access
+
+
+@pytest.mark.parametrize("kind", [0, F_SEAL_GUEST, CONTROL], ids=["ordinary", "guest-sealed", "control handle"])
+def test_user_has_a_share_of_files_and_page_maps(tree_place: OnTree, kernel: Kernel, kind: int) -> None:
+    """Each file counts once for each user that has it open, and what is refused changes nothing."""
+    holdings = Holdings(Pool("descriptors", 24), Pool("page maps", 24))
+    pools = holdings.descriptors, holdings.page_maps
+    opens = OpenFiles(tree_place.tree, kernel, holdings)
+    flags = CONTROL if kind == CONTROL else READ
+    files = [make(tree_place, kind if kind == F_SEAL_GUEST else 0, str(number)) for number in range(16)]
+    fhs = list[Fh]()
+    with raises(errno.EMFILE, match=f"user {ALICE} has "):
+        for inode in files:
+            fhs += [opens.open_file(inode, flags, ALICE)[0] for _ in range(3)]
+    held = len(fhs) // 3
+    assert 2 < held < 13
+    refused = files[held]
+    before = refused.holds, len(kernel.registered), [pool.used for pool in pools]
+    with raises(errno.EMFILE):
+        opens.open_file(refused, flags, ALICE)
+    assert before == (refused.holds, len(kernel.registered), [pool.used for pool in pools])
+    fhs.append(opens.open_file(files[0], flags, ALICE)[0])  # costs nothing more
+    fhs += [opens.open_file(inode, flags, BOB)[0] for inode in (refused, refused)]
+    assert holdings.descriptors.of(BOB) == holdings.descriptors.of(ALICE) // held
+    holdings.check()
+    opens.check()
+    for fh in fhs:
+        opens.release(fh)
+    holdings.check()
+    assert all(pool.of(user) == 0 for pool in pools for user in (ALICE, BOB))
+    opens.open_file(refused, flags, ALICE)
+    opens.close()
+
+
+def test_page_maps_have_shares_of_their_own(tree_place: OnTree) -> None:
+    holdings = Holdings(Pool("descriptors", 24), Pool("page maps", 0, frozenset({0})))
+    opens = OpenFiles(tree_place.tree, None, holdings)
+    if not tree_place.tree.regular(make(tree_place, name="ordinary").ino).file.is_tracked:
+        opens.open_file(make(tree_place), READ, ALICE)
+    with raises(errno.EMFILE, match="page maps"):
+        opens.open_file(make(tree_place, F_SEAL_GUEST, "guest"), READ, ALICE)
+    opens.open_file(make(tree_place, F_SEAL_GUEST, "root's"), READ, 0)
+    opens.close()
 
 
 # -- regular files ----------------------------------------------------------------------------------------------------
