@@ -18,6 +18,7 @@ from typing import Final
 
 from memfs.contract.sys.processes import directory_of
 
+_STOPPED: Final = frozenset("Tt")  # proc_pid_stat(5): by a signal, by a debugger
 _SIGKILL_BIT: Final = 1 << 8  # in the masks of /proc/PID/status
 
 
@@ -38,6 +39,16 @@ def is_dying(pid: int) -> bool:
     if directory is None:
         return False
     return all("Z" in state or "X" in state or pending & _SIGKILL_BIT for state, pending in _threads(directory))
+
+
+def is_stopped(pid: int) -> bool:
+    """Return whether a process is known to be stopped: no thread of it runs until SIGCONT, or a debugger, lets it.
+
+    A thread that is in a system call on a FUSE mount stops only when it returns.
+    """
+    directory = directory_of(pid)
+    states = {state for state, _ in _threads(directory)} if directory is not None else set[str]()
+    return bool(states & _STOPPED) and states <= _STOPPED | {"D"}
 
 
 def _threads(directory: str) -> Iterator[tuple[str, int]]:

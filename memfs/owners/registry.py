@@ -124,8 +124,10 @@ class Registration:
                 return
             except trio.TooSlowError:
                 why = f"no answer within {owner.notify_timeout:g} s"
-                if (caller := current_caller()) and owner.has_thread(caller):
-                    why += f": its own thread {caller} waits in the file call; make those in another than answers memfs"
+                if owner.is_stopped():
+                    why += ": its process is stopped"
+                elif (caller := current_caller()) and owner.has_thread(caller):
+                    why += f"; the file call is its own thread {caller}'s, which must not be the one that answers memfs"
             except OSError as error:  # an owner that is not notified must not go on
                 why = f"it could not be notified: {error.strerror}"
             except Exception:
@@ -302,6 +304,10 @@ class Owner(ABC):
     @abstractmethod
     def has_thread(self, number: int) -> bool:
         """Return whether a thread is one of the process that connected."""
+
+    @abstractmethod
+    def is_stopped(self) -> bool:
+        """Return whether the process that connected is stopped, by a signal or a debugger."""
 
     @abstractmethod
     def is_dead(self) -> bool:

@@ -53,7 +53,7 @@ from memfs.contract.protocol.peer import Call, Incoming, Peer, PeerGone, close_a
 from memfs.contract.units import PAGE_SIZE
 from memfs.owners.admission import Client
 from memfs.owners.closer import Closer
-from memfs.owners.liveness import is_dying
+from memfs.owners.liveness import is_dying, is_stopped
 from memfs.owners.populate import launch, populate
 from memfs.owners.registry import Owner, Registration, Registry
 from memfs.owners.sent import Sent
@@ -112,6 +112,10 @@ class Session(Owner):
     def has_thread(self, number: int) -> bool:
         """Return whether a thread is one of the process that connected."""
         return os.path.exists(f"/proc/{self.pid}/task/{number}")
+
+    def is_stopped(self) -> bool:
+        """Return whether the process that connected is stopped."""
+        return is_stopped(self.pid)
 
     def is_dead(self) -> bool:
         """Return whether the process that connected is gone."""

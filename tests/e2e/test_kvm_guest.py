@@ -229,7 +229,7 @@ async def test_file_call_in_the_loop_of_the_vm_ends_with_the_reason(mount_memfs:
             assert await vm.fault(Access(Gfn(0), write=True, side=Side.SHARED)) is None
             fallocate(fd, PUNCH, 0, PAGE_SIZE)
             await vm.backing.ended.wait()
-            with pytest.raises(StoreGone, match=f"its own thread {threading.get_native_id()} waits in the file call"):
+            with pytest.raises(StoreGone, match=f"the file call is its own thread {threading.get_native_id()}'s"):
                 vm.check_alive()
     finally:
         await trio.to_thread.run_sync(os.close, fd)

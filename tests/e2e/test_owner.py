@@ -10,6 +10,8 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -256,8 +258,9 @@ trio.run(main)
         assert isinstance(await owner.register(guest_file), Registered)
 
 
-async def test_owner_killed_inside_its_own_punch_is_gone_at_once(memfs: Memfs, guest_file: Path) -> None:
-    """A thread of it waits for an answer that only it could bring about, so that its sockets stay open."""
+@asynccontextmanager
+async def in_its_own_punch(memfs: Memfs, guest_file: Path) -> AsyncIterator[trio.Process]:
+    """An owner of which a thread waits for an answer that only the owner could bring about."""
     script = f"""
 import os, sys, threading, trio
 from pathlib import Path
@@ -282,15 +285,33 @@ trio.run(main)
     assert stdout is not None
     try:
         assert (await stdout.receive_some()).startswith(b"asked")
+        yield process
+    finally:
+        process.kill()
+        await process.wait()
+        await stdout.aclose()
+
+
+async def test_owner_killed_inside_its_own_punch_is_gone_at_once(memfs: Memfs, guest_file: Path) -> None:
+    """Its sockets stay open."""
+    async with in_its_own_punch(memfs, guest_file) as process:
         process.send_signal(signal.SIGKILL)
         async with connected(memfs.socket) as owner:
             with trio.fail_after(3):  # less than the timeout that would end it otherwise
                 while not isinstance(await owner.register(guest_file), Registered):  # noqa: ASYNC110
                     await trio.sleep(0.01)
-    finally:
-        process.kill()
-        await process.wait()
-        await stdout.aclose()
+
+
+@pytest.mark.parametrize(("number", "said"), [(signal.SIGSTOP, ": its process is stopped"), (0, "; the file call is")])
+async def test_reason_of_a_fence_says_what_is_known(memfs: Memfs, guest_file: Path, number: int, said: str) -> None:
+    """That a thread of the owner's waits in the call says nothing of why a stopped owner does not answer."""
+    memfs.expected.append("is fenced: no answer within 5 s")
+    async with in_its_own_punch(memfs, guest_file) as process:
+        process.send_signal(number)
+        with trio.fail_after(20):
+            while "is fenced" not in memfs.log.read_text():  # noqa: ASYNC110
+                await trio.sleep(0.01)
+        assert f"no answer within 5 s{said}" in memfs.log.read_text()
 
 
 async def test_unlinked_file_lives_until_its_owner_lets_go(memfs: Memfs) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from memfs.owners.liveness import is_dying
+from memfs.owners.liveness import is_dying, is_stopped
 
 THREADED = """
 import threading, time
@@ -52,6 +52,15 @@ def state(pid: int) -> str:
 def test_one_that_runs_is_not_dying(child: subprocess.Popen[str]) -> None:
     assert not is_dying(child.pid)
     assert not is_dying(os.getpid())
+
+
+def test_one_that_is_stopped_is_not_dying_and_known_to_be_stopped(child: subprocess.Popen[str]) -> None:
+    assert not is_stopped(child.pid)
+    child.send_signal(signal.SIGSTOP)
+    until(lambda: is_stopped(child.pid))
+    assert not is_dying(child.pid)
+    child.send_signal(signal.SIGCONT)
+    until(lambda: not is_stopped(child.pid))
 
 
 def test_zombie_is(child: subprocess.Popen[str]) -> None:

@@ -80,6 +80,9 @@ class Guest(Owner):
     def has_thread(self, number: int) -> bool:
         return number == 4711
 
+    def is_stopped(self) -> bool:
+        return False
+
     def is_dead(self) -> bool:
         return False
 
@@ -324,7 +327,7 @@ async def test_owner_that_waits_for_itself_is_told_so(tree: Tree, registry: Regi
     with working_on(1, 4711):
         await inode.file.punch(at(0), at(4))
     assert guest.reasons == [
-        "no answer within 5 s: its own thread 4711 waits in the file call; make those in another than answers memfs"
+        "no answer within 5 s; the file call is its own thread 4711's, which must not be the one that answers memfs"
     ]
     other = Guest(registry)
     other.register(inode)
