@@ -12,7 +12,6 @@ import os
 from stat import S_IFMT
 from typing import Final
 
-from memfs.contract.units import PAGE_SIZE
 from memfs.fuse.abi import (
     ATTR_OUT,
     ATTRIBUTES,
@@ -52,7 +51,7 @@ def pack_statx(stat: Stat) -> bytes:
     )
     device = os.major(stat.rdev), os.minor(stat.rdev)
     return STATX_OUT.pack(_timeout(stat), 0, 0) + STATX.pack(
-        *(STATX_BASIC_STATS_AND_BTIME, PAGE_SIZE, 0, stat.nlink, stat.uid, stat.gid, stat.mode, 0),
+        *(STATX_BASIC_STATS_AND_BTIME, stat.blksize, 0, stat.nlink, stat.uid, stat.gid, stat.mode, 0),
         *(stat.ino, stat.size, stat.blocks, 0, *times, *device, 0, 0),
     )
 
@@ -73,5 +72,5 @@ def _pack_attributes(stat: Stat) -> bytes:
     ctime, ctime_ns = divmod(stat.ctime_ns, _SECOND)
     return ATTRIBUTES.pack(
         *(stat.ino, stat.size, stat.blocks, atime, mtime, ctime, atime_ns, mtime_ns, ctime_ns),
-        *(stat.mode, stat.nlink, stat.uid, stat.gid, stat.rdev, PAGE_SIZE, 0),
+        *(stat.mode, stat.nlink, stat.uid, stat.gid, stat.rdev, stat.blksize, 0),
     )

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, NamedTuple, NewType
 
+from memfs.contract.units import PAGE_SIZE
 from memfs.store.file import File
 from memfs.tree import acl
 from memfs.tree.cookie_order import CookieOrder
@@ -44,7 +45,7 @@ def _shared(number: int) -> int:
 
 
 class Stat(NamedTuple):
-    """What stat(2) tells of an inode. Size in bytes, blocks of 512 bytes, times in nanoseconds since the epoch."""
+    """What stat(2) tells of an inode. Sizes in bytes, blocks of 512 bytes, times in nanoseconds since the epoch."""
 
     ino: Ino
     mode: int
@@ -59,6 +60,7 @@ class Stat(NamedTuple):
     ctime_ns: int
     btime_ns: int
     stable: bool  #: whether nothing but requests through the mount can change it
+    blksize: int = PAGE_SIZE  #: in what blocks I/O is efficient
 
 
 class Inode:
@@ -148,6 +150,7 @@ class RegularFile(Inode):
             # An owner, or a program that writes to a mapping, fills holes, and nobody is notified. What is being
             # allocated lies beyond the end until all of it is there.
             stable=not (backing.st_size or backing.st_blocks or self.file.is_given_out),
+            blksize=backing.st_blksize,
         )
 
     def set_times(self, atime_ns: int | None, mtime_ns: int | None) -> None:
