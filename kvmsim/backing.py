@@ -35,6 +35,7 @@ from memfs.contract.protocol.messages import (
     Registered,
 )
 from memfs.contract.protocol.peer import close_all
+from memfs.contract.sys.libc import MAP_NORESERVE
 from memfs.contract.units import ORDER_1G, ByteOffset, PageIndex, PageRange, Pfn, page_ceil
 
 __all__ = ["Backing", "Counters", "GuestFile", "Notification", "StoreGone", "connect", "socket_of"]
@@ -92,7 +93,8 @@ class GuestFile:
 
     def _map(self, size: int) -> mmap.mmap:
         """Map the guest's memory, and keep it out of core dumps."""
-        mapping = mmap.mmap(self.fd, size)
+        # Without MAP_NORESERVE, hugetlbfs would reserve pages of its pool for all holes.
+        mapping = mmap.mmap(self.fd, size, mmap.MAP_SHARED | MAP_NORESERVE)
         mapping.madvise(mmap.MADV_DONTDUMP)
         return mapping
 

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from kvmsim.arrays import Numbers, runs
 from kvmsim.mmu.pte import ENTRIES, Ptes
+from memfs.contract.sys.libc import MAP_NORESERVE
 from memfs.contract.units import PAGE_SIZE
 
 MAX_TABLES: Final = 1 << 23  #: enough for the 2**31 - 1 pages of the largest memslot, twice
@@ -35,7 +36,7 @@ class Tables:
     """
 
     def __init__(self) -> None:
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
         self._memory: Final = mmap.mmap(-1, MAX_TABLES * PAGE_SIZE, flags=flags)
         self._counts: Final = mmap.mmap(-1, MAX_TABLES * np.dtype(np.int32).itemsize, flags=flags)
         #: all entries of all tables in one row: entry i of table n is at n * 512 + i

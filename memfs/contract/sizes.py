@@ -17,15 +17,15 @@ def total_ram() -> int:
     return pages_to_bytes(os.sysconf("SC_PHYS_PAGES")) * (os.sysconf("SC_PAGE_SIZE") // PAGE_SIZE)
 
 
-def parse_size(text: str) -> int:
-    """Return a size in bytes, from a number with k, m, g, t, or % of the machine's memory; rounded up to whole pages.
+def parse_size(text: str, whole: int | None = None) -> int:
+    """Return a size in bytes, from a number with k, m, g, t, or % of `whole`; rounded up to whole pages.
 
     >>> parse_size("64m")
     67108864
 
-    Raises ValueError, also for 0.
+    `whole` is in bytes; None is the machine's memory. Raises ValueError, also for 0.
     """
-    nbytes = parse_bytes(text)
+    nbytes = parse_bytes(text, whole)
     if not nbytes:
         raise ValueError("not a size that memory can have")
     return (nbytes + PAGE_SIZE - 1) // PAGE_SIZE * PAGE_SIZE
@@ -54,12 +54,25 @@ def parse_count(text: str) -> int:
     return parse_number(number) * _SUFFIXES[suffix]
 
 
-def parse_bytes(text: str) -> int:
+def parse_bytes(text: str, whole: int | None = None) -> int:
     """Return a number of bytes, from text like that of a size. Raises ValueError."""
     try:
-        nbytes = total_ram() * parse_number(text[:-1]) // 100 if text.endswith("%") else parse_count(text)
+        if text.endswith("%"):
+            nbytes = (total_ram() if whole is None else whole) * parse_number(text[:-1]) // 100
+        else:
+            nbytes = parse_count(text)
     except ValueError:
         raise ValueError("not a size; give bytes, or a number with k, m, g, t or %") from None
     if nbytes >= 1 << 62:
         raise ValueError("not a size that memory can have")
     return nbytes
+
+
+def format_size(nbytes: int) -> str:
+    """Return a size as people write it, exactly.
+
+    >>> format_size(2 << 20), format_size(5000)
+    ('2M', '5000')
+    """
+    power = max(power for power in range(len("kmgt") + 1) if nbytes % (1 << 10 * power) == 0) if nbytes else 0
+    return f"{nbytes >> 10 * power}{('', *'KMGT')[power]}"

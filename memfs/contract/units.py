@@ -104,6 +104,14 @@ class PageRange(_Range[PageIndex]):
         """The range as an index into an array with one element a page."""
         return slice(self.start, self.end)
 
+    def rounded(self, size: int) -> PageRange:
+        """Return the aligned blocks of `size` pages that the range touches.
+
+        >>> PageRange(PageIndex(3), PageIndex(9)).rounded(4)
+        PageRange(start=0, end=12)
+        """
+        return PageRange(PageIndex(self.start // size * size), PageIndex(-(-self.end // size) * size))
+
     @classmethod
     def covering(cls, offset: ByteOffset, length: int) -> PageRange:
         """Return every page that [offset, offset + length) bytes touch: what an allocation needs. length > 0."""
@@ -149,6 +157,11 @@ def gfn_to_gpa(gfn: Gfn) -> Gpa:
 def offset_in_page(address: int) -> int:
     """Return the byte within its page that an address or offset names: 0 .. PAGE_SIZE - 1."""
     return address & (PAGE_SIZE - 1)
+
+
+def order_of(nbytes: int) -> int:
+    """Return the order of a page of `nbytes` bytes, a power of two."""
+    return nbytes.bit_length() - 1 - PAGE_SHIFT
 
 
 def bytes_to_pages(nbytes: int) -> int:

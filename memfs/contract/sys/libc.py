@@ -21,6 +21,9 @@ FALLOC_FL_KEEP_SIZE: Final = 0x01
 FALLOC_FL_PUNCH_HOLE: Final = 0x02
 PUNCH_HOLE: Final = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE  #: the one mode in which there is a punch
 
+# linux/mman.h
+MAP_NORESERVE: Final = 0x4000  #: of Python's mmap module from 3.13 on
+
 # linux/mount.h
 MNT_DETACH: Final = 2
 MOUNT_ATTR_RDONLY: Final = 0x01

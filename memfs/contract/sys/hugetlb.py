@@ -1,0 +1,57 @@
+"""The kernel's pools of huge pages: how many there are of a size, by sysfs (admin-guide/mm/hugetlbpage.rst).
+
+A pool is the machine's, and so are its numbers: others take pages and give them back at any moment.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Final
+
+_POOLS: Final = Path("/sys/kernel/mm/hugepages")
+
+
+class Pool:
+    """The pool of pages of `page_size` bytes. Raises OSError (ENOENT: this kernel has none of that size)."""
+
+    def __init__(self, page_size: int) -> None:
+        self.page_size: Final = page_size
+        self._directory: Final = _POOLS / f"hugepages-{page_size >> 10}kB"
+
+    @property
+    def setting(self) -> str:
+        """The file by which root changes how many pages there are."""
+        return str(self._directory / "nr_hugepages")
+
+    @property
+    def pages(self) -> int:
+        """How many pages there are."""
+        return self._read("nr_hugepages")
+
+    @property
+    def free(self) -> int:
+        """How many of them are in no file and no memory, reserved ones among them."""
+        return self._read("free_hugepages")
+
+    @property
+    def reserved(self) -> int:
+        """How many of the free ones are promised to somebody."""
+        return self._read("resv_hugepages")
+
+    @property
+    def available(self) -> int:
+        """How many pages can be had, those among them that the kernel may allocate on top (overcommit)."""
+        return (
+            self.free - self.reserved + max(0, self._read("nr_overcommit_hugepages") - self._read("surplus_hugepages"))
+        )
+
+    def _read(self, name: str) -> int:
+        return int((self._directory / name).read_text())
+
+
+def pool_sizes() -> list[int]:
+    """Return the sizes in bytes of which this kernel has huge pages, the smallest first."""
+    names = os.listdir(_POOLS) if _POOLS.is_dir() else []
+    return sorted(int(match[1]) << 10 for name in names if (match := re.fullmatch(r"hugepages-(\d+)kB", name)))
