@@ -46,8 +46,9 @@ from memfs.owners.listener import Listener, listen
 from memfs.owners.registry import Registry
 from memfs.owners.server import Server
 from memfs.signals import Meaning, receiving
-from memfs.store.backing import Backing, open_backing
+from memfs.store.backing import Backing
 from memfs.store.file import File
+from memfs.store.open_backing import open_backing
 from memfs.store.seals import format_seals
 from memfs.tree.access_times import AccessTimes
 from memfs.tree.holdings import Holdings
@@ -84,7 +85,7 @@ async def serve(settings: Settings, ready: Callable[[list[str]], None]) -> None:
     `ready` is called when the mount answers, with sentences about what could not be had. Raises MountError or
     OptionError if it cannot be mounted; then nothing is left behind.
     """
-    backing, no_tmpfs = open_backing(settings.options)
+    backing, about_backing = open_backing(settings.options)
     options = settings.options
     with receiving(logs_to_file=logs.is_to_file()) as received:
         listener = listen(settings.socket_paths, options.socket_mode, options.socket_group)
@@ -92,7 +93,7 @@ async def serve(settings: Settings, ready: Callable[[list[str]], None]) -> None:
             if settings.log_beside_socket:
                 logs.prefer(f"{os.path.splitext(listener.path)[0]}.log")
             mount = mount_fuse(settings.mountpoint, options)
-            notes = [note for note in (mount.note, no_tmpfs) if note]
+            notes = [*([mount.note] if mount.note else []), *about_backing]
             unable = None
             if backing.accounted:
                 unable = "files live on memfds, whose limit memfs can only keep if every write goes by it"
@@ -134,7 +135,7 @@ class _Memfs:
         )
         self._holdings: Final = Holdings.of_process(backing.most_files if backing.accounted else 0)
         self._open_files: Final = OpenFiles(self._tree, passthrough, self._holdings)
-        control = Control(socket_path, self.describe_in, self.remount)
+        control = Control(socket_path, self.describe_in, self.remount, options.pagesize)
         self._access_times: Final = AccessTimes()
         self._xattrs: Final = Xattrs(self._tree, control)
         self._registry: Final = Registry(
@@ -199,6 +200,8 @@ class _Memfs:
             "socket": self._socket_path,
             "backing": self._backing.kind,
             "guest_swappable": not self._backing.guest_pinned,
+            "guest_page_size": self._backing.guest_granule,
+            **self._backing.describe(),
             "passthrough": self._passthrough.in_force,
             "no_passthrough_because": self._passthrough.why_not,
             "size": pages_to_bytes(self._backing.total_pages),

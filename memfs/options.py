@@ -17,9 +17,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from memfs.contract.sizes import parse_count, parse_number, parse_size, total_ram
-from memfs.contract.units import PAGE_SIZE
+from memfs.contract.sizes import format_size, parse_count, parse_number, parse_size, total_ram
+from memfs.contract.sys.hugetlb import Pool
+from memfs.contract.units import ORDER_1G, ORDER_2M, PAGE_SIZE, pages_to_bytes
 
+_PAGE_SIZES: Final = tuple(pages_to_bytes(1 << order) for order in (ORDER_2M, ORDER_1G))
 _NO_ID: Final = (1 << 32) - 1  # to chown(2) it means none
 REMOUNT: Final = "remount"  #: in the options of mount(8): change those of what is mounted
 
@@ -87,6 +89,16 @@ def _parse_path(text: str) -> str:
     return os.path.abspath(text)
 
 
+def _parse_pagesize(text: str) -> int:
+    try:
+        nbytes = parse_size(text)
+    except ValueError:
+        nbytes = 0
+    if nbytes not in _PAGE_SIZES:
+        raise ValueError(f"not {' or '.join(map(format_size, _PAGE_SIZES))}")
+    return nbytes
+
+
 def _parse_blocks(text: str) -> int:
     return _parse_count(text) * PAGE_SIZE
 
@@ -101,7 +113,9 @@ class MountOptions:
     mode: int = 0o1777  #: permissions of the root directory
     uid: int = field(default_factory=os.geteuid)
     gid: int = field(default_factory=os.getegid)
-    huge: str = "never"  #: huge pages of the backing tmpfs
+    pagesize: int | None = None  #: bytes, of the huge pages that guest-sealed files lie on; None: on a tmpfs
+    min_size: int | None = None  #: bytes of those that are reserved
+    huge: str | None = None  #: huge pages of the backing tmpfs; None: always if guests have some, else never
     mpol: str | None = None  #: NUMA policy of the backing tmpfs
     noswap: bool = False  #: the backing tmpfs is never swapped
     ro: bool = False
@@ -128,12 +142,22 @@ class MountOptions:
 
         Raises OptionError.
         """
-        return replace(cls(), **_parse_values(text, _FLAGS, _VALUES))
+        values = _parse_values(text, _FLAGS, _VALUES)
+        pagesize = values.get("pagesize")
+        if pagesize is not None:
+            values = _parse_values(text, _FLAGS, {**_VALUES, **_sizes_of(pagesize)})
+        options = replace(cls(), **values)
+        if options.min_size is not None and pagesize is None:
+            raise OptionError("option min_size is for pages of hugetlbfs: say pagesize=2M or 1G")
+        if options.min_size is not None and options.min_size > options.size:
+            raise OptionError("option min_size: more than size= allows")
+        return options
 
     @property
     def tmpfs_options(self) -> dict[str, str | None]:
         """The options that go to the backing tmpfs, which gives them their meaning."""
-        options: dict[str, str | None] = {} if self.huge == "never" else {"huge": self.huge}
+        huge = self.huge or ("always" if self.pagesize else "never")
+        options: dict[str, str | None] = {} if huge == "never" else {"huge": huge}
         if self.mpol is not None:
             options["mpol"] = self.mpol
         if self.noswap:
@@ -150,11 +174,27 @@ class RemountOptions:
     writable: bool | None = None  #: cannot be changed, but mount(8) always says it
 
     @classmethod
-    def parse(cls, text: str) -> RemountOptions:
-        """Parse what follows `-o` of `memfs remount`. Raises OptionError."""
+    def parse(cls, text: str, pagesize: int | None = None) -> RemountOptions:
+        """Parse what follows `-o` of `memfs remount`; `pagesize` as it was mounted with. Raises OptionError."""
         text = ",".join(item for item in text.split(",") if item != REMOUNT)
-        values = {name: _VALUES[name] for name in ("size", "nr_blocks", "nr_inodes")}
+        known = {**_VALUES, **(_sizes_of(pagesize) if pagesize is not None else {})}
+        values = {name: known[name] for name in ("size", "nr_blocks", "nr_inodes")}
         return cls(**_parse_values(text, {"rw": ("writable", True)}, values))
+
+
+def _sizes_of(pagesize: int) -> dict[str, tuple[str, Callable[[str], int]]]:
+    """Return how sizes are parsed if guests have huge pages: % means of their pool, as on hugetlbfs."""
+
+    def parse(text: str) -> int:
+        try:
+            pool = Pool(pagesize).pages * pagesize
+        except OSError:  # no such pool: that will be said
+            pool = total_ram()
+        if not pool and text.endswith("%"):
+            raise ValueError(f"the pool of {format_size(pagesize)} pages is empty")
+        return parse_size(text, pool)
+
+    return {name: (name, parse) for name in ("size", "min_size")}
 
 
 def _parse_values(
@@ -221,6 +261,8 @@ _VALUES: Final[dict[str, tuple[str, Callable[[str], Any]]]] = {
     "mode": ("mode", _parse_mode),
     "uid": ("uid", _parse_uid),
     "gid": ("gid", _parse_gid),
+    "pagesize": ("pagesize", _parse_pagesize),
+    "min_size": ("min_size", parse_size),
     "huge": ("huge", _one_of("never", "always", "within_size", "advise")),
     "mpol": ("mpol", str),
     "socket": ("socket", _parse_path),

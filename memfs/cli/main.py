@@ -14,16 +14,16 @@ import stat
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from memfs import __version__
 from memfs.cli import mount
 from memfs.cli.command import CommandError
 from memfs.contract.on_memfs import OnMemfs, locate, naming
-from memfs.contract.sizes import parse_bytes
+from memfs.contract.sizes import format_size, parse_bytes
 from memfs.contract.sys.standard_descriptors import fill_standard_descriptors
 from memfs.contract.terminal import Parser, printable, quoted
-from memfs.contract.units import PAGE_SIZE, ByteOffset, is_page_aligned
+from memfs.contract.units import ByteOffset
 from memfs.options import OptionError
 from memfs.store import seals
 
@@ -105,11 +105,7 @@ def _size(text: str) -> int:
 def _stat(arguments: argparse.Namespace) -> None:
     """Show the state of a mounted memfs: its options, what is in use, and whether it is in passthrough mode."""
     with locate(arguments.path, last_link=True) as mount:
-        text = mount.get("user.memfs.stat")
-    try:
-        state = json.loads(text)
-    except ValueError as error:
-        raise CommandError(f"{arguments.path}: what it says of its state is no JSON") from error
+        state = _state(mount)
     if arguments.json:
         print(json.dumps(state))
         return
@@ -121,6 +117,15 @@ def _stat(arguments: argparse.Namespace) -> None:
     for owner in registry:
         files, pending = owner.pop("files"), owner.pop("pending")
         print("", _line(owner), *(f"  {_line(each)}" for each in (*files, *pending)), sep="\n")
+
+
+def _state(mount: OnMemfs) -> dict[str, Any]:
+    """Return what a mounted memfs says of its state. Raises CommandError."""
+    try:
+        state: dict[str, Any] = json.loads(mount.get("user.memfs.stat"))
+    except ValueError as error:
+        raise CommandError(f"{mount.path}: what it says of its state is no JSON") from error
+    return state
 
 
 def _words(value: object) -> str:
@@ -178,12 +183,13 @@ def _sealable(path: str) -> Iterator[OnMemfs]:
 def _create(arguments: argparse.Namespace) -> None:
     """Create a file on a memfs. It must not exist."""
     bits = seals.parse(arguments.seals)
-    if bits & seals.F_SEAL_GUEST and not is_page_aligned(arguments.size):
-        raise CommandError(f"{arguments.file}: the size of a guest-sealed file is a multiple of {PAGE_SIZE}")
     directory, name = os.path.split(arguments.file)
     if not name:
         raise CommandError(f"{arguments.file or 'FILE'}: there is no name for the file")
     with locate(directory or ".", last_link=True) as parent:
+        if bits & seals.F_SEAL_GUEST and arguments.size % (granule := _granule(parent)):
+            size = format_size(granule)
+            raise CommandError(f"{arguments.file}: the size of a guest-sealed file here is a multiple of {size}")
         fd = parent.create(name)
         path = f"/proc/self/fd/{fd}"
         try:
@@ -204,6 +210,14 @@ def _create(arguments: argparse.Namespace) -> None:
             os.close(fd)
 
 
+def _granule(on: OnMemfs) -> int:
+    """Return in what multiples, in bytes, guest-sealed files of a mount get and lose memory. Raises CommandError."""
+    granule = _state(on).get("guest_page_size")
+    if not isinstance(granule, int) or granule <= 0:
+        raise CommandError(f"{on.path}: what it says of its state makes no sense")
+    return granule
+
+
 def _add_seals(path: str, bits: int) -> None:
     if not bits:
         return
@@ -220,6 +234,11 @@ def _allocate(arguments: argparse.Namespace) -> None:
     from memfs.cli import populate
 
     with locate(arguments.file) as file:
+        if seals.F_SEAL_GUEST & seals.parse(file.get("user.memfs.seals")):
+            granule = _granule(file)
+            for option, number in (("--offset", arguments.offset), ("--length", arguments.length or 0)):
+                if number % granule:
+                    raise CommandError(f"{file.path}: {option} must be a multiple of {format_size(granule)}")
         fd = file.open(os.O_RDWR)
         try:
             with naming(file.path):

@@ -38,9 +38,10 @@ def allocate(fd: int, offset: ByteOffset, length: int | None) -> None:
         why = "--length is 0" if length == 0 else "the file is empty" if not size else f"it ends at byte {size}"
         raise OSError(errno.EINVAL, f"nothing to allocate: {why}; say how much with --length")
     with _progress("allocate", end - offset) as bar:
-        for start in range(offset, end, _STEP):
-            fallocate(fd, 0, start, min(_STEP, end - start))
-            bar(min(_STEP, end - start))
+        step = max(_STEP, os.fstat(fd).st_blksize)  # in whole huge pages, if it has such
+        for start in range(offset, end, step):
+            fallocate(fd, 0, start, min(step, end - start))
+            bar(min(step, end - start))
 
 
 def populate(file: OnMemfs, source: BinaryIO, offset: ByteOffset, total: int | None) -> bytes:

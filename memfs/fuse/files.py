@@ -124,10 +124,11 @@ class FileHandlers:
     async def statfs(self, request: Request) -> bytes:
         """Answer statfs(2): what is being freed counts as free (store/reaper.py)."""
         being_freed = self._backing.reaper.pages  # first: what a thread frees between both counts twice, and not never
-        free = min(being_freed + self._backing.free_pages, self._backing.total_pages)
-        free_inodes = self._tree.space.free_inodes
+        total, free_inodes = self._backing.total_pages, self._tree.space.free_inodes
+        available = min(being_freed + self._backing.free_pages, total)
+        free = min(being_freed + max(0, total - self._backing.used_pages), total)  # what is kept for guests among it
         return STATFS_OUT.pack(
-            *(self._backing.total_pages, free, free, self._tree.space.nr_inodes, free_inodes),
+            *(total, max(free, available), available, self._tree.space.nr_inodes, free_inodes),
             *(PAGE_SIZE, NAME_MAX, PAGE_SIZE),
         )
 

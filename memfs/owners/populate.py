@@ -32,12 +32,13 @@ async def populate(file: File, pages: PageRange, source: int, start: ByteOffset)
         if pages.end > page_ceil(ByteOffset(file.size)):
             raise OSError(errno.EINVAL, "past the end of the file")
         with trio.CancelScope(shield=True):
-            await file.ensure_allocated(pages)
+            allocated = await file.ensure_allocated(pages)
             try:
-                await Threads.here().run(functools.partial(image.copy_in, pages, file.fd, source, start))
+                copy = functools.partial(image.copy_in, pages, file.fd, source, start, file.granule)
+                await Threads.here().run(copy)
             finally:  # they are there
                 if file.owner is not None:
-                    await file.owner.fallocate(pages)
+                    await file.owner.fallocate(allocated)
         return image.measurement
 
 

@@ -37,7 +37,7 @@ import trio
 
 from memfs.contract.aio.deadlines import Deadlines
 from memfs.contract.aio.turns import SHARE, Turns
-from memfs.contract.frame_numbers import by_order
+from memfs.contract.frame_numbers import by_order, cut_at
 from memfs.contract.logs import current_caller, current_request, fields
 from memfs.contract.protocol.messages import (
     Ack,
@@ -50,7 +50,7 @@ from memfs.contract.protocol.messages import (
     PfnRun,
 )
 from memfs.contract.protocol.peer import Incoming, PeerGone
-from memfs.contract.units import ByteOffset, PageRange, page_ceil
+from memfs.contract.units import ORDER_1G, PAGE_SIZE, ByteOffset, PageRange, order_of, page_ceil
 from memfs.owners.frame_allocator import FileFrames, FrameAllocator
 from memfs.owners.outstanding import Outstanding, Pending
 from memfs.owners.page_locks import PageLocks
@@ -227,10 +227,17 @@ class Registration:
         known: dict[PageRange, bool] = {}  # most blocks are asked about many times
         for run, is_present in [(pages, True)] if alloc else self.file.allocation_runs(pages):
             if is_present:
-                for part, order in by_order(run, functools.partial(self._is_whole, known, run)):
+                for part, order in self._by_order(run, known):
                     yield PfnRun(part, self.frames.pfn(part.start), order)
             else:
                 yield PfnRun(run, None)
+
+    def _by_order(self, run: PageRange, known: dict[PageRange, bool]) -> Iterator[tuple[PageRange, int]]:
+        """Cut a run of allocated pages into parts of one extent and one order."""
+        if self.file.granule > PAGE_SIZE:  # what there is of it are whole huge pages
+            order = order_of(self.file.granule)
+            return ((part, order) for part in cut_at(run, ORDER_1G))
+        return by_order(run, functools.partial(self._is_whole, known, run))
 
     def _is_whole(self, known: dict[PageRange, bool], run: PageRange, block: PageRange) -> bool:
         """Return whether all of a block is allocated, as `run` is; of a file without page map nothing else is known."""

@@ -7,13 +7,13 @@ descriptors: `locate` says how os.stat, os.utime and os.chmod find it.
 
 - `TmpfsBacking`: a tmpfs mounted nowhere, with numbered files in its root. The kernel keeps the limit, whoever
   allocates, so ENOSPC is real and a runaway writer cannot take the machine down. Needs CAP_SYS_ADMIN. Guest-sealed
-  files must never be swapped (RFC patch 01), which a tmpfs can only promise for all its files, so they lie in a second
-  one with `noswap`. Both share one limit: what the guests' takes, the ordinary one is made smaller by, page for page,
-  so that space is short only where statfs(2) says so. Where there is plenty of space, what guests have freed goes
-  back to the ordinary one a moment later: to change its limit takes longer than to allocate a page, and most of what
-  a conversion frees another one allocates. What an owner allocates behind memfs's back is in use as well: the kernel is
-  asked how much there is. Page maps lie in a third one, without a limit, of which owners get descriptors through a
-  mount that is read-only.
+  files lie on a filesystem of their own (guest_mounts.py), a tmpfs that is never swapped or a hugetlbfs. Both share one
+  limit: what the guests' takes, or is to keep, the ordinary one is made smaller by, page for page, so that space is
+  short only where statfs(2) says so. Where there is plenty of space, what guests have freed goes back to the ordinary
+  one a moment later: to change its limit takes longer than to allocate a page, and most of what a conversion frees
+  another one allocates. What an owner allocates behind memfs's back is in use as well: the kernel is asked how much
+  there is. Page maps lie in a third one, without a limit, of which owners get descriptors through a mount that is
+  read-only.
 - `MemfdBacking`: memfds, which anybody may create but which have no limit of the kernel's (a fallocate of 2**62 bytes
   on one ends in the OOM killer). So `reserve` comes before each allocation; that is exact only because no handle is in
   passthrough mode then, and every allocation goes by file.py, except for those of owners, which are counted afterwards.
@@ -30,9 +30,9 @@ import os
 import resource
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import ClassVar, Final, NewType, Protocol
+from typing import Any, ClassVar, Final, NewType, Protocol
 
 import trio
 from trio.lowlevel import ParkingLot
@@ -41,15 +41,22 @@ from memfs.contract.page_map import MapFiles, MapMemfds, PageMaps
 from memfs.contract.sys.libc import (
     ATIME_ATTRIBUTES,
     MOUNT_ATTR__ATIME,
-    MOUNT_ATTR_NOATIME,
     MOUNT_ATTR_RDONLY,
     Remount,
     clone_detached,
-    mount_detached,
     set_mount_attributes,
 )
-from memfs.contract.units import PAGE_SIZE, bytes_to_pages, pages_to_bytes
-from memfs.options import MountOptions, OptionError
+from memfs.contract.units import PAGE_SIZE, ByteOffset, bytes_to_pages, pages_to_bytes
+from memfs.store.guest_mounts import (
+    GuestHugetlb,
+    GuestMount,
+    GuestTmpfs,
+    Step,
+    Watched,
+    describe_huge,
+    mount_tmpfs,
+    pages_in,
+)
 from memfs.store.reaper import Reaper
 
 _BALLAST: Final = 1  # pages of the ordinary tmpfs that nobody may have
@@ -57,14 +64,6 @@ _MOMENT: Final = 0.01  # seconds until what guests have freed goes back to ordin
 _PLENTY: Final = bytes_to_pages(256 << 20)  # which nobody fills in a moment
 
 Content = NewType("Content", int)  #: a backing's number for one of its files
-
-
-class Watched(Protocol):
-    """A tracked file of which somebody else has a descriptor."""
-
-    @property
-    def stray_pages(self) -> int:
-        """How many pages it has more than were reserved."""
 
 
 class Backing(Protocol):
@@ -89,6 +88,9 @@ class Backing(Protocol):
     @property
     def guest_granule(self) -> int:
         """In what multiples, in bytes, guest-sealed files get and lose pages, at offsets that are such multiples."""
+
+    def guest_steps(self, offset: ByteOffset, length: int) -> Iterator[Step]:
+        """Generate in which calls to allocate bytes of a guest-sealed file, so that no page is allocated besides."""
 
     def create(self, number: int, *, guest: bool) -> Content:
         """Create an empty file. Of each number (> 0) there may be one that is for a guest and one that is not."""
@@ -130,7 +132,10 @@ class Backing(Protocol):
 
     @property
     def free_pages(self) -> int:
-        """How many pages can still be allocated."""
+        """How many pages can still be allocated to ordinary files; to others also what is kept for them."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return for `memfs stat` how huge pages are used, numbers in bytes."""
 
     def resize(self, size: int) -> None:
         """Change the limit to `size` bytes. Raises OSError(EINVAL) below what is in use, changing nothing."""
@@ -154,17 +159,25 @@ class State:
 
 
 class TmpfsBacking:
-    """Two tmpfs that are mounted nowhere and seen by nobody, one for ordinary files and one for guest-sealed ones.
+    """A tmpfs for ordinary files, and what guest-sealed ones lie on, mounted nowhere and seen by nobody.
 
-    `size` in bytes, for both together; `options` go to both. Raises OSError: EPERM without CAP_SYS_ADMIN, ENOSYS before
-    Linux 5.2, EINVAL (filename: the option) for an option that this kernel's tmpfs does not take.
+    `size` in bytes, for both together; `options` go to each tmpfs. With a `pagesize`, guest-sealed files lie on huge
+    pages of so many bytes, of which `min_size` bytes are reserved. Raises OSError: EPERM without CAP_SYS_ADMIN, ENOSYS
+    before Linux 5.2, EINVAL (filename: the option) for an option that this kernel's tmpfs does not take, and as
+    `GuestHugetlb`.
     """
 
     kind: ClassVar[str] = "tmpfs"
     most_files: ClassVar[int] = sys.maxsize
     accounted: ClassVar[bool] = False
 
-    def __init__(self, size: int, options: dict[str, str | None] | None = None) -> None:
+    def __init__(
+        self,
+        size: int,
+        options: dict[str, str | None] | None = None,
+        pagesize: int | None = None,
+        min_size: int = 0,
+    ) -> None:
         self._total = bytes_to_pages(size)
         self._guest_reserved = 0  # pages that guest-sealed files have, or are about to have
         self._guest_share = 0  # pages that the ordinary tmpfs is smaller by
@@ -172,14 +185,18 @@ class TmpfsBacking:
         self._is_running = False
         self._freed: Final = ParkingLot()  # `_return_freed` waits for guests to free pages
         self.reaper = Reaper()
-        self._root: Final = _mount_tmpfs(pages_to_bytes(self._total + _BALLAST), options or {})
-        self._guest_root, self._guest_pinned = self._root, True
+        self._root: Final = mount_tmpfs(pages_to_bytes(self._total + _BALLAST), options or {})
         try:
-            self._guest_root = _mount_tmpfs(size, {**(options or {}), "noswap": None})
-        except OSError:  # before Linux 6.4
-            self._guest_root, self._guest_pinned = _mount_tmpfs(size, options or {}), False
-        self._remount, self._remount_guest = Remount(self._root), Remount(self._guest_root)
+            self._guests: Final[GuestMount] = (
+                GuestHugetlb(pagesize, min_size) if pagesize else GuestTmpfs(size, options or {})
+            )
+        except OSError:
+            os.close(self._root)
+            raise
+        self._huge: Final = (options or {}).get("huge")
+        self._remount: Final = Remount(self._root)
         self._load_ballast()
+        self._set_guest_share(self._guest_claim)
         self.state = _open_state()
         self.page_maps: Final = MapMemfds() if self.state is None else MapFiles(self.state.root, self.state.read_only)
 
@@ -190,13 +207,17 @@ class TmpfsBacking:
 
     @property
     def guest_pinned(self) -> bool:
-        """Whether this kernel has `noswap`."""
-        return self._guest_pinned
+        """Whether the filesystem that they lie on is."""
+        return self._guests.pinned
 
     @property
     def guest_granule(self) -> int:
-        """A page."""
-        return PAGE_SIZE
+        """A page of the filesystem that they lie on."""
+        return self._guests.granule
+
+    def guest_steps(self, offset: ByteOffset, length: int) -> Iterator[Step]:
+        """Generate the steps of the filesystem that they lie on."""
+        return self._guests.steps(offset, length)
 
     def create(self, number: int, *, guest: bool) -> Content:
         """Create an empty file: its content id is negative if it is for a guest."""
@@ -215,8 +236,8 @@ class TmpfsBacking:
         os.close(fd)
 
     def locate(self, content: Content) -> tuple[str, int]:
-        """Return the path in the root of a tmpfs, and a descriptor of that."""
-        return str(content), self._guest_root if content < 0 else self._root
+        """Return the path in the root of a filesystem, and a descriptor of that."""
+        return str(content), self._guests.root if content < 0 else self._root
 
     def free(self, content: Content) -> None:
         """Unlink the file."""
@@ -225,11 +246,20 @@ class TmpfsBacking:
 
     def reserve(self, pages: int) -> None:
         """Reserve pages of guest-sealed files, by making the ordinary tmpfs smaller."""
-        if pages:
-            needed = self._guest_pages + pages
-            if needed > self._guest_share:
-                self._set_guest_share(needed)
-            self._guest_reserved += pages
+        if not pages:
+            return
+        self._guests.check_available(pages, self._guest_reserved)
+        try:
+            self._make_room(pages)
+        except OSError:
+            self._guests.count()  # some of what owners had by themselves may have gone
+            self._make_room(pages)
+        self._guest_reserved += pages
+
+    def _make_room(self, pages: int) -> None:
+        needed = max(self._guest_pages + pages, self._guests.least_pages)
+        if needed > self._guest_share:
+            self._set_guest_share(needed)
 
     def unreserve(self, pages: int) -> None:
         """Undo `reserve`, and make the ordinary tmpfs larger."""
@@ -258,10 +288,12 @@ class TmpfsBacking:
             self._adjust_guest_share()
 
     def watch(self, file: Watched) -> None:
-        """Do nothing: the kernel says how much of a tmpfs is in use."""
+        """Leave it to what guest-sealed files lie on; the kernel says how much of a tmpfs is in use."""
+        self._guests.watch(file)
 
     def unwatch(self, file: Watched) -> None:
-        """Do nothing."""
+        """Undo `watch`."""
+        self._guests.unwatch(file)
 
     @contextmanager
     def earmarked(self, pages: int) -> Iterator[bool]:
@@ -275,12 +307,17 @@ class TmpfsBacking:
     @property
     def _guest_pages(self) -> int:
         """How many pages guest-sealed files have or are about to have, whoever allocates them."""
-        return max(self._guest_reserved, _pages_in(self._guest_root))
+        return self._guests.used_pages(self._guest_reserved)
+
+    @property
+    def _guest_claim(self) -> int:
+        """How many pages ordinary files may not have."""
+        return max(self._guest_pages, self._guests.least_pages)
 
     def _adjust_guest_share(self) -> None:
         """Leave to ordinary files what guests have not, as far as ordinary files do not have more already."""
         with suppress(OSError):
-            self._set_guest_share(min(self._guest_pages, self._total))
+            self._set_guest_share(min(self._guest_claim, self._total))
 
     def _set_guest_share(self, pages: int) -> None:
         """Leave ordinary files all but so many pages. Raises OSError(ENOSPC), changing nothing, if they have more."""
@@ -299,44 +336,54 @@ class TmpfsBacking:
 
     @property
     def total_pages(self) -> int:
-        """The limit of both tmpfs together, in pages."""
+        """The limit of both filesystems together, in pages."""
         return self._total
 
     @property
     def used_pages(self) -> int:
-        """How many pages are in use in either tmpfs."""
-        return self._guest_pages + _pages_in(self._root) - _BALLAST
+        """How many pages are in use in either filesystem."""
+        self._guests.count()
+        return self._guest_pages + self._ordinary_pages
+
+    @property
+    def _ordinary_pages(self) -> int:
+        return pages_in(self._root) - _BALLAST
 
     @property
     def free_pages(self) -> int:
-        """How many pages can still be allocated in either tmpfs; what owners have taken is not left to others then."""
+        """How many pages ordinary files can still get; what owners have taken is not left to others then."""
+        self._guests.count()
         self._adjust_guest_share()
-        return max(0, self._total - self.used_pages)
+        return max(0, self._total - self._guest_claim - self._ordinary_pages)
+
+    def describe(self) -> dict[str, Any]:
+        """Return how huge pages are used, and the state of what guest-sealed files lie on."""
+        ordinary = describe_huge(self._huge) if self._huge is not None else {}
+        return {**ordinary, **self._guests.describe(self._guest_reserved)}
 
     def resize(self, size: int) -> None:
-        """Change the limits of both tmpfs."""
-        total, guest = bytes_to_pages(size), self._guest_pages
+        """Change the limits of both filesystems."""
+        total, guest = bytes_to_pages(size), self._guest_claim
         if total < guest:
             raise OSError(errno.EINVAL, f"guest-sealed files have {guest} pages")
         self._limit_ordinary(total - guest)
         try:
-            self._remount_guest({"size": str(size)})
+            self._guests.resize(size)
         except OSError:  # an owner has allocated meanwhile
             self._limit_ordinary(self._total - self._guest_share)
             raise
         self._total, self._guest_share = total, guest
 
     def set_access_times(self, atime: str) -> None:
-        """Change the mount option of both tmpfs."""
-        for root in (self._root, self._guest_root):
+        """Change the mount option of both filesystems."""
+        for root in (self._root, self._guests.root):
             set_mount_attributes(root, ATIME_ATTRIBUTES[atime], MOUNT_ATTR__ATIME)
 
     def close(self) -> None:
-        """Close the roots of both tmpfs."""
+        """Close the roots of both filesystems."""
         self._remount.close()
-        self._remount_guest.close()
+        self._guests.close()
         os.close(self._root)
-        os.close(self._guest_root)
         if self.state is not None:
             os.close(self.state.root)
             os.close(self.state.read_only)
@@ -344,7 +391,7 @@ class TmpfsBacking:
 
 def _open_state() -> State | None:
     """Mount the tmpfs for what is not content; None where it cannot be cloned."""
-    root = _mount_tmpfs(0, {})
+    root = mount_tmpfs(0, {})
     try:
         read_only = clone_detached(root)
     except OSError:  # before Linux 6.15
@@ -352,17 +399,6 @@ def _open_state() -> State | None:
         return None
     set_mount_attributes(read_only, MOUNT_ATTR_RDONLY, 0)
     return State(root, read_only)
-
-
-def _pages_in(root: int) -> int:
-    """Return how many pages are in use in the tmpfs with this root."""
-    space = os.fstatvfs(root)
-    return space.f_blocks - space.f_bfree
-
-
-def _mount_tmpfs(size: int, options: dict[str, str | None]) -> int:
-    # Inodes are limited by the tree, which also counts directories; the backing must never be the first to run out.
-    return mount_detached("tmpfs", {"size": str(size), "nr_inodes": "0", **options}, attributes=MOUNT_ATTR_NOATIME)
 
 
 class MemfdBacking:
@@ -390,6 +426,10 @@ class MemfdBacking:
     def guest_granule(self) -> int:
         """A page."""
         return PAGE_SIZE
+
+    def guest_steps(self, offset: ByteOffset, length: int) -> Iterator[Step]:
+        """Generate one step."""
+        yield offset, length, nullcontext()
 
     def create(self, number: int, *, guest: bool) -> Content:
         """Create a memfd; its descriptor is the content id."""
@@ -455,6 +495,10 @@ class MemfdBacking:
         """How many pages are not in use."""
         return max(0, self._total - self.used_pages)
 
+    def describe(self) -> dict[str, Any]:
+        """Return nothing: they lie on memfds, as others do."""
+        return {}
+
     def resize(self, size: int) -> None:
         """Change the limit."""
         used = self.used_pages
@@ -471,23 +515,3 @@ class MemfdBacking:
 
     def close(self) -> None:
         """Do nothing: every memfd is a file's."""
-
-
-def open_backing(options: MountOptions) -> tuple[Backing, str | None]:
-    """Open the backing that is asked for, or memfds where there can be no tmpfs; and then say why, for people.
-
-    Raises OptionError for an option that cannot be had.
-    """
-    if options.backing == "memfd":
-        if options.tmpfs_options:
-            raise OptionError(f"option {next(iter(options.tmpfs_options))} is for backing=tmpfs")
-        return MemfdBacking(options.size), None
-    try:
-        return TmpfsBacking(options.size, options.tmpfs_options), None
-    except OSError as error:
-        if error.filename in options.tmpfs_options:
-            raise OptionError(f"option {error.filename}: this kernel's tmpfs does not take it") from error
-        if options.tmpfs_options:
-            raise OptionError(f"option {next(iter(options.tmpfs_options))} needs CAP_SYS_ADMIN") from error
-        reason = os.strerror(error.errno or 0)
-        return MemfdBacking(options.size), f"no detached tmpfs ({reason}): files live on memfds, and memfs keeps size="

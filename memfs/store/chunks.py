@@ -21,13 +21,17 @@ _UNIT: Final = LONG // SHARE  # bytes of a system call that count as a unit of w
 _MOST_CHUNKS: Final = 64  # of a file whose holes are not known: most of a huge one is holes
 
 
-def to_free(pages: PageRange, page_map: PageMap | None, *, guest: bool) -> Iterator[PageRange]:
-    """Divide a range that is to be freed into chunks that each take a moment; known holes are left out."""
+def to_free(pages: PageRange, page_map: PageMap | None, *, guest: bool, granule: int = 1) -> Iterator[PageRange]:
+    """Divide a range that is to be freed into chunks that each take a moment; known holes are left out.
+
+    `granule`: a huge page's, in pages, so that none is divided.
+    """
     if page_map is None:
-        yield from pages.chunks(max(CHUNK, -(-len(pages) // _MOST_CHUNKS)))
+        size = max(CHUNK, -(-len(pages) // _MOST_CHUNKS))
+        yield from pages.chunks(-(-size // granule) * granule)
         return
     for run in page_map.runs(pages):
-        yield from run.chunks(CHUNK if guest else LONG_PAGES)
+        yield from run.chunks(max(CHUNK, granule) if guest else LONG_PAGES)
 
 
 def count(nbytes: int) -> None:

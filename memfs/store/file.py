@@ -33,7 +33,7 @@ from typing import Final
 import trio
 
 from memfs.contract.page_map import ABSENT, ALLOCATED, PageMap
-from memfs.contract.units import PAGE_SIZE, ByteOffset, PageIndex, PageRange, is_page_aligned, page_ceil, page_floor
+from memfs.contract.units import PAGE_SIZE, ByteOffset, PageIndex, PageRange, page_ceil, page_floor
 from memfs.store import chunks, seals
 from memfs.store.accounting import Accounting
 from memfs.store.backing import Backing
@@ -255,14 +255,17 @@ class File:
         """
         return self._pages().runs(pages)
 
-    async def ensure_allocated(self, pages: PageRange) -> None:
-        """Allocate the absent pages of a range within the file's size, all or none. Call within `locked`."""
-        await self._pages().ensure_allocated(pages)
+    async def ensure_allocated(self, pages: PageRange) -> PageRange:
+        """Allocate the absent pages of a range within the file's size, all or none. Call within `locked`.
+
+        Returns the range, or the granules around it, which are allocated then.
+        """
+        return await self._pages().ensure_allocated(pages)
 
     async def allocate(self, offset: ByteOffset, length: int, *, keep_size: bool) -> None:
         """Allocate every page that [offset, offset + length) touches: fallocate(2), mode 0 or FALLOC_FL_KEEP_SIZE.
 
-        ENOSPC: nothing was allocated. EINVAL: guest-sealed and not page-aligned. Cancelled, it has allocated a part,
+        ENOSPC: nothing was allocated. EINVAL: guest-sealed and not in granules. Cancelled, it has allocated a part,
         from the start on.
         """
         async with self.locked():
@@ -274,7 +277,7 @@ class File:
     async def punch(self, offset: ByteOffset, length: int) -> None:
         """Free whole pages and zero partial ones: fallocate(2), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE.
 
-        EINVAL: guest-sealed and not page-aligned. Cancelled, it may have freed a part.
+        EINVAL: guest-sealed and not in granules. Cancelled, it may have freed a part.
         """
         async with self.locked():
             self._check_alignment(offset, length)
@@ -284,7 +287,7 @@ class File:
     async def truncate(self, size: int, *, by_path: bool = False) -> None:
         """Set the size in bytes: ftruncate(2), or truncate(2), which leaves the times alone if the size stays.
 
-        EINVAL: guest-sealed and not page-aligned. EFBIG: larger than memfs can track.
+        EINVAL: guest-sealed and not in granules. EFBIG: larger than memfs can track.
         """
         async with self.locked():
             self._check_alignment(ByteOffset(size), 0)
@@ -295,7 +298,7 @@ class File:
                 await self._pages().truncate(size, by_path=by_path)
 
     def _check_alignment(self, offset: ByteOffset, length: int) -> None:
-        if not (is_page_aligned(offset) and is_page_aligned(length)):
+        if offset % self.granule or length % self.granule:
             seals.check(self.seals, Operation.SPLIT_PAGE)
 
     # -- seals ------------------------------------------------------------------------------------------------------

@@ -23,6 +23,10 @@ Why the end of an owner is recorded: it could write to all of the file's memory,
 next one launches is not what was populated, the more so if the former has run its guest in it. A guest whose first
 content matters gets a file of its own.
 
+On hugetlbfs, which has no write(2), the content goes through a mapping that is there for that moment. It is the kernel
+that copies into it (process_vm_writev(2)): an owner can shrink the file by its own descriptor, and whoever touches what
+is not there any more gets SIGBUS.
+
 The content comes from a memfd, which unlike other files cannot make us wait, and which is sealed against shrinking, so
 that all of it is there. What is hashed is our copy: a change of the memfd meanwhile changes both or neither.
 
@@ -31,14 +35,20 @@ When a file is populated and launched is said in owners/populate.py.
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import hashlib
+import mmap
 import os
 import struct
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Final
 
 import numpy as np
 
-from memfs.contract.units import PAGE_SIZE, ByteOffset, PageRange
+from memfs.contract.sys.libc import MAP_NORESERVE, write_own_memory
+from memfs.contract.units import PAGE_SIZE, ByteOffset, PageRange, bytes_to_pages
 
 _BLOCK: Final = 512  # pages that are copied at a time: no more than IOV_MAX
 _RECORD: Final = np.dtype([("page", "<u8"), ("content", "V", PAGE_SIZE)])
@@ -80,11 +90,23 @@ class InitialImage:
         """
         self._hash.update(_EVENT.pack(_OWNER_LEFT, 0, 0))
 
-    def copy_in(self, pages: PageRange, target: int, source: int, start: ByteOffset) -> None:
+    def copy_in(self, pages: PageRange, target: int, source: int, start: ByteOffset, granule: int = PAGE_SIZE) -> None:
         """Copy pages that are allocated into a file, from byte `start` of another, and measure them. Blocks for long.
 
-        `target` and `source` are descriptors.
+        `target` and `source` are descriptors; `granule` is that of the target, in bytes. Raises OSError.
         """
+        with _Mapped(target, pages, granule) if granule > PAGE_SIZE else nullcontext() as mapped:
+            self._copy_in(
+                pages, functools.partial(os.pwritev, target) if mapped is None else mapped.write, source, start
+            )
+
+    def _copy_in(
+        self,
+        pages: PageRange,
+        write: Callable[[Sequence[memoryview], ByteOffset], int],
+        source: int,
+        start: ByteOffset,
+    ) -> None:
         records = np.empty(_BLOCK, _RECORD)
         memory = memoryview(records.view(np.uint8).data)
         size, first = _RECORD.itemsize, _RECORD.itemsize - PAGE_SIZE
@@ -93,6 +115,32 @@ class InitialImage:
             buffers = contents[: len(block)]
             records["page"][: len(block)] = np.arange(block.start, block.end)
             read = os.preadv(source, buffers, start + block.offset - pages.offset)
-            written = os.pwritev(target, buffers, block.offset)
+            written = write(buffers, block.offset)
             assert read == written == block.nbytes, f"{read} bytes read, {written} written of {block.nbytes}"
             self._hash.update(memory[: len(block) * size])
+
+
+class _Mapped:
+    """The granules around pages of a file on hugetlbfs, mapped. `target` is a descriptor. Raises OSError."""
+
+    def __init__(self, target: int, pages: PageRange, granule: int) -> None:
+        around = pages.rounded(bytes_to_pages(granule))
+        self._start: Final = around.offset
+        self._memory: Final = mmap.mmap(target, around.nbytes, mmap.MAP_SHARED | MAP_NORESERVE, offset=around.offset)
+        self._memory.madvise(mmap.MADV_DONTDUMP)
+        self._first = ctypes.c_char.from_buffer(self._memory)
+
+    def write(self, buffers: Sequence[memoryview], offset: ByteOffset) -> int:
+        """Do what os.pwritev does."""
+        address = ctypes.addressof(self._first) + offset - self._start
+        for buffer in buffers:
+            write_own_memory(address, bytes(buffer))
+            address += len(buffer)
+        return sum(map(len, buffers))
+
+    def __enter__(self) -> _Mapped:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        del self._first
+        self._memory.close()

@@ -5,8 +5,8 @@ Freeing:
     begin (the owner unmaps, acknowledges, has no page locked) -> measure -> free -> account -> end
 
 and end comes on every path once begin was sent, also when freeing fails. Allocating: reserve -> allocate -> account ->
-notify the owner; when allocating fails the kernel has freed what the call had allocated (shmem_fallocate), and the
-reservation ends.
+notify the owner; when allocating fails the kernel has freed what the call had allocated (shmem_fallocate; of a
+guest-sealed file we do that, since hugetlbfs does not), and the reservation ends.
 
 What takes long is done in chunks, in a thread, so that other requests are answered meanwhile. An operation can be
 cancelled (a system call interrupted by a signal gets EINTR) between two chunks. The chunks that are done stay done and
@@ -16,7 +16,8 @@ undoing them could destroy what others have written to them since.
 If a later chunk of an allocation finds no space, because others write meanwhile, those before it are undone. The file's
 size changes after the last chunk, so what lay past its end nobody can have written to: the kernel does no write(2) to a
 file while it waits for our fallocate, and no mapping reaches past the end. What lies before the end of an untracked
-file stays, for a page that was stored to through a mapping cannot be told from one that was not.
+file stays, for a page that was stored to through a mapping cannot be told from one that was not. Of a guest-sealed file
+on huge pages, whose pool is shared with the whole machine, all are undone, in the order of freeing.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ import errno
 import functools
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Final, Protocol
 
 import trio
 
-from memfs.contract.page_map import ALLOCATED, PageMap
+from memfs.contract.page_map import ABSENT, ALLOCATED, PageMap
 from memfs.contract.sparse import data_pages
 from memfs.contract.sys.libc import FALLOC_FL_KEEP_SIZE, PUNCH_HOLE, fallocate
-from memfs.contract.units import ByteOffset, PageIndex, PageRange, page_ceil, page_offset
+from memfs.contract.units import ByteOffset, PageIndex, PageRange, bytes_to_pages, page_ceil, page_offset
 from memfs.store import chunks
 from memfs.store.accounting import MAP_END, Accounting, Reservation
 from memfs.store.backing import Backing
@@ -64,7 +65,7 @@ class Pages:
     freed; it is None for a file that has not been populated, or whose guest has been launched.
     """
 
-    __slots__ = ("_accounting", "_backing", "_file", "_guest", "_image", "_owner")
+    __slots__ = ("_accounting", "_backing", "_file", "_granule", "_guest", "_image", "_owner")
 
     def __init__(
         self,
@@ -82,6 +83,7 @@ class Pages:
         self._owner: Final = owner
         self._image: Final = image
         self._guest: Final = guest
+        self._granule: Final = bytes_to_pages(backing.guest_granule) if guest else 1
 
     @property
     def _page_map(self) -> PageMap | None:
@@ -129,9 +131,14 @@ class Pages:
             if self._owner is not None and allocated:
                 await self._owner.fallocate(PageRange(allocated[0].start, allocated[-1].end))
 
-    async def ensure_allocated(self, pages: PageRange) -> None:
-        """Allocate the absent pages of a range within the file's size, all or none. The owner is not notified."""
+    async def ensure_allocated(self, pages: PageRange) -> PageRange:
+        """Allocate the absent pages of a range within the file's size, all or none. The owner is not notified.
+
+        Returns the range, or the granules around it, which are allocated then.
+        """
+        pages = pages.rounded(self._granule)
         await self._allocate(pages.offset, pages.nbytes, FALLOC_FL_KEEP_SIZE, [])
+        return pages
 
     async def _allocate(self, offset: ByteOffset, length: int, mode: int, allocated: list[PageRange]) -> None:
         """Allocate in chunks and append those to `allocated`; if there is no space, wait for files being freed."""
@@ -150,17 +157,26 @@ class Pages:
                 return
             with self._backing.earmarked(len(pages)) as has_space:
                 # Where space may run out it is one call, for the kernel frees what a single call has allocated.
-                at_once = chunks.CHUNK if has_space or self._accounting is not None else len(pages)
+                at_once = len(pages)
+                if has_space or self._accounting is not None:
+                    at_once = max(chunks.CHUNK, self._granule)
                 end_of_file = page_ceil(ByteOffset(self._file.size))
+                fresh: list[PageRange] = []  # of a file on huge pages, what was absent of the chunks that are done
                 try:
                     for chunk in pages.chunks(at_once):
                         if allocated:
                             await trio.lowlevel.checkpoint_if_cancelled()
+                        absent = self._absent(chunk) if self._granule > 1 else []
                         start, stop = max(offset, chunk.offset), min(offset + length, page_offset(chunk.end))
                         keep_size = FALLOC_FL_KEEP_SIZE if chunk.end < pages.end else 0
                         await self._allocate_chunk(mode | keep_size, start, stop - start, chunk, reservation, allocated)
+                        fresh += absent
                 except OSError:
-                    await self._undo(allocated, end_of_file)
+                    with trio.CancelScope(shield=True):
+                        if self._accounting is None:
+                            await self._undo(allocated, end_of_file)
+                        elif fresh:
+                            await self._undo_huge(allocated, fresh)
                     raise
                 except trio.Cancelled:  # what is done stays, so the size says how far that is
                     if allocated:
@@ -169,17 +185,27 @@ class Pages:
 
     async def _undo(self, allocated: list[PageRange], end_of_file: PageIndex) -> None:
         """Free what was allocated past the end of an untracked file, and take it from the list."""
-        if self._accounting is not None:  # whose space was reserved
-            return
         done = tuple(allocated)
         allocated.clear()
-        with trio.CancelScope(shield=True):
-            for chunk in done:
-                if chunk.start < end_of_file:
-                    allocated.append(PageRange(chunk.start, min(chunk.end, end_of_file)))
-                if end_of_file < chunk.end:
-                    rest = PageRange(max(chunk.start, end_of_file), chunk.end)
-                    await chunks.system_call(functools.partial(self._punch, rest.offset, rest.nbytes), rest.nbytes)
+        for chunk in done:
+            if chunk.start < end_of_file:
+                allocated.append(PageRange(chunk.start, min(chunk.end, end_of_file)))
+            if end_of_file < chunk.end:
+                rest = PageRange(max(chunk.start, end_of_file), chunk.end)
+                await chunks.system_call(functools.partial(self._punch, rest.offset, rest.nbytes), rest.nbytes)
+
+    async def _undo_huge(self, allocated: list[PageRange], fresh: list[PageRange]) -> None:
+        """Free what was allocated to a guest-sealed file on huge pages: the owner may have seen it in the map."""
+        allocated.clear()
+        around = PageRange(fresh[0].start, fresh[-1].end)
+        await self._begin(around)
+        try:
+            for run in fresh:
+                self._punch(run.offset, run.nbytes)
+                self._account_freed(run)
+                await trio.lowlevel.checkpoint()
+        finally:
+            await self._end(around)
 
     def _reserve(self, pages: PageRange) -> AbstractContextManager[Reservation | None]:
         if self._accounting is not None:
@@ -198,8 +224,34 @@ class Pages:
         allocated: list[PageRange],
     ) -> None:
         """Allocate what [offset, offset + length) touches, which is `chunk`, and account for it."""
-        await chunks.system_call(functools.partial(fallocate, self._file.fd, mode, offset, length), length)
+        try:
+            await chunks.system_call(functools.partial(self._fallocate, mode, offset, length), length)
+        except OSError:
+            if self._guest:
+                with trio.CancelScope(shield=True):
+                    await chunks.system_call(functools.partial(self._give_back, chunk), length)
+            raise
         self._account_allocated(reservation, allocated, chunk)
+
+    def _fallocate(self, mode: int, offset: ByteOffset, length: int) -> None:
+        """Allocate what [offset, offset + length) touches, and nothing besides."""
+        if not self._guest:
+            fallocate(self._file.fd, mode, offset, length)
+            return
+        for start, nbytes, within in self._backing.guest_steps(offset, length):
+            keep_size = FALLOC_FL_KEEP_SIZE if start + nbytes < offset + length else 0
+            with within:
+                fallocate(self._file.fd, mode | keep_size, start, nbytes)
+
+    def _absent(self, pages: PageRange) -> list[PageRange]:
+        assert self._page_map is not None
+        return list(self._page_map.runs(pages, ABSENT))
+
+    def _give_back(self, pages: PageRange) -> None:
+        """Free what a guest-sealed file has of a range and is not accounted for."""
+        with suppress(OSError):  # what is left shows as stray
+            for run in self._absent(pages):
+                self._punch(run.offset, run.nbytes)
 
     def _account_allocated(self, reservation: Reservation | None, allocated: list[PageRange], chunk: PageRange) -> None:
         allocated.append(chunk)
@@ -224,15 +276,15 @@ class Pages:
         old, first = self._file.size, page_ceil(ByteOffset(size))
         fd = self._file.fd
         truncate = functools.partial(os.truncate, f"/proc/self/fd/{fd}" if by_path else fd, size)
-        if size > old:
-            if self._accounting is not None:
-                self._accounting.check_size(first)
+        if size > old and self._accounting is not None:
+            self._accounting.check_size(first)
+        if size > old and self._granule == 1:
             truncate()
             return
         end = page_ceil(ByteOffset(old))
         notified = PageRange(first, end) if first < end else None
-        # Pages beyond the old size (FALLOC_FL_KEEP_SIZE allocates such) go as well, even if the size stays, but no
-        # owner can have those.
+        # Pages beyond the old size (FALLOC_FL_KEEP_SIZE allocates such) go as well, even if the size stays (on
+        # hugetlbfs even if it grows), but no owner can have those.
         freed = PageRange(first, MAP_END) if first < MAP_END else None
         await self._free_in_order(truncate, notified=notified, freed=freed)
 
@@ -283,7 +335,7 @@ class Pages:
         page_map = self._page_map
         if self._accounting is not None and self._accounting.pages < in_backing:
             page_map = None  # an owner has allocated behind our back
-        for chunk in chunks.to_free(pages, page_map, guest=self._guest):
+        for chunk in chunks.to_free(pages, page_map, guest=self._guest, granule=self._granule):
             punch = functools.partial(self._punch, chunk.offset, chunk.nbytes)
             if self._accounting is None or self._guest:
                 await chunks.system_call(punch, chunk.nbytes)

@@ -51,6 +51,7 @@ class Control:
     socket_path: str
     describe: Callable[[int, int], Awaitable[str]]  #: as JSON, of at most so many bytes, for a user
     remount: Callable[[RemountOptions], None]
+    pagesize: int | None = None  #: as it was mounted with
 
 
 class Xattrs:
@@ -101,7 +102,7 @@ class Xattrs:
 
     def _remount(self, options: str) -> None:
         try:
-            self._control.remount(RemountOptions.parse(options))
+            self._control.remount(RemountOptions.parse(options, self._control.pagesize))
         except OptionError as error:
             raise OSError(errno.EINVAL, str(error)) from error
 

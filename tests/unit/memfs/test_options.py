@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 
 from memfs.contract.sizes import parse_size, total_ram
+from memfs.contract.sys.hugetlb import Pool
 from memfs.contract.sys.libc import mount_detached
 from memfs.contract.units import PAGE_SIZE
 from memfs.options import _FLAGS, _NOTHING_TO_DO, _VALUES, MountOptions, OptionError, RemountOptions
+from tests.huge_pages import SIZE_2M, huge_pages
 
 UNDERSTOOD: dict[str, tuple[str, Any]] = {
     "size=64m": ("size", 64 << 20),
@@ -52,6 +54,11 @@ UNDERSTOOD: dict[str, tuple[str, Any]] = {
     "noexec": ("exec", False),
     "noexec,exec": ("exec", True),
     "noswap": ("noswap", True),
+    "pagesize=2M": ("pagesize", 2 << 20),
+    "pagesize=1g": ("pagesize", 1 << 30),
+    "pagesize=0x200000": ("pagesize", 2 << 20),
+    "min_size=4M,pagesize=2M,size=8M": ("min_size", 4 << 20),
+    "size=8M,pagesize=2M,size=16M": ("size", 16 << 20),
     "inode32": ("inode32", True),
     "inode32,inode64": ("inode32", False),
     "nr_blocks=1t": ("size", PAGE_SIZE << 40),
@@ -74,6 +81,8 @@ REFUSED += [
     "defaults=x",
     "size=0b1",
 ]
+REFUSED += ["pagesize=4k", "pagesize=3M", "pagesize=", "pagesize", "pagesize=-1", "min_size=1x", "min_size=0"]
+REFUSED += ["min_size=4M", "min_size=1"]
 REFUSED += ["notify_timeout=inf", "notify_timeout=nan", "nr_inodes=0", "nr_blocks=1p", "ro=1", "allow_other=yes", "=1"]
 
 
@@ -162,6 +171,35 @@ def test_remount_takes_limits_only() -> None:
         with pytest.raises(OptionError) as caught:
             RemountOptions.parse(text)
         assert text.partition("=")[0] in str(caught.value)
+
+
+def test_sizes_are_parts_of_the_pool_if_guests_have_huge_pages() -> None:
+    """As on hugetlbfs, and wherever the option stands."""
+    with huge_pages(6) as pool:
+        size = pool.pages * SIZE_2M
+        for text in ("pagesize=2M,size=50%,min_size=25%", "min_size=25%,size=50%,pagesize=2M"):
+            options = MountOptions.parse(text)
+            assert (options.size, options.min_size) == (size // 2, size // 4)
+        assert RemountOptions.parse("size=50%", SIZE_2M).size == size // 2
+        assert RemountOptions.parse("size=50%").size == MountOptions.parse("size=50%").size
+
+
+def test_a_part_of_nothing_and_more_than_all_are_refused() -> None:
+    if Pool(SIZE_2M).pages == 0:
+        with pytest.raises(OptionError, match="'size=50%': the pool of 2M pages is empty"):
+            MountOptions.parse("size=50%,pagesize=2M")
+    with pytest.raises(OptionError, match="min_size"):
+        MountOptions.parse("size=4M,min_size=6M,pagesize=2M")
+
+
+def test_ordinary_files_get_huge_pages_where_guests_have_some() -> None:
+    for text, huge in (
+        ("", None),
+        ("pagesize=2M", "always"),
+        ("pagesize=2M,huge=never", None),
+        ("huge=advise", "advise"),
+    ):
+        assert MountOptions.parse(text).tmpfs_options.get("huge") == huge
 
 
 @pytest.mark.parametrize(
