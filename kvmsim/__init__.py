@@ -12,6 +12,7 @@ from kvmsim.engines.trace import IntegrityError, TraceEngine
 from kvmsim.engines.trace_file import Trace, TraceError
 from kvmsim.exits import (
     HALT,
+    ExceptionExit,
     Exit,
     HaltExit,
     HypercallExit,
@@ -76,6 +77,7 @@ __all__ = [
     "Converter",
     "Device",
     "Engine",
+    "ExceptionExit",
     "Exit",
     "Fetch",
     "Gfn",

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Final
 
 from kvmsim.uapi import (
+    KVM_EXIT_EXCEPTION,
     KVM_EXIT_HLT,
     KVM_EXIT_HYPERCALL,
     KVM_EXIT_INTERNAL_ERROR,
@@ -109,6 +110,34 @@ class InterruptExit:
 
 
 @dataclass(frozen=True, slots=True)
+class ExceptionExit:
+    """KVM_EXIT_EXCEPTION: an exception of the processor that the guest does not handle itself."""
+
+    reason: ClassVar[int] = KVM_EXIT_EXCEPTION
+    name: ClassVar[str] = "EXCEPTION"
+    vector: int
+    rip: int  #: of the instruction that raised it, or for a trap of the next
+    address: int | None = None  #: that a page fault was about, or its page's
+
+    NAMES: ClassVar[dict[int, str]] = {
+        0: "divide error",
+        1: "debug exception",
+        3: "breakpoint",
+        6: "invalid opcode",
+        13: "general protection fault",
+        14: "page fault",
+        16: "floating-point error",
+        17: "alignment check",
+        19: "SIMD floating-point error",
+    }
+
+    def __str__(self) -> str:
+        """Return what happened and where, for a sentence."""
+        at = "" if self.address is None else f" at address {self.address:#x}"
+        return f"{self.NAMES.get(self.vector, f'exception {self.vector}')}{at}, rip {self.rip:#x}"
+
+
+@dataclass(frozen=True, slots=True)
 class ShutdownExit:
     """KVM_EXIT_SHUTDOWN: a triple fault."""
 
@@ -126,7 +155,17 @@ class InternalErrorExit:
     gpa: Gpa | None = None  #: where that was, if it is known
 
 
-Exit = MemoryErrorExit | MmioExit | IoExit | HypercallExit | HaltExit | InterruptExit | ShutdownExit | InternalErrorExit
+Exit = (
+    MemoryErrorExit
+    | MmioExit
+    | IoExit
+    | HypercallExit
+    | HaltExit
+    | InterruptExit
+    | ExceptionExit
+    | ShutdownExit
+    | InternalErrorExit
+)
 
 HALT: Final = HaltExit()
 INTERRUPTED: Final = InterruptExit()

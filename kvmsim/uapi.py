@@ -21,6 +21,7 @@ KVM_MAX_GPA: Final = 1 << 52  #: bytes
 KVM_MAX_VCPU_ID: Final = 4096
 USER_ADDRESS_MAX: Final = 0x7FFFFFFFF000  #: no hva of x86-64 is above (USER_PTR_MAX)
 
+KVM_EXIT_EXCEPTION: Final = 1
 KVM_EXIT_IO: Final = 2
 KVM_EXIT_HYPERCALL: Final = 3
 KVM_EXIT_HLT: Final = 5

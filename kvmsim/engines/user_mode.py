@@ -8,20 +8,20 @@ CPL 3 is where all kinds of KVM run native code at full speed (where KVM is PVM,
 time). The guest may use `in` and `out`: by IOPL, and by the I/O bitmap of its TSS, which is all that PVM looks at.
 
     syscall      out PORT_SYSCALL, so that the VMM answers with registers; then iretq, since PVM refuses sysretq
-    exceptions   out PORT_EXCEPTION: nothing comes back; what happened is on the stack (`ExceptionFrame`)
+    exceptions   out PORT_EXCEPTION: nothing comes back; what happened is on the stack (`exception_at`)
 """
 
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
-from typing import ClassVar, Final
+from typing import Final
 
-from kvmsim.engines.registers import Registers
+from kvmsim.side import Side
 from memfs.contract.units import PAGE_SIZE, Gpa
 
 PORT_SYSCALL: Final = 0x4C
 PORT_EXCEPTION: Final = 0x4D
+EXCEPTION_SIZE: Final = 24  #: bytes
 
 SHARED_WINDOW: Final = 1 << 40  #: virtual address of shared memory of gpa 0
 USER_START: Final = 0x2_0000  #: guest memory below is what this module describes
@@ -31,6 +31,7 @@ _PDPT_PRIVATE, _PDPT_SHARED, _PAGE_TABLE = 0x2000, 0x3000, 0x4000
 GDT: Final = 0x5000
 IDT: Final = 0x6000
 _STUBS: Final = 0x7000
+STUBS_END: Final = _STUBS + PAGE_SIZE
 TSS: Final = 0x8000
 _STACK_TOP: Final = 0xC000
 _SAVED_RSP: Final = _STACK_TOP - PAGE_SIZE
@@ -122,42 +123,18 @@ _SYSCALL: Final = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class ExceptionFrame:
-    """An exception that the guest has not survived: what lies on the stack when it reports one."""
-
-    vector: int
-    error_code: int
-    rip: int
-    cs: int
-    rflags: int
-    rsp: int
-    ss: int
-
-    SIZE: ClassVar[int] = 56  #: bytes
-    NAMES: ClassVar[dict[int, str]] = {
-        0: "divide error",
-        1: "debug exception",
-        3: "breakpoint",
-        6: "invalid opcode",
-        13: "general protection fault",
-        14: "page fault",
-        16: "floating-point error",
-        17: "alignment check",
-        19: "SIMD floating-point error",
-    }
-
-    @classmethod
-    def unpack(cls, data: bytes) -> ExceptionFrame:
-        """Return what the stack holds at rsp."""
-        return cls(*struct.unpack("=7Q", data))
-
-    @property
-    def name(self) -> str:
-        """What it is called."""
-        return self.NAMES.get(self.vector, f"exception {self.vector}")
+def exception_at(stack: bytes) -> tuple[int, int]:
+    """Return vector and rip of an exception, given what lies on the stack when it is reported: EXCEPTION_SIZE bytes."""
+    vector, _, rip = struct.unpack_from("=3Q", stack)
+    return vector, rip
 
 
-def stack_at(registers: Registers) -> Gpa:
-    """Return the gpa of what rsp points at, in private memory."""
-    return Gpa(registers.rsp)
+def leads_to(address: int, memory_size: int) -> tuple[Gpa, Side] | None:
+    """Return which memory a virtual address is of, by tables for so many bytes of it. None: a page fault at CPL 3.
+
+    What an engine needs that does not walk these tables itself.
+    """
+    side = Side.of(address < SHARED_WINDOW)
+    gpa = address if side is Side.PRIVATE else address - SHARED_WINDOW
+    is_mapped = gpa < -(-memory_size // _2M) * _2M and (side is Side.SHARED or gpa >= USER_START)
+    return (Gpa(gpa), side) if is_mapped else None

@@ -11,28 +11,27 @@ from typing import Protocol
 import pytest
 import trio
 
-from kvmsim.engines.kvm.engine import KvmEngine
-from kvmsim.engines.kvm.machine import KvmMachine, open_kvm_machine
-from kvmsim.engines.kvm.uapi import Kvm, KvmUnavailable
-from kvmsim.engines.kvm.userfaultfd import UserfaultfdUnavailable
+from kvmsim.engines.kvm.machine import KvmMachine
+from kvmsim.engines.native import Choice, EngineUnavailable, NativeEngine, NativeMachine, choose, open_machine
 from kvmsim.engines.ports import PORT_CONSOLE
 from kvmsim.engines.registers import Registers
 from kvmsim.exits import HaltExit
 from kvmsim.guests.elf import Elf
 from kvmsim.guests.loading import load
 from kvmsim.side import Side
-from kvmsim.uapi import UserspaceMemoryRegion
+from kvmsim.uapi import KVM_MEM_FD, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, UserspaceMemoryRegion
 from kvmsim.vcpu import VCPU
 from kvmsim.vm import VM, create_vm
-from kvmsim.vm_type import VmType
 from kvmsim.vmm.guest_memory import GuestMemory
 from kvmsim.vmm.vmm import Vmm, open_memory
-from memfs.contract.units import PAGE_SIZE, Gpa
+from memfs.contract.units import PAGE_SIZE, ByteOffset, Gpa
 
 from .conftest import Memfs, memfs_command
 
 SIZE = 16 << 20
 AREA = 0x80_0000  #: of the test guest (selftest.c): pages from here on are for the tests
+AREA_GFN = AREA // PAGE_SIZE
+PAGES = (SIZE - AREA) // PAGE_SIZE
 _STACK = 0x70_0000
 
 
@@ -42,16 +41,18 @@ class NativeGuest:
 
     vm: VM
     vmm: Vmm
-    machine: KvmMachine
+    machine: NativeMachine
     memory: GuestMemory
     elf: Elf
-    engines: list[KvmEngine] = field(default_factory=list)
+    private: str  #: names of its files
+    shared: str
+    engines: list[NativeEngine] = field(default_factory=list)
     text: bytearray = field(default_factory=bytearray)  #: what it printed
 
     def create(self, what: str, *arguments: int) -> VCPU:
         """A vCPU that does what a letter says (selftest.c), with arguments a, b, c, d."""
         number = len(self.engines)
-        engine = KvmEngine(self.machine, number, {PORT_CONSOLE: self.text.extend})
+        engine = self.machine.create(number, {PORT_CONSOLE: self.text.extend})
         self.engines.append(engine)
         values = dict(zip(("rdx", "rcx", "r8", "r9"), arguments, strict=False))
         stack = _STACK - number * 0x1_0000
@@ -71,6 +72,10 @@ class NativeGuest:
         memory = self.memory if side is Side.PRIVATE else GuestMemory(self.vm, self.vmm, side)
         return int.from_bytes(await memory.read(Gpa(AREA + page * PAGE_SIZE), 8), "little")
 
+    async def to_shared(self, first: int, pages: int) -> None:
+        """Take private pages of the area away."""
+        await self.vmm.convert(Gpa(AREA + first * PAGE_SIZE), pages * PAGE_SIZE, Side.SHARED)
+
     def check_windows(self) -> None:
         """See that the guest reaches nothing but what is mapped, also while memory is being converted."""
         self.machine.check(self.vm.mmu.table)
@@ -89,23 +94,31 @@ class NewGuest(Protocol):
         """Make a guest on a memfs, if another is not named; `regions`: what slots there are beside its memory."""
 
 
-def kvm_or_skip() -> VmType:
-    """The type of a VM that this machine's KVM can run; skips the test with the reason where there is none."""
+def choice_or_skip(name: str) -> Choice:
+    """An engine; skips the test with the reason where there is none."""
     try:
-        kvm = Kvm()
-    except KvmUnavailable as error:
+        return choose(name)
+    except EngineUnavailable as error:
         pytest.skip(str(error))
-    try:
-        return VmType.address_bits(kvm.address_bits)
-    finally:
-        kvm.close()
 
 
-@pytest.fixture
-def native_guest(memfs: Memfs) -> NewGuest:
-    """A context manager: a VM of 16 MiB on two files of a memfs, all of it private, with the test guest loaded."""
-    kind = kvm_or_skip()
+def machine_of(guest: NativeGuest) -> KvmMachine:
+    """The machine of a guest that the real KVM runs."""
+    assert isinstance(guest.machine, KvmMachine)
+    return guest.machine
 
+
+def beside(vmm: Vmm) -> Sequence[UserspaceMemoryRegion]:
+    """Slots of shared memory behind the guest's: one of which dirty pages are logged, one that is read-only."""
+    return [
+        UserspaceMemoryRegion(
+            *(number, KVM_MEM_FD | flag, Gpa(SIZE + at), 1 << 20, ByteOffset(at), vmm.shared),
+        )
+        for number, (flag, at) in enumerate(((KVM_MEM_LOG_DIRTY_PAGES, 0), (KVM_MEM_READONLY, 1 << 20)), start=10)
+    ]
+
+
+def _new_guest(memfs: Memfs, choice: Choice) -> NewGuest:
     @asynccontextmanager
     async def make(
         regions: Callable[[Vmm], Sequence[UserspaceMemoryRegion]] = lambda _: (),
@@ -114,26 +127,41 @@ def native_guest(memfs: Memfs) -> NewGuest:
         on: Memfs | None = None,
     ) -> AsyncIterator[NativeGuest]:
         mounted = on or memfs
-        shared, private = mounted.path / "shared", mounted.path / "private"
-        mounted.run("touch", "shared")
+        shared, private = (mounted.path / f"{name}-{choice.name}" for name in ("shared", "private"))
+        mounted.run("touch", shared)
         mounted.run(*memfs_command("create", "--seals", "guest", private))
         opened = open_memory(str(shared), str(private), SIZE)
         vmm = await trio.to_thread.run_sync(opened.__enter__)
         try:
             elf = Elf.parse(files("kvmsim").joinpath("guests/selftest.elf").read_bytes())
-            async with create_vm(str(mounted.socket), vm_type=kind) as vm:
+            async with create_vm(str(mounted.socket), vm_type=choice.vm_type) as vm:
                 await vmm.add_memory(vm)
                 memory = await load(vm, vmm, elf)
                 for region in regions(vmm):
                     await vm.set_user_memory_region(region)
-                try:
-                    async with open_kvm_machine(vm, pages_a_fault) as machine:
-                        yield NativeGuest(vm, vmm, machine, memory, elf)
-                        vm.check()
-                except UserfaultfdUnavailable as error:
-                    pytest.skip(str(error))
+                async with open_machine(vm, choice, pages_a_fault) as machine:
+                    yield NativeGuest(vm, vmm, machine, memory, elf, private.name, shared.name)
+                    vm.check()
                 vm.check()
         finally:
             await trio.to_thread.run_sync(opened.__exit__, None, None, None)
 
     return make
+
+
+@pytest.fixture
+def kvm_guest(memfs: Memfs) -> NewGuest:
+    """A context manager: a VM of 16 MiB on two files of a memfs, all of it private, with the test guest loaded."""
+    return _new_guest(memfs, choice_or_skip("kvm"))
+
+
+@pytest.fixture
+def unicorn_guest(memfs: Memfs) -> NewGuest:
+    """The same on the emulator."""
+    return _new_guest(memfs, choice_or_skip("unicorn"))
+
+
+@pytest.fixture(params=["kvm", "unicorn"])
+def native_guest(request: pytest.FixtureRequest, memfs: Memfs) -> NewGuest:
+    """The same on each engine."""
+    return _new_guest(memfs, choice_or_skip(request.param))

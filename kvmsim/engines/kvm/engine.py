@@ -11,16 +11,18 @@ still there for the next `run`.
 from __future__ import annotations
 
 import errno
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import trio
 
-from kvmsim.engines.kvm.machine import KvmMachine, ParkedAt
-from kvmsim.engines.kvm.sregs import MSRS, user_mode, with_fs_base
+from kvmsim.engines.kvm.sregs import MSRS, cr2, user_mode, with_fs_base
 from kvmsim.engines.kvm.thread import Port, VcpuThread
+from kvmsim.engines.kvm.window import ParkedAt
 from kvmsim.engines.ports import PORT_HALT, PORT_HYPERCALL
 from kvmsim.engines.registers import Registers
+from kvmsim.engines.user_mode import EXCEPTION_SIZE, PORT_EXCEPTION, exception_at
 from kvmsim.exits import (
+    ExceptionExit,
     Exit,
     HaltExit,
     HypercallExit,
@@ -29,6 +31,9 @@ from kvmsim.exits import (
     MmioExit,
     ShutdownExit,
 )
+from kvmsim.mmu.page_fault import Access
+from kvmsim.mmu.walk import translate
+from kvmsim.side import Side
 from kvmsim.uapi import (
     KVM_EXIT_FAIL_ENTRY,
     KVM_EXIT_HLT,
@@ -40,13 +45,17 @@ from kvmsim.uapi import (
     KVM_EXIT_SHUTDOWN,
 )
 from kvmsim.vcpu import VCPU
-from memfs.contract.units import Gpa
+from memfs.contract.units import Gpa, gpa_to_gfn, offset_in_page
 
+if TYPE_CHECKING:
+    from kvmsim.engines.kvm.machine import KvmMachine
+
+_PAGE_FAULT: Final = 14
 _STOPPED_SOON: Final = 0.005  # seconds between two looks at a vCPU that has been kicked
 
 
 class KvmEngine:
-    """A vCPU of a machine. `ports`: what `out` to a port does without leaving KVM's thread, which calls it."""
+    """A vCPU of a machine: `KvmMachine.create`. `ports`: what `out` to a port does, called in KVM's thread."""
 
     def __init__(self, machine: KvmMachine, vcpu_id: int, ports: dict[int, Port] | None = None) -> None:
         self.vcpu: Final = machine.kvm.create_vcpu(vcpu_id)
@@ -62,7 +71,11 @@ class KvmEngine:
         self._is_inside = False  # it was told to enter KVM_RUN, and nobody has looked yet why that returned
         self._exit: Exit | None = None  # which the VMM is answering
         self._is_run = False
-        machine.add(self, self._thread.id)
+
+    @property
+    def thread_id(self) -> int:
+        """The native id of its thread."""
+        return self._thread.id
 
     # -- registers ----------------------------------------------------------------------------------------------------
 
@@ -99,7 +112,7 @@ class KvmEngine:
             while True:
                 exit_: Exit | None = None
                 if self._is_inside and self._thread.is_out:
-                    exit_ = self._take_result()
+                    exit_ = self._take_result(vcpu)
                 elif self._parked is not None:
                     exit_ = await self._fault(vcpu, self._parked)
                 else:
@@ -178,7 +191,7 @@ class KvmEngine:
 
     # -- exits --------------------------------------------------------------------------------------------------------
 
-    def _take_result(self) -> Exit | None:
+    def _take_result(self, vcpu: VCPU) -> Exit | None:
         """Return what KVM_RUN returned with. None: nothing that concerns anybody."""
         self._is_inside, self._parked = False, None
         if self._thread.failure is not None:
@@ -192,7 +205,7 @@ class KvmEngine:
             raise OSError(number, "KVM_RUN")
         match self.vcpu.exit_reason:
             case reason if reason == KVM_EXIT_IO:
-                return self._io()
+                return self._io(vcpu)
             case reason if reason == KVM_EXIT_MMIO:
                 gpa, data, is_write = self.vcpu.mmio
                 shared = self._machine.vm.type.shared_bit
@@ -211,14 +224,26 @@ class KvmEngine:
             case reason:
                 raise OSError(errno.EINVAL, f"KVM exited with reason {reason}, which nobody asked for")
 
-    def _io(self) -> Exit:
+    def _io(self, vcpu: VCPU) -> Exit:
         is_write, port, size, data = self.vcpu.io
         if is_write and port == PORT_HALT:
             return HaltExit(self.vcpu.page[data][0])
         if is_write and port == PORT_HYPERCALL:
             now = self.vcpu.registers
             return HypercallExit(now.rax, (now.rbx, now.rcx, now.rdx))
+        if is_write and port == PORT_EXCEPTION:
+            return self._exception(vcpu)
         return IoExit(port, size, is_write, self.vcpu.page[data] if is_write else b"")
+
+    def _exception(self, vcpu: VCPU) -> ExceptionExit:
+        """Return what the guest has just pushed onto its kernel stack, in private memory. Raises OSError(EFAULT)."""
+        rsp = Gpa(self.vcpu.registers.rsp)
+        entry = translate(vcpu.vm.mmu, vcpu.tlb, Access(gpa_to_gfn(rsp), False, Side.PRIVATE))
+        if entry is None:
+            raise OSError(errno.EFAULT, "the host has just taken the stack on which the guest reported an exception")
+        at = entry.offset + offset_in_page(rsp)
+        vector, rip = exception_at(bytes(entry.memory[at : at + EXCEPTION_SIZE]))
+        return ExceptionExit(vector, rip, cr2(self.vcpu.get_sregs()) if vector == _PAGE_FAULT else None)
 
     def _answer(self) -> None:
         """Hand over what the VMM has answered to the last exit."""

@@ -26,16 +26,16 @@ import bisect
 import errno
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import numpy as np
 import trio
 
-from kvmsim.engines.kvm.thread import handle_kicks
+from kvmsim.engines.kvm.engine import KvmEngine
+from kvmsim.engines.kvm.thread import Port, handle_kicks
 from kvmsim.engines.kvm.uapi import Kvm
 from kvmsim.engines.kvm.userfaultfd import FaultEvent, Userfaultfd
-from kvmsim.engines.kvm.window import Window
+from kvmsim.engines.kvm.window import ParkedAt, Window
 from kvmsim.mmu.page_fault import Access
 from kvmsim.mmu.pte import PTE_A, PTE_D, PTE_PRIVATE, PTE_R, PTE_W, side_of
 from kvmsim.mmu.radix import Radix
@@ -44,18 +44,7 @@ from kvmsim.vm import VM
 from memfs.contract.aio.nurseries import open_flat_nursery
 from memfs.contract.units import PAGE_SIZE, Gfn, GfnRange, gfn_to_gpa
 
-if TYPE_CHECKING:
-    from kvmsim.engines.kvm.engine import KvmEngine
-
 PAGES_A_FAULT: Final = 64  #: as large as the aligned block that is projected around a page, by default
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class ParkedAt:
-    """Where a vCPU is parked, and why."""
-
-    window: Window
-    access: Access
 
 
 class KvmMachine:
@@ -103,9 +92,11 @@ class KvmMachine:
                     self.kvm.set_memory(number, gpa, window.size, window.address, readonly=slot.readonly)
         self.windows = sorted(self._by_gfn, key=lambda window: window.address)
 
-    def add(self, engine: KvmEngine, thread: int) -> None:
-        """Hand the events of a thread to an engine."""
-        self._engines[thread] = engine
+    def create(self, vcpu_id: int, ports: dict[int, Port] | None = None) -> KvmEngine:
+        """Create the engine of a vCPU; `ports` are those that its thread answers. Raises OSError."""
+        engine = KvmEngine(self, vcpu_id, ports)
+        self._engines[engine.thread_id] = engine
+        return engine
 
     # -- from kvmsim's page table to the windows ---------------------------------------------------------------------
 

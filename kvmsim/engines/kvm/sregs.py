@@ -66,3 +66,8 @@ def with_fs_base(sregs: bytearray, address: int) -> bytearray:
     """Return the same with another base of FS."""
     struct.pack_into("=Q", sregs, _ORDER.index("fs") * _SEGMENT.size, address)
     return sregs
+
+
+def cr2(sregs: bytearray) -> int:
+    """Return the address that the last page fault was about."""
+    return int(struct.unpack_from("=Q", sregs, _CONTROL + 8)[0])

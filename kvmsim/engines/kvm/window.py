@@ -17,6 +17,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import mmap
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -24,6 +25,7 @@ import numpy.typing as npt
 
 from kvmsim.backing import GuestFile
 from kvmsim.engines.kvm.userfaultfd import Userfaultfd
+from kvmsim.mmu.page_fault import Access
 from kvmsim.side import Side
 from kvmsim.slots.memslots import Memslot
 from memfs.contract.units import PAGE_SHIFT, PAGE_SIZE, Gfn, GfnRange
@@ -109,6 +111,14 @@ class Window:
     def close(self) -> None:
         """Unmap it. Whoever sleeps there goes on sleeping until the userfaultfd is closed, and then faults."""
         self._mapping.close()
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class ParkedAt:
+    """Where a vCPU is parked, and why."""
+
+    window: Window
+    access: Access
 
 
 def _address_of(mapping: mmap.mmap) -> int:

@@ -8,9 +8,10 @@ from importlib.resources import files
 import pytest
 
 from kvmsim.engines.registers import Registers
-from kvmsim.engines.user_mode import MAX_MEMORY, PML4, SHARED_WINDOW, USER_START, tables
+from kvmsim.engines.user_mode import MAX_MEMORY, PML4, SHARED_WINDOW, USER_START, leads_to, tables
 from kvmsim.guests.elf import Elf, ElfError, Segment
 from kvmsim.guests.loading import LoadError, check_size
+from kvmsim.side import Side
 
 SELFTEST = files("kvmsim").joinpath("guests/selftest.elf").read_bytes()
 BIT = 1 << 47
@@ -39,6 +40,16 @@ def test_tables_lead_to_all_memory_on_both_sides_and_nowhere_else(size: int) -> 
         assert walk(content, SHARED_WINDOW + gpa) == gpa | BIT
     for nowhere in (0, 0xFFF, size, SHARED_WINDOW + size, 1 << 46):
         assert walk(content, nowhere) is None
+
+
+@pytest.mark.parametrize("size", [8 << 20, (5 << 20) + 4096, 3 << 30])
+def test_arithmetic_leads_where_the_tables_lead(size: int) -> None:
+    content = tables(size, BIT)
+    for base in (0, SHARED_WINDOW, 1 << 46):
+        for gpa in (USER_START, USER_START + 5, 2 << 20, size - 1, size, (size | (1 << 21) - 1) + 1, size * 2):
+            found = leads_to(base + gpa, size)
+            assert (found and found[0] | (BIT if found[1] is Side.SHARED else 0)) == walk(content, base + gpa)
+    assert leads_to(USER_START - 1, size) is None
 
 
 def test_user_code_does_not_reach_the_tables() -> None:
