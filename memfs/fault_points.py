@@ -9,8 +9,8 @@ from memfs.contract.protocol.fault_points import STEPS_OF_PEERS, after_notificat
 
 STEPS: Final = {
     **STEPS_OF_PEERS,
-    "memfs.owners.registry:Registration._post": Step(before_notification),
-    "memfs.owners.registry:Registration._ack": Step(after_notification),
+    "memfs.owners.owner:Owner._post": Step(before_notification),
+    "memfs.owners.owner:Owner._ack": Step(after_notification),
     "memfs.store.pages:Pages._allocate_chunk": Step((Point.BEFORE_ALLOCATE,), (Point.AFTER_ACCOUNT,)),
     "memfs.store.pages:Pages._free": Step((Point.BEFORE_FREE,), (Point.AFTER_ACCOUNT,)),
     # The pages are there, or are gone, so that is accounted for in any case.

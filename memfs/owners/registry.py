@@ -9,7 +9,7 @@ Lifetimes
   counts; the last unregister, or the end of the owner, undoes it. Nothing outlives that: its locks are undone, its
   frames are free, and operations that wait for it go on.
 
-Pages of an owner are freed after three steps, in `Registration.invalidate_begin`: the owner is notified, it
+Pages of an owner are freed after three steps, in `Owner.tell`: the owner is notified, it
 acknowledges that nothing maps the pages, and it has unlocked those that it had locked (RFC: get_lock_pfn,
 put_unlock_pfn). New locks cannot come in between: a look-up needs the file's lock, which the operation that frees has.
 
@@ -27,32 +27,25 @@ import errno
 import functools
 import json
 import logging
-import os
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator
 from itertools import islice
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
-import trio
-
-from memfs.contract.aio.deadlines import Deadlines
 from memfs.contract.aio.turns import SHARE, Turns
 from memfs.contract.frame_numbers import by_order, cut_at
-from memfs.contract.logs import current_caller, current_request, fields
+from memfs.contract.logs import current_request, fields
 from memfs.contract.protocol.messages import (
-    Ack,
     Fallocate,
     FileId,
     InvalidateBegin,
     InvalidateEnd,
-    Notification,
     PfnReply,
     PfnRun,
 )
-from memfs.contract.protocol.peer import Incoming, PeerGone
 from memfs.contract.units import ORDER_1G, PAGE_SIZE, ByteOffset, PageRange, order_of, page_ceil
 from memfs.owners.frame_allocator import FileFrames, FrameAllocator
 from memfs.owners.outstanding import Outstanding, Pending
+from memfs.owners.owner import Owner, Unlocked
 from memfs.owners.page_locks import PageLocks
 from memfs.owners.populate import launch
 from memfs.store.file import File
@@ -88,104 +81,28 @@ class Registration:
         """The file of the inode."""
         return self.inode.file
 
+    def _about(self, pages: PageRange) -> dict[str, object]:
+        return {"ino": self.inode.ino, "pages": pages}
+
     # -- guest_ops: the file notifies the owner ---------------------------------------------------------------------
 
     async def invalidate_begin(self, pages: PageRange) -> None:
         """Have the owner unmap pages and unlock them."""
         if self.alive:
             self._begun = True  # or it is fenced
-            await self._notify(InvalidateBegin(self.id, pages, current_request()))
+            message = InvalidateBegin(self.id, pages, current_request())
+            await self.owner.tell(message, self._about(pages), Unlocked(self.locks, (pages,)))
 
     async def invalidate_end(self, pages: PageRange) -> None:
         """Tell the owner that the invalidation that began is over."""
         if self._begun:
             self._begun = False
-            await self._notify(InvalidateEnd(self.id, pages, current_request()))
+            await self.owner.tell(InvalidateEnd(self.id, pages, current_request()), self._about(pages))
 
     async def fallocate(self, pages: PageRange) -> None:
         """Tell the owner that pages are allocated."""
         if self.alive:
-            await self._notify(Fallocate(self.id, pages, current_request()))
-
-    async def _notify(self, message: Notification) -> None:
-        """Notify the owner, and wait until it has acted; fence it if that takes too long or fails.
-
-        Never raises, and cannot be cancelled: what the owner is notified of is done or being done.
-        """
-        owner = self.owner
-        if not owner.is_connected:
-            return
-        self._log("notify", message)
-        why: str | None = None
-        with owner.outstanding.of(owner, message) as pending:
-            try:
-                ack = self._ack(message, await self._answer(pending))
-            except PeerGone:
-                return
-            except trio.TooSlowError:
-                why = f"no answer within {owner.notify_timeout:g} s"
-                if owner.is_stopped():
-                    why += ": its process is stopped"
-                elif (caller := current_caller()) and owner.has_thread(caller):
-                    why += f"; the file call is its own thread {caller}'s, which must not be the one that answers memfs"
-            except OSError as error:  # an owner that is not notified must not go on
-                why = f"it could not be notified: {error.strerror}"
-            except Exception:
-                log.exception("a bug in memfs, while %s was being notified", owner)
-                why = "it could not be notified: a bug in memfs"
-        if why is not None:
-            await owner.fence(why)
-        elif ack is not None:
-            self._acknowledged(pending, ack)
-
-    async def _answer(self, pending: Pending[Owner]) -> Answer:
-        """Notify the owner and return its answer, when that is done and no page is locked any more.
-
-        An owner that answers soon is not waited for, so there is then no need of a deadline. Raises PeerGone,
-        trio.TooSlowError, OSError.
-        """
-        message = pending.message
-        answer = self._post(message)
-        if pending.is_only and not answer.is_done:
-            answer.poll()
-        if answer.is_done and not self._is_locked(message):
-            await answer.wait()  # only says so if it is done because the owner is gone
-        else:
-            with Deadlines.here().fail_after(self.owner.notify_timeout):
-                await answer.wait()
-                if isinstance(message, InvalidateBegin):
-                    await self.locks.wait_unlocked(message.pages)
-        return answer
-
-    def _post(self, message: Notification) -> Answer:
-        return self.owner.notify(message)
-
-    def _ack(self, message: Notification, answer: Answer) -> Ack | None:
-        """Return the acknowledgement of a notification, if there is one."""
-        if answer.reply is None:
-            assert isinstance(message, InvalidateEnd), f"{message} was not acknowledged"
-            return None
-        assert isinstance(answer.reply.message, Ack), f"the protocol let {answer.reply.message} through"
-        return answer.reply.message
-
-    def _is_locked(self, message: Notification) -> bool:
-        """Return whether the owner has to unlock pages before they may go."""
-        return isinstance(message, InvalidateBegin) and self.locks.any_of(message.pages)
-
-    def _acknowledged(self, pending: Pending[Owner], ack: Ack) -> None:
-        self.owner.acknowledged += 1
-        if log.isEnabledFor(logging.INFO):
-            self._log("acknowledged", pending.message, seconds=pending.age)
-        if ack.errno:
-            reason, pages = os.strerror(ack.errno), pending.message.subject["pages"]
-            log.warning("%s could not act on %s of %s: %s", self.owner, pending.kind, pages, reason)
-
-    def _log(self, what: str, message: Notification, **more: object) -> None:
-        if log.isEnabledFor(logging.INFO):
-            owner, kind = self.owner.number, type(message).__name__
-            pages = message.subject["pages"]
-            said = fields(owner=owner, notification=kind, ino=self.inode.ino, pages=pages, **more)
-            log.info(what, extra=said)
+            await self.owner.tell(Fallocate(self.id, pages, current_request()), self._about(pages))
 
     # -- guest_mem_ops: the owner asks about pages ------------------------------------------------------------------
 
@@ -274,82 +191,6 @@ class Registration:
         self.alive = False
         self.locks.clear()
         self.frames.close()
-
-
-class Answer(Protocol):
-    """What comes of a notification (a `peer.Call`)."""
-
-    is_done: bool  #: whether the acknowledgement is there, or there is to be none and the notification is sent
-    reply: Incoming | None  #: the acknowledgement
-
-    def poll(self) -> None:
-        """Busy-poll for it."""
-
-    async def wait(self) -> None:
-        """Wait until it is done. Raises PeerGone."""
-
-
-class Owner(ABC):
-    """A virtual machine's connection, as the registry sees it: its registrations, and how to talk to it."""
-
-    def __init__(self, registry: Registry) -> None:
-        self._registry: Final = registry
-        self.number: Final = registry.enrol(self)
-        self.name = ""  #: what it calls itself, for logs
-        self.user: Hashable = None  #: whose turn it takes
-        self.registrations: dict[FileId, Registration] = {}
-        self.acknowledged = 0  #: how many notifications
-
-    @abstractmethod
-    def notify(self, message: Notification) -> Answer:
-        """Send a notification, without waiting. Raises PeerGone, OSError."""
-
-    @abstractmethod
-    async def cut_off(self, reason: str) -> None:
-        """Tell it why, if that can be done soon, and end the connection, which calls `Registry.end`."""
-
-    @abstractmethod
-    def has_thread(self, number: int) -> bool:
-        """Return whether a thread is one of the process that connected."""
-
-    @abstractmethod
-    def is_stopped(self) -> bool:
-        """Return whether the process that connected is stopped, by a signal or a debugger."""
-
-    @abstractmethod
-    def is_dead(self) -> bool:
-        """Return whether the process that connected is gone; a child may still hold the connection open."""
-
-    def __str__(self) -> str:
-        return f"owner {self.number} ({self.name})" if self.name else f"owner {self.number}"
-
-    def registration(self, file_id: FileId) -> Registration:
-        """Return the registration with a number. Raises OSError(EBADF)."""
-        try:
-            return self.registrations[file_id]
-        except KeyError:
-            raise OSError(errno.EBADF, f"no registration {file_id}") from None
-
-    @property
-    def is_connected(self) -> bool:
-        """Whether it has not ended."""
-        return self.number in self._registry.owners
-
-    @property
-    def notify_timeout(self) -> float:
-        """How long it may take to act on a notification, in seconds."""
-        return self._registry.notify_timeout
-
-    @property
-    def outstanding(self) -> Outstanding[Owner]:
-        """The ledger of notifications, of all owners."""
-        return self._registry.outstanding
-
-    async def fence(self, why: str) -> None:
-        """Cut it off, unless it has ended. Cannot be cancelled."""
-        if self.is_connected:
-            with trio.CancelScope(shield=True):
-                await self._registry.fence(self, why)
 
 
 class Registry:

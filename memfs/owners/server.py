@@ -15,7 +15,8 @@ from memfs.contract.aio.poller import Poller
 from memfs.contract.logs import fields
 from memfs.owners.admission import Clients, Credentials, Rejected
 from memfs.owners.closer import Closer
-from memfs.owners.registry import Owner, Registry
+from memfs.owners.owner import Owner
+from memfs.owners.registry import Registry
 from memfs.owners.session import Session
 from memfs.tree.tree import Tree
 

@@ -33,6 +33,7 @@ from memfs.contract.protocol.messages import (
     MIN_VERSION,
     VERSION,
     AllowPreserve,
+    ConvertBegin,
     Done,
     Failed,
     Fenced,
@@ -54,8 +55,9 @@ from memfs.contract.units import PAGE_SIZE
 from memfs.owners.admission import Client
 from memfs.owners.closer import Closer
 from memfs.owners.liveness import is_dying, is_stopped
+from memfs.owners.owner import Owner
 from memfs.owners.populate import launch, populate
-from memfs.owners.registry import Owner, Registration, Registry
+from memfs.owners.registry import Registration, Registry
 from memfs.owners.sent import Sent
 from memfs.store import seals
 from memfs.store.file import File
@@ -103,6 +105,11 @@ class Session(Owner):
     def notify(self, message: Notification) -> Call:
         """Send a notification, without waiting. Raises PeerGone."""
         return self._peer.post(message)
+
+    @property
+    def has_conversions(self) -> bool:
+        """Whether it speaks a version of the protocol that has them."""
+        return self._peer.protocol.version >= ConvertBegin.SINCE
 
     async def cut_off(self, reason: str) -> None:
         """Say why, if that can be sent soon, and end the connection."""

@@ -20,7 +20,8 @@ from memfs.contract.protocol.connection import RequestId
 from memfs.contract.protocol.messages import Ack, Fallocate, FileId, InvalidateBegin, InvalidateEnd, Notification
 from memfs.contract.protocol.peer import Incoming, PeerGone
 from memfs.contract.units import PAGE_SIZE, PageRange
-from memfs.owners.registry import Answer, Owner, Registration, Registry
+from memfs.owners.owner import Answer, Owner
+from memfs.owners.registry import Registration, Registry
 from memfs.store.backing import MemfdBacking
 from memfs.store.file import File
 from memfs.store.seals import F_SEAL_GUEST
@@ -59,6 +60,7 @@ class Guest(Owner):
     """An owner that writes down what it hears, answers when it may, and can die."""
 
     at_once = False  # whether it is not even waited for, if it may answer
+    has_conversions = True
 
     def __init__(self, registry: Registry) -> None:
         super().__init__(registry)

@@ -1,0 +1,224 @@
+"""An owner: one connection, that is, one virtual machine, as the registry sees it, and how it is notified.
+
+A notification is sent, and whoever notifies waits until the owner has acted and has unlocked what it had locked of the
+pages that go. An owner that takes too long, or cannot be notified, is fenced, and the operation goes on as if it had
+never been there (registry.py).
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Hashable, Mapping
+from typing import TYPE_CHECKING, Final, Protocol
+
+import trio
+
+from memfs.contract.aio.deadlines import Deadlines
+from memfs.contract.logs import current_caller, current_request, fields
+from memfs.contract.page_ranges import PageRanges
+from memfs.contract.protocol.connection import is_answered
+from memfs.contract.protocol.messages import Ack, ConvertBegin, ConvertEnd, FileId, Notification
+from memfs.contract.protocol.peer import Incoming, PeerGone
+from memfs.contract.units import PageRange
+from memfs.owners.outstanding import Outstanding, Pending
+from memfs.owners.page_locks import PageLocks
+
+if TYPE_CHECKING:
+    from memfs.owners.registry import Registration, Registry
+
+log = logging.getLogger(__name__)
+
+
+class Unlocked:
+    """That none of some pages is locked by their owner."""
+
+    __slots__ = ("_locks", "_ranges")
+
+    def __init__(self, locks: PageLocks, ranges: Collection[PageRange] | PageRanges) -> None:
+        self._locks: Final = locks
+        self._ranges: Final = ranges
+
+    @property
+    def is_so(self) -> bool:
+        """Whether none is, now."""
+        return not len(self._locks) or not any(map(self._locks.any_of, self._ranges))
+
+    async def wait(self) -> None:
+        """Wait until none is."""
+        while not self.is_so:
+            for pages in self._ranges:
+                await self._locks.wait_unlocked(pages)
+
+
+class Answer(Protocol):
+    """What comes of a notification (a `peer.Call`)."""
+
+    is_done: bool  #: whether the acknowledgement is there, or there is to be none and the notification is sent
+    reply: Incoming | None  #: the acknowledgement
+
+    def poll(self) -> None:
+        """Busy-poll for it."""
+
+    async def wait(self) -> None:
+        """Wait until it is done. Raises PeerGone."""
+
+
+class Owner(ABC):
+    """A virtual machine's connection: its registrations, and how to talk to it."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry: Final = registry
+        self.number: Final = registry.enrol(self)
+        self.name = ""  #: what it calls itself, for logs
+        self.user: Hashable = None  #: whose turn it takes
+        self.registrations: dict[FileId, Registration] = {}
+        self.acknowledged = 0  #: how many notifications
+
+    @abstractmethod
+    def notify(self, message: Notification) -> Answer:
+        """Send a notification, without waiting. Raises PeerGone, OSError."""
+
+    @property
+    @abstractmethod
+    def has_conversions(self) -> bool:
+        """Whether it speaks a version of the protocol that has them."""
+
+    @abstractmethod
+    async def cut_off(self, reason: str) -> None:
+        """Tell it why, if that can be done soon, and end the connection, which calls `Registry.end`."""
+
+    @abstractmethod
+    def has_thread(self, number: int) -> bool:
+        """Return whether a thread is one of the process that connected."""
+
+    @abstractmethod
+    def is_stopped(self) -> bool:
+        """Return whether the process that connected is stopped, by a signal or a debugger."""
+
+    @abstractmethod
+    def is_dead(self) -> bool:
+        """Return whether the process that connected is gone; a child may still hold the connection open."""
+
+    def __str__(self) -> str:
+        return f"owner {self.number} ({self.name})" if self.name else f"owner {self.number}"
+
+    def registration(self, file_id: FileId) -> Registration:
+        """Return the registration with a number. Raises OSError(EBADF)."""
+        try:
+            return self.registrations[file_id]
+        except KeyError:
+            raise OSError(errno.EBADF, f"no registration {file_id}") from None
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether it has not ended."""
+        return self.number in self._registry.owners
+
+    @property
+    def notify_timeout(self) -> float:
+        """How long it may take to act on a notification, in seconds."""
+        return self._registry.notify_timeout
+
+    @property
+    def outstanding(self) -> Outstanding[Owner]:
+        """The ledger of notifications, of all owners."""
+        return self._registry.outstanding
+
+    async def fence(self, why: str) -> None:
+        """Cut it off, unless it has ended. Cannot be cancelled."""
+        if self.is_connected:
+            with trio.CancelScope(shield=True):
+                await self._registry.fence(self, why)
+
+    # -- guest_ops of two files: conversions ------------------------------------------------------------------------
+
+    async def convert_begin(self, shared: FileId, private: FileId, ranges: PageRanges, *, to_private: bool) -> None:
+        """Have it unmap pages that are about to leave one of its files for the other, and unlock them.
+
+        One of the two may be NO_FILE. Cannot be cancelled.
+        """
+        message = ConvertBegin(shared, private, to_private, ranges, current_request())
+        left = self.registrations.get(shared if to_private else private)
+        await self.tell(message, message.subject, Unlocked(left.locks, ranges) if left is not None else None)
+
+    async def convert_end(self, shared: FileId, private: FileId, done: PageRanges, *, to_private: bool) -> None:
+        """Tell it that the conversion that began is over, and which pages are on the wanted side now."""
+        message = ConvertEnd(shared, private, to_private, done, current_request())
+        await self.tell(message, message.subject)
+
+    # -- notifying --------------------------------------------------------------------------------------------------
+
+    async def tell(self, message: Notification, about: Mapping[str, object], unlocked: Unlocked | None = None) -> None:
+        """Notify it, and wait until it has acted, and has unlocked pages; fence it if that takes too long or fails.
+
+        `about` is for logs. Never raises, and cannot be cancelled: what it is notified of is done or being done.
+        """
+        if not self.is_connected:
+            return
+        self._log("notify", message, about)
+        why: str | None = None
+        with self.outstanding.of(self, message) as pending:
+            try:
+                ack = self._ack(message, await self._answer(pending, unlocked))
+            except PeerGone:
+                return
+            except trio.TooSlowError:
+                why = f"no answer within {self.notify_timeout:g} s"
+                if self.is_stopped():
+                    why += ": its process is stopped"
+                elif (caller := current_caller()) and self.has_thread(caller):
+                    why += f"; the file call is its own thread {caller}'s, which must not be the one that answers memfs"
+            except OSError as error:  # an owner that is not notified must not go on
+                why = f"it could not be notified: {error.strerror}"
+            except Exception:
+                log.exception("a bug in memfs, while %s was being notified", self)
+                why = "it could not be notified: a bug in memfs"
+        if why is not None:
+            await self.fence(why)
+        elif ack is not None:
+            self._acknowledged(pending, ack, about)
+
+    async def _answer(self, pending: Pending[Owner], unlocked: Unlocked | None) -> Answer:
+        """Notify it and return its answer, when that is done and no page is locked any more.
+
+        An owner that answers soon is not waited for, so there is then no need of a deadline. Raises PeerGone,
+        trio.TooSlowError, OSError.
+        """
+        message = pending.message
+        answer = self._post(message)
+        if pending.is_only and not answer.is_done:
+            answer.poll()
+        if answer.is_done and (unlocked is None or unlocked.is_so):
+            await answer.wait()  # only says so if it is done because the owner is gone
+        else:
+            with Deadlines.here().fail_after(self.notify_timeout):
+                await answer.wait()
+                if unlocked is not None:
+                    await unlocked.wait()
+        return answer
+
+    def _post(self, message: Notification) -> Answer:
+        return self.notify(message)
+
+    def _ack(self, message: Notification, answer: Answer) -> Ack | None:
+        """Return the acknowledgement of a notification, if there is one."""
+        if answer.reply is None:
+            assert not is_answered(message), f"{message} was not acknowledged"
+            return None
+        assert isinstance(answer.reply.message, Ack), f"the protocol let {answer.reply.message} through"
+        return answer.reply.message
+
+    def _acknowledged(self, pending: Pending[Owner], ack: Ack, about: Mapping[str, object]) -> None:
+        self.acknowledged += 1
+        if log.isEnabledFor(logging.INFO):
+            self._log("acknowledged", pending.message, {**about, "seconds": pending.age})
+        if ack.errno:
+            reason, pages = os.strerror(ack.errno), pending.message.subject["pages"]
+            log.warning("%s could not act on %s of %s: %s", self, pending.kind, pages, reason)
+
+    def _log(self, what: str, message: Notification, about: Mapping[str, object]) -> None:
+        if log.isEnabledFor(logging.INFO):
+            log.info(what, extra=fields(owner=self.number, notification=type(message).__name__, **about))
