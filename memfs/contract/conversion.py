@@ -34,7 +34,15 @@ import numpy as np
 
 from memfs.contract.page_ranges import PageRanges
 from memfs.contract.sys.ioctl import IOC_READ, IOC_WRITE, ioc, without_size
-from memfs.contract.units import MAX_OFFSET, PAGE_SHIFT, PAGE_SIZE, PageRange
+from memfs.contract.units import (
+    MAX_OFFSET,
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    ByteOffset,
+    PageRange,
+    is_page_aligned,
+    page_floor,
+)
 
 Key = NewType("Key", int)  #: stands for an open shared file
 
@@ -42,12 +50,12 @@ MAX_RANGES: Final = 512  #: in one call
 KVM_MEMORY_ATTRIBUTE_PRIVATE: Final = 1 << 3  #: linux/kvm.h
 MEMFS_CONVERT_PRESERVE: Final = 1 << 0  #: in flags: pages keep their content; without it they arrive zeroed
 
-_KEY: Final = struct.Struct("=Q")
+KEY: Final = struct.Struct("=Q")  #: what MEMFS_IOC_GET_KEY writes
 _HEADER: Final = struct.Struct("=QQQ")
 _RANGE: Final = struct.Struct("=QQ")
 _CONVERT: Final = 0x43
 
-MEMFS_IOC_GET_KEY: Final = ioc(IOC_READ, 0x42, _KEY.size)  #: on the shared file; EBADF: not open for writing
+MEMFS_IOC_GET_KEY: Final = ioc(IOC_READ, 0x42, KEY.size)  #: on the shared file; EBADF: not open for writing
 
 
 def MEMFS_IOC_CONVERT(ranges: int) -> int:
@@ -73,30 +81,37 @@ class Conversion:
         """Return the argument of the ioctl."""
         attributes = KVM_MEMORY_ATTRIBUTE_PRIVATE if self.to_private else 0
         header = _HEADER.pack(self.key, attributes, MEMFS_CONVERT_PRESERVE if self.preserve else 0)
-        starts, ends = self.ranges.array.T
-        return header + np.stack((starts, ends - starts), axis=1).__lshift__(PAGE_SHIFT).tobytes()
+        return header + b"".join(_RANGE.pack(pages.offset, pages.nbytes) for pages in self.ranges)
 
     @classmethod
     def unpack(cls, argument: bytes | memoryview) -> Self:
         """Return what an argument asks for. Raises OSError(EINVAL)."""
-        if len(argument) < _HEADER.size + _RANGE.size or (len(argument) - _HEADER.size) % _RANGE.size:
+        number, rest = divmod(len(argument) - _HEADER.size, _RANGE.size)
+        if rest or number < 1:
             raise OSError(errno.EINVAL, f"{len(argument)} bytes are no conversion of one range or more")
+        if number > MAX_RANGES:
+            raise OSError(errno.EINVAL, f"{number} ranges; at most {MAX_RANGES}")
         key, attributes, flags = _HEADER.unpack_from(argument)
         if attributes & ~KVM_MEMORY_ATTRIBUTE_PRIVATE or flags & ~MEMFS_CONVERT_PRESERVE:
             raise OSError(errno.EINVAL, f"attributes {attributes:#x}, flags {flags:#x}")
-        pairs = np.frombuffer(argument, np.uint64, offset=_HEADER.size).reshape(-1, 2)
-        if len(pairs) > MAX_RANGES:
-            raise OSError(errno.EINVAL, f"{len(pairs)} ranges; at most {MAX_RANGES}")
-        if (pairs & np.uint64(PAGE_SIZE - 1)).any():
-            raise OSError(errno.EINVAL, "offset or length is no multiple of a page")
-        if (pairs > MAX_OFFSET).any():
-            raise OSError(errno.EINVAL, "beyond any file")
-        starts, lengths = (pairs >> np.uint64(PAGE_SHIFT)).astype(np.int64).T
         try:
-            ranges = PageRanges.merged(np.stack((starts, starts + lengths), axis=1))
+            return cls(Key(key), _parse(argument[_HEADER.size :]), bool(attributes), bool(flags))
         except ValueError as error:
             raise OSError(errno.EINVAL, str(error)) from error
-        return cls(Key(key), ranges, bool(attributes), bool(flags))
+
+
+def _parse(data: bytes | memoryview) -> PageRanges:
+    """Return ranges from offsets and lengths in bytes. Raises ValueError."""
+    if len(data) == _RANGE.size:
+        offset, length = _RANGE.unpack(data)
+        if not (is_page_aligned(offset | length) and offset | length <= MAX_OFFSET):
+            raise ValueError("offset or length is no multiple of a page, or beyond any file")
+        return PageRanges.single(PageRange(page_floor(offset), page_floor(ByteOffset(offset + length))))
+    pairs = np.frombuffer(data, np.uint64).reshape(-1, 2)
+    if (pairs & np.uint64(PAGE_SIZE - 1)).any() or (pairs > MAX_OFFSET).any():
+        raise ValueError("offset or length is no multiple of a page, or beyond any file")
+    starts, lengths = (pairs >> np.uint64(PAGE_SHIFT)).astype(np.int64).T
+    return PageRanges.merged(np.stack((starts, starts + lengths), axis=1))
 
 
 def key_of(shared: int) -> Key:
@@ -104,9 +119,9 @@ def key_of(shared: int) -> Key:
 
     Raises OSError: EBADF if it is not open for writing, ENOTTY if it is not of a memfs that knows conversions.
     """
-    argument = bytearray(_KEY.size)
+    argument = bytearray(KEY.size)
     fcntl.ioctl(shared, MEMFS_IOC_GET_KEY, argument)
-    return Key(*_KEY.unpack(argument))
+    return Key(*KEY.unpack(argument))
 
 
 def convert(private: int, key: Key, ranges: Iterable[PageRange], *, to_private: bool, preserve: bool = False) -> None:

@@ -10,8 +10,6 @@ import struct
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
-import numpy as np
-
 from memfs.contract.conversion import MAX_RANGES
 from memfs.contract.page_ranges import PageRanges
 from memfs.contract.protocol.wire import MAX_PAGES, FileId, Malformed, Message, parse_flag
@@ -60,7 +58,7 @@ class _Conversion(Message):
     def pack(self) -> bytes:
         """Return the body as it travels."""
         head = self._BODY.pack(self.shared, self.private, self.to_private, self.cause)
-        return head + self.ranges.array.astype("<i8", copy=False).tobytes()
+        return head + self.ranges.pack()
 
     @classmethod
     def unpack(cls, body: memoryview) -> Self:
@@ -72,7 +70,7 @@ class _Conversion(Message):
         if shared == private:  # also if both are NO_FILE
             raise Malformed(f"file {shared} on both sides")
         try:
-            ranges = PageRanges(np.frombuffer(body, "<i8", offset=cls._BODY.size).reshape(-1, 2))
+            ranges = PageRanges.unpack(body[cls._BODY.size :])
         except ValueError as error:
             raise Malformed(str(error)) from error
         if ranges.end > MAX_PAGES:
