@@ -39,6 +39,7 @@ from typing import ClassVar, Final, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from memfs.contract.page_ranges import NO_PAGES, PageRanges
 from memfs.contract.sparse import data_extents
 from memfs.contract.sys.constants import F_SEAL_FUTURE_WRITE
 from memfs.contract.units import ORDER_2M, PAGE_SHIFT, PAGE_SIZE, PageIndex, PageRange
@@ -140,6 +141,43 @@ class PageMapView:
             os.sched_yield()
         return otherwise
 
+    def count_all(self, ranges: PageRanges) -> int:
+        """Return how many pages of some ranges are allocated."""
+        if ranges.only is not None:
+            return self.count(ranges.only)
+        return int(self._counts(ranges).sum())
+
+    def with_any(self, ranges: PageRanges, state: int) -> PageRanges:
+        """Return those of some ranges that have a page in one state."""
+        if ranges.only is not None:
+            count = self.count(ranges.only)
+            return (
+                ranges if (count and state == ALLOCATED) or (count < len(ranges.only) and state == ABSENT) else NO_PAGES
+            )
+        counts = self._counts(ranges)
+        has_any = counts > 0 if state == ALLOCATED else counts < ranges.array[:, 1] - ranges.array[:, 0]
+        return ranges if has_any.all() else PageRanges(ranges.array[has_any])
+
+    def _counts(self, ranges: PageRanges) -> npt.NDArray[np.int64]:
+        if not len(ranges) or ranges.pages >= _SPARSE_FROM:
+            return np.fromiter(map(self.count, ranges), np.int64, len(ranges))
+        lengths = ranges.array[:, 1] - ranges.array[:, 0]
+        first = np.cumsum(lengths) - lengths
+        counts: npt.NDArray[np.int64] = np.add.reduceat(
+            self.pages[ranges.indexes()] == ALLOCATED, first, dtype=np.int64
+        )
+        return counts
+
+    def select(self, ranges: PageRanges, state: int) -> PageRanges:
+        """Return the maximal runs of pages in ranges that are in one state."""
+        if ranges.only is not None and self.count(ranges.only) == (len(ranges.only) if state == ALLOCATED else 0):
+            return ranges
+        if ranges.pages <= _AT_ONCE:
+            indexes = ranges.indexes()
+            return PageRanges.of_indexes(indexes[self.pages[indexes] == state])
+        runs = [(run.start, run.end) for pages in ranges for run in self.runs(pages, state)]
+        return PageRanges(np.array(runs, np.int64).reshape(-1, 2))
+
     def count(self, pages: PageRange) -> int:
         """Return how many pages of a range are allocated."""
         if len(pages) < _SPARSE_FROM:
@@ -222,6 +260,21 @@ class PageMap(PageMapView):
             parts = _extents(self._fd, pages) if state == ABSENT and len(pages) >= _SPARSE_FROM else [pages]
             for part in parts:
                 self.pages[part.slice] = state
+        finally:
+            self._seq[0] += 1
+
+    def set_all(self, ranges: PageRanges, state: int) -> None:
+        """Put every page of some ranges into one state, as one change."""
+        if ranges.only is not None:
+            self.set(ranges.only, state)
+            return
+        self._seq[0] += 1
+        try:
+            if ranges.pages < _SPARSE_FROM:
+                self.pages[ranges.indexes()] = state
+            else:
+                for pages in ranges:
+                    self.pages[pages.slice] = state
         finally:
             self._seq[0] += 1
 

@@ -6,6 +6,7 @@ import errno
 import os
 from collections.abc import Iterator
 
+from memfs.contract.sys.libc import cachestat
 from memfs.contract.units import ByteOffset, PageRange, page_offset
 
 
@@ -26,6 +27,19 @@ def data_extents(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
             return
         position = min(os.lseek(fd, data, os.SEEK_HOLE), end)
         yield data, position
+
+
+def allocated_pages(fd: int, pages: PageRange) -> int:
+    """Return how many pages of a range a file of a tmpfs has, also those that were never written.
+
+    Before Linux 6.5, only how many hold data.
+    """
+    try:
+        return cachestat(fd, pages.offset, pages.nbytes)
+    except OSError as error:
+        if error.errno != errno.ENOSYS:
+            raise
+        return sum(map(len, data_pages(fd, pages)))
 
 
 def data_pages(fd: int, pages: PageRange) -> Iterator[PageRange]:

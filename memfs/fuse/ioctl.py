@@ -1,4 +1,4 @@
-"""Answers to ioctl(2): seals on an open file, and chattr(1)'s inode flags.
+"""Answers to ioctl(2): seals on an open file, chattr(1)'s inode flags, and conversions.
 
 The kernel does not know that an ioctl changes an inode, so it is made to ask for its attributes again.
 """
@@ -6,16 +6,25 @@ The kernel does not know that an ioctl changes an inode, so it is made to ask fo
 from __future__ import annotations
 
 import errno
+import logging
 import struct
 from collections.abc import Callable
 from typing import Final
 
+from memfs.contract import conversion
+from memfs.contract.conversion import Conversion, is_convert
+from memfs.contract.logs import fields
+from memfs.contract.sys.libc import FALLOC_FL_KEEP_SIZE, PUNCH_HOLE
 from memfs.fuse import abi
 from memfs.fuse.abi import IOCTL_IN, IOCTL_OUT, Request, unpack
+from memfs.fuse.caller import working_for_caller
 from memfs.store import seals
+from memfs.store.conversion import convert
 from memfs.tree import inode_flags
 from memfs.tree.open_files import OpenFiles
 from memfs.tree.tree import Tree
+
+log = logging.getLogger(__name__)
 
 _FLAGS: Final = struct.Struct("=I")  # of FS_IOC_GETFLAGS and FS_IOC_SETFLAGS, whose numbers claim a long
 _FSXATTR: Final = struct.Struct("=IIIII8x")  # struct fsxattr: xflags, extsize, nextents, projid, cowextsize
@@ -37,7 +46,12 @@ class IoctlHandlers:
         body = request.body
         fh, _, command, _, in_size, out_size = unpack(IOCTL_IN, body)
         data = body[IOCTL_IN.size : IOCTL_IN.size + in_size]
+        if is_convert(command):
+            await self._convert(request, fh, Conversion.unpack(data))
+            return _DONE
         match command:
+            case conversion.MEMFS_IOC_GET_KEY if out_size >= conversion.KEY.size:
+                return _DONE + conversion.KEY.pack(self._open_files.key(fh))
             case seals.MEMFS_IOC_GET_SEALS if out_size >= seals.IOC_ARGUMENT.size:
                 return _DONE + seals.IOC_ARGUMENT.pack(self._open_files.file(fh).inode.file.seals)
             case seals.MEMFS_IOC_ADD_SEALS:
@@ -66,6 +80,27 @@ class IoctlHandlers:
             raise OSError(errno.EPERM, "not open for writing")
         await handle.inode.file.add_seals(bits)
         handle.inode.changed()
+
+    async def _convert(self, request: Request, fh: int, asked: Conversion) -> None:
+        private, shared = self._open_files.file(fh), self._open_files.by_key(asked.key)
+        if not private.writable:
+            raise OSError(errno.EBADF, "not open for writing")
+        comes, leaves = (private, shared) if asked.to_private else (shared, private)
+        inode_flags.check_fallocate(comes.inode, FALLOC_FL_KEEP_SIZE)
+        inode_flags.check_fallocate(leaves.inode, PUNCH_HOLE)
+        if log.isEnabledFor(logging.INFO):
+            inodes = {"ino": private.inode.ino, "shared": shared.inode.ino, "to_private": asked.to_private}
+            log.info("convert", extra=fields(**inodes, pages=asked.ranges, pid=request.pid, uid=request.uid))
+        try:
+            with self._tree.holding(shared.inode), working_for_caller(request):  # its handle may be closed meanwhile
+                await convert(
+                    *(shared.inode.file, private.inode.file, asked.ranges),
+                    to_private=asked.to_private,
+                    preserve=asked.preserve,
+                )
+        finally:
+            for each in (private, shared):
+                self._changed(each.inode.ino)
 
     def _set_flags(self, nodeid: int, flags: int) -> None:
         inode = self._tree.inode(nodeid)

@@ -16,6 +16,7 @@ import itertools
 from typing import Final
 
 from memfs.contract.page_map import ABSENT, ALLOCATED, MAX_PAGES, PageMap
+from memfs.contract.page_ranges import PageRanges
 from memfs.contract.units import ByteOffset, PageIndex, PageRange, page_offset
 from memfs.store.backing import Backing
 
@@ -74,21 +75,42 @@ class Accounting:
         if not self.pages:
             maps.remove(self._name)
 
-    def reserve(self, pages: PageRange) -> Reservation:
-        """Reserve space for the absent pages of a range, within a with statement. Raises OSError(ENOSPC)."""
-        self.check_size(pages.end)
-        return Reservation(self, self._backing, pages)
+    def reserve(self, pages: PageRange | PageRanges, given: int = 0) -> Reservation:
+        """Reserve space for the absent ones of some pages, within a with statement. Raises OSError(ENOSPC).
 
-    def forget(self, pages: PageRange = _WHOLE) -> None:
+        `given` as for `Backing.reserve`.
+        """
+        self.check_size(pages.end)
+        absent = (pages.pages if isinstance(pages, PageRanges) else len(pages)) - self.count(pages)
+        self._backing.reserve(absent, given)
+        return Reservation(self, self._backing, absent)
+
+    def count(self, pages: PageRange | PageRanges) -> int:
+        """Return how many of some pages there are."""
+        if isinstance(pages, PageRange):
+            return self.page_map.count(pages)
+        return self.page_map.count_all(pages)
+
+    def enter(self, pages: PageRange | PageRanges, state: int) -> int:
+        """Enter pages in the map as ALLOCATED or ABSENT. Returns how many more there are now."""
+        before = self.count(pages)
+        if isinstance(pages, PageRange):
+            self.page_map.set(pages, state)
+            size = len(pages)
+        else:
+            self.page_map.set_all(pages, state)
+            size = pages.pages
+        more = size - before if state == ALLOCATED else -before
+        self.pages += more
+        return more
+
+    def forget(self, pages: PageRange | PageRanges = _WHOLE) -> None:
         """Account for pages that were freed."""
-        tracked = pages.intersect(_WHOLE)
+        tracked = pages.intersect(_WHOLE) if isinstance(pages, PageRange) else pages
         if not self.pages:
             self._backing.unreserve(0)
         elif tracked is not None:
-            count = self.page_map.count(tracked)
-            self.page_map.set(tracked, ABSENT)
-            self.pages -= count
-            self._backing.unreserve(count)
+            self._backing.unreserve(-self.enter(tracked, ABSENT))
 
     def space_for(self, offset: ByteOffset, length: int) -> int:
         """Return how many of `length` bytes (at least one) from `offset` on can be written before memory runs out."""
@@ -133,11 +155,10 @@ class Reservation:
 
     __slots__ = ("_accounting", "_backing", "_left")
 
-    def __init__(self, accounting: Accounting, backing: Backing, pages: PageRange) -> None:
+    def __init__(self, accounting: Accounting, backing: Backing, pages: int) -> None:
         self._accounting: Final = accounting
         self._backing: Final = backing
-        self._left = len(pages) - accounting.page_map.count(pages)
-        backing.reserve(self._left)
+        self._left = pages
 
     def __enter__(self) -> Reservation:
         return self
@@ -145,10 +166,7 @@ class Reservation:
     def __exit__(self, *_: object) -> None:
         self._backing.unreserve(self._left)
 
-    def commit(self, pages: PageRange) -> None:
+    def commit(self, pages: PageRange | PageRanges) -> None:
         """Account for some of the pages, which are allocated now."""
         # A write may have come first to some of them while the call ran in a thread.
-        added = len(pages) - self._accounting.page_map.count(pages)
-        self._left -= added
-        self._accounting.pages += added
-        self._accounting.page_map.set(pages, ALLOCATED)
+        self._left -= self._accounting.enter(pages, ALLOCATED)

@@ -30,7 +30,7 @@ import os
 import resource
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
@@ -99,6 +99,7 @@ class TmpfsBacking:
         self._guest_reserved = 0  # pages that guest-sealed files have, or are about to have
         self._guest_share = 0  # pages that the ordinary tmpfs is smaller by
         self._earmarked = 0  # pages that are being allocated
+        self._lent = 0  # pages of guest-sealed files that are about to be freed, and count as free already
         self._is_running = False
         self._freed: Final = ParkingLot()  # `_return_freed` waits for guests to free pages
         self.reaper = Reaper()
@@ -161,17 +162,34 @@ class TmpfsBacking:
         path, root = self.locate(content)
         os.unlink(path, dir_fd=root)
 
-    def reserve(self, pages: int) -> None:
-        """Reserve pages of guest-sealed files, by making the ordinary tmpfs smaller."""
+    def reserve(self, pages: int, given: int = 0) -> None:
+        """Reserve pages of guest-sealed files, by making the ordinary tmpfs smaller.
+
+        By what ordinary files give, it is made smaller when they have given it (`unreserve`).
+        """
         if not pages:
             return
         self._guests.check_available(pages, self._guest_reserved)
-        try:
-            self._make_room(pages)
-        except OSError:
-            self._guests.count()  # some of what owners had by themselves may have gone
-            self._make_room(pages)
+        if pages > given:
+            try:
+                self._make_room(pages - given)
+            except OSError:
+                self._guests.count()  # some of what owners had by themselves may have gone
+                self._make_room(pages - given)
         self._guest_reserved += pages
+
+    @contextmanager
+    def lend(self, pages: int) -> Iterator[None]:
+        """Make the ordinary tmpfs larger by what guest-sealed files are about to give."""
+        self._lent += pages
+        self._adjust_guest_share()
+        try:
+            yield
+        except BaseException:
+            self._lent -= pages
+            self._adjust_guest_share()
+            raise
+        self._lent -= pages  # which makes a difference when the pages are unreserved: then there is none
 
     def _make_room(self, pages: int) -> None:
         needed = max(self._guest_pages + pages, self._guests.least_pages)
@@ -234,7 +252,8 @@ class TmpfsBacking:
     def _adjust_guest_share(self) -> None:
         """Leave to ordinary files what guests have not, as far as ordinary files do not have more already."""
         with suppress(OSError):
-            self._set_guest_share(min(self._guest_claim, self._total))
+            claim = max(self._guest_pages - self._lent, self._guests.least_pages)
+            self._set_guest_share(min(claim, self._total))
 
     def _set_guest_share(self, pages: int) -> None:
         """Leave ordinary files all but so many pages. Raises OSError(ENOSPC), changing nothing, if they have more."""
@@ -367,13 +386,18 @@ class MemfdBacking:
         """Close the descriptor."""
         os.close(content)
 
-    def reserve(self, pages: int) -> None:
+    def reserve(self, pages: int, given: int = 0) -> None:
         """Count pages that will be allocated."""
-        if self._reserved + self._stray + pages > self._total:
+        more = pages - given
+        if more > 0 and self._reserved + self._stray + more > self._total:
             self._count_strays()  # some may have gone
-            if self._reserved + self._stray + pages > self._total:
-                raise OSError(errno.ENOSPC, f"{pages} pages are needed, {self.free_pages} are free")
+            if self._reserved + self._stray + more > self._total:
+                raise OSError(errno.ENOSPC, f"{more} pages are needed, {self.free_pages} are free")
         self._reserved += pages
+
+    def lend(self, pages: int) -> AbstractContextManager[None]:
+        """Refuse: there are no untracked files."""
+        raise AssertionError("all files are tracked")
 
     def unreserve(self, pages: int) -> None:
         """Count pages that were freed, or not allocated."""

@@ -18,6 +18,7 @@ LONG: Final = 4 << 20  #: bytes; the kernel takes a millisecond for that. Anythi
 LONG_PAGES: Final = bytes_to_pages(LONG)
 CHUNK: Final = bytes_to_pages(256 << 20)  #: pages of a long range: 20 to 30 ms of the kernel's, in a thread
 _UNIT: Final = LONG // SHARE  # bytes of a system call that count as a unit of work
+SHORT_PAGES: Final = bytes_to_pages(_UNIT) - 1  #: what costs no more than the system call itself
 _MOST_CHUNKS: Final = 64  # of a file whose holes are not known: most of a huge one is holes
 
 

@@ -248,6 +248,10 @@ class File:
         image = self._image if self._image is not None and not self._image.launched else None
         return Pages(self._backing, self._backing_file, self._accounting, self._owner, image, guest=self.guest)
 
+    def operations(self) -> Pages:
+        """Return what can be done to its pages. Call within `locked`. Raises OSError: EMFILE, ENOSPC."""
+        return self._pages()
+
     def allocation_runs(self, pages: PageRange) -> Iterator[tuple[PageRange, bool]]:
         """Split a range into runs of pages that are allocated (True) or absent (False). Call within `locked`.
 

@@ -31,8 +31,11 @@ from typing import Final, Protocol
 
 import trio
 
+from memfs.contract.aio.threads import Threads
 from memfs.contract.page_map import ABSENT, ALLOCATED, PageMap
-from memfs.contract.sparse import data_pages
+from memfs.contract.page_ranges import PageRanges
+from memfs.contract.protocol.messages import FileId
+from memfs.contract.sparse import allocated_pages, data_pages
 from memfs.contract.sys.libc import FALLOC_FL_KEEP_SIZE, PUNCH_HOLE, fallocate
 from memfs.contract.units import ByteOffset, PageIndex, PageRange, bytes_to_pages, page_ceil, page_offset
 from memfs.store import chunks
@@ -42,11 +45,37 @@ from memfs.store.backing_file import BackingFile
 from memfs.store.measurement import InitialImage
 
 
+class Vm(Protocol):
+    """An owner, as the owner of both files of a conversion. Methods as those of GuestOps."""
+
+    @property
+    def has_conversions(self) -> bool:
+        """Whether it can be notified of conversions."""
+
+    async def convert_begin(self, shared: FileId, private: FileId, ranges: PageRanges, *, to_private: bool) -> None:
+        """Have it unmap pages that leave one of its files for the other, map none until the end, and lock none."""
+
+    async def convert_end(self, shared: FileId, private: FileId, done: PageRanges, *, to_private: bool) -> None:
+        """Notify it that the conversion is over, and of which pages that was done."""
+
+
 class GuestOps(Protocol):
     """How an owner is notified (RFC patch 01: guest_ops).
 
     Each method returns when the owner has acted, or has been fenced, and cannot be cancelled before.
     """
+
+    @property
+    def owner(self) -> Vm:
+        """Who is notified."""
+
+    @property
+    def id(self) -> FileId:
+        """The file's number, to the owner."""
+
+    @property
+    def preserves(self) -> bool:
+        """Whether conversions may keep the content of pages."""
 
     async def invalidate_begin(self, pages: PageRange) -> None:
         """Have the owner unmap these pages, map none of them until the end, and keep none locked."""
@@ -103,6 +132,63 @@ class Pages:
             position = run.end
         if position < pages.end:
             yield PageRange(position, pages.end), False
+
+    # -- for conversions (conversion.py) ----------------------------------------------------------------------------
+
+    @property
+    def accounting(self) -> Accounting | None:
+        """The account of a tracked file."""
+        return self._accounting
+
+    @property
+    def fd(self) -> int:
+        """The descriptor of the backing file."""
+        return self._file.fd
+
+    def fallocate_now(self, mode: int, offset: int, nbytes: int) -> None:
+        """Allocate whole pages, or punch them, without accounting for that."""
+        if mode == PUNCH_HOLE:
+            fallocate(self._file.fd, mode, offset, nbytes)
+        else:
+            self._fallocate(mode, ByteOffset(offset), nbytes)
+
+    async def present(self, ranges: PageRanges) -> PageRanges:
+        """Return which pages of some ranges there are; of an untracked file, the ranges that have any."""
+        if self._page_map is not None:
+            return self._page_map.select(ranges, ALLOCATED)
+        counts = await self._counts(ranges)
+        return PageRanges.of(pages for pages, count in zip(ranges, counts, strict=True) if count)
+
+    async def count(self, ranges: PageRanges) -> int:
+        """Return how many pages of some ranges there are."""
+        return self._accounting.count(ranges) if self._accounting is not None else sum(await self._counts(ranges))
+
+    async def _counts(self, ranges: PageRanges) -> list[int]:
+        def look() -> list[int]:
+            return [allocated_pages(self._file.fd, pages) for pages in ranges]
+
+        is_short = len(ranges) == 1 and ranges.pages <= chunks.LONG_PAGES
+        return look() if is_short else await Threads.here().run(look)
+
+    def borrowed(self, pages: int) -> AbstractContextManager[None]:
+        """Have space for pages of an untracked file that a guest-sealed file will free after the block."""
+        return self._backing.lend(pages)
+
+    async def drain(self) -> bool:
+        """Wait for files that are being freed. Returns whether there were any."""
+        return await self._backing.reaper.drain()
+
+    def measure_removal(self, ranges: PageRanges) -> None:
+        """Have the measurement show that pages are about to be freed."""
+        for pages in ranges if self._image is not None else ():
+            self._measure_removal(pages)
+
+    def account_freed(self, ranges: PageRanges) -> None:
+        """Account for pages that were freed."""
+        if self._accounting is not None:
+            self._accounting.forget(ranges)
+        else:
+            self._backing.unreserve(0)  # what others may have now
 
     # -- allocating -------------------------------------------------------------------------------------------------
 

@@ -55,8 +55,18 @@ class Backing(Protocol):
     def free(self, content: Content) -> None:
         """Remove a file. Its memory lives until its last descriptor is closed."""
 
-    def reserve(self, pages: int) -> None:
-        """Reserve space for pages of a tracked file. Raises OSError(ENOSPC), reserving nothing."""
+    def reserve(self, pages: int, given: int = 0) -> None:
+        """Reserve space for pages of a tracked file. Raises OSError(ENOSPC), reserving nothing.
+
+        `given` is how many pages of another file will be freed as soon as these are allocated. They count as free; in
+        between, there are more pages than there may be.
+        """
+
+    def lend(self, pages: int) -> AbstractContextManager[None]:
+        """Let an untracked file have pages that a guest-sealed file is about to give: they are freed after the block.
+
+        In between, there are more pages than there may be.
+        """
 
     def unreserve(self, pages: int) -> None:
         """Undo `reserve` for pages that were freed, or reserved and not allocated."""

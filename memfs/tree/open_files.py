@@ -14,6 +14,9 @@ reading and writing; an open(2) that creates the file says 2 instead). The kerne
 it, so that one can seal a file by it. Rejected: O_DIRECT as the mark of those; programs that want to bypass the page
 cache want speed and mappings.
 
+A handle of a shared file can be given a **key**, by which a call on another file names it (contract/conversion.py says
+why). Whoever has the key of a handle is taken to have the handle, so a key is drawn by lot, and ends with the handle.
+
 The first two ways can be mapped. The kernel tells a FUSE server of open and release, and release comes only after the
 last munmap, but it says nothing of mmap itself, so each such handle counts as a mapping (`File.opens`).
 """
@@ -23,9 +26,11 @@ from __future__ import annotations
 import enum
 import errno
 import os
+import secrets
 from dataclasses import dataclass
 from typing import Final, NewType, Protocol
 
+from memfs.contract.conversion import Key
 from memfs.store import seals
 from memfs.store.file import File
 from memfs.tree.holdings import Holdings
@@ -97,6 +102,8 @@ class OpenFiles:
         self._backing_ids: Final = backing_ids
         self._next = Fh(1)
         self._open: dict[Fh, OpenFile | OpenDirectory] = {}
+        self._keys: dict[Fh, Key] = {}
+        self._by_key: dict[Key, Fh] = {}
 
     def __len__(self) -> int:
         return len(self._open)
@@ -159,6 +166,22 @@ class OpenFiles:
             raise OSError(errno.EBADF, f"no open file {fh}")
         return handle
 
+    def key(self, fh: int) -> Key:
+        """Return the key of an open file. Raises OSError(EBADF) also if it is not open for writing."""
+        if not self.file(fh).writable:
+            raise OSError(errno.EBADF, "not open for writing")
+        if Fh(fh) not in self._keys:
+            key = Key(secrets.randbits(64))
+            self._keys[Fh(fh)], self._by_key[key] = key, Fh(fh)
+        return self._keys[Fh(fh)]
+
+    def by_key(self, key: Key) -> OpenFile:
+        """Return the open file that has a key."""
+        fh = self._by_key.get(key)
+        if fh is None:
+            raise OSError(errno.EBADF, "the key of no open file")
+        return self.file(fh)
+
     def directory(self, fh: int) -> OpenDirectory:
         """Return the open directory behind a number."""
         handle = self._open.get(Fh(fh))
@@ -171,6 +194,8 @@ class OpenFiles:
         handle = self._open.pop(Fh(fh), None)
         if handle is None:
             raise OSError(errno.EBADF, f"no open handle {fh}")
+        if (key := self._keys.pop(Fh(fh), None)) is not None:
+            del self._by_key[key]
         if isinstance(handle, OpenFile):
             self._holdings.release(handle.user, handle.inode.ino)
             if handle.mappable:
@@ -198,6 +223,8 @@ class OpenFiles:
             assert len(accesses) <= 1, f"inode {inode.ino} is open in contradicting ways"
             passes = inode.file.opens.backing_id is not None
             assert passes == (Access.PASSTHROUGH in accesses), f"inode {inode.ino}: backing id"
+        assert {fh: key for key, fh in self._by_key.items()} == self._keys, "keys do not match"
+        assert self._keys.keys() <= self._open.keys(), "a key of a handle that is closed"
         for ino, handles in held.items():
             assert self._tree.inode(ino).holds >= len(handles), f"inode {ino}: fewer holds than handles"
 

@@ -46,12 +46,15 @@ _AT_STATX_DONT_SYNC: Final = 0x4000
 _STATX_MNT_ID: Final = 0x1000
 _STATX: Final = struct.Struct("=136xIIQ104x")  # of struct statx: stx_dev_major, stx_dev_minor, stx_mnt_id
 
+_CACHESTAT: Final = struct.Struct("=Q16xQ8x")  # struct cachestat: nr_cache, nr_dirty, nr_writeback, nr_evicted, recent
+
 _MOUNT_ATTR: Final = struct.Struct("=QQQQ")  # struct mount_attr: attr_set, attr_clr, propagation, userns_fd
 
 _SYS_OPEN_TREE, _SYS_MOVE_MOUNT = 428, 429  # these are the same on every architecture
 _SYS_MOUNT_SETATTR: Final = 442
 _SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT, _SYS_FSPICK = 430, 431, 432, 433
 _OPEN_TREE_CLONE, _OPEN_TREE_CLOEXEC = 1, os.O_CLOEXEC
+_SYS_CACHESTAT: Final = 451
 _FSOPEN_CLOEXEC = _FSMOUNT_CLOEXEC = _FSPICK_CLOEXEC = 1
 _FSPICK_EMPTY_PATH = 8
 _FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE, _FSCONFIG_CMD_RECONFIGURE = 0, 1, 6, 7
@@ -75,6 +78,17 @@ def _checked(result: int, what: str = "") -> int:
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     """Call fallocate(2): offset and length in bytes, mode of FALLOC_FL_* bits. Raises OSError."""
     _checked(_libc.fallocate(fd, mode, offset, length))
+
+
+def cachestat(fd: int, offset: int, length: int) -> int:
+    """Return how many pages of a range of bytes are in the page cache, or swapped out (cachestat(2)).
+
+    Raises OSError: ENOSYS before Linux 6.5.
+    """
+    where, found = struct.pack("=QQ", offset, length), ctypes.create_string_buffer(_CACHESTAT.size)
+    _checked(_libc.syscall(_SYS_CACHESTAT, fd, where, found, 0))
+    cached, evicted = _CACHESTAT.unpack(found.raw)
+    return int(cached + evicted)
 
 
 def prctl(option: int, argument: int) -> None:

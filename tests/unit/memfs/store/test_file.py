@@ -13,6 +13,8 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from memfs.contract.page_map import MAX_PAGES
+from memfs.contract.page_ranges import PageRanges
+from memfs.contract.protocol.messages import FileId
 from memfs.contract.sys.libc import fallocate
 from memfs.contract.units import PAGE_SIZE, ByteOffset, PageRange
 from memfs.store.backing import Backing, MemfdBacking, TmpfsBacking
@@ -33,11 +35,25 @@ def backing(request: pytest.FixtureRequest) -> Iterator[Backing]:
 class Recorder:
     """An owner that writes down what it is told, and what the file was like at that moment."""
 
+    id = FileId(1)
+    preserves = False
+    has_conversions = False
+
     def __init__(self, file: File) -> None:
         self.file = file
         self.heard: list[tuple[str, PageRange, int]] = []
         self.may_go_on = trio.Event()
         self.may_go_on.set()
+
+    @property
+    def owner(self) -> Recorder:
+        return self
+
+    async def convert_begin(self, shared: FileId, private: FileId, ranges: PageRanges, *, to_private: bool) -> None:
+        raise AssertionError("a conversion")
+
+    async def convert_end(self, shared: FileId, private: FileId, done: PageRanges, *, to_private: bool) -> None:
+        raise AssertionError("a conversion")
 
     async def _hear(self, what: str, pages: PageRange) -> None:
         self.heard.append((what, pages, self.file.pages))

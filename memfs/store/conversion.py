@@ -1,0 +1,242 @@
+"""Conversion: pages of two files change sides, in one operation under both files' locks.
+
+    check -> reserve -> begin (the owner unmaps, acknowledges, has no page locked)
+          -> in chunks: allocate on one side -> account -> free on the other -> account
+          -> end
+
+Begin and end are one message each, for both files and all ranges, and come in pairs on every path. Locks are taken in
+the order of the files' numbers, whichever way pages go, so two calls never wait for each other.
+
+A page's content on the side that it leaves goes only when the other side has the page. A chunk (256 MiB) is converted
+whole or not at all; a signal ends a call between two of them, and who asks again gets the rest. What is on the wanted
+side already costs nothing and is left alone.
+
+The limit counts what is there after the call. So what is about to be freed counts as free: in the account, where a file
+is tracked, and by moving the border between the two tmpfs of TmpfsBacking, where it is not. There the kernel lets other
+processes allocate at any moment, and one that takes what has just been freed, in the microseconds before the border is
+where it should be, has the two together exceed the limit by that until something else is freed. Rejected: to free first
+and allocate then, which in the same microseconds would lose pages on both sides.
+
+Pages arrive zeroed. With `preserve` they are copied, and the host sees what was private: only the owner can know that
+the guest's memory is not encrypted, so it must have said so, and before the guest is launched nothing is copied into
+private memory that is not measured (measurement.py).
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+from contextlib import nullcontext
+from typing import Final
+
+import trio
+
+from memfs.contract.aio.threads import Threads, current_user
+from memfs.contract.aio.turns import Turns
+from memfs.contract.page_map import ABSENT, ALLOCATED
+from memfs.contract.page_ranges import NO_PAGES, PageRanges
+from memfs.contract.protocol.messages import NO_FILE
+from memfs.contract.sparse import data_extents
+from memfs.contract.sys.libc import FALLOC_FL_KEEP_SIZE, PUNCH_HOLE
+from memfs.contract.units import PAGE_SHIFT, PAGE_SIZE, ByteOffset, PageIndex, bytes_to_pages, page_ceil, page_offset
+from memfs.store import chunks, seals
+from memfs.store.accounting import Reservation
+from memfs.store.file import File
+from memfs.store.pages import Pages
+from memfs.store.seals import Operation
+
+_CALLS: Final = 10  # system calls on a page each that count as a unit of work
+_BATCH: Final = 4  # units of work between looks at whose turn it is
+_COPIED_AT_ONCE: Final = 1 << 20  # bytes
+
+
+async def convert(shared: File, private: File, ranges: PageRanges, *, to_private: bool, preserve: bool = False) -> None:
+    """Convert pages. Raises OSError as `memfs.contract.conversion.convert` says, having changed nothing."""
+    if shared is private or shared.guest or not private.guest:
+        raise OSError(errno.EINVAL, "not an ordinary file and a guest-sealed one")
+    first, second = (shared, private) if shared.number < private.number else (private, shared)
+    async with first.locked(), second.locked():
+        _check(shared, private, ranges, to_private=to_private, preserve=preserve)
+        conversion = _Conversion(shared, private, to_private=to_private, preserve=preserve)
+        await conversion.run(ranges)
+
+
+def _check(shared: File, private: File, ranges: PageRanges, *, to_private: bool, preserve: bool) -> None:
+    if ranges.end > page_ceil(ByteOffset(min(shared.size, private.size))):
+        raise OSError(errno.EINVAL, "past the end of a file")
+    if private.granule > PAGE_SIZE and (ranges.array % bytes_to_pages(private.granule)).any():
+        raise OSError(errno.EINVAL, f"not a multiple of {private.granule} bytes")
+    seals.check((shared if to_private else private).seals, Operation.PUNCH)
+    if not to_private:  # what is there of the shared file is zeroed
+        seals.check(shared.seals & ~seals.F_SEAL_GUEST, Operation.WRITE)
+    owners = [owner for owner in (shared.owner, private.owner) if owner is not None]
+    if len(owners) == 2 and owners[0].owner is not owners[1].owner:
+        raise OSError(errno.EPERM, "the files have different owners")
+    if not all(owner.owner.has_conversions for owner in owners):
+        raise OSError(errno.EOPNOTSUPP, "the owner speaks a version of the protocol that has no conversions")
+    if preserve and not (private.owner is not None and private.owner.preserves):
+        raise OSError(errno.EPERM, "the private file has no owner that lets content be preserved")
+    if preserve and to_private and not private.initial_image().launched:
+        raise OSError(errno.EBUSY, "the guest has not been launched")
+
+
+class _Conversion:
+    """One call, once both files are locked and it may be done."""
+
+    def __init__(self, shared: File, private: File, *, to_private: bool, preserve: bool) -> None:
+        self._to_private: Final = to_private
+        self._preserve: Final = preserve
+        in_shared, in_private = shared.operations(), private.operations()
+        self._from, self._to = (in_shared, in_private) if to_private else (in_private, in_shared)
+        assert in_private.accounting is not None, "a guest-sealed file without a page map"
+        self._private: Final = in_private.accounting
+        self._changes: Final = ABSENT if to_private else ALLOCATED  # the state, in the page map, of a page that does
+        owners = (shared.owner, private.owner)
+        self._vm: Final = next((owner.owner for owner in owners if owner is not None), None)
+        self._shared_id, self._private_id = (owner.id if owner is not None else NO_FILE for owner in owners)
+        self._chunk: Final = max(chunks.CHUNK, bytes_to_pages(private.granule))  # pages
+        self._done = PageIndex(0)  # all that was asked for before it is on the wanted side
+
+    async def run(self, ranges: PageRanges) -> None:
+        """Convert what is not on the wanted side yet."""
+        asked = self._private.page_map.with_any(ranges, self._changes)
+        if not len(asked):
+            return
+        with await self._reserve(asked) if self._to_private else nullcontext() as reservation:
+            await self._begin(asked)
+            try:
+                for chunk in asked.chunks(self._chunk):
+                    if self._done:
+                        await trio.lowlevel.checkpoint_if_cancelled()
+                    await self._convert(self._private.page_map.select(chunk, self._changes), reservation)
+                    self._done = chunk.end
+            finally:
+                await self._end(asked.before(self._done))
+
+    async def _reserve(self, asked: PageRanges) -> Reservation:
+        """Reserve space in the private file, but for what the shared one gives. Raises OSError(ENOSPC)."""
+        try:
+            return self._private.reserve(asked)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+        given = await self._given(asked)
+        try:
+            return self._private.reserve(asked, given)
+        except OSError as error:
+            if error.errno != errno.ENOSPC or not await self._to.drain():
+                raise
+        return self._private.reserve(asked, given)
+
+    async def _given(self, asked: PageRanges) -> int:
+        """Return how many pages the shared file has of those that will leave it."""
+        given = 0
+        for chunk in asked.chunks(self._chunk):
+            given += await self._from.count(self._private.page_map.select(chunk, ABSENT))
+        return given
+
+    async def _begin(self, asked: PageRanges) -> None:
+        if self._vm is not None:
+            await self._vm.convert_begin(self._shared_id, self._private_id, asked, to_private=self._to_private)
+
+    async def _end(self, done: PageRanges) -> None:
+        if self._vm is not None:
+            await self._vm.convert_end(self._shared_id, self._private_id, done, to_private=self._to_private)
+
+    async def _convert(self, runs: PageRanges, reservation: Reservation | None) -> None:
+        """Convert runs of pages that are all on the side that they leave: all or, if that fails, none."""
+        before, done = await self._to.present(runs) if not self._to_private else NO_PAGES, self._done
+        try:
+            await self._allocate(runs, before, reservation)
+            with trio.CancelScope(shield=True) if self._waits(runs) else nullcontext():
+                await self._free(runs)
+        except BaseException:
+            if self._done == done:  # nothing has gone yet
+                with trio.CancelScope(shield=True):
+                    await self._undo(runs.without(before))
+            raise
+
+    # -- the side that pages come to --------------------------------------------------------------------------------
+
+    async def _allocate(self, runs: PageRanges, before: PageRanges, reservation: Reservation | None) -> None:
+        """Allocate pages and account for them. Those that were there `before` are zeroed."""
+        if self._to.accounting is not None and reservation is None:
+            with self._to.accounting.reserve(runs, given=runs.pages) as reservation:
+                await self._fill(runs, before)
+                self._account_allocated(runs, reservation)
+            return
+        try:
+            await self._fill(runs, before)
+        except OSError as error:
+            if error.errno != errno.ENOSPC or reservation is not None:
+                raise
+            with self._to.borrowed(runs.pages):
+                await self._fill(runs, before)
+        self._account_allocated(runs, reservation)
+
+    async def _fill(self, runs: PageRanges, before: PageRanges) -> None:
+        await self._call(runs, self._to, FALLOC_FL_KEEP_SIZE)
+        if len(before):
+            await Threads.here().run(functools.partial(_zero, self._to.fd, before))
+        if self._preserve:
+            await Threads.here().run(functools.partial(_copy, self._from.fd, self._to.fd, runs))
+
+    def _account_allocated(self, runs: PageRanges, reservation: Reservation | None) -> None:
+        if reservation is not None:
+            reservation.commit(runs)
+
+    async def _undo(self, runs: PageRanges) -> None:
+        """Free pages that have been allocated, or were about to be."""
+        await self._call(runs, self._to, PUNCH_HOLE)
+        self._to.account_freed(runs)
+
+    # -- the side that they leave -----------------------------------------------------------------------------------
+
+    async def _free(self, runs: PageRanges) -> None:
+        """Free pages, and account for that."""
+        self._from.measure_removal(runs)
+        try:
+            await self._call(runs, self._from, PUNCH_HOLE, is_done=True)
+        finally:
+            self._account_freed(runs.before(self._done))
+
+    def _account_freed(self, runs: PageRanges) -> None:
+        self._from.account_freed(runs)
+
+    def _waits(self, runs: PageRanges) -> bool:
+        """Return whether `_call` may wait."""
+        return len(runs) > _BATCH * _CALLS or runs.pages > chunks.SHORT_PAGES
+
+    async def _call(self, runs: PageRanges, pages: Pages, mode: int, *, is_done: bool = False) -> None:
+        """Call fallocate(2) for each run: what is long in a thread, what is many in turns with what others want.
+
+        `is_done`: then what was asked for before the end of the run is on the wanted side.
+        """
+        for number, (start, end) in enumerate(runs.pairs(), 1):
+            offset, nbytes = start << PAGE_SHIFT, (end - start) << PAGE_SHIFT
+            if end - start <= chunks.SHORT_PAGES:
+                pages.fallocate_now(mode, offset, nbytes)
+            else:
+                await chunks.system_call(functools.partial(pages.fallocate_now, mode, offset, nbytes), nbytes)
+            if is_done:
+                self._done = PageIndex(end)
+            if number % (_BATCH * _CALLS) == 0:
+                await Turns.here().take(current_user(), _BATCH)
+
+
+def _zero(fd: int, runs: PageRanges) -> None:
+    """Zero what has been written to pages of a file. Blocks for long."""
+    zeros = bytes(_COPIED_AT_ONCE)
+    for run in runs:
+        for start, end in data_extents(fd, run.offset, page_offset(run.end)):
+            for at in range(start, end, _COPIED_AT_ONCE):
+                os.pwrite(fd, zeros[: end - at], at)
+
+
+def _copy(source: int, target: int, runs: PageRanges) -> None:
+    """Copy what has been written to pages of a file into those of another, which are zero. Blocks for long."""
+    for run in runs:
+        for start, end in data_extents(source, run.offset, page_offset(run.end)):
+            for at in range(start, end, _COPIED_AT_ONCE):
+                os.pwrite(target, os.pread(source, min(_COPIED_AT_ONCE, end - at), at), at)
