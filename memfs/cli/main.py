@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 from memfs import __version__
 from memfs.cli import mount
 from memfs.cli.command import CommandError
+from memfs.cli.page_range import page_range
 from memfs.contract.on_memfs import OnMemfs, locate, naming
 from memfs.contract.sizes import format_size, parse_bytes
 from memfs.contract.sys.standard_descriptors import fill_standard_descriptors
@@ -84,6 +85,20 @@ def _parser() -> argparse.ArgumentParser:
     allocate.add_argument("--offset", metavar="SIZE", type=_size, default=0, help="where to begin (default 0)")
     allocate.add_argument("--length", metavar="SIZE", type=_size, help="how much (default: to the file's end)")
     allocate.set_defaults(run=_allocate)
+
+    convert = commands.add_parser("convert", help="convert memory between two files", description=_convert.__doc__)
+    convert.add_argument("--to", choices=("private", "shared"), required=True, help="which side it is to be on")
+    convert.add_argument("--preserve", action="store_true", help="keep its content, where the VM allows that")
+    convert.add_argument("shared", metavar="SHARED")
+    convert.add_argument("private", metavar="PRIVATE", help="a guest-sealed file")
+    convert.add_argument(
+        "ranges",
+        metavar="OFFSET:LENGTH",
+        type=page_range,
+        nargs="+",
+        help="in bytes, or with k, m, g, t; multiples of 4k",
+    )
+    convert.set_defaults(run=_convert)
 
     populate = commands.add_parser("populate", help="fill guest memory with an image", description=_populate.__doc__)
     populate.add_argument("file", metavar="FILE")
@@ -245,6 +260,18 @@ def _allocate(arguments: argparse.Namespace) -> None:
                 populate.allocate(fd, ByteOffset(arguments.offset), arguments.length)
         finally:
             os.close(fd)
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    """Convert memory of a virtual machine: it leaves one of its two files for the other, where it arrives zeroed.
+
+    What is on the wanted side already stays as it is. Either all is converted or nothing, up to 512 ranges.
+    """
+    from memfs.cli.convert import convert_files
+
+    with locate(arguments.shared) as shared, locate(arguments.private) as private:
+        to_private = arguments.to == "private"
+        convert_files(shared, private, arguments.ranges, to_private=to_private, preserve=arguments.preserve)
 
 
 def _populate(arguments: argparse.Namespace) -> None:

@@ -9,14 +9,12 @@ import errno
 import fcntl
 import mmap
 import os
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from typing import BinaryIO, Final
 
 import trio
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
+from memfs.cli.progress import progress
 from memfs.contract.on_memfs import OnMemfs, naming
 from memfs.contract.protocol import StoreGone, connect, socket_of
 from memfs.contract.protocol.messages import Notification, Populate
@@ -37,7 +35,7 @@ def allocate(fd: int, offset: ByteOffset, length: int | None) -> None:
     if offset >= end:
         why = "--length is 0" if length == 0 else "the file is empty" if not size else f"it ends at byte {size}"
         raise OSError(errno.EINVAL, f"nothing to allocate: {why}; say how much with --length")
-    with _progress("allocate", end - offset) as bar:
+    with progress("allocate", end - offset) as bar:
         step = max(_STEP, os.fstat(fd).st_blksize)  # in whole huge pages, if it has such
         for start in range(offset, end, step):
             fallocate(fd, 0, start, min(step, end - start))
@@ -57,7 +55,7 @@ def populate(file: OnMemfs, source: BinaryIO, offset: ByteOffset, total: int | N
 
 async def _populate(file: OnMemfs, source: BinaryIO, offset: ByteOffset, total: int | None) -> bytes:
     fd = file.open(os.O_RDWR)
-    with closing(_Buffer()) as buffer, _progress("populate", total) as bar:
+    with closing(_Buffer()) as buffer, progress("populate", total) as bar:
         try:
             measurement = b""
             async with connect(socket_of(fd), "populate", _own_nothing) as client:
@@ -106,13 +104,3 @@ class _Buffer:
     def close(self) -> None:
         self._map.close()
         os.close(self.fd)
-
-
-@contextmanager
-def _progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """Show a bar on a terminal; yields a function to call with the number of bytes done."""
-    console = Console(stderr=True)
-    columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(what, *columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda nbytes: progress.advance(task, nbytes)
