@@ -254,11 +254,39 @@ class PageTable(Radix):
         if tables:
             level = self.levels - len(tables) + 1
             self._unmap(tables[-1], level, gfns.start & -level_pages(level + 1), gfns, side)
-            while len(tables) > 1 and not self._used[tables[-1]]:
-                tables.pop()
-                level += 1
-                self._free_child(tables[-1], entry_index(gfns.start, level))
+            self._free_empty(tables, gfns.start)
         return before - self.mapped
+
+    def unmap_pages(self, gfns: Numbers, side: Side = Side.BOTH) -> Ptes:
+        """Unmap what single gfns map of a side: int64 of shape (n,), in order and each once. Returns their former PTEs.
+
+        Of what is not unmapped that is 0.
+        """
+        ptes = self.translate_in_order(gfns)
+        ptes[~select(ptes, side)] = 0
+        gone = np.flatnonzero(ptes)
+        huge = gone[(ptes[gone] & PTE_HUGE) != 0]
+        for gfn in gfns[huge].tolist():  # a huge leaf is split
+            self.unmap_range(GfnRange(Gfn(gfn), Gfn(gfn + 1)), side)
+        gone = gone[(ptes[gone] & PTE_HUGE) == 0]
+        blocks = gfns[gone] >> ENTRIES_SHIFT
+        first = firsts(blocks)
+        counts = np.diff(first, append=len(gone))
+        tables = self._leaf_tables(blocks[first])
+        self._tables.flat[np.repeat(tables << ENTRIES_SHIFT, counts) + (gfns[gone] & (ENTRIES - 1))] = 0
+        self._used[tables] -= counts.astype(np.int32)
+        self.mapped -= len(gone)
+        for gfn in gfns[gone][first[self._used[tables] == 0]].tolist():
+            self._free_empty(self._tables_to(GfnRange(Gfn(gfn), Gfn(gfn + 1))), Gfn(gfn))
+        return ptes
+
+    def _free_empty(self, tables: list[int], gfn: Gfn) -> None:
+        """Free the tables that lead from the root to a gfn, from the last one up, as far as they are empty."""
+        level = self.levels - len(tables) + 1
+        while len(tables) > 1 and not self._used[tables[-1]]:
+            tables.pop()
+            level += 1
+            self._free_child(tables[-1], entry_index(gfn, level))
 
     def _unmap(self, table: int, level: int, base: int, gfns: GfnRange, side: Side) -> None:
         first, last = entries_of(gfns, base, level)

@@ -93,6 +93,14 @@ class PageTableMachine(RuleBasedStateMachine):
         for gfn in gone:
             del self.model[gfn]
 
+    @rule(gfns=RANGES, step=st.integers(1, 5), side=SIDES)
+    def unmap_pages(self, gfns: GfnRange, step: int, side: Side) -> None:
+        asked = np.arange(gfns.start, gfns.end, step)
+        gone = set(self.mapped(gfns, side)) & set(asked.tolist())
+        former = self.table.unmap_pages(asked, side)
+        for gfn, pte in zip(asked.tolist(), former.tolist(), strict=True):
+            assert pte & ~PTE_HUGE == (self.model.pop(gfn) if gfn in gone else 0)
+
     @rule(gfns=RANGES)
     def write_protect(self, gfns: GfnRange) -> None:
         writable = [gfn for gfn in self.mapped(gfns) if self.model[gfn] & PTE_W]
