@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from typing import Any, Final, TypeVar
+from collections.abc import Iterable, Iterator
+from typing import Any, Final, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 Numbers = npt.NDArray[np.int64]
+Pairs = npt.NDArray[np.int64]  #: of shape (n, 2): half-open ranges of numbers
 _T = TypeVar("_T", bound=np.generic)
 
+
+class _Range(Protocol):
+    @property
+    def start(self) -> int: ...
+    @property
+    def end(self) -> int: ...
+
+
+_MANY: Final = 8  # so many ranges
+_SHORT: Final = 64  # of less than so many numbers are worth an array
 _SPARSE: Final = 64  # numbers are sorted, and not marked in a table, if their span exceeds this many times their count
 
 
@@ -67,6 +78,35 @@ def runs(numbers: Numbers) -> Iterator[tuple[int, int]]:
     """
     for start, end in stretches(numbers - np.arange(len(numbers))):
         yield int(numbers[start]), int(numbers[end - 1]) + 1
+
+
+def pairs(ranges: Iterable[_Range]) -> Pairs:
+    """Return ranges of numbers as an array."""
+    return np.array([(each.start, each.end) for each in ranges], np.int64).reshape(-1, 2)
+
+
+def expand(ranges: Pairs) -> Numbers:
+    """Return each number in ranges, in their order.
+
+    >>> expand(np.array([[3, 6], [9, 10]]))
+    array([3, 4, 5, 9])
+    """
+    lengths = ranges[:, 1] - ranges[:, 0]
+    numbers: Numbers = np.repeat(ranges[:, 0] - (np.cumsum(lengths) - lengths), lengths)
+    numbers += np.arange(len(numbers))
+    return numbers
+
+
+def divide(ranges: Pairs) -> tuple[list[list[int]], Numbers]:
+    """Return the ranges that are each worth a step, and all numbers of the others, which together are worth an array.
+
+    >>> divide(np.array([[0, 900], *[[number, number + 1] for number in range(1000, 1020, 2)]]))[0]
+    [[0, 900]]
+    """
+    if len(ranges) < _MANY:
+        return ranges.tolist(), np.empty(0, np.int64)
+    is_short = ranges[:, 1] - ranges[:, 0] < _SHORT
+    return ranges[~is_short].tolist(), expand(ranges[is_short])
 
 
 def at_numbers(ordered: Numbers, values: npt.NDArray[_T], numbers: npt.NDArray[np.integer[Any]]) -> npt.NDArray[_T]:

@@ -36,7 +36,7 @@ from memfs.contract.protocol.messages import (
 )
 from memfs.contract.protocol.peer import close_all
 from memfs.contract.sys.libc import MAP_NORESERVE
-from memfs.contract.units import ORDER_1G, ByteOffset, PageIndex, PageRange, Pfn, page_ceil
+from memfs.contract.units import ORDER_1G, ORDER_4K, ByteOffset, PageIndex, PageRange, Pfn, page_ceil
 
 __all__ = ["Backing", "Counters", "GuestFile", "Notification", "StoreGone", "connect", "socket_of"]
 
@@ -127,12 +127,16 @@ class GuestFile:
         """
         if self.page_map is None or self.page_map.count(pages) != len(pages) or not self.reaches(pages.end):
             return None
+        return self.allocated(pages, ORDER_1G)
+
+    def allocated(self, pages: PageRange, order: int = ORDER_4K) -> PfnReply | None:
+        """Return what the store would say of a range that is known to be allocated, if its frames are cached."""
         runs = []
         for part in cut_at(pages, ORDER_1G):
             shift = self._extents.get(part.start >> ORDER_1G)
             if shift is None:
                 return None
-            runs.append(PfnRun(part, Pfn(part.start + shift), ORDER_1G))
+            runs.append(PfnRun(part, Pfn(part.start + shift), order))
         return PfnReply(self.id, pages, tuple(runs))
 
     def pfns_of(self, pages: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -142,6 +146,14 @@ class GuestFile:
         """
         if self.page_map is None or not len(pages):
             return np.full(len(pages), -1, np.int64)
+        known = self.frames_of(pages)
+        known[self.page_map.states(pages) != ALLOCATED] = -1
+        if not self.reaches(PageIndex(int(pages.max()) + 1)):
+            known[pages >= self._reaches] = -1
+        return known
+
+    def frames_of(self, pages: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return where pages are if they are allocated: shape (n,), int64, both; -1 for what is not cached."""
         known = pages.copy()
         gibibytes = pages >> ORDER_1G
         for start, end in stretches(gibibytes):
@@ -150,9 +162,6 @@ class GuestFile:
                 known[start:end] = -1
             else:
                 known[start:end] += shift
-        known[self.page_map.states(pages) != ALLOCATED] = -1
-        if not self.reaches(PageIndex(int(pages.max()) + 1)):
-            known[pages >= self._reaches] = -1
         return known
 
     def close(self) -> None:

@@ -7,11 +7,10 @@ What a notification does is done before it is acknowledged, in `_notified`, with
 
     InvalidateBegin  raise in_progress, drop the mappings of that side
     InvalidateEnd    bump seq, lower in_progress
-    Fallocate        of private memory: drop the shared mappings, bump seq. Dropping is mandatory. Mapping the private
-                     pages immediately (RFC v2) is the policy `map_on_fallocate`. Where frames must be asked for, that
-                     is left to a task, which runs under the rules for faults. Mainline never does it.
+    Fallocate        of private memory: drop the shared mappings, bump seq. Dropping is mandatory. Mapping what came
+                     immediately (RFC v2) is the policy `map_on_fallocate` (mmu/allocated.py). Mainline never does it.
     ConvertBegin     raise in_progress for both sides' gfns, drop the mappings of the side that pages leave
-    ConvertEnd       bump seq, lower in_progress; what has become private may be mapped, as on Fallocate
+    ConvertEnd       bump seq, lower in_progress; what is on the other side now may be mapped, as on Fallocate
 
 Lifetimes: a slot holds a registration of each of its files; the files live as long as some slot has them; the VM ends
 with the connection, and then nothing is mapped any more.
@@ -31,15 +30,16 @@ import numpy as np
 import numpy.typing as npt
 import trio
 
-from kvmsim.arrays import runs
+from kvmsim.arrays import Pairs, pairs, runs
 from kvmsim.backing import Backing, Notification, StoreGone, connect
 from kvmsim.exits import Exit
+from kvmsim.mmu.allocated import map_allocated, map_asking
 from kvmsim.mmu.batch import fault_in_private, fault_in_shared
-from kvmsim.mmu.fault import handle_fault, map_gfns, map_known
+from kvmsim.mmu.fault import handle_fault
 from kvmsim.mmu.fault_around import DEFAULT_PAGES, FaultAround
 from kvmsim.mmu.mmu import Mmu
-from kvmsim.mmu.ownership import OwnershipTable, OwnershipViolation
-from kvmsim.mmu.page_fault import Access, PageFault
+from kvmsim.mmu.ownership import OwnershipTable
+from kvmsim.mmu.page_fault import Access
 from kvmsim.mmu.page_table import PageTable
 from kvmsim.mmu.pte import level_pages, pte_pfn, side_of
 from kvmsim.regions import Regions
@@ -253,7 +253,8 @@ class VM:
         touched = self.mmu.slots.touching(message.file, message.pages)
         key = (message.file, message.pages)
         if isinstance(message, InvalidateBegin):
-            self.mmu.invalidations.begin(key, [gfns for _, gfns in touched], (message.file, (message.pages,)))
+            gfns_of_all = pairs(gfns for _, gfns in touched)
+            self.mmu.invalidations.begin(key, gfns_of_all, (message.file, (message.pages,)))
         elif isinstance(message, InvalidateEnd):
             self.mmu.invalidations.end(key)
         for window, gfns in touched:
@@ -262,61 +263,34 @@ class VM:
             elif isinstance(message, Fallocate) and window.side is Side.PRIVATE:
                 self.mmu.unmap(gfns, Side.SHARED)
                 self.mmu.invalidations.conversion()
-                self._allocated(window.slot, gfns)
+                self._allocated(window.slot, window.side, pairs([gfns]))
             for listener in self.listeners:
                 listener(message, window.slot, gfns, window.side)
 
     def _converting(self, message: ConvertBegin | ConvertEnd) -> None:
         """Act as on InvalidateBegin of the file that pages leave and Fallocate of the other, as one invalidation."""
         left = message.shared if message.to_private else message.private
-        touched = [
-            each
-            for file in (message.shared, message.private)
-            for each in self.mmu.slots.touching_all(file, message.ranges)
-        ]
         key = (message.shared, message.private)
+        touched = [each for file in key for each in self.mmu.slots.touching_all(file, message.ranges)]
         if isinstance(message, ConvertBegin):
-            gfns = [part for _, parts in touched for part in parts]
-            self.mmu.invalidations.begin(key, gfns, *((file, message.ranges) for file in key))
+            gfns_of_all = np.concatenate([gfns for _, gfns in touched] or [pairs(())])
+            self.mmu.invalidations.begin(key, gfns_of_all, *((file, message.ranges) for file in key))
         else:
             self.mmu.invalidations.end(key)
-        for window, parts in touched:
+        for window, gfns in touched:
             becomes_private = window.space != left and window.side is Side.PRIVATE
-            for part in parts:
-                if isinstance(message, ConvertBegin) and (window.space == left or becomes_private):
-                    self.mmu.unmap(part, Side.SHARED if becomes_private else window.side)
-                elif isinstance(message, ConvertEnd) and becomes_private:
-                    self._allocated(window.slot, part)
-                for listener in self.listeners:
-                    listener(message, window.slot, part, window.side)
+            if isinstance(message, ConvertBegin) and (window.space == left or becomes_private):
+                self.mmu.unmap_ranges(gfns, Side.SHARED if becomes_private else window.side)
+            elif isinstance(message, ConvertEnd) and window.space != left and not window.slot.is_classic:
+                self._allocated(window.slot, window.side, gfns)
+            for listener in self.listeners:
+                for start, end in gfns.tolist():
+                    listener(message, window.slot, GfnRange(Gfn(start), Gfn(end)), window.side)
 
-    def _allocated(self, slot: Memslot, gfns: GfnRange) -> None:
-        """Take notice that private memory has been allocated."""
-        if self.config.map_on_fallocate and not self._map_now(slot, gfns):
-            self._nursery.start_soon(self._map_private, slot, gfns)
-
-    def _map_now(self, slot: Memslot, gfns: GfnRange) -> bool:
-        """Map what was allocated, if its frames are known. Returns whether nothing is left to be done."""
-        try:
-            return map_known(self.mmu, self._fault_of(slot, gfns))
-        except OwnershipViolation:
-            return True
-
-    def _fault_of(self, slot: Memslot, gfns: GfnRange) -> PageFault:
-        """Return a fault as if the guest had read private memory that was just allocated."""
-        return PageFault(gfns, False, Side.PRIVATE, slot, self.mmu.invalidations.sample())
-
-    async def _map_private(self, slot: Memslot, gfns: GfnRange) -> None:
-        """Map what was allocated, asking for its frames. An optimisation: what comes in between is left to faults."""
-        rest: GfnRange | None = gfns
-        try:
-            while rest is not None:
-                done = await map_gfns(self.mmu, self._fault_of(slot, rest))
-                if done is None:
-                    return
-                rest = GfnRange(done.end, rest.end) if done.end < rest.end else None
-        except (OSError, StoreGone, OwnershipViolation):
-            return
+    def _allocated(self, slot: Memslot, side: Side, gfns: Pairs) -> None:
+        """Map memory that has been allocated, if that is the policy."""
+        if self.config.map_on_fallocate and not map_allocated(self.mmu, slot, side, gfns):
+            self._nursery.start_soon(map_asking, self.mmu, slot, gfns)
 
     def close(self) -> None:
         """Unmap all memory, for good: the connection to memfs has ended."""

@@ -142,7 +142,7 @@ def _map(mmu: Mmu, slot: Memslot, gfns: Gfns, write: bool) -> npt.NDArray[np.boo
         page = PageIndex(int(gfns[at]) + slot.shift)
         mmu.frames.add(file, PfnRun(PageRange(page, PageIndex(page + 1)), Pfn(int(pfns[at]))))
     for start in range(0, len(gfns), _AT_ONCE):
-        mmu.install_private_pages(slot, gfns[start : start + _AT_ONCE], pfns[start : start + _AT_ONCE])
+        mmu.install_pages(slot, Side.PRIVATE, gfns[start : start + _AT_ONCE], pfns[start : start + _AT_ONCE])
     return served
 
 

@@ -97,6 +97,14 @@ def map_known(mmu: Mmu, fault: PageFault) -> bool:
     return reply is not None and _install(mmu, fault, file, reply)
 
 
+def map_converted(mmu: Mmu, fault: PageFault) -> bool:
+    """Do the same with pages of the shared file, of which the store has just said that they are allocated."""
+    file = fault.slot.shared
+    assert file is not None
+    reply = file.allocated(fault.pages)
+    return reply is not None and _install(mmu, fault, file, reply)
+
+
 async def _map_shared(mmu: Mmu, fault: PageFault) -> bool:
     """Map the page of a shared access, and those around it; False: an invalidation came in between."""
     window = mmu.fault_around.window(fault.slot, fault.gfns.start, mmu.invalidations)

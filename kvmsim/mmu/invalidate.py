@@ -37,9 +37,11 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import trio
 
-from memfs.contract.units import GfnRange, PageRange
+from kvmsim.arrays import Pairs, pairs
+from memfs.contract.units import Gfn, GfnRange, PageRange
 
 #: pages of a space (a file, or the VMM's address space: slots/memslots.py)
 Concerned = tuple[Hashable, Iterable[PageRange]]
@@ -49,7 +51,7 @@ Concerned = tuple[Hashable, Iterable[PageRange]]
 class _Active:
     """An invalidation in progress."""
 
-    gfns: list[GfnRange]
+    gfns: Pairs
     concerned: tuple[Concerned, ...]
 
 
@@ -70,7 +72,7 @@ class InvalidationState:
         """Return what a fault must remember before it decides anything."""
         return self.seq
 
-    def begin(self, key: Hashable, gfns: list[GfnRange], *concerned: Concerned) -> None:
+    def begin(self, key: Hashable, gfns: Pairs, *concerned: Concerned) -> None:
         """Begin: pages that serve these gfns are about to go; the caller unmaps them before it does anything else.
 
         `key` names the invalidation until its end: which gfns it concerns may look different by then, since slots come
@@ -87,8 +89,8 @@ class InvalidationState:
         """
         for active in self._active.values():
             for space, ranges in active.concerned:
-                for pages in ranges:
-                    active.gfns.extend(gfns_of(space, pages))
+                new = pairs(part for pages in ranges for part in gfns_of(space, pages))
+                active.gfns = np.concatenate((active.gfns, new))
 
     def end(self, key: Hashable) -> None:
         """End: the pages are gone."""
@@ -117,7 +119,11 @@ class InvalidationState:
 
     def active(self, gfns: GfnRange) -> list[GfnRange]:
         """Return what is being invalidated and overlaps a range."""
-        return [part for active in self._active.values() for part in active.gfns if part.overlaps(gfns)]
+        found = []
+        for active in self._active.values():
+            overlapping = (active.gfns[:, 0] < gfns.end) & (active.gfns[:, 1] > gfns.start)
+            found += [GfnRange(Gfn(start), Gfn(end)) for start, end in active.gfns[overlapping].tolist()]
+        return found
 
     def is_active(self, gfns: GfnRange) -> bool:
         """Return whether an invalidation of something in a range is in progress."""

@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
-import numpy as np
-import numpy.typing as npt
-
+from kvmsim.arrays import Numbers, Pairs, divide, runs
 from kvmsim.backing import Backing
 from kvmsim.mmu.fault_around import FaultAround
 from kvmsim.mmu.frame_map import FrameMap
@@ -19,11 +17,11 @@ from kvmsim.mmu.invalidate import InvalidationState
 from kvmsim.mmu.ownership import OwnershipTable
 from kvmsim.mmu.page_fault import PageFault
 from kvmsim.mmu.page_table import PageTable
-from kvmsim.mmu.pte import PTE_PRIVATE, PTE_R, PTE_W, PTE_X, is_private, level_pages, pte_pfn, select, side_of
+from kvmsim.mmu.pte import PTE_PRIVATE, PTE_R, PTE_W, PTE_X, is_private, level_pages, pte_pfn, pte_pfns, select, side_of
 from kvmsim.mmu.tlb import Translations
 from kvmsim.side import Side
 from kvmsim.slots.memslots import Memslot, Memslots, Window
-from memfs.contract.units import GfnRange, PageRange, Pfn
+from memfs.contract.units import Gfn, GfnRange, PageRange, Pfn
 
 
 @dataclass(slots=True)
@@ -77,14 +75,17 @@ class Mmu:
         if self.table.mapped - before != len(gfns):
             self.flush_tlbs(gfns)  # something else was mapped there
 
-    def install_private_pages(self, slot: Memslot, gfns: npt.NDArray[np.int64], pfns: npt.NDArray[np.int64]) -> None:
-        """Map single absent gfns of a slot, in order and each once, to private frames; int64, shape (n,).
+    def install_pages(self, slot: Memslot, side: Side, gfns: Numbers, pfns: Numbers) -> None:
+        """Map single absent gfns of a slot, in order and each once, to frames of a side; int64, shape (n,).
 
         Not where dirty pages are logged. Raises OwnershipViolation, changing nothing.
         """
         assert not slot.logs_dirty
-        self.ownership.assign_pages(self.vm, gfns, pfns)
-        self.table.map_pages(gfns, pfns, PTE_R | PTE_X | PTE_PRIVATE | (0 if slot.readonly else PTE_W))
+        flags = PTE_R | PTE_X | (0 if slot.readonly else PTE_W)
+        if side is Side.PRIVATE:
+            flags |= PTE_PRIVATE
+            self.ownership.assign_pages(self.vm, gfns, pfns)
+        self.table.map_pages(gfns, pfns, flags)
 
     def make_writable(self, fault: PageFault) -> bool:
         """Handle a store to a page that is mapped read-only, if that is all that is wrong (fast_page_fault)."""
@@ -111,6 +112,17 @@ class Mmu:
         if count:
             self.flush_tlbs(gfns)
         return count
+
+    def unmap_ranges(self, ranges: Pairs, side: Side = Side.BOTH) -> None:
+        """Unmap what ranges of gfns, in order, map of a side: many short ones as an array of pages."""
+        steps, gfns = divide(ranges)
+        for start, end in steps:
+            self.unmap(GfnRange(Gfn(start), Gfn(end)), side)
+        if self.table.mapped and len(gfns):
+            ptes = self.table.unmap_pages(gfns, side)
+            self.ownership.release_frames(pte_pfns(ptes[select(ptes, Side.PRIVATE)]))
+            for start, end in runs(gfns[ptes != 0]):
+                self.flush_tlbs(GfnRange(Gfn(start), Gfn(end)))
 
     def _release(self, gfns: GfnRange) -> None:
         """Release the private frames that a range maps, before it is unmapped."""

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from kvmsim.arrays import Pairs
 from kvmsim.backing import GuestFile
 from kvmsim.side import Side
 from kvmsim.slots.dirty import DirtyLog
@@ -133,13 +134,12 @@ class Window:
         start, end = max(pages.start, mine.start), min(pages.end, mine.end)
         return GfnRange(Gfn(start + shift), Gfn(end + shift))
 
-    def gfns_of_all(self, ranges: PageRanges) -> list[GfnRange]:
+    def gfns_of_all(self, ranges: PageRanges) -> Pairs:
         """Return the gfns that ranges of pages of the space serve through this window, which not all need to touch."""
         mine, shift = self.pages, self.gfn - self.pages.start
-        starts, ends = np.clip(ranges.array, mine.start, mine.end).T
-        here = starts < ends
-        pairs = zip((starts[here] + shift).tolist(), (ends[here] + shift).tolist(), strict=True)
-        return [GfnRange(Gfn(start), Gfn(end)) for start, end in pairs]
+        clipped = np.clip(ranges.array, mine.start, mine.end)
+        gfns: Pairs = clipped[clipped[:, 0] < clipped[:, 1]] + shift
+        return gfns
 
     def serves(self, gfns: GfnRange) -> bool:
         """Return whether any of those gfns is served through it."""
@@ -208,7 +208,7 @@ class Memslots:
             return []
         return [(window, window.gfns_of(pages)) for window in index.touching(pages.start, pages.end)]
 
-    def touching_all(self, space: Space, ranges: PageRanges) -> list[tuple[Window, list[GfnRange]]]:
+    def touching_all(self, space: Space, ranges: PageRanges) -> list[tuple[Window, Pairs]]:
         """Do the same for many ranges at once."""
         index = self._spaces.get(space)
         if index is None or not len(ranges):
