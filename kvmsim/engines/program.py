@@ -24,6 +24,8 @@ from kvmsim.uapi import KVM_HC_MAP_GPA_RANGE, KVM_MAP_GPA_RANGE_ENCRYPTED
 from kvmsim.vcpu import VCPU
 from memfs.contract.units import PAGE_SIZE, Gpa, gfn_to_gpa, offset_in_page
 
+STEPS: Final = 16  #: between two checkpoints: half a millisecond
+
 
 @dataclass(frozen=True, slots=True)
 class Load:
@@ -78,6 +80,7 @@ class ProgramEngine:
         self._exit: Exit | None = None  # which the VMM is answering
         self._done = bytearray()  # of the current load or store
         self._value: Any = None  # of the operation before the next
+        self._steps = 0  # since the last checkpoint
 
     async def run(self, vcpu: VCPU) -> Exit:
         """Go on until an exit. Raises what the program raises."""
@@ -94,13 +97,17 @@ class ProgramEngine:
                     return HALT
                 self._value = None
                 self._done.clear()
-            self._exit = await self._step(vcpu, self._operation)
-            if self._exit is not None:
-                return self._exit
+            exit_ = await self._step(vcpu, self._operation)
             if not isinstance(self._operation, Hypercall) and len(self._done) == _size(self._operation):
                 self._value = None if isinstance(self._operation, Store) else bytes(self._done)
                 self._operation = None
-            await trio.lowlevel.checkpoint()
+            self._steps += 1
+            if self._steps >= STEPS:  # a guest that does nothing but exit comes here, too
+                self._steps = 0
+                await trio.lowlevel.checkpoint()  # if that is cancelled, it exits the next time
+            if exit_ is not None:
+                self._exit = exit_
+                return exit_
 
     async def _step(self, vcpu: VCPU, operation: Operation) -> Exit | None:
         """Do the next page of an operation. Returns the exit that it needs, if any."""

@@ -16,6 +16,7 @@ from kvmsim.mmu.page_fault import Access
 from kvmsim.side import Side
 from kvmsim.uapi import KVM_MEM_FD, KVM_MEM_LOG_DIRTY_PAGES
 from kvmsim.vm import VM
+from kvmsim.vmm.vmm import Vmm
 from memfs.contract.protocol.messages import InvalidateBegin, InvalidateEnd, Launch, Unregister
 from memfs.contract.units import PAGE_SIZE, Gfn, GfnRange, Gpa, PageRange
 from tests.helpers import one, pages, raises
@@ -206,7 +207,10 @@ async def test_kicked_vcpu_stops_waiting_for_memfs_and_goes_on_there(new_vm: New
         assert seen == [b"one", b"two"]
 
 
-async def test_vcpu_that_is_kicked_between_any_two_steps_loses_nothing(new_vm: NewVm) -> None:
+async def test_vcpu_that_is_kicked_between_any_two_steps_loses_nothing(
+    new_vm: NewVm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvmsim.engines.program.STEPS", 2)
     async with new_vm() as (vm, store), trio.open_nursery() as nursery:
         seen: list[bytes] = []
         vcpu = vm.create_vcpu(0, await with_program(vm, store, seen))
@@ -252,3 +256,21 @@ async def test_fixed_slots_stay_and_their_flags_may_change(new_vm: NewVm) -> Non
         await vm.set_user_memory_region(region(shared, flags=KVM_MEM_FD | KVM_MEM_LOG_DIRTY_PAGES))
         assert not vm.get_dirty_log(0).any()
         assert [slot.id for slot in vm.mmu.slots] == [0]
+
+
+async def test_vcpu_that_does_nothing_but_exit_can_be_kicked(new_vm: NewVm) -> None:
+    """Nor does it stop what else runs here."""
+
+    def program() -> Program:
+        while True:
+            yield Hypercall(99, ())
+
+    async with new_vm() as (vm, store):
+        vmm = Vmm(store.file(), store.file(guest=True), PAGE_SIZE)
+        vcpu = vm.create_vcpu(0, ProgramEngine(program()))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(vmm.run, vcpu)
+            for _ in range(10):
+                await trio.lowlevel.checkpoint()
+            vcpu.kick()
+        assert vcpu.exits["HYPERCALL"] > 10
