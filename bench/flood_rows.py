@@ -23,6 +23,7 @@ _TARGET: Final = 5.0  # ms, on a quiet machine
 _STATS: Final = 1000
 _THREADS: Final = 16  # that flood
 _USER: Final = 65534  # that floods
+_OPTIONS: Final = "size=3g,nr_inodes=100k,allow_other,socket_mode=0666"
 
 #: A program that floods: what it fills first, and what its threads then call without end
 _PROGRAM: Final = """
@@ -46,6 +47,49 @@ sys.stdin.read()
 os._exit(0)
 """
 
+#: What a flood of the socket begins with: the working directory has it, by a name that any user reaches
+_SOCKET: Final = """
+import socket
+name = os.path.basename(os.getcwd()) + ".sock"
+os.chmod("..", 0o711)
+"""
+_HELD: Final = 1024  # connections, all that one user may have
+_REFUSED: Final = f"""
+from memfs.contract.protocol.connection import Connection, Role
+from memfs.contract.protocol.messages import VERSION, Hello
+os.chdir("..")
+held, room = [], threading.Semaphore({_HELD})
+def connect():
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    sock.connect(name)
+    return sock
+def be_refused():
+    if room.acquire(blocking=False):
+        held.append(connect())
+        held[-1].send(Connection(Role.OWNER).send(Hello(VERSION, VERSION, "flood"))[1])
+        held[-1].recv(100)
+    else:
+        with connect() as refused:
+            assert not refused.recv(100)
+"""
+_FRAGMENTED: Final = f"""
+import itertools, trio
+from memfs.contract.protocol import connect
+from memfs.contract.units import PageIndex, PageRange
+pages, numbers = PageRange(PageIndex(0), PageIndex(8192)), itertools.count()
+files = [os.open(f"fragmented{{number}}", os.O_RDWR | os.O_CREAT) for number in range({_THREADS})]
+for file in files:
+    for page in range(1, 8192, 2): os.pwrite(file, b"x", page * 4096)
+os.chdir("..")
+async def hear(message): pass
+async def ask(client, file):
+    while True: await client.get_pfn(file, pages, alloc=False)
+async def flood_socket():
+    async with connect(name, "flood", hear) as client, trio.open_nursery() as nursery:
+        registered, _ = await client.register(files[next(numbers)])
+        for _ in range(16): nursery.start_soon(ask, client, registered.file)
+"""
+
 _FLOODS: Final = {
     "setxattr with 5,000 set": (
         "open('file', 'w').close(); os.chmod('file', 0o666)\n"
@@ -67,6 +111,8 @@ _FLOODS: Final = {
         "name = str(threading.get_ident()); fd = os.open(name, os.O_RDWR | os.O_CREAT); "
         "os.posix_fallocate(fd, 0, 64 << 20); os.close(fd); os.unlink(name); os.statvfs('.')",
     ),
+    "GetPfn of 8,192 pages, half of them there": (_SOCKET + _FRAGMENTED, "trio.run(flood_socket)"),
+    "connections that are refused": (_SOCKET + _REFUSED, "be_refused()"),
 }
 
 
@@ -77,7 +123,7 @@ def rows(run: Run) -> Iterator[Row]:
         if not run.wants(title):
             continue
         for placement, (cpu, daemon_cpu) in placements().items():
-            with memfs(run, "size=3g,nr_inodes=100k,allow_other") as ours:
+            with memfs(run, _OPTIONS) as ours:
                 ours.pin(daemon_cpu)
                 small = ours.path / "small"
                 small.write_bytes(b"x")  # so that memfs is asked each time
@@ -113,7 +159,8 @@ def _on(cpu: int) -> Iterator[None]:
 def _flood(path: Path, prepare: str, call: str) -> Iterator[None]:
     program = _PROGRAM.format(prepare=prepare, call=call, user=_USER, threads=_THREADS)
     command = [sys.executable, "-c", program, str(path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         if process.stdout.readline() != b"flooding\n":

@@ -44,7 +44,7 @@ class XattrHandlers:
     async def list(self, request: Request) -> bytes:
         """Answer listxattr(2)."""
         size, _ = unpack(GETXATTR_IN, request.body)
-        names = self._xattrs.list(request.nodeid, uid=uid_of(request))
+        names = self._xattrs.list(request.nodeid, uid=lambda: uid_of(request))
         return _fitting(b"".join(name + b"\0" for name in names), size)
 
     async def set(self, request: Request) -> bytes:
@@ -57,7 +57,7 @@ class XattrHandlers:
             raise Malformed(f"an attribute's value of {len(value)} bytes instead of {size}")
         self._check_existence(request.nodeid, name, flags)
         kill_sgid = bool(more and more[0] & FUSE_SETXATTR_ACL_KILL_SGID)
-        await self._xattrs.set(request.nodeid, name, value, uid=uid_of(request), kill_sgid=kill_sgid)
+        await self._xattrs.set(request.nodeid, name, value, uid=lambda: uid_of(request), kill_sgid=kill_sgid)
         return b""
 
     def _check_existence(self, nodeid: int, name: bytes, flags: int) -> None:

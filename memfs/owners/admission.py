@@ -32,6 +32,7 @@ from typing import Final, TypeVar
 import trio
 
 from memfs.contract.aio.threads import NoThread
+from memfs.contract.aio.turns import Turns
 from memfs.contract.sys.peer_credentials import PeerCredentials
 from memfs.store.shares import Pool
 
@@ -40,6 +41,7 @@ MAX_PER_USER: Final = 1024  #: connections, and descriptors that are being close
 MAX_SILENT: Final = 128  #: connections that have not said Hello
 MAX_REQUESTS: Final = 4096  #: of one user, that are being acted upon or wait, on all its connections
 _THREADS: Final = 4  # for one user
+_UNITS_TO_CLOSE: Final = 4  # of work, to have a thread close a descriptor (contract/aio/turns.py)
 _UCRED_SIZE: Final = 12  # bytes of struct ucred
 _RETRY: Final = 0.5  # seconds, after there was no thread available
 _SO_PEERGROUPS: Final = 59
@@ -175,6 +177,7 @@ class Client:
             await done.wait()
 
     async def _close(self, fd: int, close: Close, done: trio.Event) -> None:
+        await Turns.here().take(self.credentials.uid, _UNITS_TO_CLOSE)
         await close(fd)
         self._user.closing -= 1
         self._clients.forget(self.credentials.uid)

@@ -28,6 +28,7 @@ from typing import Final
 import trio
 
 from memfs.contract.aio.threads import working_for
+from memfs.contract.aio.turns import Turns
 from memfs.contract.protocol.connection import LocalProtocolError, RemoteProtocolError, Role
 from memfs.contract.protocol.messages import (
     MIN_VERSION,
@@ -67,6 +68,7 @@ from memfs.tree.tree import Tree
 
 log = logging.getLogger(__name__)
 
+_UNITS_TO_END: Final = 4  # of work (contract/aio/turns.py)
 _FINAL_TIMEOUT: Final = 0.1  # seconds for which we try to send the final message
 
 
@@ -96,6 +98,8 @@ class Session(Owner):
         except Exception:
             log.exception("%s is cut off: a bug in memfs", self)
         finally:
+            with trio.CancelScope(shield=True):  # all connections of a user may end in one moment
+                await Turns.here().take(self.user, _UNITS_TO_END)
             self._peer.close()
             self._registry.end(self)
             self._client.disconnected()

@@ -41,6 +41,7 @@ STAT: Final = b"user.memfs.stat"
 REMOUNT: Final = b"user.memfs.remount"
 PRIVILEGED_REMOUNT: Final = b"trusted.memfs.remount"
 _PREFIX: Final = b"user.memfs."
+_TRUSTED: Final = b"trusted."
 _NAMESPACES: Final = (b"user.", b"trusted.", b"security.")  # those of tmpfs; who may use which the kernel checks
 
 
@@ -61,8 +62,12 @@ class Xattrs:
         self._tree: Final = tree
         self._control: Final = control
 
-    async def set(self, ino: int, name: bytes, value: bytes, *, uid: int, kill_sgid: bool = False) -> None:
-        """Set an attribute, as setxattr(2) by a user. `kill_sgid`: with an access ACL, setgid goes.
+    async def set(
+        self, ino: int, name: bytes, value: bytes, *, uid: Callable[[], int], kill_sgid: bool = False
+    ) -> None:
+        """Set an attribute, as setxattr(2) by a user, which is asked for only where it matters: that takes its time.
+
+        `kill_sgid`: with an access ACL, setgid goes.
 
         EOPNOTSUPP: a name in user.memfs that cannot be set here. EINVAL: a bad value.
         """
@@ -75,7 +80,7 @@ class Xattrs:
             inode.changed()
             return
         if name in (REMOUNT, PRIVILEGED_REMOUNT):
-            if name == REMOUNT and (uid != os.geteuid() or is_root_of_the_host()):
+            if name == REMOUNT and (uid() != os.geteuid() or is_root_of_the_host()):
                 raise OSError(errno.EPERM, "only with CAP_SYS_ADMIN, or for the ordinary user that mounted it")
             self._remount(_text(value))
             return
@@ -120,13 +125,15 @@ class Xattrs:
         """Return the state of the mount, for a user, whose turns that takes."""
         return (await self._control.describe(XATTR_SIZE_MAX, uid)).encode()
 
-    def list(self, ino: int, *, uid: int) -> list[bytes]:
+    def list(self, ino: int, *, uid: Callable[[], int]) -> list[bytes]:
         """Return the names of attributes, as listxattr(2).
 
         Only root is shown the trusted ones (simple_xattr_list() asks for CAP_SYS_ADMIN).
         """
         inode = self._tree.inode(ino)
-        names = [name for name in self._tree.listxattr(ino) if uid == 0 or not name.startswith(b"trusted.")]
+        names = list(self._tree.listxattr(ino))
+        if any(name.startswith(_TRUSTED) for name in names) and uid() != 0:
+            names = [name for name in names if not name.startswith(_TRUSTED)]
         return [SEALS, *names] if isinstance(inode, RegularFile) and inode.file.seals else names
 
     def remove(self, ino: int, name: bytes) -> None:

@@ -25,6 +25,7 @@ import trio
 import trio.lowlevel
 from trio.testing import wait_all_tasks_blocked
 
+from memfs.contract.aio.turns import SHARE
 from memfs.contract.page_map import PageMapView
 from memfs.contract.protocol.client import Client, StoreGone, connect
 from memfs.contract.protocol.connection import Role
@@ -415,6 +416,26 @@ async def test_end_is_said(mount: Mount) -> None:
                     await client.launch(FileId(1))
                 assert (inode.file.owner, mount.registry.owners) == (None, {})
                 close_all(fds)
+
+
+async def test_connections_of_a_user_that_end_together_take_many_turns(mount: Mount) -> None:
+    """To end one is some work, so of those that end in one moment a few do in an event-loop iteration."""
+    clients = [socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(100)]
+    for client in clients:
+        client.connect(mount.path)
+    with trio.fail_after(10):
+        while len(mount.registry.owners) < len(clients):
+            await trio.lowlevel.checkpoint()
+    for client in clients:
+        client.close()
+    ended = list[int]()
+    with trio.fail_after(10):
+        while mount.registry.owners:
+            before = len(mount.registry.owners)
+            await trio.lowlevel.checkpoint()
+            ended.append(before - len(mount.registry.owners))
+    assert sum(ended) == len(clients)
+    assert max(ended) <= SHARE // 2
 
 
 @pytest.mark.parametrize("datagram", [b"", b"nonsense", b"\xff" * 64, struct.pack("<HHIQ", 1, 0, 1 << 30, 1)])

@@ -287,7 +287,7 @@ class OnTree(Place):
 
     def setxattr(self, path: str, name: str, value: bytes) -> None:
         async def set_xattr() -> None:
-            await self.xattrs.set(self.inode(path).ino, os.fsencode(name), value, uid=0)
+            await self.xattrs.set(self.inode(path).ino, os.fsencode(name), value, uid=lambda: 0)
 
         trio.run(set_xattr)
 
@@ -298,7 +298,7 @@ class OnTree(Place):
         self.xattrs.remove(self.inode(path).ino, os.fsencode(name))
 
     def listxattr(self, path: str) -> list[str]:
-        return [os.fsdecode(name) for name in self.xattrs.list(self.inode(path).ino, uid=0)]
+        return [os.fsdecode(name) for name in self.xattrs.list(self.inode(path).ino, uid=lambda: 0)]
 
     def set_flags(self, path: str, flags: int) -> None:
         self.inode(path).flags = flags

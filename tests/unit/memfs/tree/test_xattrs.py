@@ -118,8 +118,8 @@ def test_only_root_is_shown_the_trusted_ones(tree_place: OnTree) -> None:
     for name in ("trusted.a", "user.a", "security.a"):
         tree_place.setxattr("file", name, b"")
     ino = tree_place.number("file")
-    assert tree_place.xattrs.list(ino, uid=0) == [b"trusted.a", b"user.a", b"security.a"]
-    assert tree_place.xattrs.list(ino, uid=1000) == [b"user.a", b"security.a"]
+    assert tree_place.xattrs.list(ino, uid=lambda: 0) == [b"trusted.a", b"user.a", b"security.a"]
+    assert tree_place.xattrs.list(ino, uid=lambda: 1000) == [b"user.a", b"security.a"]
 
 
 @pytest.mark.parametrize("flag", [FS_IMMUTABLE_FL, FS_APPEND_FL])
@@ -285,7 +285,7 @@ class Mount:
         name = b"trusted.memfs.remount" if uid is None else b"user.memfs.remount"
 
         async def set_xattr() -> None:
-            await self.xattrs.set(ROOT_INO, name, options, uid=uid or 0)
+            await self.xattrs.set(ROOT_INO, name, options, uid=lambda: uid or 0)
 
         trio.run(set_xattr)
 
@@ -301,7 +301,7 @@ def test_any_inode_says_where_owners_connect_and_how_the_mount_is(tree_place: On
     for ino in (ROOT_INO, tree_place.number("file")):
         assert mount.xattrs.get(ino, b"user.memfs.socket") == b"/run/socket"
         assert trio.run(mount.xattrs.describe, 0) == b'{"inodes": 1}'
-        assert mount.xattrs.list(ino, uid=0) == []
+        assert mount.xattrs.list(ino, uid=lambda: 0) == []
     assert mount.asked == [65536, 65536]
 
 
@@ -352,7 +352,7 @@ def test_attributes_of_what_is_gone(tree_place: OnTree) -> None:
     for call in (
         lambda: tree_place.xattrs.get(99, b"user.a"),
         lambda: tree_place.xattrs.get(99, b"user.memfs.socket"),
-        lambda: tree_place.xattrs.list(99, uid=0),
+        lambda: tree_place.xattrs.list(99, uid=lambda: 0),
         lambda: tree_place.xattrs.remove(99, acl.ACCESS),
         lambda: tree_place.xattrs.default_seals(99),
     ):
