@@ -10,7 +10,9 @@ both cases the socket is removed and every file's memory is freed.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import gc
 import json
 import logging
 import os
@@ -26,6 +28,7 @@ import trio
 from memfs import privileges
 from memfs.contract import logs
 from memfs.contract.aio.nurseries import open_flat_nursery
+from memfs.contract.aio.threads import NoThread
 from memfs.contract.logs import fields
 from memfs.contract.sys.mount_changes import mount_changes
 from memfs.contract.units import SECTORS_PER_PAGE, pages_to_bytes
@@ -64,6 +67,7 @@ state_log.setLevel(logging.INFO)
 
 _T = TypeVar("_T")
 
+_RETRY: Final = 0.5  # seconds, after there was no descriptor or no thread
 _MOST_FILES: Final = 1000  # in the log; the rest is only counted
 
 
@@ -101,6 +105,8 @@ async def serve(settings: Settings, ready: Callable[[list[str]], None]) -> None:
             memfs = _Memfs(settings, listener.path, mount, backing, passthrough)
             try:
                 privileges.drop(setuid_helper=mount.note is not None)
+                gc.collect()
+                gc.freeze()  # the code's objects, which took each full collection 10 ms to look at
                 await memfs.run(listener, lambda: ready(notes), received)
             finally:
                 listener.close()  # before files are freed: that may take long, and the name may be wanted
@@ -182,7 +188,7 @@ class _Memfs:
                 if self._passthrough.wanted is Wanted.ON and not self._passthrough.in_force:
                     raise MountError(f"option passthrough=on: {self._passthrough.why_not}")
                 await _in_a_thread(self._mount.attach)
-                nursery.start_soon(self._follow_access_times)
+                await nursery.start(self._follow_access_times)
                 nursery.start_soon(server.run)
                 ready()
         finally:
@@ -277,19 +283,31 @@ class _Memfs:
                 case Meaning.END:
                     log.info("%s: unmounting", name)
                     await server.end()  # so that nothing waits for an owner any more
-                    await _in_a_thread(self._mount.unmount)  # fusermount3 may ask us something before it lets go
+                    with contextlib.suppress(NoThread):  # then it is done here, at the end of `run`
+                        await _in_a_thread(self._mount.unmount)  # fusermount3 may ask us something before it lets go
                     unmounted.set()  # or hidden, while somebody still uses it: that one gets errors from now on
 
-    async def _follow_access_times(self) -> None:
+    async def _follow_access_times(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Set access times as the mount says, whenever mount(8) mounts it again with other options.
 
         The kernel does not tell a FUSE server of that, but it tells everybody of changes of mounts.
         """
-        async for _ in mount_changes():
-            said = await _in_a_thread(self._mount.access_times)
-            if said not in (None, (self._access_times.atime, self._access_times.diratime)):
-                assert said is not None
-                self._set_access_times(*said)
+        with mount_changes() as changed:  # now, while there are descriptors
+            task_status.started()
+            while True:
+                await changed()
+                said = await self._mounted_access_times()
+                if said not in (None, (self._access_times.atime, self._access_times.diratime)):
+                    assert said is not None
+                    self._set_access_times(*said)
+
+    async def _mounted_access_times(self) -> tuple[str, bool] | None:
+        while True:
+            try:
+                return await _in_a_thread(self._mount.access_times)
+            except OSError as error:  # no descriptor or thread is left: others go on without the latest access times
+                log.warning("the options of the mount cannot be read now: %s", error.strerror)
+                await trio.sleep(_RETRY)
 
     def _set_access_times(self, atime: str, diratime: bool) -> None:
         self._access_times.atime, self._access_times.diratime = atime, diratime
@@ -323,5 +341,8 @@ class _Memfs:
 
 
 async def _in_a_thread(function: Callable[[], _T]) -> _T:
-    """Call what may block in a thread, however many of those that there may be are held up."""
-    return await trio.to_thread.run_sync(function, limiter=trio.CapacityLimiter(1))
+    """Call what may block in a thread, however many of those that there may be are held up. Raises NoThread."""
+    try:
+        return await trio.to_thread.run_sync(function, limiter=trio.CapacityLimiter(1))
+    except RuntimeError as error:  # Python's for EAGAIN
+        raise NoThread from error

@@ -150,8 +150,14 @@ class _LogFile(logging.FileHandler):
         return _open_log(self._names[-1])
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a line. A file that is full then becomes NAME.1, in the place of the one before."""
-        super().emit(record)
+        """Write a line. A file that is full then becomes NAME.1, in the place of the one before.
+
+        If the file cannot be opened (no descriptor is left), the line is lost, and whoever logs goes on.
+        """
+        try:
+            super().emit(record)
+        except OSError:
+            return
         if self.stream is not None:
             status = os.fstat(self.stream.fileno())
             if status.st_size >= MOST_BYTES and stat.S_ISREG(status.st_mode):

@@ -76,6 +76,7 @@ class FuseMount:
     root: int = -1  #: a descriptor of the root while the mount is attached nowhere
     note: str | None = None  #: what could not be had; then fusermount3 has mounted it
     _is_over: bool = False
+    _spare: list[int] = field(default_factory=lambda: [os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC) for _ in "123"])
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def invalidate_attributes(self, nodeid: int) -> None:
@@ -129,6 +130,8 @@ class FuseMount:
         with self._lock:
             if not self._is_over:
                 self._is_over = True
+                while self._spare:  # to unmount takes descriptors, when there may be no others left
+                    os.close(self._spare.pop())
                 if self.root >= 0:
                     self._close_root()  # and with it goes the mount
                 elif (path := mountpoint_of(self.mount_id, self.device)) is not None:

@@ -358,6 +358,28 @@ async def test_descriptor_limit_of_the_daemon(memfs: Memfs) -> None:
     assert len([line for line in log_lines(memfs) if "is rejected" in line]) < 5
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts again with other options, so it needs root")
+async def test_without_a_descriptor_left_it_goes_on_and_unmounts(memfs: Memfs) -> None:
+    """Whenever anything is mounted anywhere the daemon looks at mounts, and to unmount it has to know where it is."""
+    memfs.expected += ["Too many open files", "is rejected"]
+    pid = memfs.process.pid
+    limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    highest = max(map(int, os.listdir(f"/proc/{pid}/fd")))
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (highest + 1, limits[1]))
+    held = list[Client]()
+    with trio.fail_after(20):
+        await fill(memfs, held)
+        while "the options of the mount cannot be read now" not in memfs.log.read_text():
+            await shell("mount", "-o", "remount,strictatime", memfs.path, cwd=Path("/"))
+            await shell("mount", "-o", "remount,relatime", memfs.path, cwd=Path("/"))
+            await fill(memfs, held)
+        assert (await shell("stat", ".", cwd=memfs.path)).returncode == 0
+    memfs.process.send_signal(signal.SIGTERM)
+    await trio.to_thread.run_sync(memfs.see_end)
+    for client in held:
+        client.close()
+
+
 # -- a client that forks -----------------------------------------------------------------------------------------------
 
 

@@ -69,13 +69,13 @@ def test_lines_from_one_place_are_limited_and_those_left_out_are_counted(monkeyp
 
 
 @contextmanager
-def logging_to(log: Path) -> Iterator[logging.Logger]:
+def logging_to(log: Path, *, when_needed: bool = False) -> Iterator[logging.Logger]:
     """Log to a file within the block, and nowhere else."""
     root = logging.getLogger()
     others, level = root.handlers[:], root.level
     root.handlers.clear()
     try:
-        set_up([str(log)], logging.INFO)
+        set_up([str(log)], logging.INFO, when_needed=when_needed)
         yield logging.getLogger("memfs.test")
     finally:
         for handler in root.handlers:
@@ -94,6 +94,15 @@ def test_a_log_file_does_not_grow_without_bound(tmp_path: Path, monkeypatch: pyt
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 21_000
     assert [int(line.rpartition("=")[2]) for line in kept] == list(range(1005 - len(kept), 1005))
     assert len(kept) > 100
+
+
+def test_log_that_cannot_be_opened_is_no_reason_to_fail(tmp_path: Path) -> None:
+    """The first line comes when no descriptor is left, say; then that one is lost."""
+    with logging_to(tmp_path / "directory" / "log", when_needed=True) as log:
+        log.warning("lost")
+        (tmp_path / "directory").mkdir()
+        log.warning("kept")
+    assert "msg=kept" in (tmp_path / "directory" / "log").read_text()
 
 
 def test_what_a_log_is_a_link_to_is_not_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
