@@ -19,6 +19,9 @@ from typing import Protocol
 
 import pytest
 
+from memfs.contract.sys.hugetlb import Pool
+from tests.huge_pages import huge_pages
+
 STOP_TIMEOUT = 20  # seconds
 
 
@@ -150,6 +153,15 @@ def mount_memfs(can_mount: None, tmp_path_factory: pytest.TempPathFactory) -> It
 def memfs(mount_memfs: MountMemfs) -> Memfs:
     """A memfs of 64 MiB."""
     return mount_memfs()
+
+
+@pytest.fixture
+def pool() -> Iterator[Pool]:
+    """Twenty huge pages of 2 MiB more than there were."""
+    if os.geteuid() != 0:
+        pytest.skip("only root mounts a hugetlbfs")
+    with huge_pages(20) as pool:
+        yield pool
 
 
 @pytest.fixture

@@ -35,15 +35,6 @@ SHMEM_ENABLED = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
 
 
 @pytest.fixture
-def pool() -> Iterator[Pool]:
-    """Twenty huge pages at least, all of which are there again in the end."""
-    if os.geteuid() != 0:
-        pytest.skip("only root mounts a hugetlbfs")
-    with huge_pages(20) as pool:
-        yield pool
-
-
-@pytest.fixture
 def memfs(pool: Pool, mount_memfs: MountMemfs) -> Memfs:
     """A memfs of 64 MiB on huge pages."""
     return mount_memfs("size=64m,pagesize=2M")

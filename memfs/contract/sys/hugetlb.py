@@ -5,12 +5,21 @@ A pool is the machine's, and so are its numbers: others take pages and give them
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
 _POOLS: Final = Path("/sys/kernel/mm/hugepages")
+_RETURNED_WITHIN: Final = 3  # seconds
+
+
+class PoolError(Exception):
+    """A pool cannot become larger; one sentence."""
 
 
 class Pool:
@@ -46,6 +55,37 @@ class Pool:
         return (
             self.free - self.reserved + max(0, self._read("nr_overcommit_hugepages") - self._read("surplus_hugepages"))
         )
+
+    @contextmanager
+    def larger(self, count: int) -> Iterator[None]:
+        """Have so many pages more in the pool, within a with statement: for those who measure or test, as root.
+
+        Raises PoolError if they cannot be had.
+        """
+        try:
+            self._add(count)
+        except OSError as error:
+            raise PoolError(f"no huge pages of {self.page_size >> 20} MiB: {error.strerror}") from error
+        try:
+            yield
+        finally:
+            self._add(-count)
+
+    def _add(self, count: int) -> None:
+        """Change how many pages there are, one process at a time. Raises OSError, PoolError, having changed nothing."""
+        with open(self.setting, "r+") as setting:
+            fcntl.flock(setting, fcntl.LOCK_EX)
+            before, deadline = self.pages, time.monotonic() + _RETURNED_WITHIN
+            self._set(before + count)
+            while self.pages > before + count and time.monotonic() < deadline:  # some are still being given back
+                time.sleep(0.02)
+                self._set(before + count)
+            if self.pages < before + count:
+                self._set(before)
+                raise PoolError(f"no memory for {count} more huge pages of {self.page_size >> 20} MiB")
+
+    def _set(self, pages: int) -> None:
+        Path(self.setting).write_text(str(max(0, pages)))
 
     def _read(self, name: str) -> int:
         return int((self._directory / name).read_text())
