@@ -157,7 +157,9 @@ class TraceEngine:
         is_block = start % self._block == 0 and (end - start == self._block or end == len(self._gpas))
         plan = self._plan(end) if is_block else self._make_plan(start, end)
         if not plan.is_placed(tlb.version):
-            entries = [tlb.entries[gfn] for gfn, _ in plan.pages]
+            found = (tlb.lookup(gfn, self._sides[gfn], write) for gfn, write in plan.pages)
+            entries = [entry for entry in found if entry is not None]
+            assert len(entries) == len(plan.pages), "all of these hit"
             if any(isinstance(entry.memory, LocalMemory) for entry in entries):  # it is no array
                 return False
             plan.place(tlb.version, entries, self._shadow_bytes)
@@ -225,7 +227,8 @@ class TraceEngine:
             file, pages = slot.file(side), slot.pages
             if file is None:
                 continue
-            for extent in data_pages(file.fd, pages):
+            extents = data_pages(file.fd, pages) if file.page_map is None else file.page_map.runs(pages)
+            for extent in extents:
                 gfns = slot.gfns_of(extent)
                 if gfns is not None and gfns.start < self._pages:
                     at = gfn_to_gpa(gfns.start)

@@ -4,7 +4,9 @@ What is in it may be used without looking at the page table, so code that remove
 it in the same critical section; that is the whole of its correctness. A range is flushed by gfn as long as that is
 cheaper than flushing everything, which is how the kernel decides, too (kvm_flush_remote_tlbs_range).
 
-An entry holds what the PTE led to. The oldest entry makes space for a new one.
+An entry holds what the PTE led to, of a page or of a huge leaf, which takes one entry for all of its pages. The oldest
+entry of a size makes space for a new one. Engines want to know where a page is: where the pages of huge leaves are is
+worked out when it is asked for, and kept beside until something changes.
 """
 
 from __future__ import annotations
@@ -13,15 +15,16 @@ import mmap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
-from kvmsim.mmu.pte import PTE_W, side_of
+from kvmsim.mmu.pte import PG_LEVEL_2M, PG_LEVEL_4K, PTE_W, level_pages, level_shift, side_of
 from kvmsim.side import Side
 from kvmsim.slots.hva import LocalMemory
-from memfs.contract.units import Gfn, GfnRange
+from memfs.contract.units import Gfn, GfnRange, pages_to_bytes
 
 if TYPE_CHECKING:
     from kvmsim.mmu.radix import Radix
 
-TLB_ENTRIES: Final = 1536  #: as many as the second-level TLB of a Skylake core has
+TLB_ENTRIES: Final = 1536  #: as many as the second-level TLB of a Skylake core has, of 4 KiB and of 2 MiB
+_ENTRIES_1G: Final = 16  # and of 1 GiB
 
 
 class Translations(Protocol):
@@ -36,10 +39,10 @@ class Translations(Protocol):
 
 @dataclass(slots=True)
 class TlbEntry:
-    """The translation of one page."""
+    """The translation of a page, or of a huge leaf."""
 
     memory: mmap.mmap | memoryview | LocalMemory
-    offset: int  #: of the page in that memory, in bytes
+    offset: int  #: in that memory, in bytes
     side: Side
     dirty: bool  #: the PTE is writable and marked as dirty, so that a store needs no walk
 
@@ -49,7 +52,9 @@ class Tlb:
 
     def __init__(self, capacity: int = TLB_ENTRIES) -> None:
         self.capacity: Final = capacity
-        self.entries: Final[dict[int, TlbEntry]] = {}
+        self.entries: Final[dict[int, TlbEntry]] = {}  #: of pages, by gfn
+        self.huge: Final[dict[int, dict[int, TlbEntry]]] = {}  #: by level, of leaves, by gfn / their pages
+        self._within: Final[dict[int, TlbEntry]] = {}  # pages of those, by gfn
         self.hits = 0
         self.misses = 0
         self.flushes = 0  #: how often something was taken out of it
@@ -61,17 +66,39 @@ class Tlb:
         return self.misses + self.flushes
 
     def lookup(self, gfn: Gfn, side: Side, write: bool) -> TlbEntry | None:
-        """Return the entry that allows an access. Does not count as a hit yet."""
+        """Return the translation of a page that allows an access. Does not count as a hit yet."""
         entry = self.entries.get(gfn)
-        return entry if entry is not None and entry.side is side and (entry.dirty or not write) else None
+        if entry is not None and entry.side is side and (entry.dirty or not write):
+            return entry
+        return self._lookup_huge(gfn, side, write) if self.huge else None
 
-    def fill(self, gfn: Gfn, entry: TlbEntry) -> None:
-        """Insert the translation that a walk found after a miss."""
+    def _lookup_huge(self, gfn: Gfn, side: Side, write: bool) -> TlbEntry | None:
+        entry = self._within.get(gfn)
+        if entry is not None and entry.side is side and (entry.dirty or not write):
+            return entry
+        for level, leaves in self.huge.items():
+            leaf = leaves.get(gfn >> level_shift(level))
+            if leaf is not None and leaf.side is side and (leaf.dirty or not write):
+                return self._page_of(leaf, gfn, level)
+        return None
+
+    def _page_of(self, leaf: TlbEntry, gfn: Gfn, level: int) -> TlbEntry:
+        offset = leaf.offset + pages_to_bytes(gfn & (level_pages(level) - 1))
+        if len(self._within) >= self.capacity:
+            self._within.clear()
+        page = self._within[gfn] = TlbEntry(leaf.memory, offset, leaf.side, leaf.dirty)
+        return page
+
+    def fill(self, gfn: Gfn, entry: TlbEntry, level: int = PG_LEVEL_4K) -> TlbEntry:
+        """Insert the translation that a walk found after a miss, of the leaf around a gfn. Returns that of its page."""
         self.misses += 1
-        self.entries.pop(gfn, None)
-        if len(self.entries) >= self.capacity:
-            del self.entries[next(iter(self.entries))]
-        self.entries[gfn] = entry
+        if level == PG_LEVEL_4K:
+            _insert(self.entries, gfn, entry, self.capacity)
+            return entry
+        capacity = self.capacity if level == PG_LEVEL_2M else _ENTRIES_1G
+        if _insert(self.huge.setdefault(level, {}), gfn >> level_shift(level), entry, capacity):
+            self._within.clear()
+        return self._page_of(entry, gfn, level)
 
     def flush(self, gfns: GfnRange) -> None:
         """Drop the translations of a range."""
@@ -82,7 +109,21 @@ class Tlb:
         for gfn in gone:
             del self.entries[gfn]
         self.flushes += 1
-        self.flushed += len(gone)
+        self.flushed += len(gone) + self._flush_huge(gfns)
+
+    def _flush_huge(self, gfns: GfnRange) -> int:
+        """Drop leaves that have a page in a range. Returns how many."""
+        flushed = 0
+        for level, leaves in self.huge.items():
+            pages = level_pages(level)
+            first, last = gfns.start // pages, (gfns.end - 1) // pages
+            gone = [number for number in leaves if first <= number <= last]
+            for number in gone:
+                del leaves[number]
+            flushed += len(gone)
+        if flushed:
+            self._within.clear()
+        return flushed
 
     def check(self, table: Radix) -> None:
         """Raise AssertionError on the first translation that allows what the page table does not."""
@@ -91,3 +132,20 @@ class Tlb:
             assert pte, f"a TLB has gfn {gfn:#x}, which is not mapped"
             assert side_of(pte) is entry.side, f"a TLB has gfn {gfn:#x} on the wrong side"
             assert not entry.dirty or pte & PTE_W, f"a TLB allows stores to gfn {gfn:#x}, which is mapped read-only"
+        for level, huge in self.huge.items():
+            for number, entry in huge.items():
+                pages = level_pages(level)
+                gfns = GfnRange(Gfn(number * pages), Gfn((number + 1) * pages))
+                assert table.count(gfns, entry.side) == pages, f"a TLB has gfns {gfns}, of which some are not mapped"
+                writable = all((each.ptes & PTE_W).all() for each in table.leaves(gfns))
+                assert not entry.dirty or writable, f"a TLB allows stores to gfns {gfns}, of which some are read-only"
+
+
+def _insert(entries: dict[int, TlbEntry], key: int, entry: TlbEntry, capacity: int) -> bool:
+    """Insert an entry. Returns whether another had to make space for it."""
+    entries.pop(key, None)
+    is_full = len(entries) >= capacity
+    if is_full:
+        del entries[next(iter(entries))]
+    entries[key] = entry
+    return is_full

@@ -22,7 +22,8 @@ def translate(mmu: Mmu, tlb: Tlb, access: Access) -> TlbEntry | None:
 
 def walk(mmu: Mmu, tlb: Tlb, access: Access) -> TlbEntry | None:
     """Translate an access that missed the TLB, set the accessed and dirty bits, and fill the TLB; None: it faults."""
-    pte = mmu.table.lookup(access.gfn)
+    found = mmu.table.walk(access.gfn)
+    pte = found.pte
     if not pte or side_of(pte) is not access.side or (access.write and not pte & PTE_W):
         return None
     if access.fetch and not pte & PTE_X:
@@ -30,6 +31,4 @@ def walk(mmu: Mmu, tlb: Tlb, access: Access) -> TlbEntry | None:
     mmu.table.set_flags(access.gfn, PTE_A | PTE_D if access.write else PTE_A)
     file, offset = mmu.frames.locate(pte_pfn(pte))
     is_dirty = access.write or bool(pte & PTE_W and pte & PTE_D)
-    entry = TlbEntry(file.memory, offset, access.side, is_dirty)
-    tlb.fill(access.gfn, entry)
-    return entry
+    return tlb.fill(access.gfn, TlbEntry(file.memory, offset, access.side, is_dirty), found.level)
