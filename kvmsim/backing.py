@@ -36,7 +36,17 @@ from memfs.contract.protocol.messages import (
 )
 from memfs.contract.protocol.peer import close_all
 from memfs.contract.sys.libc import MAP_NORESERVE
-from memfs.contract.units import ORDER_1G, ORDER_4K, ByteOffset, PageIndex, PageRange, Pfn, page_ceil
+from memfs.contract.units import (
+    ORDER_1G,
+    ORDER_4K,
+    PAGE_SIZE,
+    ByteOffset,
+    PageIndex,
+    PageRange,
+    Pfn,
+    order_of,
+    page_ceil,
+)
 
 __all__ = ["Backing", "Counters", "GuestFile", "Notification", "StoreGone", "connect", "socket_of"]
 
@@ -49,6 +59,8 @@ class GuestFile:
         self.ino: Final = registered.ino
         self.size = registered.size  #: bytes, when it was last registered
         self.granule: Final = registered.granule  #: bytes: pages come and go in multiples of it
+        #: the largest leaf that may map it: its own huge pages, or else what frame numbers, which are contiguous, allow
+        self.largest_order: Final = order_of(self.granule) if self.granule > PAGE_SIZE else ORDER_1G
         self.registrations = 0  #: how many slots use it
         self.page_map: PageMapView | None = None
         self.measurement: bytes | None = None  #: of its first content, once the guest has been launched
@@ -123,11 +135,11 @@ class GuestFile:
     def known(self, pages: PageRange) -> PfnReply | None:
         """Return what the store would say of a range, if all of it is private and its frames are cached.
 
-        How large a mapping may be the page map tells as well, so any order may be claimed here.
+        How large a mapping may be the page map tells as well, so the largest order may be claimed here.
         """
         if self.page_map is None or self.page_map.count(pages) != len(pages) or not self.reaches(pages.end):
             return None
-        return self.allocated(pages, ORDER_1G)
+        return self.allocated(pages, self.largest_order)
 
     def allocated(self, pages: PageRange, order: int = ORDER_4K) -> PfnReply | None:
         """Return what the store would say of a range that is known to be allocated, if its frames are cached."""

@@ -134,7 +134,7 @@ def _map(mmu: Mmu, slot: Memslot, gfns: Gfns, write: bool) -> npt.NDArray[np.boo
             assert pfn is not None
             assert part is not None
             mmu.frames.add(file, PfnRun(pages, pfn))
-            mmu.install(fault, part, pfn, ORDER_1G)
+            mmu.install(fault, part, pfn, file.largest_order)
     if len(whole):
         alone = np.repeat(~np.isin(blocks[first], whole), np.diff(first, append=gfns.size))
         gfns, pfns = gfns[alone], pfns[alone]
