@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         "--private-ranges",
         metavar="START-END[,...]",
         help="guest physical addresses that the guest means as private, e.g. 0-1m,2m-3m "
-        "(default: the lower three quarters of the pages that each vCPU's trace uses)",
+        "(default: the lower three quarters of the pages that each vCPU's trace uses, in whole huge pages)",
     )
     run.add_argument(
         "--vm-type",
@@ -187,6 +187,8 @@ async def _simulate(
     )
     async with create_vm(socket_path, config) as vm:
         await vmm.add_memory(vm)
+        if not options.private_ranges:
+            private = [gfns for each in private if (gfns := _in_huge_pages(vm, each)) is not None]
         if options.verbose:
             vm.listeners.append(_printer(console, None if options.verbose > 1 else vmm))
         traces = [trace.at(Gpa(number * trace.memory_size)) for number in range(options.vcpus)]
@@ -409,6 +411,15 @@ def _count(text: str) -> int:
     if not 0 < number < KVM_MAX_VCPU_ID:
         raise argparse.ArgumentTypeError(f"{text}: from 1 to {KVM_MAX_VCPU_ID - 1}")
     return number
+
+
+def _in_huge_pages(vm: VM, gfns: GfnRange) -> GfnRange | None:
+    """Return the huge pages around private memory, if it lies on such, as far as there is memory."""
+    slots = list(vm.mmu.slots)
+    assert slots[0].private is not None
+    pages = bytes_to_pages(slots[0].private.granule)
+    around = GfnRange(Gfn(gfns.start // pages * pages), Gfn(-(-gfns.end // pages) * pages))
+    return around.intersect(GfnRange(slots[0].gfns.start, slots[-1].gfns.end))
 
 
 def _default_private(trace: Trace, vcpus: int) -> list[GfnRange]:

@@ -19,6 +19,10 @@ somebody else took the space at that moment, which two system calls cannot exclu
 Without space nothing is taken along that nobody asked for (around.py), and each request is tried by itself, so that it
 fails only for what it asked.
 
+Huge pages of hugetlbfs cannot be split: of a private file on such, a request for a part of one is a request for all of
+it if the rest has nothing to lose, and otherwise it is refused. (Where shared memory lies on huge pages of a tmpfs, all
+of such a page counts as content once some of it was written.)
+
 Listeners are QEMU's RamDiscardListener: notified of what is populated (shared memory that a device may map from now on)
 and what is discarded (before it goes), and of all that is populated already when they register.
 """
@@ -38,9 +42,10 @@ from kvmsim.slots.memslots import Memslot
 from kvmsim.vmm.around import Around, merged, without
 from kvmsim.vmm.file_calls import FileCalls
 from memfs.contract.page_map import ABSENT, ALLOCATED, PageMapView
+from memfs.contract.sizes import format_size
 from memfs.contract.sparse import data_pages
 from memfs.contract.sys.libc import PUNCH_HOLE, fallocate
-from memfs.contract.units import PageRange
+from memfs.contract.units import PageRange, bytes_to_pages
 
 
 class RamDiscardListener(Protocol):
@@ -73,6 +78,8 @@ class Converter:
         assert slot.private.page_map is not None
         self._pages: Final = slot.pages
         self._page_map: Final[PageMapView] = slot.private.page_map
+        self._granule: Final = slot.private.granule  # bytes
+        self._slot: Final = slot
         self._around: Final = Around(slot, granule)
         self._shared: Final = shared
         self._private: Final = private
@@ -97,9 +104,13 @@ class Converter:
             listener.discard(run)
 
     async def convert(self, pages: PageRange, to: Side) -> None:
-        """Convert pages, and return when that is done. Raises OSError: EINVAL beyond the slot, ENOSPC."""
+        """Convert pages, and return when that is done.
+
+        Raises OSError: ENOSPC; EINVAL beyond the slot, and for a part of a huge page of which the rest has content.
+        """
         if pages.intersect(self._pages) != pages:
             raise OSError(errno.EINVAL, "not pages of this memory")
+        pages = self._in_huge_pages(pages, to)
         request = _Request(pages, to)
         self._waiting.append(request)
         if self._is_working:
@@ -113,6 +124,29 @@ class Converter:
             await self._take_turn()
         if request.failure is not None:
             raise request.failure
+
+    def _in_huge_pages(self, pages: PageRange, to: Side) -> PageRange:
+        """Return the huge pages around pages, if the file has such. Raises OSError(EINVAL)."""
+        whole, size = pages.rounded(bytes_to_pages(self._granule)), format_size(self._granule)
+        if whole.intersect(self._pages) != whole:
+            raise OSError(
+                errno.EINVAL, f"pages {pages} are a part of a huge page of {size} that goes beyond the memslot"
+            )
+        for rest in without(whole, [pages]):
+            in_use = self._page_map.runs(rest) if to is Side.SHARED else self._shared_content(rest)
+            if next(in_use, None) is not None:
+                raise OSError(
+                    errno.EINVAL,
+                    f"pages {pages} are a part of a huge page of {size}, which is converted whole, and pages {rest} of "
+                    "it are in use",
+                )
+        return whole
+
+    def _shared_content(self, pages: PageRange) -> Iterator[PageRange]:
+        """Return which pages of the shared side have content that a conversion to private would destroy."""
+        assert self._slot.shared is not None
+        for run in self._page_map.runs(pages, ABSENT):
+            yield from data_pages(self._slot.shared.fd, run)
 
     async def _take_turn(self) -> None:
         """Work on the oldest requests, that of this task among them; then the oldest of those that wait has a turn."""

@@ -53,10 +53,12 @@ from kvmsim.vmm.file_calls import FileCalls
 from memfs.contract.on_memfs import locate
 from memfs.contract.units import (
     PAGE_SIZE,
+    ByteOffset,
     GfnRange,
     Gpa,
     PageIndex,
     PageRange,
+    bytes_to_pages,
     gpa_to_gfn,
     is_page_aligned,
     pages_to_bytes,
@@ -81,8 +83,9 @@ class Vmm:
         self.private: Final = private  #: descriptor of the guest-sealed file of private memory
         self.size: Final = size  #: bytes
         self.granule: Final = granule
-        self.slots: Final = slots  #: among which the memory is divided
+        self.slots: Final = slots  #: among which the memory is divided, in whole huge pages
         self.conversions: Counter[Side] = Counter()  #: asked for, by what memory became
+        self._block: Final = bytes_to_pages(os.fstat(private).st_blksize)  # pages: of huge ones, if it has such
         self._calls: Final = FileCalls()
         self._memory: list[tuple[Memslot, Converter]] = []
         self._devices: list[tuple[Gpa, int, Device]] = []
@@ -92,6 +95,7 @@ class Vmm:
     def regions(self) -> list[UserspaceMemoryRegion]:
         """The memslots for this memory."""
         whole = PageRange(PageIndex(0), PageIndex(self.size // PAGE_SIZE))
+        each = PageRange(PageIndex(0), PageIndex(-(-len(whole) // self.slots))).rounded(self._block)
         return [
             UserspaceMemoryRegion(
                 slot=number,
@@ -102,7 +106,7 @@ class Vmm:
                 fd=self.shared,
                 private_fd=self.private,
             )
-            for number, part in enumerate(whole.chunks(-(-len(whole) // self.slots)))
+            for number, part in enumerate(whole.chunks(len(each)))
         ]
 
     @property
@@ -149,9 +153,10 @@ class Vmm:
         return any(converter.is_converting(pages) for _, converter in self._memory)
 
     def _grow_files(self) -> None:
-        for fd in (self.shared, self.private):
-            if os.fstat(fd).st_size < self.size:
-                os.ftruncate(fd, self.size)
+        in_blocks = PageRange.covering(ByteOffset(0), self.size).rounded(self._block).nbytes
+        for fd, size in ((self.shared, self.size), (self.private, in_blocks)):
+            if os.fstat(fd).st_size < size:
+                os.ftruncate(fd, size)
 
     def add_device(self, gpa: Gpa, size: int, device: Device) -> None:
         """Have a device answer MMIO exits of `size` bytes from `gpa` on."""

@@ -26,13 +26,13 @@ Guest = Callable[..., AbstractAsyncContextManager[tuple[VM, Vmm]]]
 
 @asynccontextmanager
 async def guest_on(
-    memfs: Memfs, granule: int = PAGE_SIZE, *, vm_type: VmType = VmType.SNP
+    memfs: Memfs, granule: int = PAGE_SIZE, *, vm_type: VmType = VmType.SNP, size: int = SIZE
 ) -> AsyncIterator[tuple[VM, Vmm]]:
-    """Make a VM of SIZE bytes on two files of a memfs, and its VMM that converts `granule` bytes at a time."""
+    """Make a VM of `size` bytes on two files of a memfs, and its VMM that converts `granule` bytes at a time."""
     shared, private = memfs.path / "shared", memfs.path / "private"
     memfs.run("touch", "shared")
     memfs.run(*memfs_command("create", "--seals", "guest", private))
-    memory = open_memory(str(shared), str(private), SIZE, granule)
+    memory = open_memory(str(shared), str(private), size, granule)
     vmm = await trio.to_thread.run_sync(memory.__enter__)
     try:
         async with create_vm(str(memfs.socket), vm_type=vm_type) as vm:
