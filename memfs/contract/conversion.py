@@ -132,14 +132,15 @@ def convert(private: int, key: Key, ranges: Iterable[PageRange], *, to_private: 
     OSError, having changed nothing, unless it says otherwise:
 
     EBADF       the private file is not open for writing, or the key is no open file's
-    EINVAL      ranges are none, too many, empty, unaligned, overlapping, or past the end of a file; or the files are
-                not an ordinary and a guest-sealed one
+    EINVAL      ranges are none, too many, empty, unaligned (to the private file's huge pages, if it has such),
+                overlapping, or past the end of a file; or the files are not an ordinary and a guest-sealed one
     EPERM       a seal or an inode flag forbids it; the files have different owners; with `preserve`: the private
                 file has no owner that allows it
     EBUSY       with `preserve`, to private: the guest has not been launched, and what it begins with is measured
     ENOSPC      there would be more memory in use than may be
     EINTR       a signal came: a part has been converted, and to ask again converts the rest
-    EOPNOTSUPP  an owner speaks a version of the protocol that has no conversions
+    EOPNOTSUPP  an owner speaks a version of the protocol that has no conversions; with `preserve`, to private: the
+                private file lies on huge pages
     """
     try:
         conversion = Conversion(key, PageRanges.of(ranges), to_private, preserve)

@@ -75,6 +75,8 @@ def _check(shared: File, private: File, ranges: PageRanges, *, to_private: bool,
         raise OSError(errno.EPERM, "the files have different owners")
     if not all(owner.owner.has_conversions for owner in owners):
         raise OSError(errno.EOPNOTSUPP, "the owner speaks a version of the protocol that has no conversions")
+    if preserve and to_private and private.granule > PAGE_SIZE:
+        raise OSError(errno.EOPNOTSUPP, "hugetlbfs has no write(2)")
     if preserve and not (private.owner is not None and private.owner.preserves):
         raise OSError(errno.EPERM, "the private file has no owner that lets content be preserved")
     if preserve and to_private and not private.initial_image().launched:
