@@ -157,7 +157,7 @@ def memfs(mount_memfs: MountMemfs) -> Memfs:
 
 @pytest.fixture
 def pool() -> Iterator[Pool]:
-    """Twenty huge pages of 2 MiB more than there were."""
+    """A pool of which twenty huge pages of 2 MiB can be had."""
     if os.geteuid() != 0:
         pytest.skip("only root mounts a hugetlbfs")
     with huge_pages(20) as pool:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import trio
 
+from memfs.contract.conversion import convert, key_of
 from memfs.contract.page_map import PageMapView
 from memfs.contract.protocol.messages import Failed, Fallocate, GetPfn, InvalidateBegin, InvalidateEnd, PfnReply
 from memfs.contract.protocol.peer import close_all
@@ -24,7 +25,7 @@ from memfs.contract.sys.hugetlb import Pool
 from memfs.contract.sys.libc import FALLOC_FL_KEEP_SIZE, PUNCH_HOLE, fallocate
 from memfs.contract.units import PAGE_SIZE
 from tests.helpers import pages, raises
-from tests.huge_pages import SIZE_1G, SIZE_2M, huge_pages
+from tests.huge_pages import SIZE_1G, SIZE_2M, huge_pages, taken_but
 
 from .conftest import Memfs, MountMemfs, memfs_command, run, start_memfs
 from .owner import connected, shell
@@ -101,19 +102,40 @@ def test_what_is_no_huge_page_is_refused_and_changes_nothing(memfs: Memfs, priva
 
 
 def test_full_pool_is_no_space_and_nothing_remains(memfs: Memfs, private: Path, pool: Pool) -> None:
-    free = pool.free
     os.truncate(private, 32 << 20)
-    other = os.memfd_create("other", os.MFD_HUGETLB)
-    fallocate(other, 0, 0, (free - 5) * SIZE_2M)
-    try:
+    with taken_but(pool, 5):
         assert "No space left" in memfs.run("fallocate", "-l", "32M", "private").stderr
         assert (private.stat().st_blocks, pool.free) == (0, 5)
         assert memfs.run("fallocate", "-l", "10M", "private").returncode == 0
         assert pool.free == 0
         (memfs.path / "ordinary").write_bytes(bytes(1 << 20))  # of which there is more
-    finally:
-        os.close(other)
     assert memfs.run("fallocate", "-l", "32M", "private").returncode == 0
+
+
+def test_conversion_is_of_whole_huge_pages(memfs: Memfs, private: Path, pool: Pool) -> None:
+    free, path = pool.free, memfs.path / "shared"
+    path.touch()
+    os.truncate(path, 64 << 20)
+    fds = [os.open(each, os.O_RDWR) for each in (path, private)]
+    key = key_of(fds[0])
+    os.pwrite(fds[0], b"lost", 4 << 20)
+    for start, end in ((0, 1), (HUGE, 2 * HUGE + 1), (HUGE + 1, 2 * HUGE)):
+        with raises(errno.EINVAL):
+            convert(fds[1], key, [pages(start, end)], to_private=True)
+    with raises(errno.EOPNOTSUPP):
+        convert(fds[1], key, [pages(0, HUGE)], to_private=True, preserve=True)
+    assert (pool.free, private.stat().st_blocks, os.pread(fds[0], 4, 4 << 20)) == (free, 0, b"lost")
+    convert(fds[1], key, [pages(HUGE, 3 * HUGE), pages(5 * HUGE, 6 * HUGE)], to_private=True)
+    assert (pool.free, private.stat().st_blocks, os.pread(fds[0], 4, 4 << 20)) == (free - 3, 3 << 12, bytes(4))
+    with raises(errno.ENOSPC):
+        convert(fds[1], key, [pages(0, 32 * HUGE)], to_private=True)
+    assert (pool.free, private.stat().st_blocks) == (free - 3, 3 << 12)
+    with raises(errno.EINVAL):
+        convert(fds[1], key, [pages(HUGE, HUGE + 1)], to_private=False)
+    convert(fds[1], key, [pages(0, 32 * HUGE)], to_private=False)
+    assert (pool.free, private.stat().st_blocks) == (free, 0)
+    for fd in fds:
+        os.close(fd)
 
 
 def test_two_mounts_share_one_pool(memfs: Memfs, mount_memfs: MountMemfs, pool: Pool) -> None:

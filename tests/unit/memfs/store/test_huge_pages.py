@@ -9,6 +9,7 @@ import mmap
 import os
 import struct
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from memfs.store.file import File
 from memfs.store.guest_mounts import GuestTmpfs
 from memfs.store.seals import F_SEAL_GUEST
 from tests.helpers import at, not_none, pages, raises
-from tests.huge_pages import SIZE_2M, huge_pages
+from tests.huge_pages import SIZE_2M, huge_pages, taken_but
 
 from .test_file import Recorder
 
@@ -33,7 +34,7 @@ HUGE = SIZE_2M // PAGE_SIZE
 
 @pytest.fixture
 def pool() -> Iterator[Pool]:
-    with huge_pages(8) as pool:
+    with huge_pages(40) as pool:
         yield pool
 
 
@@ -108,24 +109,25 @@ async def test_what_is_no_huge_page_is_refused(guest: File, offset: int, length:
 def too_small(
     request: pytest.FixtureRequest, pool: Pool, guest: File, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[[], bool]]:
-    """A function after whose call the pool is too small for a file; true if others take pages while it allocates."""
-    if not request.param:
-        yield lambda: False
-        return
-    other = os.memfd_create("other", os.MFD_HUGETLB)
+    """A function that has the pool be too small for a file; true if others take pages when it allocates."""
+    with ExitStack() as taken:
 
-    def take_and_allocate(fd: int, mode: int, offset: int, length: int) -> None:
-        if not mode & FALLOC_FL_PUNCH_HOLE and os.fstat(other).st_blocks == 0:
-            fallocate(other, 0, 0, (pool.free - 6) * SIZE_2M)
-        fallocate(fd, mode, offset, length)
+        def take() -> None:
+            taken.enter_context(taken_but(pool, 6))
 
-    def later() -> bool:
-        monkeypatch.setattr("memfs.store.pages.fallocate", take_and_allocate)
-        return True
+        def take_and_allocate(fd: int, mode: int, offset: int, length: int) -> None:
+            if not mode & FALLOC_FL_PUNCH_HOLE and pool.available > 6:
+                take()
+            fallocate(fd, mode, offset, length)
 
-    with huge_pages(32):
+        def later() -> bool:
+            if request.param:
+                monkeypatch.setattr("memfs.store.pages.fallocate", take_and_allocate)
+            else:
+                take()
+            return bool(request.param)
+
         yield later
-        os.close(other)
 
 
 async def test_nothing_remains_of_an_allocation_for_which_the_pool_is_too_small(
