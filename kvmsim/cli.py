@@ -24,11 +24,16 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from kvmsim import __version__
 from kvmsim.backing import Notification, StoreGone, socket_of
+from kvmsim.command import CommandError, check_files, size_of
+from kvmsim.engines.native import EngineUnavailable
 from kvmsim.engines.trace import IntegrityError, TraceEngine
 from kvmsim.engines.trace_file import Trace, TraceError, read_lackey
 from kvmsim.fault_points import install_faults
+from kvmsim.guests.linux.kernel import ProgramDied
+from kvmsim.guests.loading import LoadError
 from kvmsim.memory_map import draw
 from kvmsim.mmu.fault_around import LARGEST_WINDOW
+from kvmsim.native_cli import add_commands
 from kvmsim.side import Side
 from kvmsim.slots.memslots import Memslot
 from kvmsim.uapi import KVM_MAX_VCPU_ID, PreFaultMemory
@@ -51,8 +56,11 @@ _PRINTED_A_SECOND: Final = 1000  # notifications, with -v
 _VM_TYPES: Final = {kind.name: kind for kind in (VmType.SNP, VmType.TDX_48, VmType.TDX_52)}
 
 
-class CommandError(Exception):
-    """Why a command failed: one sentence."""
+#: What is said in one sentence, and no traceback
+_FAILURES: Final = (
+    *(CommandError, TraceError, IntegrityError, UnhandledExit, StoreGone),
+    *(EngineUnavailable, LoadError, ProgramDied),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -62,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     install_faults()
     try:
         options.run(options)
-    except (CommandError, TraceError, IntegrityError, UnhandledExit, StoreGone) as error:
+    except _FAILURES as error:
         sys.exit(f"kvmsim: {printable(error)}")
     except BrokenPipeError:  # `kvmsim info sort | head -1`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -143,6 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--log-file", metavar="FILE", help="append a log of notifications, with request numbers, to FILE")
     run.set_defaults(run=_run)
+    add_commands(commands)
 
     convert = commands.add_parser("convert", help="make a trace of lackey's output", description=_convert.__doc__)
     convert.add_argument("lackey", metavar="LACKEY", help="what lackey wrote, - for standard input")
@@ -163,14 +172,14 @@ def _run(options: argparse.Namespace) -> None:
     hide_memory()  # before there is any of the guest's in it
     if options.log_file:
         logs.set_up([options.log_file], logging.INFO)
-    size = _size(options.mem, "--mem")
+    size = size_of(options.mem, "--mem")
     trace = _load(options.trace)
     if (needed := trace.memory_size * options.vcpus) > size:
         raise CommandError(f"--mem {options.mem} is too small: the trace uses {needed >> 10} KiB")
     private = _ranges(options.private_ranges) if options.private_ranges else _default_private(trace, options.vcpus)
     options.fault_around = _fault_around(options.fault_around)
     with open_memory(options.shared, options.private, size, parse_size(options.granule), options.slots) as vmm:
-        _check_files(options, vmm)
+        check_files(vmm, options.shared, options.private)
         socket_path = options.socket or socket_of(vmm.shared)
         trio.run(_simulate, options, vmm, trace, private, socket_path, restrict_keyboard_interrupt_to_checkpoints=True)
 
@@ -346,13 +355,6 @@ def _load(name: str) -> Trace:
     return Trace.load(path)
 
 
-def _size(text: str, option: str) -> int:
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise CommandError(f"{option} {text}: {error}") from None
-
-
 def _seconds(text: str) -> float:
     try:
         seconds = float(text)
@@ -365,30 +367,10 @@ def _seconds(text: str) -> float:
 
 def _fault_around(text: str) -> int:
     """Parse --fault-around. Returns pages. Raises CommandError."""
-    nbytes = _size(text, "--fault-around")
+    nbytes = size_of(text, "--fault-around")
     if nbytes & (nbytes - 1) or nbytes > LARGEST_WINDOW * PAGE_SIZE:
         raise CommandError(f"--fault-around {text}: not one of 4k, 8k, 16k and so on, up to 2m")
     return bytes_to_pages(nbytes)
-
-
-def _check_files(options: argparse.Namespace, vmm: Vmm) -> None:
-    """Raise CommandError, with what to do, for files that no memslot can have."""
-    shared, private = os.fstat(vmm.shared), os.fstat(vmm.private)
-    if os.path.samestat(shared, private):
-        raise CommandError(f"{options.shared}: --shared and --private are one file; a guest needs two")
-    if shared.st_dev != private.st_dev:
-        raise CommandError(f"{options.shared} and {options.private} lie on two mounts; a guest's files are on one")
-    if _is_guest_sealed(vmm.shared):
-        raise CommandError(
-            f"{options.shared}: it is guest-sealed, so the host cannot share it (touch makes one that is not)"
-        )
-    if not _is_guest_sealed(vmm.private):
-        how = "`memfs create --seals guest FILE` makes one that is"
-        raise CommandError(f"{options.private}: it is not guest-sealed ({how})")
-
-
-def _is_guest_sealed(fd: int) -> bool:
-    return b"guest" in os.getxattr(fd, "user.memfs.seals").split(b",")
 
 
 def _ranges(text: str) -> list[GfnRange]:

@@ -37,6 +37,9 @@ _STACK_TOP: Final = 0xC000
 _SAVED_RSP: Final = _STACK_TOP - PAGE_SIZE
 _DIRECTORIES: Final = 0xC000
 
+#: PVM runs what follows a syscall with the rights of CPL 3; what is in these pages is no secret, nor of harm to others
+_USER_PAGES: Final = (_STUBS, _SAVED_RSP)
+
 SYSCALL_ENTRY: Final = _STUBS
 _EXCEPTION_STUBS: Final = _STUBS + 0x100
 _STUB_SIZE: Final = 16
@@ -86,7 +89,7 @@ def tables(memory_size: int, shared_bit: int) -> bytes:
                     _put(content, directory + index * 8, gpa | bit | _TABLE_FLAGS | _USER | _LARGE)
     _put(content, _DIRECTORIES, _PAGE_TABLE | _TABLE_FLAGS | _USER)
     for page in range(1, 512):
-        user = _USER if page * PAGE_SIZE >= USER_START else 0
+        user = _USER if page * PAGE_SIZE >= USER_START or page * PAGE_SIZE in _USER_PAGES else 0
         _put(content, _PAGE_TABLE + page * 8, page * PAGE_SIZE | _TABLE_FLAGS | user)
     for selector, descriptor in _GDT.items():
         _put(content, GDT + selector, descriptor)

@@ -188,6 +188,42 @@ static void sweep(u64 gpa, u64 pages, enum side side, u64 times)
 	halt(0, sum, 0);
 }
 
+/* p: fill pages, watch them, and say which the host has taken away. */
+static void say_number(u64 number)
+{
+	char text[24], *at = text + sizeof(text);
+
+	*--at = 0;
+	do
+		*--at = '0' + number % 10;
+	while (number /= 10);
+	say(at);
+}
+
+#define WATCHED 1024
+
+static void watch(void)
+{
+	for (u64 page = 0; page < WATCHED; page++)
+		*at(AREA + page * PAGE, PRIVATE_SIDE) = page + 1;
+	say("watching pages 2048 to 3071 of my private memory\n");
+	for (u64 first = 0;; first = (first + 1) % WATCHED) {
+		u64 end = first;
+
+		while (end < WATCHED && *at(AREA + end * PAGE, PRIVATE_SIDE) != end + 1)
+			if (*at(AREA + end++ * PAGE, PRIVATE_SIDE))
+				halt(4, end - 1, 0);
+		if (end == first)
+			continue;
+		say("the host took pages ");
+		say_number(AREA / PAGE + first);
+		say("..");
+		say_number(AREA / PAGE + end - 1);
+		say("; they came back empty\n");
+		halt(0, end - first, 0);
+	}
+}
+
 /* m: code that stores into itself. */
 static void modify(void)
 {
@@ -238,6 +274,9 @@ void __attribute__((noreturn, used)) guest_main(u64 vcpu, u64 what, u64 a, u64 b
 		break;
 	case 'w':
 		sweep(a, b, c, d);
+		break;
+	case 'p':
+		watch();
 		break;
 	case 'm':
 		modify();

@@ -16,6 +16,7 @@ from .conftest import run
 
 #: Program -> the Debian package it is in
 PACKAGES: Final = {
+    "busybox": "busybox-static",
     "chattr": "e2fsprogs",
     "lsattr": "e2fsprogs",
     "getfacl": "acl",

@@ -85,8 +85,12 @@ class Kvm:
             raise
 
     def _check(self) -> None:
-        if fcntl.ioctl(self._kvm, _KVM_GET_API_VERSION) != KVM_API_VERSION:
-            raise KvmUnavailable("/dev/kvm is of another API version")
+        try:
+            version = fcntl.ioctl(self._kvm, _KVM_GET_API_VERSION)
+        except OSError as error:
+            raise KvmUnavailable(f"/dev/kvm is no KVM: {error.strerror}") from error
+        if version != KVM_API_VERSION:
+            raise KvmUnavailable(f"/dev/kvm has API version {version}, and not {KVM_API_VERSION}")
         for name, number in _NEEDED.items():
             if not self.has(number):
                 raise KvmUnavailable(f"this kernel's KVM has no {name}")

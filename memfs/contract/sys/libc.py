@@ -40,6 +40,10 @@ _MOVE_MOUNT_T_EMPTY_PATH: Final = 0x40
 _MOVE_MOUNT_BENEATH: Final = 0x200
 _AT_FDCWD: Final = -100
 
+# linux/openat2.h
+_RESOLVE_NO_MAGICLINKS: Final = 0x02
+_RESOLVE_IN_ROOT: Final = 0x10
+
 # linux/stat.h
 _AT_EMPTY_PATH: Final = 0x1000
 _AT_STATX_DONT_SYNC: Final = 0x4000
@@ -51,6 +55,7 @@ _CACHESTAT: Final = struct.Struct("=Q16xQ8x")  # struct cachestat: nr_cache, nr_
 _MOUNT_ATTR: Final = struct.Struct("=QQQQ")  # struct mount_attr: attr_set, attr_clr, propagation, userns_fd
 
 _SYS_OPEN_TREE, _SYS_MOVE_MOUNT = 428, 429  # these are the same on every architecture
+_SYS_OPENAT2: Final = 437
 _SYS_MOUNT_SETATTR: Final = 442
 _SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT, _SYS_FSPICK = 430, 431, 432, 433
 _OPEN_TREE_CLONE, _OPEN_TREE_CLOEXEC = 1, os.O_CLOEXEC
@@ -100,6 +105,15 @@ def set_thread_name(name: str) -> None:
     """Name this thread, and if it is the first its process, for ps(1): 15 bytes (prctl(2): PR_SET_NAME)."""
     buffer = ctypes.create_string_buffer(name.encode())
     prctl(_PR_SET_NAME, ctypes.addressof(buffer))
+
+
+def open_in_root(root: int, path: bytes, flags: int) -> int:
+    """Open a path below a directory, as if that were /, wherever links and .. lead (openat2(2)). Raises OSError.
+
+    `root`: a descriptor of the directory. Links of /proc that lead to what a process has open are not followed.
+    """
+    how = struct.pack("=QQQ", flags | os.O_CLOEXEC, 0, _RESOLVE_IN_ROOT | _RESOLVE_NO_MAGICLINKS)
+    return _checked(_libc.syscall(_SYS_OPENAT2, root, path, how, ctypes.c_size_t(len(how))), os.fsdecode(path))
 
 
 def capget(header: bytes, size: int) -> bytes:
