@@ -1,5 +1,7 @@
 """Show the whole path in half a minute: mount, seal, register, fault, convert, and what each of the two sides says.
 
+In a second act a vCPU runs native code in sealed memory, on the real KVM or an emulator.
+
 Everything is real: a memfs in its own process, kvmsim in another with a guest that repeats a traced program's memory
 accesses, and conversions by the shell's fallocate while the guest runs. Nothing is left behind, whatever happens.
 """
@@ -17,8 +19,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from kvmsim.engines.native import EngineUnavailable, choose
+
 SECONDS = 7  # the guest runs so long
 MEMFS = [sys.executable, "-m", "memfs"]
+BUSYBOX = Path("/bin/busybox")
 KVMSIM = [sys.executable, "-m", "kvmsim"]
 
 
@@ -107,6 +112,41 @@ def demonstrate(mount: Path) -> None:
     run(["df", "-h", "."], mount)
 
 
+def run_native_code(mount: Path) -> None:
+    """Show a real vCPU: native code whose memory is sealed, and what it sees of what the host does."""
+    say("Second act: native code. A vCPU runs it in memory that the host cannot read.")
+    try:
+        choose("auto")
+    except EngineUnavailable as error:
+        print(f"It cannot be shown here: {error}.")
+        return
+    run(["touch", "ram"], mount)
+    run([*MEMFS, "create", "--seals", "guest", "sealed-ram"], mount)
+    memory = ["--shared", "ram", "--private", "sealed-ram"]
+    if BUSYBOX.exists() and b"/ld-linux" not in BUSYBOX.read_bytes():
+        script = f"echo hello from sealed memory; sha256sum {BUSYBOX}"
+        run([*KVMSIM, "exec", *memory, "--mem", "16m", "--root", "/", str(BUSYBOX), "sh", "-c", script], mount)
+        say("The same outside; and what the guest used cannot be read:")
+        run(["sha256sum", str(BUSYBOX)], mount)
+    else:
+        print("There is no static busybox here (Debian package busybox-static), so its shell is left out.")
+    run(["cat", "sealed-ram"], mount, may_fail=True)
+    say("A guest that watches its memory, of which the host takes 4 pages away.")
+    command = [*KVMSIM, "selftest", *memory, "watch"]
+    show(command, background=True)
+    with subprocess.Popen(command, cwd=mount, stdout=subprocess.PIPE, text=True) as guest:
+        try:
+            assert guest.stdout is not None
+            print(guest.stdout.readline().rstrip(), flush=True)
+            run(["fallocate", "--punch-hole", "--offset", "8200K", "--length", "16K", "sealed-ram"], mount)
+            print(guest.stdout.read().rstrip(), flush=True)
+        finally:
+            if guest.poll() is None:
+                guest.kill()
+    if guest.returncode:
+        raise DemoError(f"kvmsim ended with exit code {guest.returncode}")
+
+
 def main() -> None:
     """Run the demo; exit code 0 if all went well."""
     for tool in ("fallocate", "umount"):
@@ -116,6 +156,7 @@ def main() -> None:
         try:
             with mounted(Path(directory)) as mount:
                 demonstrate(mount)
+                run_native_code(mount)
         except DemoError as error:
             sys.exit(f"demo: {error}")
     print("\nNothing is left mounted, nothing is left running.")
