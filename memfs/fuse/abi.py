@@ -117,6 +117,7 @@ DIRENT: Final = struct.Struct("=QQII")  # ino, cookie, length of the name, type 
 DIRENT_ALIGN: Final = 8  # zeros up to a multiple of so many bytes
 
 FUSE_DONT_MASK: Final = 1 << 6
+FUSE_AUTO_INVAL_DATA: Final = 1 << 12
 FUSE_HANDLE_KILLPRIV_V2: Final = 1 << 28
 FUSE_INIT_EXT: Final = 1 << 30  # there is a flags2
 FUSE_ALLOW_IDMAP_2: Final = 1 << 8  # FUSE_ALLOW_IDMAP (bit 40), Linux 6.12

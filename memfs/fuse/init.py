@@ -6,6 +6,10 @@ back to the kernel.
 ALLOW_IDMAP is for root's mounts: only those can be idmapped by somebody else, and the kernel then says of a caller only
 what caller.py tells.
 
+Without AUTO_INVAL_DATA, which libfuse asks for: with it the kernel empties its cache of a file whenever it sees a new
+mtime, also after writes of its own; it even drops pages that are pinned, and what a disk then reads into them is lost.
+And it asks for the attributes before every read(2).
+
 HANDLE_KILLPRIV_V2 is needed for speed as much as for safety: once GETXATTR has been answered, a kernel without it asks
 for security.capability before every single write.
 """
@@ -18,6 +22,7 @@ from typing import Final
 from memfs.contract.units import bytes_to_pages
 from memfs.fuse.abi import (
     FUSE_ALLOW_IDMAP_2,
+    FUSE_AUTO_INVAL_DATA,
     FUSE_DONT_MASK,
     FUSE_HANDLE_KILLPRIV_V2,
     FUSE_INIT_EXT,
@@ -62,6 +67,7 @@ class Init:
             fields[6] = min(fields[6], MAX_WRITE)  # max_write and max_pages: no request that does not fit our buffer
             fields[8] = bytes_to_pages(fields[6])
             fields[3] |= offered & (FUSE_HANDLE_KILLPRIV_V2 | FUSE_DONT_MASK)
+            fields[3] &= ~FUSE_AUTO_INVAL_DATA
             fields[3] = fields[3] & ~FUSE_SETXATTR_EXT | offered & FUSE_SETXATTR_EXT
             self._xattrs.are_flagged = bool(offered & FUSE_SETXATTR_EXT)
             if passthrough:
