@@ -40,6 +40,7 @@ from memfs.fuse.mount import FuseMount, MountError, mount_fuse
 from memfs.fuse.names import NameHandlers
 from memfs.fuse.opcodes import who_answers
 from memfs.fuse.operations import Operations
+from memfs.fuse.page_cache import PageCache
 from memfs.fuse.passthrough import Passthrough, Wanted
 from memfs.fuse.xattrs import XattrHandlers
 from memfs.options import MountOptions, RemountOptions
@@ -141,6 +142,7 @@ class _Memfs:
         )
         self._holdings: Final = Holdings.of_process(backing.most_files if backing.accounted else 0)
         self._open_files: Final = OpenFiles(self._tree, passthrough, self._holdings)
+        self._page_cache: Final = PageCache(mount.notify)
         control = Control(socket_path, self.describe_in, self.remount, options.pagesize)
         self._access_times: Final = AccessTimes()
         self._xattrs: Final = Xattrs(self._tree, control)
@@ -160,7 +162,7 @@ class _Memfs:
     ) -> None:
         """Serve the mount and the socket, until either the mount or we are to end."""
         initialized, unmounted = trio.Event(), trio.Event()
-        files = FileHandlers(self._tree, self._open_files, self._backing)
+        files = FileHandlers(self._tree, self._open_files, self._backing, self._page_cache)
         xattrs = XattrHandlers(self._xattrs)
         table = who_answers(
             Init(self._passthrough, xattrs, initialized.set, idmapped=os.geteuid() == 0),
@@ -323,6 +325,7 @@ class _Memfs:
         """Raise AssertionError on the first broken invariant."""
         self._tree.check()
         self._open_files.check()
+        self._page_cache.check()
         self._registry.check()
         self._holdings.check()
         # A program that has a file open in passthrough mode may write while we count, even after the end of the mount.

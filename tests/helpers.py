@@ -59,3 +59,8 @@ def _name(number: int | None) -> str:
 async def describe_nothing(most_bytes: int, user: int) -> str:
     """Describe a mount of which nothing is known."""
     return "{}"
+
+
+def notify_nobody(message: bytes) -> None:
+    """Notify a kernel that knows no inode."""
+    raise OSError(errno.ENOENT, "no such inode")

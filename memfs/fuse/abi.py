@@ -71,6 +71,9 @@ IN_HEADER: Final = struct.Struct("=IIQQIIIHH")  # len, opcode, unique, nodeid, u
 OUT_HEADER: Final = struct.Struct("=IiQ")  # len, -errno, unique
 _INVAL_INODE: Final = struct.Struct("=Qqq")  # ino, offset, length
 _FUSE_NOTIFY_INVAL_INODE: Final = 2
+_RETRIEVE: Final = struct.Struct("=QQQI4x")  # unique of the answer, nodeid, offset, size
+_FUSE_NOTIFY_RETRIEVE: Final = 5
+NOTIFY_RETRIEVE_IN: Final = struct.Struct("=8xQI20x")  # offset, size; then the content
 FALLOCATE_IN: Final = struct.Struct("=QQQII")  # fh, offset, length, mode, padding
 LSEEK_IN: Final = struct.Struct("=QQII")  # fh, offset, whence, padding
 LSEEK_OUT: Final = struct.Struct("=Q")  # offset
@@ -238,3 +241,12 @@ def invalidate_attributes(nodeid: int) -> bytes:
     """Return FUSE_NOTIFY_INVAL_INODE, which answers nothing: the kernel must ask for an inode's attributes again."""
     payload = _INVAL_INODE.pack(nodeid, -1, 0)  # a negative offset: nothing of the page cache
     return OUT_HEADER.pack(OUT_HEADER.size + len(payload), _FUSE_NOTIFY_INVAL_INODE, 0) + payload
+
+
+def retrieve(unique: int, nodeid: int, offset: int, nbytes: int) -> bytes:
+    """Return FUSE_NOTIFY_RETRIEVE: ask for what the page cache has of a file, up to the first page that it has not.
+
+    The answer is a NOTIFY_REPLY request with this `unique`.
+    """
+    payload = _RETRIEVE.pack(unique, nodeid, offset, nbytes)
+    return OUT_HEADER.pack(OUT_HEADER.size + len(payload), _FUSE_NOTIFY_RETRIEVE, 0) + payload

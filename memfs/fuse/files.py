@@ -54,11 +54,12 @@ from memfs.fuse.abi import (
     unpack,
 )
 from memfs.fuse.caller import Callers, is_in_group_or_capable, working_for_caller
+from memfs.fuse.page_cache import PageCache
 from memfs.fuse.reply import pack_attr, pack_statx
 from memfs.store.backing import Backing
 from memfs.store.chunks import LONG
 from memfs.tree import inode_flags
-from memfs.tree.inode import Inode, RegularFile
+from memfs.tree.inode import Inode, RegularFile, Stat
 from memfs.tree.open_files import Access, OpenFiles
 from memfs.tree.tree import NAME_MAX, Tree
 
@@ -72,20 +73,30 @@ _TIMES_TO_NOW: Final = _TIMES | FATTR_ATIME_NOW | FATTR_MTIME_NOW
 class FileHandlers:
     """The channel's handlers for inodes and open files. Each raises OSError with the errno to answer."""
 
-    def __init__(self, tree: Tree, open_files: OpenFiles, backing: Backing) -> None:
+    def __init__(self, tree: Tree, open_files: OpenFiles, backing: Backing, page_cache: PageCache) -> None:
         self._tree: Final = tree
         self._open_files: Final = open_files
         self._backing: Final = backing
+        self.page_cache: Final = page_cache
 
     # -- attributes -------------------------------------------------------------------------------------------------
 
     async def getattr(self, request: Request) -> bytes:
         """Answer stat(2)."""
-        return pack_attr(self._tree.inode(request.nodeid).stat())
+        return pack_attr(await self._stat(request))
 
     async def statx(self, request: Request) -> bytes:
         """Answer statx(2)."""
-        return pack_statx(self._tree.inode(request.nodeid).stat())
+        return pack_statx(await self._stat(request))
+
+    async def _stat(self, request: Request) -> Stat:
+        """Return what stat(2) tells, with the blocks that only the page cache has."""
+        inode = self._tree.inode(request.nodeid)
+        if not isinstance(inode, RegularFile):
+            return inode.stat()
+        in_cache = await self.page_cache.blocks(inode)
+        status = inode.stat()
+        return status._replace(blocks=status.blocks + in_cache) if in_cache else status
 
     async def setattr(self, request: Request) -> bytes:
         """Answer chmod(2), chown(2), truncate(2) and utimensat(2)."""
@@ -173,7 +184,9 @@ class FileHandlers:
     async def release(self, request: Request) -> bytes:
         """Answer the close(2) of the last descriptor of a handle, after the munmap(2) of its last mapping."""
         fh, *_ = unpack(RELEASE_IN, request.body)
-        self._open_files.release(fh)
+        inode = self._open_files.release(fh)
+        if isinstance(inode, RegularFile) and not inode.file.opens.mappable and self.page_cache.forget(inode):
+            inode.file.has_stale_cache()
         return b""
 
     # -- content ----------------------------------------------------------------------------------------------------
@@ -183,7 +196,11 @@ class FileHandlers:
         fh, offset, size, *_ = unpack(READ_IN, request.body)
         if size > MAX_WRITE:
             raise Malformed(f"{size} bytes to read")
-        return self._open_files.file(fh).inode.file.read(_in_range(offset), size)
+        handle = self._open_files.file(fh)
+        content = handle.inode.file.read(_in_range(offset), size)
+        if handle.access is Access.CACHED:
+            self.page_cache.has_read(handle.inode, ByteOffset(offset), len(content))
+        return content
 
     async def write(self, request: Request) -> bytes:
         """Answer write(2) to a file that is not in passthrough mode, or the page cache that writes back a mapping.
@@ -199,6 +216,7 @@ class FileHandlers:
         if write_flags & FUSE_WRITE_KILL_SUIDGID:
             _kill_suidgid(inode, request)
         written = inode.file.write(_in_range(offset), data)
+        self.page_cache.has_written(inode, ByteOffset(offset), written)
         if written < size and write_flags & FUSE_WRITE_CACHE:
             raise OSError(errno.ENOSPC, f"{size - written} bytes of a mapping find no space")
         return WRITE_OUT.pack(written, 0)
@@ -209,12 +227,17 @@ class FileHandlers:
         if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
             raise OSError(errno.EINVAL, f"whence {whence}")
         signed = offset - (1 << 64) if offset >> 63 else offset
-        file = self._open_files.file(fh).inode.file
-        seek = functools.partial(file.seek, ByteOffset(signed), whence)
-        if file.size - max(0, signed) > LONG:  # the kernel may look at every page
-            with working_for_caller(request):
-                return LSEEK_OUT.pack(await Threads.here().run(seek))
-        return LSEEK_OUT.pack(seek())
+        inode = self._open_files.file(fh).inode
+        file = inode.file
+
+        async def seek(offset: ByteOffset, whence: int) -> ByteOffset:
+            seek = functools.partial(file.seek, offset, whence)
+            if file.size - max(0, offset) > LONG:  # the kernel may look at every page
+                with working_for_caller(request):
+                    return await Threads.here().run(seek)
+            return seek()
+
+        return LSEEK_OUT.pack(await self.page_cache.seek(inode, ByteOffset(signed), whence, seek))
 
     # -- pages ------------------------------------------------------------------------------------------------------
 

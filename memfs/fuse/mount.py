@@ -82,7 +82,11 @@ class FuseMount:
     def invalidate_attributes(self, nodeid: int) -> None:
         """Have the kernel ask for an inode's attributes again, which have changed without its knowledge."""
         with suppress(OSError):  # ENOENT: it does not know the inode any more. ENODEV: unmounted
-            os.write(self.fuse_fd, invalidate_attributes(nodeid))
+            self.notify(invalidate_attributes(nodeid))
+
+    def notify(self, message: bytes) -> None:
+        """Write a notification to the kernel, which does not wait. Raises OSError: ENOENT, ENODEV."""
+        os.write(self.fuse_fd, message)
 
     def access_times(self) -> tuple[str, bool] | None:
         """Return `MountOptions.atime` and `diratime` as the mount has them now; None if it is not seen."""

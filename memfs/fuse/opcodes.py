@@ -68,6 +68,7 @@ def who_answers(
         Opcode.LSEEK: files.lseek,
         Opcode.FALLOCATE: files.fallocate,
         Opcode.IOCTL: ioctl.ioctl,
+        Opcode.NOTIFY_REPLY: files.page_cache.retrieved,
         # Extended attributes
         Opcode.SETXATTR: xattrs.set,
         Opcode.GETXATTR: xattrs.get,
@@ -87,5 +88,4 @@ def who_answers(
         Opcode.SETLK: _not_implemented,
         Opcode.SETLKW: _not_implemented,
         Opcode.BMAP: _not_implemented,  # no block device
-        Opcode.NOTIFY_REPLY: _not_implemented,  # answers a notification that is never sent
     }

@@ -198,9 +198,16 @@ class File:
         self._owner = None
 
     def take_stale(self) -> bool:
-        """Return whether an owner may have written past the kernel's page cache, which the caller is about to empty."""
+        """Return whether the kernel's page cache may be wrong; the caller is about to empty it.
+
+        It may be where an owner may have written past it.
+        """
         stale, self._is_stale = self._is_stale, self._owner is not None
         return stale
+
+    def has_stale_cache(self) -> None:
+        """Note that what the kernel's page cache has is to be emptied when the file is opened."""
+        self._is_stale = True
 
     def initial_image(self) -> InitialImage:
         """Return what the file is populated with before its guest runs. Raises OSError(EINVAL) if not guest-sealed."""

@@ -189,8 +189,8 @@ class OpenFiles:
             raise OSError(errno.EBADF, f"no open directory {fh}")
         return handle
 
-    def release(self, fh: int) -> None:
-        """Close a handle whose last descriptor and mapping are gone."""
+    def release(self, fh: int) -> RegularFile | Directory:
+        """Close a handle whose last descriptor and mapping are gone, and return its inode."""
         handle = self._open.pop(Fh(fh), None)
         if handle is None:
             raise OSError(errno.EBADF, f"no open handle {fh}")
@@ -203,6 +203,7 @@ class OpenFiles:
                 if unused is not None and self._backing_ids is not None:
                     self._backing_ids.close(unused)
         self._tree.release(handle.inode)
+        return handle.inode
 
     def close(self) -> None:
         """Close all handles; the mount has ended."""

@@ -30,6 +30,7 @@ from memfs.fuse.init import Init
 from memfs.fuse.ioctl import IoctlHandlers
 from memfs.fuse.names import NameHandlers
 from memfs.fuse.opcodes import who_answers
+from memfs.fuse.page_cache import PageCache
 from memfs.fuse.passthrough import Passthrough, Wanted
 from memfs.fuse.xattrs import XattrHandlers
 from memfs.options import MountOptions, OptionError, RemountOptions
@@ -40,7 +41,7 @@ from memfs.tree.access_times import AccessTimes
 from memfs.tree.open_files import OpenFiles
 from memfs.tree.tree import ROOT_INO, Tree
 from memfs.tree.xattrs import Control, Xattrs
-from tests.helpers import describe_nothing
+from tests.helpers import describe_nothing, notify_nobody
 
 Target = Callable[[bytes], None]
 OPCODES: Final = sorted(Opcode)  # inputs name opcodes by their place in this list
@@ -104,7 +105,7 @@ class _Mount:
         self.tree.regular(2).file.write(ByteOffset(0), b"content")
         xattrs = Xattrs(self.tree, Control("/socket", describe_nothing, lambda options: None))
         handlers = XattrHandlers(xattrs)
-        files = FileHandlers(self.tree, self.handles, self.backing)
+        files = FileHandlers(self.tree, self.handles, self.backing, PageCache(notify_nobody))
         self.table = who_answers(
             Init(Passthrough(-1, Wanted.OFF, None), handlers, lambda: None, idmapped=True),
             NameHandlers(self.tree, self.handles, files, xattrs, AccessTimes()),

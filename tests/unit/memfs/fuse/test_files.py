@@ -28,6 +28,7 @@ from memfs.fuse.abi import (
     Request,
 )
 from memfs.fuse.files import FileHandlers
+from memfs.fuse.page_cache import PageCache
 from memfs.store.backing import MemfdBacking
 from memfs.store.chunks import LONG
 from memfs.store.file import File
@@ -35,6 +36,7 @@ from memfs.store.seals import F_SEAL_GUEST
 from memfs.tree.inode import RegularFile
 from memfs.tree.open_files import OpenFiles
 from memfs.tree.tree import ROOT_INO, Tree
+from tests.helpers import notify_nobody
 
 
 @pytest.mark.parametrize("seals", [0, F_SEAL_GUEST], ids=["ordinary", "guest-sealed"])
@@ -45,7 +47,7 @@ async def test_to_search_a_large_file_holds_up_nobody(seals: int, monkeypatch: p
     inode = tree.create(ROOT_INO, b"file", stat.S_IFREG | 0o600, 0, 0, seals=seals)
     assert isinstance(inode, RegularFile)
     open_files = OpenFiles(tree)
-    handlers = FileHandlers(tree, open_files, backing)
+    handlers = FileHandlers(tree, open_files, backing, PageCache(notify_nobody))
     fh, _ = open_files.open_file(inode, os.O_RDWR)
     threads, seek = list[int](), File.seek
 
@@ -73,7 +75,7 @@ class Mount:
         backing = MemfdBacking(1 << 30)
         self.tree = Tree(lambda ino, seals: File(backing, ino, seals), 100, 0o755, 0, 0)
         self.open_files = OpenFiles(self.tree)
-        self.handlers = FileHandlers(self.tree, self.open_files, backing)
+        self.handlers = FileHandlers(self.tree, self.open_files, backing, PageCache(notify_nobody))
 
     async def file(self, length: int, seals: int) -> tuple[RegularFile, int]:
         """Create a file, allocate so much of it, and return it and a handle."""

@@ -38,6 +38,7 @@ from memfs.fuse.init import Init
 from memfs.fuse.ioctl import IoctlHandlers
 from memfs.fuse.names import NameHandlers
 from memfs.fuse.opcodes import who_answers
+from memfs.fuse.page_cache import PageCache
 from memfs.fuse.passthrough import Passthrough, Wanted
 from memfs.fuse.xattrs import XattrHandlers
 from memfs.store.backing import MemfdBacking
@@ -46,7 +47,7 @@ from memfs.tree.access_times import AccessTimes
 from memfs.tree.open_files import OpenFiles
 from memfs.tree.tree import ROOT_INO, Tree
 from memfs.tree.xattrs import Control, Xattrs
-from tests.helpers import describe_nothing, raises
+from tests.helpers import describe_nothing, notify_nobody, raises
 
 
 class Mount:
@@ -58,7 +59,7 @@ class Mount:
         self.open_files = OpenFiles(self.tree)
         xattrs = Xattrs(self.tree, Control("/socket", describe_nothing, lambda options: None))
         handlers = XattrHandlers(xattrs)
-        files = FileHandlers(self.tree, self.open_files, self.backing)
+        files = FileHandlers(self.tree, self.open_files, self.backing, PageCache(notify_nobody))
         self.table: dict[int, Handler | Pyfuse3] = who_answers(
             Init(Passthrough(-1, Wanted.OFF, None), handlers, lambda: None, idmapped=True),
             NameHandlers(self.tree, self.open_files, files, xattrs, AccessTimes()),

@@ -10,11 +10,13 @@ from trio.testing import wait_all_tasks_blocked
 
 from memfs.fuse.abi import IN_HEADER, STATFS_OUT, Opcode, Request
 from memfs.fuse.files import FileHandlers
+from memfs.fuse.page_cache import PageCache
 from memfs.store.backing import MemfdBacking
 from memfs.store.file import File
 from memfs.store.reaper import Reaper
 from memfs.tree.open_files import OpenFiles
 from memfs.tree.tree import Tree
+from tests.helpers import notify_nobody
 
 
 class Large:
@@ -129,7 +131,7 @@ async def test_to_ask_what_is_being_freed_costs_the_same_however_many_files_ther
 async def test_statfs_counts_what_is_being_freed_and_does_not_wait() -> None:
     backing = MemfdBacking(1 << 30)
     tree = Tree(lambda ino, seals: File(backing, ino, seals), 100, 0o755, 0, 0)
-    handlers, stuck = FileHandlers(tree, OpenFiles(tree), backing), Large()
+    handlers, stuck = FileHandlers(tree, OpenFiles(tree), backing, PageCache(notify_nobody)), Large()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(backing.reaper.run)
         await wait_all_tasks_blocked()

@@ -1,0 +1,108 @@
+"""What is remembered of the kernel's page cache is bounded, and true after whatever comes in between."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+
+import pytest
+import trio
+import trio.testing
+
+from memfs.contract.units import PAGE_SIZE, ByteOffset
+from memfs.fuse import page_cache
+from memfs.fuse.abi import IN_HEADER, NOTIFY_RETRIEVE_IN, Opcode, Request
+from memfs.fuse.page_cache import PageCache
+from memfs.store.backing import MemfdBacking
+from memfs.store.file import File
+from memfs.tree.inode import RegularFile
+from memfs.tree.open_files import OpenFiles
+from memfs.tree.tree import ROOT_INO, Tree
+from tests.helpers import at
+
+GROUP = 512  # pages
+
+
+class Kernel:
+    """Answers retrievals with pages of a kind, when told to."""
+
+    def __init__(self) -> None:
+        self.backing = MemfdBacking(1 << 20)
+        self.tree = Tree(lambda ino, seals: File(self.backing, ino, seals), 100, 0o755, 0, 0)
+        self.open_files = OpenFiles(self.tree)
+        self.cache = PageCache(self.notify)
+        self.asked: list[int] = []
+
+    def notify(self, message: bytes) -> None:
+        self.asked.append(int.from_bytes(message[16:24], "little"))
+
+    async def answer(self, content: bytes) -> None:
+        body = NOTIFY_RETRIEVE_IN.pack(0, len(content)) + content
+        unique = self.asked.pop(0)
+        header = IN_HEADER.pack(IN_HEADER.size + len(body), Opcode.NOTIFY_REPLY, unique, 0, 0, 0, 0, 0, 0)
+        await self.cache.retrieved(Request.parse(memoryview(header + body)))
+
+    def file(self, name: bytes, size: int) -> RegularFile:
+        inode = self.tree.create(ROOT_INO, name, stat.S_IFREG | 0o600, 0, 0)
+        assert isinstance(inode, RegularFile)
+        self.open_files.open_file(inode, os.O_RDWR)
+        os.ftruncate(inode.file.fd, size)
+        return inode
+
+
+@pytest.fixture
+def kernel() -> Iterator[Kernel]:
+    kernel = Kernel()
+    yield kernel
+    kernel.cache.check()
+    kernel.open_files.close()
+    kernel.tree.close()
+
+
+async def seek(offset: ByteOffset, whence: int) -> ByteOffset:
+    """Seek in a file of a page that is a hole."""
+    if whence == os.SEEK_DATA:
+        raise OSError(6, "no data")
+    return offset
+
+
+@pytest.mark.parametrize("content", [b"", b"x", bytes(PAGE_SIZE - 1), b"x" * PAGE_SIZE])
+async def test_a_file_is_forgotten_while_somebody_waits(kernel: Kernel, content: bytes) -> None:
+    inode = kernel.file(b"file", PAGE_SIZE)
+    kernel.cache.has_read(inode, at(0), PAGE_SIZE)
+    found: list[int] = []
+
+    async def ask() -> None:
+        found.append(await kernel.cache.seek(inode, at(0), os.SEEK_HOLE, seek))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ask)
+        await trio.testing.wait_all_tasks_blocked()
+        assert kernel.cache.forget(inode)
+        kernel.cache.has_read(inode, at(0), PAGE_SIZE)  # of one who has opened it since
+        await kernel.answer(content)
+    assert found == [PAGE_SIZE if content.strip(b"\0") else 0]
+    kernel.cache.check()
+    assert kernel.cache.forget(inode)
+
+
+async def test_all_files_together_are_bounded(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_cache, "_MOST_GROUPS_OF_ALL", 5)
+    files = [kernel.file(b"%d" % number, 100 * GROUP * PAGE_SIZE) for number in range(3)]
+    for inode in files:
+        for group in range(3):
+            kernel.cache.has_read(inode, at(group * GROUP), PAGE_SIZE)
+        kernel.cache.check()
+    for inode in files[1:]:  # one has what is left, one nothing: any hole may be data
+        assert await kernel.cache.seek(inode, at(7), os.SEEK_DATA, seek) == at(7)
+        assert await kernel.cache.seek(inode, at(7), os.SEEK_HOLE, seek) == inode.file.size
+        assert await kernel.cache.blocks(inode) == inode.file.size // 512
+    assert kernel.cache.forget(files[0])
+    kernel.cache.has_read(kernel.file(b"another", GROUP * PAGE_SIZE), at(0), PAGE_SIZE)
+    kernel.cache.check()
+
+
+async def test_an_answer_that_nobody_waits_for_is_nothing(kernel: Kernel) -> None:
+    kernel.asked.append(1 << 63)
+    await kernel.answer(b"x" * PAGE_SIZE)
