@@ -17,7 +17,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Final, TypeVar
@@ -98,7 +98,6 @@ async def serve(settings: Settings, ready: Callable[[list[str]], None]) -> None:
             if settings.log_beside_socket:
                 logs.prefer(f"{os.path.splitext(listener.path)[0]}.log")
             mount = mount_fuse(settings.mountpoint, options)
-            notes = [*([mount.note] if mount.note else []), *about_backing]
             unable = None
             if backing.accounted:
                 unable = "files live on memfds, whose limit memfs can only keep if every write goes by it"
@@ -108,7 +107,7 @@ async def serve(settings: Settings, ready: Callable[[list[str]], None]) -> None:
                 privileges.drop(setuid_helper=mount.note is not None)
                 gc.collect()
                 gc.freeze()  # the code's objects, which took each full collection 10 ms to look at
-                await memfs.run(listener, lambda: ready(notes), received)
+                await memfs.run(listener, lambda: ready(memfs.notes([mount.note, *about_backing])), received)
             finally:
                 listener.close()  # before files are freed: that may take long, and the name may be wanted
                 try:
@@ -199,6 +198,10 @@ class _Memfs:
             pyfuse3.terminate()
             pyfuse3.close(unmount=False)
             channel.close()
+
+    def notes(self, so_far: Iterable[str | None]) -> list[str]:
+        """Return what people are to be told when it is mounted: what could not be had, and what it means."""
+        return [note for note in (*so_far, self._passthrough.note) if note]
 
     def describe(self) -> dict[str, Any]:
         """Return the state of the mount, for `memfs stat`: sizes in bytes, the rest numbers and names."""

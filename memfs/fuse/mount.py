@@ -326,6 +326,4 @@ def _mount_by_helper(mountpoint: str, options: MountOptions) -> FuseMount:
     if not mounts:
         os.close(fds[0])
         raise MountError(f"{mountpoint} was unmounted immediately")
-    return FuseMount(
-        mountpoint, fds[0], *mounts[0], note=f"mounted by {_HELPER}, without CAP_SYS_ADMIN: no passthrough"
-    )
+    return FuseMount(mountpoint, fds[0], *mounts[0], note=f"mounted by {_HELPER}, without CAP_SYS_ADMIN")

@@ -68,6 +68,13 @@ class Passthrough:
             self.why_not = "the kernel takes no backing files"
 
     @property
+    def note(self) -> str | None:
+        """What people are to be told if it is not in force."""
+        if self.in_force:
+            return None
+        return f"no passthrough, so mappings cannot be pinned (io_uring, VFIO) or have userfaultfd: {self.why_not}"
+
+    @property
     def in_force(self) -> bool:
         """Whether ordinary files are opened in passthrough mode."""
         return self.why_not is None
