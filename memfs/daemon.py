@@ -25,7 +25,7 @@ from typing import Any, Final, TypeVar
 import pyfuse3
 import trio
 
-from memfs import privileges
+from memfs import memory_limit, privileges
 from memfs.contract import logs
 from memfs.contract.aio.nurseries import open_flat_nursery
 from memfs.contract.aio.threads import NoThread
@@ -144,6 +144,7 @@ class _Memfs:
         self._page_cache: Final = PageCache(mount.notify)
         control = Control(socket_path, self.describe_in, self.remount, options.pagesize)
         self._access_times: Final = AccessTimes()
+        self._memory_limit: Final = memory_limit.MemoryLimit.of_this_process()
         self._xattrs: Final = Xattrs(self._tree, control)
         self._registry: Final = Registry(
             self._tree, options.notify_timeout, mount.invalidate_attributes, self._holdings
@@ -201,7 +202,8 @@ class _Memfs:
 
     def notes(self, so_far: Iterable[str | None]) -> list[str]:
         """Return what people are to be told when it is mounted: what could not be had, and what it means."""
-        return [note for note in (*so_far, self._passthrough.note) if note]
+        limit = memory_limit.warning(self._memory_limit.lowest, pages_to_bytes(self._backing.total_pages))
+        return [note for note in (*so_far, self._passthrough.note, limit) if note]
 
     def describe(self) -> dict[str, Any]:
         """Return the state of the mount, for `memfs stat`: sizes in bytes, the rest numbers and names."""
@@ -217,6 +219,7 @@ class _Memfs:
             "no_passthrough_because": self._passthrough.why_not,
             "size": pages_to_bytes(self._backing.total_pages),
             "used": pages_to_bytes(self._backing.used_pages),
+            "memory_limit": self._memory_limit.lowest,
             "nr_inodes": self._tree.space.nr_inodes,
             "inodes_used": len(self._tree.inodes),
             "open_handles": len(self._open_files),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import json
 import logging
 import os
 import sys
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
+from memfs import memory_limit
 from memfs.cli.command import CommandError, Commands
 from memfs.contract import logs
 from memfs.contract.on_memfs import locate
@@ -198,3 +200,6 @@ def _remount(arguments: argparse.Namespace) -> None:
             if error.errno != errno.EINVAL:
                 raise
             raise CommandError(f"{arguments.path}: {arguments.options} is less than what is in use") from error
+        state = json.loads(mount.get("user.memfs.stat"))
+    limit = memory_limit.warning(state["memory_limit"], state["size"])
+    _print_notes([limit] if limit is not None else [])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Final
+from typing import Final, NamedTuple
 
 MEMFS: Final = "fuse.memfs"  #: the type of our mounts, with the subtype
 
@@ -63,6 +63,23 @@ def type_of_device(device: str) -> str | None:
 def mountpoints_of_type(kind: str) -> list[str]:
     """Return where filesystems of a type, with its subtype ("fuse.memfs"), are mounted in our mount namespace."""
     return [_unescape(fields[4]) for fields in _mountinfo() if "-" in fields and fields[fields.index("-") + 1] == kind]
+
+
+class Mount(NamedTuple):
+    """A mount: which directory of the filesystem is seen where, and the filesystem's own options."""
+
+    root: str
+    mountpoint: str
+    options: str
+
+
+def mounts_of_type(kind: str) -> list[Mount]:
+    """Return the mounts of a filesystem type in our mount namespace."""
+    return [
+        Mount(_unescape(fields[3]), _unescape(fields[4]), fields[fields.index("-", 6) + 3].rstrip("\n"))
+        for fields in _mountinfo()
+        if fields[fields.index("-", 6) + 1] == kind
+    ]
 
 
 def type_and_options(mount_id: str) -> tuple[str, str] | None:
