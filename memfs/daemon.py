@@ -11,7 +11,6 @@ both cases the socket is removed and every file's memory is freed.
 from __future__ import annotations
 
 import contextlib
-import errno
 import gc
 import json
 import logging
@@ -25,7 +24,7 @@ from typing import Any, Final, TypeVar
 import pyfuse3
 import trio
 
-from memfs import memory_limit, privileges
+from memfs import __version__, memory_limit, privileges
 from memfs.contract import logs
 from memfs.contract.aio.nurseries import open_flat_nursery
 from memfs.contract.aio.threads import NoThread
@@ -209,9 +208,13 @@ class _Memfs:
         """Return the state of the mount, for `memfs stat`: sizes in bytes, the rest numbers and names."""
         owners = self._registry.owners.values()
         return {
+            "version": __version__,
+            "pid": os.getpid(),
             "mountpoint": self._settings.mountpoint,
+            "options": self._settings.options.said,
             "socket": self._socket_path,
             "backing": self._backing.kind,
+            "huge": self._settings.options.tmpfs_options.get("huge", "never"),
             "guest_swappable": not self._backing.guest_pinned,
             "guest_page_size": self._backing.guest_granule,
             **self._backing.describe(),
@@ -267,12 +270,7 @@ class _Memfs:
             )
 
     def remount(self, options: RemountOptions) -> None:
-        """Change size and number of inodes. Raises OSError, changing nothing: EINVAL below what is in use.
-
-        EROFS: it was mounted read-only, and is said to be writable.
-        """
-        if options.writable and self._settings.options.ro:
-            raise OSError(errno.EROFS, "mounted read-only")
+        """Change size and number of inodes. Raises OSError, changing nothing: EINVAL below what is in use."""
         if options.nr_inodes is not None:
             self._tree.space.check_limit(options.nr_inodes)
         if options.size is not None:

@@ -13,7 +13,7 @@ import grp
 import os
 import pwd
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -124,6 +124,8 @@ class MountOptions:
     suid: bool = False
     dev: bool = False
     exec: bool = True
+    symfollow: bool = True  #: symbolic links are followed
+    fsname: str = "memfs"  #: what stands in /proc/mounts in the place of a device
     default_permissions: bool = True  #: the kernel checks permissions; memfs is never mounted otherwise
     allow_other: bool = False  #: let users in other than the one who mounted it
     socket: str | None = None  #: where owners connect
@@ -132,6 +134,7 @@ class MountOptions:
     passthrough: str = "auto"
     backing: str = "tmpfs"  #: where files live
     notify_timeout: float = 5.0  #: seconds that an owner may take to act on a notification
+    said: str = field(default="", compare=False)  #: all of them, as they were given
 
     @classmethod
     def parse(cls, text: str) -> MountOptions:
@@ -144,9 +147,8 @@ class MountOptions:
         """
         values = _parse_values(text, _FLAGS, _VALUES)
         pagesize = values.get("pagesize")
-        if pagesize is not None:
-            values = _parse_values(text, _FLAGS, {**_VALUES, **_sizes_of(pagesize)})
-        options = replace(cls(), **values)
+        values = _parse_values(text, _FLAGS, {**_VALUES, **_sizes_of(pagesize)})
+        options = replace(cls(), **values, said=text)
         if options.min_size is not None and pagesize is None:
             raise OptionError("option min_size is for pages of hugetlbfs: say pagesize=2M or 1G")
         if options.min_size is not None and options.min_size > options.size:
@@ -171,19 +173,45 @@ class RemountOptions:
 
     size: int | None = None  #: bytes
     nr_inodes: int | None = None
-    writable: bool | None = None  #: cannot be changed, but mount(8) always says it
 
     @classmethod
     def parse(cls, text: str, pagesize: int | None = None) -> RemountOptions:
-        """Parse what follows `-o` of `memfs remount`; `pagesize` as it was mounted with. Raises OptionError."""
-        text = ",".join(item for item in text.split(",") if item != REMOUNT)
-        known = {**_VALUES, **(_sizes_of(pagesize) if pagesize is not None else {})}
-        values = {name: known[name] for name in ("size", "nr_blocks", "nr_inodes")}
-        return cls(**_parse_values(text, {"rw": ("writable", True)}, values))
+        """Parse them, separated by commas; `pagesize` as it was mounted with. Raises OptionError."""
+        known = {**_VALUES, **_sizes_of(pagesize)}
+        return cls(**_parse_values(text, {}, {name: known[name] for name in _LIMITS}))
 
 
-def _sizes_of(pagesize: int) -> dict[str, tuple[str, Callable[[str], int]]]:
+def divide_remount(text: str, mounted: MountOptions) -> tuple[str, list[str]]:
+    """Divide what follows `-o` of `memfs remount` into what the daemon changes, and flags that the kernel changes.
+
+    >>> divide_remount("remount,rw,noatime,size=2g,huge=always", MountOptions.parse("size=1g,huge=always"))
+    ('size=2g', ['rw', 'noatime'])
+
+    `mounted` is what the memfs was mounted with. Raises OptionError for what nobody changes, unless it is so already.
+    """
+    limits, flags = list[str](), list[str]()
+    known = {**_VALUES, **_sizes_of(mounted.pagesize)}
+    for item in _items(text):
+        if item == REMOUNT:
+            continue
+        values = _parse_values(item, _FLAGS, known)
+        if item.partition("=")[0] in _LIMITS:
+            limits.append(item)
+        elif item in OF_THE_KERNEL:
+            flags.append(item)
+        elif any(getattr(mounted, name) != value for name, value in values.items()):
+            raise OptionError(f"option {item!r} cannot be changed while it is mounted; unmount it and mount it anew")
+    return ",".join(limits), flags
+
+
+def _items(text: str) -> Iterator[str]:
+    return filter(None, text.split(","))
+
+
+def _sizes_of(pagesize: int | None) -> dict[str, tuple[str, Callable[[str], int]]]:
     """Return how sizes are parsed if guests have huge pages: % means of their pool, as on hugetlbfs."""
+    if pagesize is None:
+        return {}
 
     def parse(text: str) -> int:
         try:
@@ -202,7 +230,7 @@ def _parse_values(
 ) -> dict[str, Any]:
     """Return fields and their values; `flags` and `values` say which field an option means and how to parse it."""
     parsed: dict[str, Any] = {}
-    for item in filter(None, text.split(",")):
+    for item in _items(text):
         name, equals, value = item.partition("=")
         if item in _NOTHING_TO_DO or item.startswith(_OF_OTHER_PROGRAMS):
             continue
@@ -228,11 +256,12 @@ def _parse_values(
 #: What mount(8) passes on: when to mount, and how what is written gets to a disk
 _NOTHING_TO_DO: Final = frozenset(
     (
-        *("defaults", "auto", "noauto", "nofail", "_netdev", "nouser"),
-        *("sync", "async", "dirsync", "lazytime", "nolazytime", "silent", "loud"),
+        *("defaults", "auto", "noauto", "nofail", "_netdev", "user", "nouser", "users", "nousers"),
+        *("owner", "noowner", "group", "nogroup", "mand", "nomand", "iversion", "noiversion"),
+        *("norelatime", "nostrictatime", "sync", "async", "dirsync", "lazytime", "nolazytime", "silent", "loud"),
     )
 )
-_OF_OTHER_PROGRAMS: Final = ("x-", "X-", "comment=")
+_OF_OTHER_PROGRAMS: Final = ("x-", "X-", "comment=", "user=")
 _FLAGS: Final[dict[str, tuple[str, Any]]] = {
     "allow_other": ("allow_other", True),
     "default_permissions": ("default_permissions", True),
@@ -250,6 +279,8 @@ _FLAGS: Final[dict[str, tuple[str, Any]]] = {
     "nodev": ("dev", False),
     "exec": ("exec", True),
     "noexec": ("exec", False),
+    "symfollow": ("symfollow", True),
+    "nosymfollow": ("symfollow", False),
     "noswap": ("noswap", True),
     "inode32": ("inode32", True),
     "inode64": ("inode32", False),
@@ -263,6 +294,7 @@ _VALUES: Final[dict[str, tuple[str, Callable[[str], Any]]]] = {
     "gid": ("gid", _parse_gid),
     "pagesize": ("pagesize", _parse_pagesize),
     "min_size": ("min_size", parse_size),
+    "fsname": ("fsname", str),
     "huge": ("huge", _one_of("never", "always", "within_size", "advise")),
     "mpol": ("mpol", str),
     "socket": ("socket", _parse_path),
@@ -272,3 +304,7 @@ _VALUES: Final[dict[str, tuple[str, Callable[[str], Any]]]] = {
     "backing": ("backing", _one_of("tmpfs", "memfd")),
     "notify_timeout": ("notify_timeout", _parse_seconds),
 }
+_LIMITS: Final = ("size", "nr_blocks", "nr_inodes")  # what the daemon changes while it is mounted
+OF_THE_KERNEL: Final = frozenset(
+    name for name, (key, _) in _FLAGS.items() if key in ("ro", "atime", "diratime", "suid", "dev", "exec", "symfollow")
+)

@@ -14,12 +14,13 @@ import stat
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from memfs import __version__
-from memfs.cli import mount
+from memfs.cli import mount, mounts, remount
 from memfs.cli.command import CommandError
 from memfs.cli.page_range import page_range
+from memfs.cli.states import state_of
 from memfs.contract.on_memfs import OnMemfs, locate, naming
 from memfs.contract.sizes import format_size, parse_bytes
 from memfs.contract.sys.standard_descriptors import fill_standard_descriptors
@@ -52,6 +53,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     mount.add_to(commands)
+    remount.add_to(commands)
+    mounts.add_to(commands)
 
     state = commands.add_parser("stat", help="show the state of a mounted memfs", description=_stat.__doc__)
     state.add_argument("path", metavar="PATH", help="the mountpoint, or anything on it")
@@ -120,7 +123,7 @@ def _size(text: str) -> int:
 def _stat(arguments: argparse.Namespace) -> None:
     """Show the state of a mounted memfs: its options, what is in use, and whether it is in passthrough mode."""
     with locate(arguments.path, last_link=True) as mount:
-        state = _state(mount)
+        state = state_of(mount)
     if arguments.json:
         print(json.dumps(state))
         return
@@ -132,15 +135,6 @@ def _stat(arguments: argparse.Namespace) -> None:
     for owner in registry:
         files, pending = owner.pop("files"), owner.pop("pending")
         print("", _line(owner), *(f"  {_line(each)}" for each in (*files, *pending)), sep="\n")
-
-
-def _state(mount: OnMemfs) -> dict[str, Any]:
-    """Return what a mounted memfs says of its state. Raises CommandError."""
-    try:
-        state: dict[str, Any] = json.loads(mount.get("user.memfs.stat"))
-    except ValueError as error:
-        raise CommandError(f"{mount.path}: what it says of its state is no JSON") from error
-    return state
 
 
 def _words(value: object) -> str:
@@ -227,7 +221,7 @@ def _create(arguments: argparse.Namespace) -> None:
 
 def _granule(on: OnMemfs) -> int:
     """Return in what multiples, in bytes, guest-sealed files of a mount get and lose memory. Raises CommandError."""
-    granule = _state(on).get("guest_page_size")
+    granule = state_of(on).get("guest_page_size")
     if not isinstance(granule, int) or granule <= 0:
         raise CommandError(f"{on.path}: what it says of its state makes no sense")
     return granule

@@ -1,29 +1,27 @@
-"""`memfs mount` and `memfs remount`.
+"""`memfs mount`.
 
-`memfs mount` returns when the mount answers. What serves it is forked off before anything heavy is imported, and
+It returns when the mount answers. What serves it is forked off before anything heavy is imported, and
 reports over a pipe: that it is ready and what could not be had, or why it cannot mount.
 """
 
 from __future__ import annotations
 
 import argparse
-import errno
-import json
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import NoReturn
 
-from memfs import memory_limit
 from memfs.cli.command import CommandError, Commands
+from memfs.cli.remount import remount
 from memfs.contract import logs
-from memfs.contract.on_memfs import locate
 from memfs.contract.sys.mountinfo import real_mountpoint
 from memfs.contract.terminal import printable, quoted
 from memfs.inherited import InheritedError, leave_behind, raise_limits
-from memfs.options import REMOUNT, MountOptions, OptionError, RemountOptions
+from memfs.options import REMOUNT, MountOptions, OptionError
 
 
 def add_to(commands: Commands) -> None:
@@ -39,8 +37,8 @@ def add_to(commands: Commands) -> None:
         help="as for tmpfs, separated by commas: size= (bytes, k/m/g/t or %% of RAM; default 50%%), nr_blocks=, "
         "nr_inodes=, mode= (octal), uid=, gid=, huge=never|always|within_size|advise, mpol=, noswap, inode32; as for "
         "hugetlbfs, for guest-sealed files: pagesize=2M|1G, min_size=; ro, "
-        "noatime, strictatime, nodiratime, suid, dev, noexec, allow_other; passthrough=auto|on|off, "
-        "backing=tmpfs|memfd, socket=, "
+        "noatime, strictatime, nodiratime, suid, dev, noexec, nosymfollow, allow_other, fsname=; "
+        "passthrough=auto|on|off, backing=tmpfs|memfd, socket=, "
         "socket_mode= (octal; default 0600), socket_group=, "
         "notify_timeout= (seconds that an owner may take to answer; default 5)",
     )
@@ -49,6 +47,7 @@ def add_to(commands: Commands) -> None:
         metavar="PATH",
         help="where owners connect, also as option socket= (default /run/memfs/NAME.sock, NAME from MOUNTPOINT)",
     )
+    mount.add_argument("--mkdir", action="store_true", help="create MOUNTPOINT, with mode 755, if it does not exist")
     mount.add_argument("-f", "--foreground", action="store_true", help="stay in the foreground and log to stderr")
     mount.add_argument(
         "--log-file", metavar="FILE", help="append the log to FILE (default in the background: /run/memfs/NAME.log)"
@@ -57,31 +56,24 @@ def add_to(commands: Commands) -> None:
     mount.add_argument("--check", action="store_true", help="verify every invariant at the end; exit code 1 if broken")
     mount.set_defaults(run=_mount)
 
-    remount = commands.add_parser("remount", help="change options of a mounted memfs", description=_remount.__doc__)
-    remount.add_argument("path", metavar="PATH", help="the mountpoint, or anything on it")
-    remount.add_argument("-o", dest="options", metavar="OPTIONS", required=True, help="size=, nr_blocks=, nr_inodes=")
-    remount.set_defaults(run=_remount)
-
 
 @dataclass(frozen=True, slots=True)
-class _Mount:
-    """The command line of `memfs mount`. Paths are absolute, and the mountpoint's is without symbolic links."""
+class Mount:
+    """What `memfs mount` is asked for. Paths are absolute, and the mountpoint's is without symbolic links."""
 
     mountpoint: str
     options: MountOptions
-    socket: str | None
-    log_file: str | None
-    foreground: bool
-    verbose: bool
-    check: bool
+    socket: str | None = None
+    log_file: str | None = None
+    foreground: bool = False
+    verbose: bool = False
+    check: bool = False
 
     @classmethod
-    def parse(cls, arguments: argparse.Namespace) -> _Mount:
+    def parse(cls, arguments: argparse.Namespace) -> Mount:
         """Parse the options and resolve the paths. Raises OptionError; CommandError for no path."""
-        if not arguments.mountpoint:  # of a variable that is not set; it would be the working directory
-            raise CommandError("MOUNTPOINT is empty")
         return cls(
-            mountpoint=real_mountpoint(arguments.mountpoint),
+            mountpoint=mountpoint_of(arguments.mountpoint),
             options=MountOptions.parse(",".join(arguments.options)),
             socket=arguments.socket and os.path.abspath(arguments.socket),
             log_file=arguments.log_file and os.path.abspath(arguments.log_file),
@@ -91,13 +83,44 @@ class _Mount:
         )
 
 
+def mountpoint_of(path: str) -> str:
+    """Return where a path has a memfs mounted. Raises CommandError if none may be."""
+    if not path:  # of a variable that is not set; it would be the working directory
+        raise CommandError("MOUNTPOINT is empty")
+    return real_mountpoint(path)
+
+
+@contextmanager
+def _directory(path: str, is_wanted: bool) -> Iterator[None]:
+    """Create a directory, and those that lead to it, if wanted. What was created goes if the block raises."""
+    created: list[str] = []
+    while is_wanted and not os.path.lexists(path):
+        created.append(path)
+        path = os.path.dirname(path)
+    try:
+        for each in reversed(created):
+            os.mkdir(each, 0o755)
+        yield
+    except BaseException:
+        for each in created:
+            with suppress(OSError):
+                os.rmdir(each)
+        raise
+
+
 def _mount(arguments: argparse.Namespace) -> None:
     """Mount a memfs. Returns when the mount answers; ends with umount(8), SIGINT or SIGTERM."""
     options = ",".join(arguments.options)
     if REMOUNT in options.split(","):
-        _remount(argparse.Namespace(path=arguments.mountpoint, options=options))
+        remount(arguments.mountpoint, options)
         return
-    mount = _Mount.parse(arguments)
+    mount = Mount.parse(arguments)
+    with _directory(mount.mountpoint, arguments.mkdir):
+        start(mount)
+
+
+def start(mount: Mount) -> None:
+    """Mount a memfs, and return when it answers, or, in the foreground, when it has ended. Raises CommandError."""
     if mount.foreground:
 
         def ready(notes: list[str]) -> None:
@@ -121,7 +144,7 @@ def _mount(arguments: argparse.Namespace) -> None:
     _print_notes([line for line in lines if line])
 
 
-def _serve_and_report(mount: _Mount, report: int) -> NoReturn:
+def _serve_and_report(mount: Mount, report: int) -> NoReturn:
     """Serve as the daemon of `memfs mount`, and tell the parent over a pipe how it went."""
 
     def tell(outcome: str, lines: list[str]) -> None:
@@ -139,7 +162,7 @@ def _serve_and_report(mount: _Mount, report: int) -> NoReturn:
     os._exit(0)
 
 
-def _serve(mount: _Mount, ready: Callable[[list[str]], None]) -> None:
+def _serve(mount: Mount, ready: Callable[[list[str]], None]) -> None:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy would start a thread a CPU for nothing
     import trio
 
@@ -185,21 +208,3 @@ def _detach() -> None:
 def _print_notes(notes: list[str]) -> None:
     for note in notes:
         print(f"memfs: {printable(note)}", file=sys.stderr)
-
-
-def _remount(arguments: argparse.Namespace) -> None:
-    """Change how large a mounted memfs may become, in bytes and inodes. Less than is in use is refused."""
-    RemountOptions.parse(arguments.options)  # for its clear words; the daemon parses it again
-    with locate(arguments.path, last_link=True) as mount:
-        try:
-            try:
-                mount.set("trusted.memfs.remount", arguments.options)
-            except PermissionError:  # not root: then it must be our own
-                mount.set("user.memfs.remount", arguments.options)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            raise CommandError(f"{arguments.path}: {arguments.options} is less than what is in use") from error
-        state = json.loads(mount.get("user.memfs.stat"))
-    limit = memory_limit.warning(state["memory_limit"], state["size"])
-    _print_notes([limit] if limit is not None else [])

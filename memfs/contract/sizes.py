@@ -76,3 +76,16 @@ def format_size(nbytes: int) -> str:
     """
     power = max(power for power in range(len("kmgt") + 1) if nbytes % (1 << 10 * power) == 0) if nbytes else 0
     return f"{nbytes >> 10 * power}{('', *'KMGT')[power]}"
+
+
+def shown_bytes(nbytes: int) -> str:
+    """Return a number of bytes as people read it in a table, in three digits or four, as df -h does.
+
+    >>> [shown_bytes(each) for each in (0, 4096, 3 << 29, 1 << 40)]
+    ['0', '4.0K', '1.5G', '1.0T']
+    """
+    power = max(0, (nbytes.bit_length() - 1) // 10)
+    if not power:
+        return str(nbytes)
+    number = nbytes / (1 << 10 * power)
+    return f"{number:.1f}{'KMGTPE'[power - 1]}" if number < 99.95 else f"{number:.0f}{'KMGTPE'[power - 1]}"

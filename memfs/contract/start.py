@@ -1,4 +1,4 @@
-"""Where both commands start: before anything is imported that takes time.
+"""Where the commands start: before anything is imported that takes time.
 
 Until a command can answer Ctrl-C itself, SIGINT does what it does to programs by default, which is to end them; Python
 would print where the import was interrupted. Where SIGINT is ignored, it stays so.
@@ -18,6 +18,11 @@ def memfs() -> None:
 def kvmsim() -> None:
     """Run the command `kvmsim`."""
     start("kvmsim.cli")
+
+
+def mount_helper() -> None:
+    """Run the program `mount.fuse.memfs`."""
+    start("memfs.cli.mount_helper")
 
 
 def start(module: str) -> None:

@@ -43,6 +43,7 @@ from memfs.contract.sys.libc import (
     MOUNT_ATTR_NODIRATIME,
     MOUNT_ATTR_NOEXEC,
     MOUNT_ATTR_NOSUID,
+    MOUNT_ATTR_NOSYMFOLLOW,
     MOUNT_ATTR_RDONLY,
     attach_mount,
     attach_mount_beneath,
@@ -57,7 +58,6 @@ from memfs.options import MountOptions
 log = logging.getLogger(__name__)
 
 _HELPER: Final = "fusermount3"
-_SOURCE: Final = "memfs"
 _TIMEOUT: Final = 3.0  # seconds for what is mounted already to answer
 
 
@@ -182,7 +182,8 @@ def _check_directory(mountpoint: str) -> None:
     try:
         is_directory = stat.S_ISDIR(os.stat(mountpoint).st_mode)
     except OSError as error:
-        raise MountError(f"{mountpoint}: {error.strerror}") from error
+        what_to_do = "; create it, or have it created with --mkdir" if error.errno == errno.ENOENT else ""
+        raise MountError(f"{mountpoint}: {error.strerror}{what_to_do}") from error
     if not is_directory:
         raise MountError(f"{mountpoint}: not a directory to mount on")
 
@@ -190,11 +191,15 @@ def _check_directory(mountpoint: str) -> None:
 def _is_dead(mountpoint: str) -> bool:
     """Return whether what is mounted on a directory is a memfs that was killed.
 
-    Raises MountError if it is dead and not a memfs, or does not answer.
+    Raises MountError if it is a memfs that lives, is dead and not a memfs, or does not answer.
     """
     mounts = mounts_on(mountpoint)
     kind = type_of_device(mounts[0][1]) if mounts else None
-    if kind is None or not kind.startswith("fuse") or _is_alive(mountpoint):
+    if kind is None or not kind.startswith("fuse"):
+        return False
+    if _is_alive(mountpoint):
+        if kind == MEMFS:
+            raise MountError(f"{mountpoint}: a memfs is mounted there already; unmount it, or remount it to change it")
         return False
     if kind != MEMFS:
         raise MountError(f"{mountpoint}: what is mounted there is dead and not a memfs; unmount it first")
@@ -263,7 +268,7 @@ def _detach_by_helper(mountpoint: str) -> None:
 def _mount_directly(mountpoint: str, options: MountOptions) -> FuseMount:
     fuse_fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
     settings: dict[str, str | None] = {
-        "source": _SOURCE,
+        "source": options.fsname,
         "subtype": "memfs",
         "fd": str(fuse_fd),
         "rootmode": "40000",
@@ -278,6 +283,7 @@ def _mount_directly(mountpoint: str, options: MountOptions) -> FuseMount:
         | (0 if options.suid else MOUNT_ATTR_NOSUID)
         | (0 if options.dev else MOUNT_ATTR_NODEV)
         | (0 if options.exec else MOUNT_ATTR_NOEXEC)
+        | (0 if options.symfollow else MOUNT_ATTR_NOSYMFOLLOW)
         | ATIME_ATTRIBUTES[options.atime]
         | (0 if options.diratime else MOUNT_ATTR_NODIRATIME)
     )
@@ -291,6 +297,7 @@ def _mount_directly(mountpoint: str, options: MountOptions) -> FuseMount:
 
 def _mount_by_helper(mountpoint: str, options: MountOptions) -> FuseMount:
     for_root = {"suid": options.suid, "dev": options.dev, "nodiratime": not options.diratime}
+    for_root["nosymfollow"] = not options.symfollow
     for_root["strictatime"] = options.atime == "strictatime"
     for option in filter(for_root.get, for_root):
         raise MountError(f"option {option} is for root: {_HELPER} mounts without it")
@@ -304,7 +311,7 @@ def _mount_by_helper(mountpoint: str, options: MountOptions) -> FuseMount:
         *(["noexec"] if not options.exec else []),
         *(["noatime"] if options.atime == "noatime" else []),
         *(["allow_other"] if options.allow_other else []),
-        *("default_permissions", f"fsname={_SOURCE}", "subtype=memfs"),
+        *("default_permissions", f"fsname={_escaped(options.fsname)}", "subtype=memfs"),
     ]
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with ours:
@@ -327,3 +334,8 @@ def _mount_by_helper(mountpoint: str, options: MountOptions) -> FuseMount:
         os.close(fds[0])
         raise MountError(f"{mountpoint} was unmounted immediately")
     return FuseMount(mountpoint, fds[0], *mounts[0], note=f"mounted by {_HELPER}, without CAP_SYS_ADMIN")
+
+
+def _escaped(value: str) -> str:
+    """Return a value as fusermount3 takes it among options that commas separate."""
+    return value.replace("\\", "\\\\").replace(",", "\\,")

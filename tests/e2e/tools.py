@@ -26,6 +26,7 @@ PACKAGES: Final = {
     "fio": "fio",
     "fusermount3": "fuse3",
     "stress-ng": "stress-ng",
+    "findmnt": "util-linux",
     "nsenter": "util-linux",
     "pgrep": "procps",
     "setpriv": "util-linux",

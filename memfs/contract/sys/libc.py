@@ -26,12 +26,14 @@ MAP_NORESERVE: Final = 0x4000  #: of Python's mmap module from 3.13 on
 
 # linux/mount.h
 MNT_DETACH: Final = 2
+UMOUNT_NOFOLLOW: Final = 8
 MOUNT_ATTR_RDONLY: Final = 0x01
 MOUNT_ATTR_NOSUID: Final = 0x02
 MOUNT_ATTR_NODEV: Final = 0x04
 MOUNT_ATTR_NOEXEC: Final = 0x08
 MOUNT_ATTR_NOATIME: Final = 0x10
 MOUNT_ATTR_NODIRATIME: Final = 0x80
+MOUNT_ATTR_NOSYMFOLLOW: Final = 0x20_0000
 MOUNT_ATTR__ATIME: Final = 0x70  #: all bits of which one says when access times are set
 #: which one it is, by mount(8)'s option
 ATIME_ATTRIBUTES: Final = {"relatime": 0, "noatime": MOUNT_ATTR_NOATIME, "strictatime": 0x20}

@@ -11,7 +11,15 @@ from memfs.contract.sizes import parse_size, total_ram
 from memfs.contract.sys.hugetlb import Pool
 from memfs.contract.sys.libc import mount_detached
 from memfs.contract.units import PAGE_SIZE
-from memfs.options import _FLAGS, _NOTHING_TO_DO, _VALUES, MountOptions, OptionError, RemountOptions
+from memfs.options import (
+    _FLAGS,
+    _NOTHING_TO_DO,
+    _VALUES,
+    MountOptions,
+    OptionError,
+    RemountOptions,
+    divide_remount,
+)
 from tests.huge_pages import SIZE_2M, huge_pages
 
 UNDERSTOOD: dict[str, tuple[str, Any]] = {
@@ -64,6 +72,11 @@ UNDERSTOOD: dict[str, tuple[str, Any]] = {
     "nr_blocks=1t": ("size", PAGE_SIZE << 40),
     "size=1m,defaults,auto,noauto,nofail,_netdev,nouser,x-systemd.automount,X-mount.mkdir=0750": ("size", 1 << 20),
     "comment=systemd.automount,size=1m,sync,async,dirsync,lazytime,nolazytime,silent,loud": ("size", 1 << 20),
+    "user,nouser,users,nousers,owner,noowner,group,nogroup,user=root,size=1m": ("size", 1 << 20),
+    "mand,nomand,iversion,noiversion,norelatime,nostrictatime,size=1m": ("size", 1 << 20),
+    "nosymfollow": ("symfollow", False),
+    "nosymfollow,symfollow": ("symfollow", True),
+    "fsname=guest": ("fsname", "guest"),
     "size=1m,size=2m": ("size", 2 << 20),
 }
 REFUSED = ["nonsense", "nonsense=1", "Size=1m", "size", "size=", "size=0", "size=-1", "size=1x", "size=1.5m", "size=m"]
@@ -166,7 +179,6 @@ def test_nothing_given_is_the_defaults() -> None:
 def test_remount_takes_limits_only() -> None:
     assert RemountOptions.parse("size=1m,nr_inodes=5") == RemountOptions(1 << 20, 5)
     assert RemountOptions.parse("nr_blocks=2") == RemountOptions(2 * PAGE_SIZE, None)
-    assert RemountOptions.parse("rw,nofail,remount,size=1m,x-a=b") == RemountOptions(1 << 20, writable=True)
     for text in ("mode=700", "ro", "socket=x", "size=0"):
         with pytest.raises(OptionError) as caught:
             RemountOptions.parse(text)
@@ -200,6 +212,20 @@ def test_ordinary_files_get_huge_pages_where_guests_have_some() -> None:
         ("huge=advise", "advise"),
     ):
         assert MountOptions.parse(text).tmpfs_options.get("huge") == huge
+
+
+def test_remount_is_divided_among_those_who_change_something() -> None:
+    mounted = MountOptions.parse("size=1g,huge=always,allow_other,uid=5")
+    assert divide_remount("rw,nofail,remount,size=1m,x-a=b,nr_inodes=5", mounted) == ("size=1m,nr_inodes=5", ["rw"])
+    assert divide_remount("ro,nosuid,dev,noexec,noatime,nodiratime,nosymfollow", mounted)[1][-1] == "nosymfollow"
+    assert divide_remount("huge=always,allow_other,uid=0x5", mounted) == ("", [])
+
+
+@pytest.mark.parametrize("text", ["huge=always", "uid=6", "noswap", "socket=/x", "inode32", "size=0", "nonsense"])
+def test_what_cannot_be_changed_is_refused_by_its_name(text: str) -> None:
+    for options in (text, f"remount,ro,{text}", f"{text},size=1m"):
+        with pytest.raises(OptionError, match=text.partition("=")[0]):
+            divide_remount(options, MountOptions())
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,76 @@
+"""What mounted memfs's say of their state, for commands that show it.
+
+A daemon may be stopped, dead, or another user's who lets nobody else in. So many are asked at once, in threads that are
+not waited for: a system call on a filesystem that does not answer cannot be given up.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any, Final
+
+from memfs.cli.command import CommandError
+from memfs.contract.on_memfs import OnMemfs, locate
+from memfs.contract.sys.mountinfo import MEMFS, mountpoints_of_type
+
+_TIMEOUT: Final = 3.0  # seconds for all of them to answer
+
+
+@dataclass(slots=True)
+class Answer:
+    """What the memfs at a mountpoint said: its state (docs/STAT.md), or why there is none."""
+
+    mountpoint: str
+    state: dict[str, Any] | None = None
+    why_not: str = "does not answer (is it stopped?)"
+
+
+def state_of(mount: OnMemfs) -> dict[str, Any]:
+    """Return the state of the memfs that something lies on. Raises OSError; CommandError if it is no JSON object."""
+    try:
+        state = json.loads(mount.get("user.memfs.stat"))
+    except ValueError as error:
+        raise CommandError(f"{mount.path}: what it says of its state is no JSON") from error
+    if not isinstance(state, dict):
+        raise CommandError(f"{mount.path}: what it says of its state is no JSON object")
+    return state
+
+
+def number(state: dict[str, Any], name: str) -> int:
+    """Return a number that a state has. Raises CommandError if it has none: the memfs is of another version."""
+    value = state.get(name)
+    if isinstance(value, bool) or not isinstance(value, int):
+        where = state.get("mountpoint", "memfs")
+        raise CommandError(f"{where}: its state has no number {name}; it is of another version")
+    return value
+
+
+def mountpoints() -> list[str]:
+    """Return where memfs's are mounted in our mount namespace."""
+    return list(dict.fromkeys(mountpoints_of_type(MEMFS)))
+
+
+def ask(paths: Sequence[str]) -> list[Answer]:
+    """Return what the memfs's at some paths say, in the same order, after a few seconds at most."""
+    answers = [Answer(path) for path in paths]
+    threads = [threading.Thread(target=_ask, args=[answer], daemon=True) for answer in answers]
+    for thread in threads:
+        thread.start()
+    deadline = monotonic() + _TIMEOUT
+    for thread in threads:
+        thread.join(max(0.0, deadline - monotonic()))
+    return [Answer(each.mountpoint, each.state, each.why_not) for each in answers]  # the threads may go on
+
+
+def _ask(answer: Answer) -> None:
+    try:
+        with locate(answer.mountpoint, last_link=True) as mount:
+            answer.state = state_of(mount)
+    except OSError as error:
+        answer.why_not = str(error.strerror)
+    except CommandError as error:
+        answer.why_not = str(error)
