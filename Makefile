@@ -20,7 +20,7 @@ unit: $(STAMP) ## The tests that need no root and no mount (two minutes)
 
 test: lint ## Lint, then all tests (six minutes on two cores; root for those that mount)
 	@./install-system-packages test
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 bench: $(STAMP) ## Measure memfs beside tmpfs and an ordinary pyfuse3 filesystem (15 min; bench/out/bench.json)
 	@$(BIN)/python -m bench

@@ -1,7 +1,11 @@
-"""Real huge pages for tests: the machine's pool is made larger for as long as a test runs, and then as it was."""
+"""Real huge pages for tests: the machine's pool is made larger for as long as a test runs, and then as it was.
+
+There is one pool, and tests count what is free in it, so those of other processes wait for it.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,6 +17,7 @@ from memfs.contract.sys.libc import fallocate
 
 SIZE_2M, SIZE_1G = 2 << 20, 1 << 30
 _MFD_HUGE_SHIFT = 26  # linux/memfd.h
+_ours: set[int] = set()  # page sizes of the pools that this process has
 
 
 @contextmanager
@@ -21,11 +26,28 @@ def huge_pages(count: int, size: int = SIZE_2M) -> Iterator[Pool]:
     pool = Pool(size)
     with ExitStack() as resources:
         try:
+            resources.enter_context(_alone(pool))
             resources.enter_context(pool.larger(count))
             resources.enter_context(taken_but(pool, count))
-        except PoolError as error:
+        except (PoolError, OSError) as error:
             pytest.skip(str(error))
         yield pool
+
+
+@contextmanager
+def _alone(pool: Pool) -> Iterator[None]:
+    """Have a pool for this process; one that has it already may take it again."""
+    if pool.page_size in _ours:
+        yield
+        return
+    directory = os.open(os.path.dirname(pool.setting), os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX)
+        _ours.add(pool.page_size)
+        yield
+    finally:
+        _ours.discard(pool.page_size)
+        os.close(directory)
 
 
 @contextmanager
