@@ -1,8 +1,9 @@
 """The files of the one process: standard input, output and error of kvmsim, and files of the host, to read only.
 
 A path is resolved below one directory of the host, by the kernel (openat2(2) with RESOLVE_IN_ROOT), so that neither ..
-nor a symbolic link leads out of it. Only regular files and directories are opened, and not before that is known of
-them: to open a device may do something. All of it waits, perhaps for ever, so all of it happens in threads.
+nor a symbolic link leads out of it, nor into another mount, such as /proc with kvmsim's own memory. Only regular files
+and directories are opened, and not before that is known of them: to open a device may do something. All of it waits,
+perhaps for ever, so all of it happens in threads.
 """
 
 from __future__ import annotations

@@ -24,13 +24,14 @@ import trio
 
 from kvmsim.engines.native import NativeEngine
 from kvmsim.exits import IoExit
-from kvmsim.guests.linux.files import Files, in_thread
+from kvmsim.guests.linux.files import File, Files, in_thread
 from kvmsim.guests.linux.layout import STACK, AddressSpace
 from kvmsim.guests.linux.numbers import NAMES
 from kvmsim.vmm.guest_memory import GuestMemory
 from memfs.contract.units import PAGE_SIZE, Gpa
 
 _ERRNO_MAX: Final = 4095
+_SIGPIPE_CODE: Final = 128 + 13  # as a shell has it
 _PATH_MAX: Final = 4096
 _IOV_MAX: Final = 1024
 _AT_FDCWD: Final = -100
@@ -99,6 +100,8 @@ class Kernel:
             except OSError as error:
                 number = error.errno or errno.EIO
                 result = -number if number <= _ERRNO_MAX else -errno.EIO
+            except OverflowError:  # a number that no system call of the host takes
+                result = -errno.EINVAL
         registers.rax = result & (1 << 64) - 1
         self._engine.registers = registers
 
@@ -116,7 +119,13 @@ class Kernel:
 
     async def _sys_write(self, fd: int, buffer: int, size: int, *_: int) -> int:
         file = self._files.get(fd)
-        written: int = await in_thread(os.write, file.fd, await self._memory.read(Gpa(buffer), min(size, _MOST)))
+        return await self._write(file, await self._memory.read(Gpa(buffer), min(size, _MOST)))
+
+    async def _write(self, file: File, data: bytes) -> int:
+        try:
+            written: int = await in_thread(os.write, file.fd, data)
+        except BrokenPipeError:  # the signal would be the end of most programs, and some know no other
+            raise ProgramExit(_SIGPIPE_CODE) from None
         return written
 
     async def _vectors(self, address: int, count: int) -> list[tuple[int, int]]:
@@ -137,8 +146,7 @@ class Kernel:
         data = b""
         for buffer, size in await self._vectors(vectors, count):
             data += await self._memory.read(Gpa(buffer), min(size, _MOST - len(data)))
-        written: int = await in_thread(os.write, self._files.get(fd).fd, data)
-        return written
+        return await self._write(self._files.get(fd), data)
 
     async def _sys_lseek(self, fd: int, offset: int, whence: int, *_: int) -> int:
         offset -= (1 << 64) if offset >> 63 else 0
@@ -147,20 +155,21 @@ class Kernel:
     async def _sys_sendfile(self, to: int, fd: int, offset: int, size: int, *_: int) -> int:
         if offset:
             raise OSError(errno.EINVAL, "only from where the file is at")
-        data = await self._files.get(fd).read(size)
-        written: int = await in_thread(os.write, self._files.get(to).fd, data)
-        return written
+        target = self._files.get(to)
+        return await self._write(target, await self._files.get(fd).read(size))
 
     async def _sys_ioctl(self, fd: int, *_: int) -> int:
         self._files.get(fd)
         raise OSError(errno.ENOTTY, os.strerror(errno.ENOTTY))
 
     async def _sys_poll(self, fds: int, count: int, *_: int) -> int:
-        data = bytearray(await self._memory.read(Gpa(fds), min(count, _IOV_MAX) * 8))
+        if count > _IOV_MAX:
+            raise OSError(errno.EINVAL, "too many descriptors")
+        data = bytearray(await self._memory.read(Gpa(fds), count * 8))
         for at in range(0, len(data), 8):  # a read waits, and so does a write: everything is ready for that
             data[at + 6 : at + 8] = data[at + 4 : at + 6]
         await self._memory.write(Gpa(fds), bytes(data))
-        return count
+        return sum(any(data[at + 4 : at + 6]) for at in range(0, len(data), 8))
 
     # -- files --------------------------------------------------------------------------------------------------------
 

@@ -43,6 +43,7 @@ _MOVE_MOUNT_BENEATH: Final = 0x200
 _AT_FDCWD: Final = -100
 
 # linux/openat2.h
+_RESOLVE_NO_XDEV: Final = 0x01
 _RESOLVE_NO_MAGICLINKS: Final = 0x02
 _RESOLVE_IN_ROOT: Final = 0x10
 
@@ -112,9 +113,10 @@ def set_thread_name(name: str) -> None:
 def open_in_root(root: int, path: bytes, flags: int) -> int:
     """Open a path below a directory, as if that were /, wherever links and .. lead (openat2(2)). Raises OSError.
 
-    `root`: a descriptor of the directory. Links of /proc that lead to what a process has open are not followed.
+    `root`: a descriptor of the directory. Other mounts are not entered (EXDEV), such as that of /proc.
     """
-    how = struct.pack("=QQQ", flags | os.O_CLOEXEC, 0, _RESOLVE_IN_ROOT | _RESOLVE_NO_MAGICLINKS)
+    resolve = _RESOLVE_IN_ROOT | _RESOLVE_NO_MAGICLINKS | _RESOLVE_NO_XDEV
+    how = struct.pack("=QQQ", flags | os.O_CLOEXEC, 0, resolve)
     return _checked(_libc.syscall(_SYS_OPENAT2, root, path, how, ctypes.c_size_t(len(how))), os.fsdecode(path))
 
 
