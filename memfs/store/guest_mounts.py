@@ -212,9 +212,8 @@ class GuestHugetlb:
     def check_available(self, pages: int, accounted: int) -> None:
         """Look into the pool, of which this mount's own reserve is a part."""
         reserve = max(0, self.least_pages - self.used_pages(accounted))
-        available = self._pool.available
-        if pages_to_bytes(pages - reserve) > available * self.granule:
-            raise OSError(errno.ENOSPC, f"the pool has {available} pages of {self.granule} bytes")
+        if pages > reserve and not self._pool.has(pages_to_bytes(pages - reserve) // self.granule):
+            raise OSError(errno.ENOSPC, f"the pool has {self._pool.available} pages of {self.granule} bytes")
 
     def steps(self, offset: ByteOffset, length: int) -> Iterator[Step]:
         """Generate one step: the kernel rounds to huge pages, which these bytes are."""

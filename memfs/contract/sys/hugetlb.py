@@ -56,6 +56,10 @@ class Pool:
             self.free - self.reserved + max(0, self._read("nr_overcommit_hugepages") - self._read("surplus_hugepages"))
         )
 
+    def has(self, count: int) -> bool:
+        """Return whether so many pages can be had. Quick, if they are there."""
+        return self.free - self.reserved >= count or self.available >= count
+
     @contextmanager
     def larger(self, count: int) -> Iterator[None]:
         """Have so many pages more in the pool, within a with statement: for those who measure or test, as root.
@@ -88,7 +92,11 @@ class Pool:
         Path(self.setting).write_text(str(max(0, pages)))
 
     def _read(self, name: str) -> int:
-        return int((self._directory / name).read_text())
+        fd = os.open(f"{self._directory}/{name}", os.O_RDONLY | os.O_CLOEXEC)  # a third of what open() takes
+        try:
+            return int(os.read(fd, 32))
+        finally:
+            os.close(fd)
 
 
 def pool_sizes() -> list[int]:
