@@ -166,6 +166,7 @@ def options() -> dict[str, bytes]:
         "usual": b"size=1g,mode=700,uid=root,allow_other,notify_timeout=0.5",
         "percent": b"size=50%,nr_inodes=2k",
         "tmpfs": b"huge=within_size,mpol=bind:0,noswap",
+        "hugetlbfs": b"pagesize=2M,min_size=25%,size=50%",
         "socket": b"socket=/a,socket_mode=0660,socket_group=0",
         "seals": b"guest,shrink,grow",
     }
