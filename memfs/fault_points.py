@@ -13,9 +13,13 @@ STEPS: Final = {
     "memfs.owners.owner:Owner._ack": Step(after_notification),
     "memfs.store.pages:Pages._allocate_chunk": Step((Point.BEFORE_ALLOCATE,), (Point.AFTER_ACCOUNT,)),
     "memfs.store.pages:Pages._free": Step((Point.BEFORE_FREE,), (Point.AFTER_ACCOUNT,)),
+    "memfs.store.conversion:_Conversion._allocate": Step((Point.BEFORE_ALLOCATE,)),
+    "memfs.store.conversion:_Conversion._free": Step((Point.BEFORE_FREE,), (Point.AFTER_ACCOUNT,)),
     # The pages are there, or are gone, so that is accounted for in any case.
     "memfs.store.pages:Pages._account_allocated": Step((Point.AFTER_ALLOCATE, Point.BEFORE_ACCOUNT), always=True),
     "memfs.store.pages:Pages._account_freed": Step((Point.AFTER_FREE, Point.BEFORE_ACCOUNT), always=True),
+    "memfs.store.conversion:_Conversion._account_allocated": Step((Point.AFTER_ALLOCATE,), always=True),
+    "memfs.store.conversion:_Conversion._account_freed": Step((Point.AFTER_FREE, Point.BEFORE_ACCOUNT), always=True),
 }
 
 
