@@ -180,6 +180,8 @@ class PageMapView:
 
     def count(self, pages: PageRange) -> int:
         """Return how many pages of a range are allocated."""
+        if pages.end - pages.start == 1:
+            return int(self.pages[pages.start] == ALLOCATED)
         if len(pages) < _SPARSE_FROM:
             return int(np.count_nonzero(self.pages[pages.slice]))
         return sum(int(np.count_nonzero(self.pages[part.slice])) for part in _extents(self._fd, pages))

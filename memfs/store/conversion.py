@@ -43,7 +43,7 @@ from memfs.contract.units import PAGE_SHIFT, PAGE_SIZE, ByteOffset, PageIndex, b
 from memfs.store import chunks, seals
 from memfs.store.accounting import Reservation
 from memfs.store.file import File
-from memfs.store.pages import Pages
+from memfs.store.pages import Pages, Vm
 from memfs.store.seals import Operation
 
 _CALLS: Final = 10  # system calls on a page each that count as a unit of work
@@ -70,10 +70,8 @@ def _check(shared: File, private: File, ranges: PageRanges, *, to_private: bool,
     seals.check((shared if to_private else private).seals, Operation.PUNCH)
     if not to_private:  # what is there of the shared file is zeroed
         seals.check(shared.seals & ~seals.F_SEAL_GUEST, Operation.WRITE)
-    owners = [owner for owner in (shared.owner, private.owner) if owner is not None]
-    if len(owners) == 2 and owners[0].owner is not owners[1].owner:
-        raise OSError(errno.EPERM, "the files have different owners")
-    if not all(owner.owner.has_conversions for owner in owners):
+    vm = _vm(shared, private)
+    if vm is not None and not vm.has_conversions:
         raise OSError(errno.EOPNOTSUPP, "the owner speaks a version of the protocol that has no conversions")
     if preserve and to_private and private.granule > PAGE_SIZE:
         raise OSError(errno.EOPNOTSUPP, "hugetlbfs has no write(2)")
@@ -81,6 +79,16 @@ def _check(shared: File, private: File, ranges: PageRanges, *, to_private: bool,
         raise OSError(errno.EPERM, "the private file has no owner that lets content be preserved")
     if preserve and to_private and not private.initial_image().launched:
         raise OSError(errno.EBUSY, "the guest has not been launched")
+
+
+def _vm(shared: File, private: File) -> Vm | None:
+    """Return who owns the files. Raises OSError(EPERM) if two do."""
+    if shared.owner is None or private.owner is None:
+        owner = shared.owner or private.owner
+        return owner.owner if owner is not None else None
+    if shared.owner.owner is not private.owner.owner:
+        raise OSError(errno.EPERM, "the files have different owners")
+    return private.owner.owner
 
 
 class _Conversion:
@@ -94,9 +102,9 @@ class _Conversion:
         assert in_private.accounting is not None, "a guest-sealed file without a page map"
         self._private: Final = in_private.accounting
         self._changes: Final = ABSENT if to_private else ALLOCATED  # the state, in the page map, of a page that does
-        owners = (shared.owner, private.owner)
-        self._vm: Final = next((owner.owner for owner in owners if owner is not None), None)
-        self._shared_id, self._private_id = (owner.id if owner is not None else NO_FILE for owner in owners)
+        self._vm: Final = _vm(shared, private)
+        self._shared_id: Final = shared.owner.id if shared.owner is not None else NO_FILE
+        self._private_id: Final = private.owner.id if private.owner is not None else NO_FILE
         self._chunk: Final = max(chunks.CHUNK, bytes_to_pages(private.granule))  # pages
         self._done = PageIndex(0)  # all that was asked for before it is on the wanted side
 
