@@ -9,10 +9,12 @@
 #include <dirent.h>
 #include <err.h>
 #include <fcntl.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <time.h>
@@ -92,6 +94,22 @@ static void convert(int from, int to, long at, long size)
 {
 	check(fallocate(to, 0, at, size), "fallocate");
 	check(fallocate(from, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, at, size), "punch");
+}
+
+/* The same in one call, for any number of ranges: memfs/contract/conversion.py. */
+struct conversion {
+	uint64_t key, attributes, flags;
+	struct { uint64_t offset, length; } ranges[512];
+};
+
+#define MEMFS_IOC_GET_SEALS _IOR('M', 0x41, uint32_t)
+#define MEMFS_IOC_GET_KEY _IOR('M', 0x42, uint64_t)
+
+static void convert_once(int private, struct conversion *conversion, long ranges, int to_private)
+{
+	unsigned long size = offsetof(struct conversion, ranges) + ranges * sizeof conversion->ranges[0];
+	conversion->attributes = to_private ? 1 << 3 : 0;
+	check(ioctl(private, _IOC(_IOC_WRITE, 'M', 0x43, size), conversion), "convert");
 }
 
 static void make_files(long count)
@@ -212,6 +230,45 @@ int main(int argc, char **argv)
 			convert(shared, private, at, size);
 			convert(private, shared, at, size);
 		}
+		stop();
+	} else if (!strncmp(what, "convert-once:", 13)) { /* convert-once:PAGES, likewise, in one call */
+		int shared = check(open("shared", O_RDWR), "shared"), private = check(open("private", O_RDWR), "private");
+		long size = atol(what + 13) * PAGE;
+		struct conversion conversion = {0};
+		check(ioctl(shared, MEMFS_IOC_GET_KEY, &conversion.key), "key");
+		start();
+		for (long i = 0; i < count; i++) {
+			conversion.ranges[0].offset = size < MIB ? i % 64 * size : 0;
+			conversion.ranges[0].length = size;
+			convert_once(private, &conversion, 1, 1);
+			convert_once(private, &conversion, 1, 0);
+		}
+		stop();
+	} else if (!strcmp(what, "scattered") || !strcmp(what, "scattered-once")) { /* 512 pages, there and back */
+		int shared = check(open("shared", O_RDWR), "shared"), private = check(open("private", O_RDWR), "private");
+		struct conversion conversion = {0};
+		int once = strlen(what) > strlen("scattered");
+		if (once)
+			check(ioctl(shared, MEMFS_IOC_GET_KEY, &conversion.key), "key");
+		for (long i = 0; i < 512; i++) {
+			conversion.ranges[i].offset = 2 * i * PAGE;
+			conversion.ranges[i].length = PAGE;
+		}
+		start();
+		for (long i = 0; i < count; i++)
+			for (int to_private = 1; to_private >= 0; to_private--)
+				if (once)
+					convert_once(private, &conversion, 512, to_private);
+				else
+					for (long page = 0; page < 512; page++)
+						convert(to_private ? shared : private, to_private ? private : shared, 2 * page * PAGE, PAGE);
+		stop();
+	} else if (!strcmp(what, "ask")) { /* a call whose answer takes no work */
+		int fd = file(0);
+		uint32_t seals;
+		start();
+		for (long i = 0; i < count; i++)
+			check(ioctl(fd, MEMFS_IOC_GET_SEALS, &seals), what);
 		stop();
 	} else if (!strcmp(what, "populate")) { /* files that stay, for the memory row */
 		start();
