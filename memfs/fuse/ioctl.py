@@ -1,6 +1,7 @@
 """Answers to ioctl(2): seals on an open file, chattr(1)'s inode flags, and conversions.
 
-The kernel does not know that an ioctl changes an inode, so it is made to ask for its attributes again.
+The kernel does not know that an ioctl changes an inode, so it is made to ask for its attributes again. Those of files
+that have pages it does not keep (inode.py), so after a conversion that is not necessary.
 """
 
 from __future__ import annotations
@@ -91,16 +92,16 @@ class IoctlHandlers:
         if log.isEnabledFor(logging.INFO):
             inodes = {"ino": private.inode.ino, "shared": shared.inode.ino, "to_private": asked.to_private}
             log.info("convert", extra=fields(**inodes, pages=asked.ranges, pid=request.pid, uid=request.uid))
+        self._tree.hold(shared.inode)  # its handle may be closed meanwhile
         try:
-            with self._tree.holding(shared.inode), working_for_caller(request):  # its handle may be closed meanwhile
+            with working_for_caller(request):
                 await convert(
                     *(shared.inode.file, private.inode.file, asked.ranges),
                     to_private=asked.to_private,
                     preserve=asked.preserve,
                 )
         finally:
-            for each in (private, shared):
-                self._changed(each.inode.ino)
+            self._tree.release(shared.inode)
 
     def _set_flags(self, nodeid: int, flags: int) -> None:
         inode = self._tree.inode(nodeid)
