@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from kvmsim.arrays import Pairs
+from kvmsim.arrays import Pairs, pairs
 from kvmsim.backing import GuestFile
 from kvmsim.side import Side
 from kvmsim.slots.dirty import DirtyLog
@@ -136,6 +136,8 @@ class Window:
 
     def gfns_of_all(self, ranges: PageRanges) -> Pairs:
         """Return the gfns that ranges of pages of the space serve through this window, which not all need to touch."""
+        if ranges.only is not None and ranges.only.overlaps(self.pages):
+            return pairs([self.gfns_of(ranges.only)])
         mine, shift = self.pages, self.gfn - self.pages.start
         clipped = np.clip(ranges.array, mine.start, mine.end)
         gfns: Pairs = clipped[clipped[:, 0] < clipped[:, 1]] + shift
