@@ -12,6 +12,7 @@ import errno
 import functools
 import logging
 import os
+from contextlib import nullcontext
 from typing import Final
 
 from memfs.contract.aio.threads import Threads
@@ -57,7 +58,7 @@ from memfs.fuse.caller import Callers, is_in_group_or_capable, working_for_calle
 from memfs.fuse.page_cache import PageCache
 from memfs.fuse.reply import pack_attr, pack_statx
 from memfs.store.backing import Backing
-from memfs.store.chunks import LONG
+from memfs.store.chunks import LONG, SHORT
 from memfs.tree import inode_flags
 from memfs.tree.inode import Inode, RegularFile, Stat
 from memfs.tree.open_files import Access, OpenFiles
@@ -65,6 +66,7 @@ from memfs.tree.tree import NAME_MAX, Tree
 
 log = logging.getLogger(__name__)
 
+_NEEDS_NO_THREAD: Final = nullcontext()
 _NOT_TIMES: Final = FATTR_MODE | FATTR_UID | FATTR_GID | FATTR_SIZE
 _TIMES: Final = FATTR_ATIME | FATTR_MTIME
 _TIMES_TO_NOW: Final = _TIMES | FATTR_ATIME_NOW | FATTR_MTIME_NOW
@@ -255,7 +257,7 @@ class FileHandlers:
         if log.isEnabledFor(logging.INFO):
             said = fields(ino=inode.ino, mode=mode, offset=offset, length=length, pid=request.pid, uid=request.uid)
             log.info("fallocate", extra=said)
-        with working_for_caller(request):
+        with working_for_caller(request) if length > SHORT else _NEEDS_NO_THREAD:
             if mode == PUNCH_HOLE:
                 await inode.file.punch(ByteOffset(offset), length)
             else:

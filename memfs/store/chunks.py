@@ -18,7 +18,8 @@ LONG: Final = 4 << 20  #: bytes; the kernel takes a millisecond for that. Anythi
 LONG_PAGES: Final = bytes_to_pages(LONG)
 CHUNK: Final = bytes_to_pages(256 << 20)  #: pages of a long range: 20 to 30 ms of the kernel's, in a thread
 _UNIT: Final = LONG // SHARE  # bytes of a system call that count as a unit of work
-SHORT_PAGES: Final = bytes_to_pages(_UNIT) - 1  #: what costs no more than the system call itself
+SHORT: Final = _UNIT - 1  #: bytes of which allocating or freeing costs hardly more than the system call
+SHORT_PAGES: Final = bytes_to_pages(SHORT)
 _MOST_CHUNKS: Final = 64  # of a file whose holes are not known: most of a huge one is holes
 
 

@@ -309,7 +309,7 @@ class File:
                 await self._pages().truncate(size, by_path=by_path)
 
     def _check_alignment(self, offset: ByteOffset, length: int) -> None:
-        if offset % self.granule or length % self.granule:
+        if self.guest and (offset % self.granule or length % self.granule):
             seals.check(self.seals, Operation.SPLIT_PAGE)
 
     # -- seals ------------------------------------------------------------------------------------------------------

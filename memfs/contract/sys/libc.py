@@ -67,7 +67,8 @@ _FSOPEN_CLOEXEC = _FSMOUNT_CLOEXEC = _FSPICK_CLOEXEC = 1
 _FSPICK_EMPTY_PATH = 8
 _FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE, _FSCONFIG_CMD_RECONFIGURE = 0, 1, 6, 7
 
-_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+_fallocate: Final = _libc.fallocate
+_fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 _libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
 _libc.umount2.argtypes = [ctypes.c_char_p, ctypes.c_int]
 _libc.statx.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_char_p]
@@ -85,7 +86,8 @@ def _checked(result: int, what: str = "") -> int:
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     """Call fallocate(2): offset and length in bytes, mode of FALLOC_FL_* bits. Raises OSError."""
-    _checked(_libc.fallocate(fd, mode, offset, length))
+    if _fallocate(fd, mode, offset, length):
+        _checked(-1)
 
 
 def cachestat(fd: int, offset: int, length: int) -> int:
