@@ -1,0 +1,1 @@
+"""What must outlive the daemon's process: after-images of everything that it knows, in a log in memory."""

@@ -1,0 +1,163 @@
+"""The journal: what a request has changed is committed with its reply, right before that is sent.
+
+State is **keys** and what their values are; whoever keeps something says how to get its value (`keeps`), and says so
+when it has changed (`changed`). With the commit the values of all keys that have changed are written: after-images, so
+that a newer version of memfs may do things otherwise. One transaction is one request: what it changed, its number and
+its reply.
+
+    change ... change -> commit (state, number, reply) -> what was deferred -> the reply is sent
+
+Nothing is awaited between the last change and the reply, so a process that is killed has committed all of a request or
+nothing of it, and at most one request is committed and not answered. If the kernel sends that one again, its successor
+answers with what is written; all others are done again.
+
+What makes something outside of this process (a file of the backing) comes before the commit, and what frees something
+that a key may name comes after it (`defer`). A kill in between leaves at worst something that no key names, and the
+successor removes it.
+
+A request that waits may see half of what it did committed with another one's. It is done again then; so what cannot be
+done twice changes things only after it has waited.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Mapping
+from typing import Final, Protocol
+
+from memfs.state.log import Log, ValueOf
+
+REPLY: Final = b"r"
+_REPLY: Final = struct.Struct("=Q")
+_LONGEST_REPLY: Final = 512  # bytes; what has a longer one has read something, and can be done again
+
+_NUMBER: Final = struct.Struct(">cQ")
+
+
+def numbered(kind: bytes, number: int) -> bytes:
+    """Return the key of something that has a number."""
+    return _NUMBER.pack(kind, number)
+
+
+def number_in(key: bytes) -> int:
+    """Return the number in a key."""
+    number: int = _NUMBER.unpack_from(key)[1]
+    return number
+
+
+def rest_of(key: bytes) -> bytes:
+    """Return what follows the number in a key."""
+    return key[_NUMBER.size :]
+
+
+class Journal(Protocol):
+    """Where changes are noted."""
+
+    dirty: dict[bytes, None]  #: keys that have changed since the last commit
+
+    def keeps(self, kind: bytes, value_of: ValueOf) -> None:
+        """Have the values of all keys that begin with this byte be asked for there."""
+
+    def changed(self, key: bytes) -> None:
+        """Note that the value of a key has changed, or that there is none any more."""
+
+    def defer(self, action: Callable[[], None]) -> None:
+        """Do something after the commit: it frees what a key has named until now."""
+
+    def commit(self, unique: int = 0, reply: bytes = b"") -> None:
+        """Commit what has changed, by a request with a number and what it is about to be answered."""
+
+
+class NoJournal:
+    """The journal of a memfs that does not outlive its process."""
+
+    def __init__(self) -> None:
+        self.dirty: dict[bytes, None] = {}
+
+    def keeps(self, kind: bytes, value_of: ValueOf) -> None:
+        """Do nothing."""
+
+    def changed(self, key: bytes) -> None:
+        """Do nothing."""
+
+    def defer(self, action: Callable[[], None]) -> None:
+        """Do it now."""
+        action()
+
+    def commit(self, unique: int = 0, reply: bytes = b"") -> None:
+        """Do nothing."""
+
+
+NO_JOURNAL: Final = NoJournal()
+
+
+class LogJournal:
+    """A journal in a log, in the directory of which `root` is a descriptor. Raises UnreadableState."""
+
+    def __init__(self, root: int) -> None:
+        self.dirty: dict[bytes, None] = {}
+        self._kept: Final[dict[int, ValueOf]] = {}
+        self._deferred: list[Callable[[], None]] = []
+        self._last = b""
+        self._log: Final = Log(root, self.value_of)
+        self.keeps(REPLY, lambda key: self._last)
+
+    def value_of(self, key: bytes) -> bytes | None:
+        """Return the value that a key has now."""
+        value_of = self._kept.get(key[0])
+        return value_of(key) if value_of is not None else None
+
+    def keeps(self, kind: bytes, value_of: ValueOf) -> None:
+        """Have the values of all keys that begin with this byte be asked for there."""
+        self._kept[kind[0]] = value_of
+
+    def load(self) -> dict[bytes, bytes]:
+        """Return what was committed."""
+        state = self._log.load()
+        self._last = state.get(REPLY, b"")
+        return state
+
+    def changed(self, key: bytes) -> None:
+        """Note that the value of a key has changed."""
+        self.dirty[key] = None
+
+    def defer(self, action: Callable[[], None]) -> None:
+        """Do something after the commit."""
+        self._deferred.append(action)
+
+    def commit(self, unique: int = 0, reply: bytes = b"") -> None:
+        """Commit what has changed, and then do what was deferred, which may change more."""
+        put, kept = self._log.put, self._kept
+        while self.dirty or self._deferred:
+            if unique and len(reply) <= _LONGEST_REPLY:
+                self._last = _REPLY.pack(unique) + reply
+                put(REPLY, self._last)
+            for key in self.dirty:
+                put(key, kept[key[0]](key))
+            self.dirty.clear()
+            self._log.commit()
+            deferred, self._deferred = self._deferred, []
+            for action in deferred:
+                action()
+
+    def check(self, keys: set[bytes]) -> None:
+        """Raise AssertionError unless the log says what there is: at least these keys.
+
+        Costs time proportional to that.
+        """
+        assert not self.dirty, f"not committed: {list(self.dirty)}"
+        state = self.load()
+        assert keys <= state.keys(), f"not in the log: {keys - state.keys()}"
+        for key, value in state.items():
+            now = self.value_of(key)
+            assert now == value, f"{key!r} is {now!r}, and the log says {value!r}"
+
+    def close(self) -> None:
+        """Unmap the log, which stays."""
+        self._log.close()
+
+
+def last_answer(state: Mapping[bytes, bytes]) -> tuple[int, bytes]:
+    """Return the number of the request that was committed last, and its reply; 0 if there is none."""
+    value = state.get(REPLY, bytes(_REPLY.size))
+    return _REPLY.unpack_from(value)[0], value[_REPLY.size :]
