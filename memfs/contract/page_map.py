@@ -307,6 +307,10 @@ class PageMaps(ABC):
         self._count += 1
         return page_map
 
+    def exists(self, name: str) -> bool:
+        """Return whether there is a map that is not open."""
+        return False
+
     @abstractmethod
     def _open(self, name: str) -> int: ...
 
@@ -365,6 +369,14 @@ class MapFiles(PageMaps):
 
     def _protect(self, page_map: PageMap) -> None:
         """Do nothing: nobody else gets to the directory."""
+
+    def exists(self, name: str) -> bool:
+        """Return whether there is a file."""
+        try:
+            os.stat(name, dir_fd=self._root)
+        except FileNotFoundError:
+            return False
+        return True
 
     def open_for_owner(self, name: str, page_map: PageMap) -> int:
         """Open the file for reading, where it cannot be written to."""

@@ -109,7 +109,7 @@ class FileHandlers:
         elif valid & (_NOT_TIMES | _TIMES_TO_NOW):
             inode_flags.check_change(inode)
         if valid & FATTR_KILL_SUIDGID or not valid & ~(FATTR_FH | FATTR_LOCKOWNER):
-            _kill_suidgid(inode, request)
+            self._kill_suidgid(inode, request)
         if valid & FATTR_MODE and isinstance(inode, RegularFile):
             inode.file.check_chmod(inode.mode, mode)
         if valid & FATTR_SIZE:
@@ -124,6 +124,8 @@ class FileHandlers:
             )
         if not valid & FATTR_SIZE:  # the truncation has set the times
             inode.changed()
+        if valid & ~(FATTR_SIZE | FATTR_FH | FATTR_LOCKOWNER):
+            self._tree.changed(inode)
         return pack_attr(inode.stat())
 
     async def _truncate(self, request: Request, size: int, *, by_path: bool) -> None:
@@ -153,7 +155,7 @@ class FileHandlers:
         inode = self._tree.regular(request.nodeid)
         inode_flags.check_open(inode, flags)
         if open_flags & FUSE_OPEN_KILL_SUIDGID:
-            _kill_suidgid(inode, request)
+            self._kill_suidgid(inode, request)
         with self._tree.holding(inode):  # it may be unlinked meanwhile
             if flags & os.O_TRUNC:
                 with working_for_caller(request):
@@ -191,6 +193,13 @@ class FileHandlers:
             inode.file.has_stale_cache()
         return b""
 
+    def _kill_suidgid(self, inode: Inode, request: Request) -> None:
+        """Drop the setuid and setgid bits that a change by the caller must drop."""
+        mode, xattrs = inode.mode, len(inode.xattrs or ())
+        inode.kill_suidgid(in_group=is_in_group_or_capable(request, inode.gid))
+        if (mode, xattrs) != (inode.mode, len(inode.xattrs or ())):
+            self._tree.changed(inode)
+
     # -- content ----------------------------------------------------------------------------------------------------
 
     async def read(self, request: Request) -> bytes:
@@ -216,7 +225,7 @@ class FileHandlers:
             raise Malformed(f"{len(data)} bytes to write instead of {size}")
         inode = self._open_files.file(fh).inode
         if write_flags & FUSE_WRITE_KILL_SUIDGID:
-            _kill_suidgid(inode, request)
+            self._kill_suidgid(inode, request)
         written = inode.file.write(_in_range(offset), data)
         self.page_cache.has_written(inode, ByteOffset(offset), written)
         if written < size and write_flags & FUSE_WRITE_CACHE:
@@ -270,8 +279,3 @@ def _in_range(offset: int) -> ByteOffset:
     if offset > MAX_OFFSET:
         raise OSError(errno.EINVAL, f"{offset} is beyond any file")
     return ByteOffset(offset)
-
-
-def _kill_suidgid(inode: Inode, request: Request) -> None:
-    """Drop the setuid and setgid bits that a change by the caller must drop."""
-    inode.kill_suidgid(in_group=is_in_group_or_capable(request, inode.gid))

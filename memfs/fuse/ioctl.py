@@ -81,6 +81,7 @@ class IoctlHandlers:
             raise OSError(errno.EPERM, "not open for writing")
         await handle.inode.file.add_seals(bits)
         handle.inode.changed()
+        self._tree.changed(handle.inode)
 
     async def _convert(self, request: Request, fh: int, asked: Conversion) -> None:
         private, shared = self._open_files.file(fh), self._open_files.by_key(asked.key)
@@ -108,6 +109,7 @@ class IoctlHandlers:
         if flags & ~sum(_XFLAGS):
             raise OSError(errno.EOPNOTSUPP, f"inode flags {flags:#x}")
         inode.set_flags(flags)
+        self._tree.changed(inode)
         self._changed(nodeid)
 
     def _set_fsxattr(self, nodeid: int, data: memoryview) -> None:

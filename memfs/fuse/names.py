@@ -187,7 +187,8 @@ class NameHandlers:
         inode = self._tree.inode(request.nodeid)
         if not isinstance(inode, Symlink):
             raise OSError(errno.EINVAL, "not a symbolic link")
-        self._access_times.read(inode)
+        if self._access_times.read(inode):
+            self._tree.changed(inode)
         return inode.target
 
     # -- directories ------------------------------------------------------------------------------------------------
@@ -203,8 +204,8 @@ class NameHandlers:
         fh, cookie, size, *_ = unpack(READ_IN, request.body)
         handle = self._open_files.directory(fh)
         directory = handle.inode
-        if not handle.flags & os.O_NOATIME:
-            self._access_times.read(directory)
+        if not handle.flags & os.O_NOATIME and self._access_times.read(directory):
+            self._tree.changed(directory)
         packed = bytearray()
         for own_cookie, name, inode in ((DOT_COOKIE, b".", directory), (DOTDOT_COOKIE, b"..", directory.parent)):
             if cookie < own_cookie:

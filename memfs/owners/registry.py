@@ -243,6 +243,7 @@ class Registry:
         self._tree.hold(inode)
         owner.registrations[registration.id] = registration
         inode.file.bind(registration)
+        self._tree.changed(inode)
         self._given_out(inode.ino)
         log.info("registered", extra=fields(owner=owner.number, file=registration.id, ino=inode.ino))
         return registration
@@ -260,6 +261,7 @@ class Registry:
             return
         for registration in list(owner.registrations.values()):
             self._end_registration(registration)
+        self._tree.commit()
 
     async def evict_dead(self, inode: RegularFile, owner: Owner) -> None:
         """Fence the file's owner if it is another one and its process is gone."""

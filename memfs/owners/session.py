@@ -162,6 +162,7 @@ class Session(Owner):
             except OSError as error:
                 reply = Failed(error.errno or errno.EIO, str(error.strerror))
             finally:
+                self._tree.commit()
                 await self._sent.close_all(request.fds)
             with contextlib.suppress(PeerGone):
                 await self._peer.reply(request.id, reply, fds)

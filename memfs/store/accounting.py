@@ -52,6 +52,13 @@ class Accounting:
             self._runs = ()
         return self._page_map
 
+    def recover(self) -> None:
+        """Count what the map shows that another process has left."""
+        if self._backing.page_maps.exists(self._name):
+            page_map = self.take_out()
+            page_map.settle()
+            self.pages = page_map.count(_WHOLE)
+
     def open_for_owner(self) -> int:
         """Return a descriptor of the page map for an owner. Raises OSError: EMFILE, ENOSPC."""
         return self._backing.page_maps.open_for_owner(self._name, self.page_map)

@@ -29,7 +29,7 @@ import errno
 import os
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
@@ -65,6 +65,8 @@ __all__ = ["Backing", "Content", "MemfdBacking", "TmpfsBacking"]
 _BALLAST: Final = 1  # pages of the ordinary tmpfs that nobody may have
 _MOMENT: Final = 0.01  # seconds until what guests have freed goes back to ordinary files that have
 _PLENTY: Final = bytes_to_pages(256 << 20)  # which nobody fills in a moment
+
+_BALLAST_NAME: Final = "ballast"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +114,7 @@ class TmpfsBacking:
             os.close(self._root)
             raise
         self._huge: Final = (options or {}).get("huge")
-        self._remount: Final = Remount(self._root)
+        self._remount = Remount(self._root)
         self._load_ballast()
         self._set_guest_share(self._guest_claim)
         self.state = _open_state()
@@ -121,7 +123,7 @@ class TmpfsBacking:
     def _load_ballast(self) -> None:
         # To tmpfs a size of 0 is no limit, so where guests have all there is, one page must be allowed and taken.
         # A symbolic link's target takes exactly that, also where files are given huge pages.
-        os.symlink("x" * 1024, "ballast", dir_fd=self._root)
+        os.symlink("x" * 1024, _BALLAST_NAME, dir_fd=self._root)
 
     @property
     def guest_pinned(self) -> bool:
@@ -139,10 +141,43 @@ class TmpfsBacking:
 
     def create(self, number: int, *, guest: bool) -> Content:
         """Create an empty file: its content id is negative if it is for a guest."""
-        content = Content(-number if guest else number)
+        content = self.find(number, guest=guest)
         path, root = self.locate(content)
-        os.mknod(path, 0o600, dir_fd=root)
+        try:
+            os.mknod(path, 0o600, dir_fd=root)
+        except FileExistsError:  # of a process that was killed before it could say so
+            os.unlink(path, dir_fd=root)
+            os.mknod(path, 0o600, dir_fd=root)
         return content
+
+    def find(self, number: int, *, guest: bool) -> Content:
+        """Return the content id: negative if it is for a guest."""
+        return Content(-number if guest else number)
+
+    def recovered(self, total_pages: int, guest_pages: int) -> None:
+        """Ask the kernel how large the ordinary tmpfs may be, and for new ways to change that."""
+        self._total, self._guest_reserved = total_pages, guest_pages
+        self._guest_share = self._total + _BALLAST - os.fstatvfs(self._root).f_blocks
+        self._remount = Remount(self._root)
+        self._guests.recovered()
+        self._adjust_guest_share()
+
+    def remove_others(self, known: Mapping[int, bool], end: int) -> None:
+        """Remove what another process has left that is not one of the files that are known. May take long.
+
+        `known` has their numbers, and whether they are for a guest; none is larger than `end`.
+        """
+        for content in list(self._contents()):
+            number = abs(content)
+            if number < end and known.get(number) != (content < 0):
+                path, root = self.locate(content)
+                with suppress(FileNotFoundError):
+                    os.unlink(path, dir_fd=root)
+
+    def _contents(self) -> Iterator[Content]:
+        for root in (self._root, self._guests.root):
+            with os.scandir(f"/proc/self/fd/{root}") as entries:
+                yield from (Content(int(entry.name)) for entry in entries if entry.name != _BALLAST_NAME)
 
     def open(self, content: Content) -> int:
         """Return a descriptor of a file."""
@@ -370,6 +405,13 @@ class MemfdBacking:
     def create(self, number: int, *, guest: bool) -> Content:
         """Create a memfd; its descriptor is the content id."""
         return Content(os.memfd_create(f"memfs:{number}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+
+    def find(self, number: int, *, guest: bool) -> Content:
+        """Raise OSError: a memfd goes with the process that has it."""
+        raise OSError(errno.ENOENT, "no memfd of another process")
+
+    def recovered(self, total_pages: int, guest_pages: int) -> None:
+        """Do nothing: there is nothing from before."""
 
     def open(self, content: Content) -> int:
         """Return the descriptor."""

@@ -7,7 +7,9 @@ A file that nobody holds is looked up by its path in the backing, so there can b
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Final
 
@@ -18,17 +20,17 @@ _CLOSED: Final = -1
 
 
 class BackingFile:
-    """A file of a backing, empty at first. `number` is this file's for ever. All methods raise OSError.
+    """A file of a backing, empty at first unless it `exists`. `number` is this file's for ever. Methods raise OSError.
 
     `guest` as for `Backing.create`.
     """
 
     __slots__ = ("_backing", "_content", "fd", "holds", "number")
 
-    def __init__(self, backing: Backing, number: int, *, guest: bool) -> None:
+    def __init__(self, backing: Backing, number: int, *, guest: bool, exists: bool = False) -> None:
         self._backing: Final = backing
         self.number: Final = number
-        self._content: Content = backing.create(number, guest=guest)
+        self._content: Content = (backing.find if exists else backing.create)(number, guest=guest)
         self.fd = _CLOSED  #: the file's descriptor while it is held
         self.holds = 0  #: how many `hold` there are without their `release`
 
@@ -73,10 +75,11 @@ class BackingFile:
             self._backing.shut(self.fd)
             self.fd = _CLOSED
 
-    def replace_with_guest(self) -> None:
-        """Take an empty guest file in place of this one, with its times, and free this one. Call while it is held.
+    def replace_with_guest(self) -> Callable[[], None]:
+        """Take an empty guest file in place of this one, with its times. Call while it is held.
 
-        A descriptor of the old one that somebody has kept leads nowhere then. On OSError nothing has changed.
+        Returns what frees this one; a descriptor of it that somebody has kept leads nowhere then. On OSError nothing
+        has changed.
         """
         old = self.stat()
         with ExitStack() as undo:
@@ -85,9 +88,10 @@ class BackingFile:
             fd = self._backing.open(content)
             undo.pop_all()
         self._backing.shut(self.fd)
-        self._backing.free(self._content)
+        free_old = functools.partial(self._backing.free, self._content)
         self._content, self.fd = content, fd
         self.set_times(old.st_atime_ns, old.st_mtime_ns)
+        return free_old
 
     def free(self) -> None:
         """Free the file and its memory. Nobody may hold it."""

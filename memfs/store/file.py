@@ -34,6 +34,7 @@ import trio
 
 from memfs.contract.page_map import ABSENT, ALLOCATED, PageMap
 from memfs.contract.units import PAGE_SIZE, ByteOffset, PageIndex, PageRange, page_ceil, page_floor
+from memfs.state.journal import NO_JOURNAL, Journal
 from memfs.store import chunks, seals
 from memfs.store.accounting import Accounting
 from memfs.store.backing import Backing
@@ -47,7 +48,8 @@ from memfs.store.seals import Obstacle, Operation
 class File:
     """A regular file. Sizes and offsets are bytes; ranges are pages. All methods raise OSError as the kernel would.
 
-    `number` is this file's for ever, and no other's in the backing; `initial_seals` are F_SEAL_* bits.
+    `number` is this file's for ever, and no other's in the backing; `initial_seals` are F_SEAL_* bits. A file that
+    `exists` was another process's, and must be recovered (`recover`).
     """
 
     __slots__ = (
@@ -57,16 +59,26 @@ class File:
         "_image",
         "_is_given_out",
         "_is_stale",
+        "_journal",
         "_lock",
         "_owner",
         "opens",
         "seals",
     )
 
-    def __init__(self, backing: Backing, number: int, initial_seals: int = 0) -> None:
+    def __init__(
+        self,
+        backing: Backing,
+        number: int,
+        initial_seals: int = 0,
+        *,
+        journal: Journal = NO_JOURNAL,
+        exists: bool = False,
+    ) -> None:
         self._backing: Final = backing
+        self._journal: Final = journal
         self.seals = initial_seals
-        self._backing_file: Final = BackingFile(backing, number, guest=self.guest)
+        self._backing_file: Final = BackingFile(backing, number, guest=self.guest, exists=exists)
         self._accounting = Accounting(backing, str(number)) if backing.accounted or self.guest else None
         try:
             self._seal_backing_file(initial_seals)
@@ -342,7 +354,7 @@ class File:
     def _become_guest(self) -> None:
         if self._accounting is not None:
             self._accounting.take_out()  # or OSError, before anything has changed
-        self._backing_file.replace_with_guest()
+        self._journal.defer(self._backing_file.replace_with_guest())
         accounting = self._accounting or Accounting(self._backing, str(self.number))
         accounting.forget()  # what KEEP_SIZE had allocated
         self._accounting, self._is_given_out = accounting, False
@@ -361,6 +373,28 @@ class File:
         """Raise OSError(EPERM) if the EXEC seal forbids a change of permission bits."""
         if (old ^ new) & 0o111:
             seals.check(self.seals, Operation.CHANGE_EXECUTABLE)
+
+    @property
+    def tracked_pages(self) -> int:
+        """How many pages the page map shows; none of an untracked file."""
+        return self._accounting.pages if self._accounting is not None else 0
+
+    def recover(self, *, is_given_out: bool) -> None:
+        """Put in order what another process has left, which may have been killed at any moment. Raises OSError.
+
+        What the page map shows is the truth. Pages that it does not show were being allocated, and nobody was told of
+        them; they are freed. Pages that are not there were being freed, which will be asked for again; until then they
+        are there once more, and zero.
+        """
+        self._is_stale = self._is_given_out = is_given_out
+        if is_given_out:
+            self._backing.watch(self)
+        if self._accounting is not None:
+            self._accounting.recover()
+            if self._accounting.pages != self.pages:
+                with self.held():
+                    self._pages().make_true()
+            self._accounting.put_away()
 
     # -- life -------------------------------------------------------------------------------------------------------
 

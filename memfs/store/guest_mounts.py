@@ -84,6 +84,9 @@ class GuestMount(Protocol):
     def resize(self, size: int) -> None:
         """Take notice that the limit is `size` bytes now. Raises OSError(EINVAL), changing nothing."""
 
+    def recovered(self) -> None:
+        """Go on where another process was killed."""
+
     def describe(self, accounted: int) -> dict[str, Any]:
         """Return its state for `memfs stat`, numbers in bytes."""
 
@@ -109,7 +112,7 @@ class GuestTmpfs:
             self.root, self.pinned = mount_tmpfs(size, {**options, "noswap": None}), True
         except OSError:  # before Linux 6.4
             self.root, self.pinned = mount_tmpfs(size, options), False
-        self._remount: Final = Remount(self.root)
+        self._remount = Remount(self.root)
         self._switching: Final = threading.Lock()
 
     def used_pages(self, accounted: int) -> int:
@@ -156,6 +159,12 @@ class GuestTmpfs:
         """Change the kernel's limit."""
         with self._switching:
             self._remount({"size": str(size)})
+
+    def recovered(self) -> None:
+        """Have huge pages again, if they were switched off at that moment."""
+        self._remount = Remount(self.root)
+        if self._huge is not None:
+            self._remount({"huge": self._huge})
 
     def describe(self, accounted: int) -> dict[str, Any]:
         """Return nothing: it is as the ordinary tmpfs."""
@@ -223,6 +232,9 @@ class GuestHugetlb:
         """Refuse to have a limit below what is reserved."""
         if bytes_to_pages(size) < self.least_pages:
             raise OSError(errno.EINVAL, f"{pages_to_bytes(self.least_pages)} bytes are reserved for guests")
+
+    def recovered(self) -> None:
+        """Do nothing."""
 
     def describe(self, accounted: int) -> dict[str, Any]:
         """Return what the pool has, and what this mount has of it."""

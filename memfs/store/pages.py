@@ -344,6 +344,16 @@ class Pages:
         if reservation is not None:
             reservation.commit(chunk)
 
+    def make_true(self) -> None:
+        """Have the file have the pages that its map shows, and no others."""
+        page_map = self._page_map
+        assert page_map is not None, "an untracked file has no map"
+        everything = PageRange(PageIndex(0), MAP_END)
+        for run in page_map.runs(everything, ABSENT):
+            self._punch(run.offset, run.nbytes)
+        for run in page_map.runs(everything):
+            self._fallocate(FALLOC_FL_KEEP_SIZE, run.offset, run.nbytes)
+
     # -- freeing ----------------------------------------------------------------------------------------------------
 
     async def punch(self, offset: ByteOffset, length: int) -> None:

@@ -43,6 +43,12 @@ class Backing(Protocol):
     def create(self, number: int, *, guest: bool) -> Content:
         """Create an empty file. Of each number (> 0) there may be one that is for a guest and one that is not."""
 
+    def find(self, number: int, *, guest: bool) -> Content:
+        """Return the content id of a file that another process has created."""
+
+    def recovered(self, total_pages: int, guest_pages: int) -> None:
+        """Go on where another process was killed: its limit, and how many pages its tracked files have."""
+
     def open(self, content: Content) -> int:
         """Return a descriptor of a file, for reading and writing. Raises OSError(EMFILE)."""
 

@@ -18,7 +18,8 @@ class AccessTimes:
     atime: str = "relatime"  #: relatime, noatime or strictatime
     diratime: bool = True  #: whether that goes for directories, too
 
-    def read(self, inode: TimedInode) -> None:
-        """Set the access time of an inode that was read, if it is to be set."""
-        if self.atime != "noatime" and (self.diratime or not inode.is_dir):
-            inode.accessed(always=self.atime == "strictatime")
+    def read(self, inode: TimedInode) -> bool:
+        """Set the access time of an inode that was read, if it is to be set. Returns whether it was."""
+        if self.atime == "noatime" or not (self.diratime or not inode.is_dir):
+            return False
+        return inode.accessed(always=self.atime == "strictatime")

@@ -182,11 +182,16 @@ class TimedInode(Inode):
         """Set POSIX's mtime and ctime: the content was changed."""
         self.mtime_ns = self.ctime_ns = _now()
 
-    def accessed(self, *, always: bool = False) -> None:
-        """Set POSIX's atime, `always` or as relatime has it (mount(8)): the content was read."""
+    def accessed(self, *, always: bool = False) -> bool:
+        """Set POSIX's atime, `always` or as relatime has it (mount(8)): the content was read.
+
+        Returns whether it was set.
+        """
         now = _now()
-        if always or self.atime_ns <= max(self.mtime_ns, self.ctime_ns) or now - self.atime_ns > _DAY:
+        is_due = always or self.atime_ns <= max(self.mtime_ns, self.ctime_ns) or now - self.atime_ns > _DAY
+        if is_due:
             self.atime_ns = now
+        return is_due
 
     def set_times(self, atime_ns: int | None, mtime_ns: int | None) -> None:
         """Set times; None leaves one as it is."""
@@ -240,7 +245,7 @@ class Entry:
 class Directory(TimedInode):
     """A directory: its names in the order in which they were created."""
 
-    __slots__ = ("_next_cookie", "_order", "entries", "parent")
+    __slots__ = ("_order", "entries", "next_cookie", "parent")
 
     def __init__(self, ino: Ino, mode: int, uid: int, gid: int, parent: Directory | None) -> None:
         super().__init__(ino, mode, uid, gid)
@@ -248,7 +253,7 @@ class Directory(TimedInode):
         self.parent: Directory = parent or self
         self.entries: dict[bytes, Entry] = {}
         self._order: Final[CookieOrder[Entry]] = CookieOrder()
-        self._next_cookie = DOTDOT_COOKIE + 1
+        self.next_cookie = DOTDOT_COOKIE + 1  #: of the name that comes next
 
     def stat(self) -> Stat:
         """Return what stat(2) tells: the size is that of the entries, as on tmpfs."""
@@ -257,12 +262,17 @@ class Directory(TimedInode):
     def add(self, name: bytes, inode: Inode) -> None:
         """Enter a name that is not there."""
         assert name not in self.entries
-        self.entries[name] = entry = Entry(name, inode, self._next_cookie)
+        self.entries[name] = entry = Entry(name, inode, self.next_cookie)
         self._order.append(entry)
-        self._next_cookie += 1
+        self.next_cookie += 1
         self.modified()
         if inode.is_dir:
             self.nlink += 1
+
+    def restore(self, name: bytes, inode: Inode, cookie: int) -> None:
+        """Enter a name that was there before. Cookies ascend from call to call."""
+        self.entries[name] = entry = Entry(name, inode, cookie)
+        self._order.append(entry)
 
     def remove(self, name: bytes) -> Inode:
         """Remove a name and return what it named."""

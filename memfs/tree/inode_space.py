@@ -6,7 +6,7 @@ A second name of a file takes an inode's space, too, and so do extended attribut
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Final
 
 from memfs.tree.inode import Inode
@@ -77,6 +77,12 @@ class InodeSpace:
     def remove_xattrs(self, xattrs: Mapping[bytes, bytes] | None) -> None:
         """Count the extended attributes of an inode that was freed."""
         self._user_xattr_bytes -= _all_user_bytes(xattrs)
+
+    def count(self, inodes: Collection[Inode]) -> None:
+        """Count the space that these inodes take, which are all."""
+        self._inodes = len(inodes)
+        self._extra_links = sum(inode.nlink - 1 for inode in inodes if inode.nlink and not inode.is_dir)
+        self._user_xattr_bytes = sum(_all_user_bytes(inode.xattrs) for inode in inodes)
 
     def check(self, inodes: Iterable[Inode]) -> None:
         """Raise AssertionError unless these inodes are what was counted."""

@@ -27,10 +27,13 @@ import enum
 import errno
 import os
 import secrets
+import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, NewType, Protocol
 
 from memfs.contract.conversion import Key
+from memfs.state.journal import NO_JOURNAL, Journal, number_in, numbered
 from memfs.store import seals
 from memfs.store.file import File
 from memfs.tree.holdings import Holdings
@@ -38,6 +41,10 @@ from memfs.tree.inode import Directory, RegularFile
 from memfs.tree.tree import Tree
 
 CONTROL: Final = os.O_ACCMODE  #: the access mode of a handle for ioctl(2) only
+
+HANDLE: Final = b"h"  #: the kind of keys of handles: inode, flags, way, backing id (0: none), user; key
+_HANDLE: Final = struct.Struct("=QIBII")
+_KEY: Final = struct.Struct("=Q")
 
 Fh = NewType("Fh", int)
 
@@ -55,9 +62,9 @@ class BackingIds(Protocol):
 class Access(enum.Enum):
     """How a handle reaches content."""
 
-    PASSTHROUGH = "passthrough"
-    CACHED = "cached"
-    DIRECT = "direct"
+    PASSTHROUGH = 1
+    CACHED = 2
+    DIRECT = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +103,18 @@ class OpenDirectory:
 class OpenFiles:
     """All open handles of a mount. Raises OSError(EBADF) for a number that is none."""
 
-    def __init__(self, tree: Tree, backing_ids: BackingIds | None = None, holdings: Holdings | None = None) -> None:
+    def __init__(
+        self,
+        tree: Tree,
+        backing_ids: BackingIds | None = None,
+        holdings: Holdings | None = None,
+        journal: Journal = NO_JOURNAL,
+    ) -> None:
         self._tree: Final = tree
         self._holdings: Final = holdings or Holdings.of_process()
         self._backing_ids: Final = backing_ids
+        self._journal: Final = journal
+        self._journal.keeps(HANDLE, self._value)
         self._next = Fh(1)
         self._open: dict[Fh, OpenFile | OpenDirectory] = {}
         self._keys: dict[Fh, Key] = {}
@@ -115,11 +130,9 @@ class OpenFiles:
         `_sealed_access` says. Inode flags are checked by the caller: a file that is being created may be opened in any
         way.
         """
-        file = inode.file
-        may_be_guest = file.is_tracked or bool(file.seals & seals.ON_WRITES) or flags & os.O_ACCMODE == CONTROL
         self._tree.hold(inode)
         try:
-            self._holdings.hold(user, inode.ino, maps=may_be_guest)
+            self._holdings.hold(user, inode.ino, maps=_may_be_guest(inode.file, flags))
             try:
                 handle = OpenFile(inode, flags, self._access(inode, flags), user)
             except OSError:
@@ -173,6 +186,7 @@ class OpenFiles:
         if Fh(fh) not in self._keys:
             key = Key(secrets.randbits(64))
             self._keys[Fh(fh)], self._by_key[key] = key, Fh(fh)
+            self._journal.changed(numbered(HANDLE, fh))
         return self._keys[Fh(fh)]
 
     def by_key(self, key: Key) -> OpenFile:
@@ -194,6 +208,7 @@ class OpenFiles:
         handle = self._open.pop(Fh(fh), None)
         if handle is None:
             raise OSError(errno.EBADF, f"no open handle {fh}")
+        self._journal.changed(numbered(HANDLE, fh))
         if (key := self._keys.pop(Fh(fh), None)) is not None:
             del self._by_key[key]
         if isinstance(handle, OpenFile):
@@ -204,6 +219,54 @@ class OpenFiles:
                     self._backing_ids.close(unused)
         self._tree.release(handle.inode)
         return handle.inode
+
+    def _value(self, key: bytes) -> bytes | None:
+        """Return what is written of a handle."""
+        handle = self._open.get(Fh(number_in(key)))
+        if handle is None:
+            return None
+        if isinstance(handle, OpenDirectory):
+            return _HANDLE.pack(handle.inode.ino, handle.flags, 0, 0, 0)
+        backing_id = handle.inode.file.opens.backing_id if handle.access is Access.PASSTHROUGH else 0
+        packed = _HANDLE.pack(handle.inode.ino, handle.flags, handle.access.value, backing_id or 0, handle.user)
+        file_key = self._keys.get(Fh(number_in(key)))
+        return packed if file_key is None else packed + _KEY.pack(file_key)
+
+    def restore(self, state: Mapping[bytes, bytes]) -> None:
+        """Open the handles that were written down. Raises OSError(EMFILE)."""
+        for key, value in state.items():
+            if key[:1] != HANDLE:
+                continue
+            ino, flags, access, backing_id, user = _HANDLE.unpack_from(value)
+            fh = Fh(number_in(key))
+            if len(value) > _HANDLE.size:
+                (number,) = _KEY.unpack_from(value, _HANDLE.size)
+                self._keys[fh], self._by_key[Key(number)] = Key(number), fh
+            inode = self._tree.inode(ino)
+            handle: OpenFile | OpenDirectory
+            if isinstance(inode, RegularFile):
+                handle = OpenFile(inode, flags, Access(access), user)
+                self._holdings.hold(user, ino, maps=_may_be_guest(inode.file, flags))
+                if handle.mappable:
+                    if not inode.file.opens.mappable and backing_id:
+                        inode.file.opens.pass_through(backing_id)
+                    inode.file.opens.add(writable=handle.writable)
+            else:
+                handle = OpenDirectory(self._tree.directory(ino), flags)
+            self._open[fh] = handle
+            self._tree.hold(inode)
+            self._next = Fh(max(self._next, fh + 1))
+
+    @property
+    def backing_ids(self) -> set[int]:
+        """The backing ids of handles in passthrough mode."""
+        files = (handle.inode.file for handle in self._open.values() if isinstance(handle, OpenFile))
+        return {file.opens.backing_id for file in files if file.opens.backing_id is not None}
+
+    @property
+    def keys(self) -> set[bytes]:
+        """The keys of all handles."""
+        return {numbered(HANDLE, fh) for fh in self._open}
 
     def close(self) -> None:
         """Close all handles; the mount has ended."""
@@ -234,4 +297,10 @@ class OpenFiles:
         fh = self._next
         self._next = Fh(fh + 1)
         self._open[fh] = handle
+        self._journal.changed(numbered(HANDLE, fh))
         return fh
+
+
+def _may_be_guest(file: File, flags: int) -> bool:
+    """Return whether a file is tracked, or may become so while a handle with these flags is open."""
+    return file.is_tracked or bool(file.seals & seals.ON_WRITES) or flags & os.O_ACCMODE == CONTROL

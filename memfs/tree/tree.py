@@ -8,12 +8,16 @@ An inode lives as long as anything refers to it: links, the kernel (which counts
 and holds (open handles, and registrations of owners: RFC patch 06 and the reviewers' complaint about unbalanced file
 references). With the last of the three its memory is freed. Inode numbers are never used twice, so a stale number
 means nothing rather than another file.
+
+All that changes is noted in the journal, which writes it down (records.py). A tree that was built again from that does
+not know how often the kernel has looked its inodes up. So those are **unsure**, and before one is freed the kernel is
+asked whether it has it.
 """
 
 from __future__ import annotations
 
 import errno
-import os
+import functools
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -21,14 +25,17 @@ from typing import Final, NamedTuple
 
 from memfs.contract.sys.constants import XATTR_SIZE_MAX
 from memfs.contract.units import ByteOffset
+from memfs.state.journal import NO_JOURNAL, Journal
 from memfs.store.file import File
-from memfs.tree import acl, inode_flags
+from memfs.tree import acl, inode_flags, records
 from memfs.tree.inode import Directory, Ino, Inode, RegularFile, Special, Symlink
 from memfs.tree.inode_space import InodeSpace
+from memfs.tree.invariants import check_inodes
 
 ROOT_INO: Final = Ino(1)
 NAME_MAX: Final = 255  # bytes
 MOST_XATTRS: Final = 8192  #: of an inode: to free them takes a millisecond
+UNSURE: Final = 1 << 48  #: look-ups of an inode from before; the kernel forgets fewer
 _SHORT_SYMLINK: Final = 128  # bytes, the final 0 among them (mm/shmem.c: SHORT_SYMLINK_LEN)
 RENAME_NOREPLACE: Final = 1
 RENAME_EXCHANGE: Final = 2
@@ -52,6 +59,7 @@ class Tree:
 
     `new_file` creates the content of a new regular file from its number and initial seals; `nr_inodes` limits how many
     inodes there are, the root included. With `inode32` there are no more numbers than 32 bits have, ever.
+    `is_known` says whether the kernel has an inode; it is asked of a tree that was built again.
     """
 
     def __init__(
@@ -63,18 +71,23 @@ class Tree:
         gid: int,
         *,
         inode32: bool = False,
+        journal: Journal = NO_JOURNAL,
+        is_known: Callable[[int], bool] = lambda ino: True,
     ) -> None:
         self._new_file: Final = new_file
+        self._journal: Final = journal
+        self._is_known: Final = is_known
         self.space: Final = InodeSpace(nr_inodes)
-        self._next_ino = ROOT_INO
+        self.next_ino = ROOT_INO  #: of the inode that comes next
         self._last_ino: Final = (1 << (32 if inode32 else 63)) - 1
         self.inodes: dict[Ino, Inode] = {}
-        self.root: Final = Directory(self._new_ino(), stat.S_IFDIR | mode, uid, gid, None)
+        self.root = Directory(self._new_ino(), stat.S_IFDIR | mode, uid, gid, None)
         self._add(self.root)
 
     def _add(self, inode: Inode) -> None:
         self.inodes[inode.ino] = inode
         self.space.add_inode()
+        self.changed(inode)
 
     # -- look-up ----------------------------------------------------------------------------------------------------
 
@@ -125,7 +138,7 @@ class Tree:
         directory = self._writable(parent)
         self._check_new(directory, name)
         inode = self._create(directory, _New(mode, uid, gid, umask, rdev, seals))
-        directory.add(name, inode)
+        self._enter(directory, name, inode)
         return inode
 
     def create_unlinked(self, parent: int, mode: int, uid: int, gid: int, *, umask: int = 0, seals: int = 0) -> Inode:
@@ -139,7 +152,7 @@ class Tree:
         directory = self._writable(parent)
         self._check_new(directory, name)
         inode = self._create(directory, _New(stat.S_IFLNK | 0o777, uid, gid, target=target))
-        directory.add(name, inode)
+        self._enter(directory, name, inode)
         return inode
 
     def link(self, ino: int, parent: int, name: bytes) -> Inode:
@@ -151,8 +164,8 @@ class Tree:
             self.space.check_inode()
             self.space.add_extra_link()
         inode.nlink += 1
-        inode.changed()
-        directory.add(name, inode)
+        self._touch(inode)
+        self._enter(directory, name, inode)
         return inode
 
     def _create(self, parent: Directory, new: _New) -> Inode:
@@ -195,10 +208,11 @@ class Tree:
         return page
 
     def _new_ino(self) -> Ino:
-        ino = self._next_ino
+        ino = self.next_ino
         if ino > self._last_ino:
             raise OSError(errno.ENOSPC, "all inode numbers have been used")
-        self._next_ino = Ino(ino + 1)
+        self.next_ino = Ino(ino + 1)
+        self._journal.changed(records.TREE)
         return ino
 
     def _writable(self, ino: int) -> Directory:
@@ -222,8 +236,7 @@ class Tree:
         inode_flags.check_remove(directory, inode)
         if inode.is_dir:
             raise OSError(errno.EISDIR, "a directory")
-        directory.remove(name)
-        self._unlinked(inode)
+        self._unlinked(self._leave(directory, name))
 
     def rmdir(self, parent: int, name: bytes) -> None:
         """Remove an empty directory, as rmdir(2)."""
@@ -232,8 +245,7 @@ class Tree:
         if not isinstance(inode, Directory):
             raise OSError(errno.ENOTDIR, "not a directory")
         self._check_empty(inode)
-        directory.remove(name)
-        self._unlinked(inode)
+        self._unlinked(self._leave(directory, name))
 
     def rename(
         self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int = 0, *, uid: int = 0, gid: int = 0
@@ -260,26 +272,40 @@ class Tree:
             self._check_replaceable(inode, existing.inode)
         left_behind = self._create(source, _New(stat.S_IFCHR, uid, gid)) if whiteout else None
         if existing is not None:
-            self._unlinked(target.remove(new_name))
-        self._move(source.remove(name), target, new_name)
+            self._unlinked(self._leave(target, new_name))
+        self._move(self._leave(source, name), target, new_name)
         if left_behind is not None:
-            source.add(name, left_behind)
+            self._enter(source, name, left_behind)
 
     def _exchange(self, source: Directory, name: bytes, target: Directory, new_name: bytes) -> None:
         first, second = self.lookup(source.ino, name), self.lookup(target.ino, new_name)  # or ENOENT
         inode_flags.check_remove(target, second)
         if first is second:
             return
-        source.remove(name)
-        target.remove(new_name)
+        self._leave(source, name)
+        self._leave(target, new_name)
         self._move(first, target, new_name)
         self._move(second, source, name)
 
     def _move(self, inode: Inode, target: Directory, name: bytes) -> None:
-        target.add(name, inode)
-        inode.changed()
+        self._enter(target, name, inode)
+        self._touch(inode)
         if isinstance(inode, Directory):
             inode.parent = target
+
+    def _enter(self, directory: Directory, name: bytes, inode: Inode) -> None:
+        directory.add(name, inode)
+        self._journal.changed(records.entry_key(directory.ino, name))
+        self.changed(directory)
+
+    def _leave(self, directory: Directory, name: bytes) -> Inode:
+        self._journal.changed(records.entry_key(directory.ino, name))
+        self.changed(directory)
+        return directory.remove(name)
+
+    def _touch(self, inode: Inode) -> None:
+        inode.changed()
+        self.changed(inode)
 
     def _check_replaceable(self, inode: Inode, existing: Inode) -> None:
         if isinstance(existing, Directory):
@@ -297,10 +323,10 @@ class Tree:
         inode.nlink -= 2 if inode.is_dir else 1
         if inode.nlink:
             self.space.remove_extra_link()
-        inode.changed()
+        self._touch(inode)
         if isinstance(inode, RegularFile) and not inode.nlink and not inode.holds:
             inode.file.unlinked()
-        self._free_if_unused(inode)
+        self.free_if_unused(inode)
 
     # -- references -------------------------------------------------------------------------------------------------
 
@@ -310,7 +336,7 @@ class Tree:
             if isinstance(inode, RegularFile):
                 inode.file.hold()
         except OSError:
-            self._free_if_unused(inode)  # it may have been created to be held
+            self.free_if_unused(inode)  # it may have been created to be held
             raise
         inode.holds += 1
 
@@ -320,7 +346,7 @@ class Tree:
         inode.holds -= 1
         if isinstance(inode, RegularFile):
             inode.file.release()
-        self._free_if_unused(inode)
+        self.free_if_unused(inode)
 
     @contextmanager
     def holding(self, inode: Inode) -> Iterator[None]:
@@ -340,18 +366,23 @@ class Tree:
         inode = self.inodes.get(Ino(ino))
         if inode is not None and inode is not self.root:
             inode.nlookup = max(0, inode.nlookup - nlookup)
-            self._free_if_unused(inode)
+            self.free_if_unused(inode)
 
-    def _free_if_unused(self, inode: Inode) -> None:
-        if inode.nlink or inode.nlookup or inode.holds:
+    def free_if_unused(self, inode: Inode) -> None:
+        """Free an inode if nothing refers to it any more."""
+        if inode.nlink or inode.holds or self._is_looked_up(inode):
             return
         del self.inodes[inode.ino]
         self.space.remove_inode()
         self.space.remove_xattrs(inode.xattrs)
-        if isinstance(inode, RegularFile):
-            inode.file.free()
-        else:
-            _close(inode)
+        self.changed(inode)
+        self._journal.defer(functools.partial(_free, inode))
+
+    def _is_looked_up(self, inode: Inode) -> bool:
+        """Return whether the kernel knows an inode."""
+        if inode.nlookup >= UNSURE // 2:
+            return self._is_known(inode.ino)
+        return inode.nlookup > 0
 
     def close(self) -> None:
         """Free every file; the mount has ended."""
@@ -375,7 +406,7 @@ class Tree:
         self.space.change_xattr(name, xattrs.get(name), value)
         xattrs[name] = value
         inode.xattrs = xattrs
-        inode.changed()
+        self._touch(inode)
 
     def getxattr(self, ino: int, name: bytes) -> bytes:
         """Return an extended attribute, as getxattr(2)."""
@@ -391,11 +422,26 @@ class Tree:
         self.space.change_xattr(name, self.getxattr(ino, name), None)
         assert inode.xattrs is not None
         del inode.xattrs[name]
-        inode.changed()
+        self._touch(inode)
 
     def listxattr(self, ino: int) -> Iterable[bytes]:
         """Return the names of extended attributes, as listxattr(2)."""
         return self.inode(ino).xattrs or ()
+
+    # -- what is written down ---------------------------------------------------------------------------------------
+
+    def changed(self, inode: Inode) -> None:
+        """Note that an inode has changed, other than by a method of this class."""
+        self._journal.changed(records.inode_key(inode.ino))
+
+    def commit(self) -> None:
+        """Commit what has changed other than by a request of the kernel's."""
+        self._journal.commit()
+
+    def set_limit(self, nr_inodes: int) -> None:
+        """Change how many inodes there may be. Raises OSError(EINVAL), changing nothing, below what is in use."""
+        self.space.set_limit(nr_inodes)
+        self._journal.changed(records.TREE)
 
     # -- invariants -------------------------------------------------------------------------------------------------
 
@@ -405,34 +451,20 @@ class Tree:
 
     def check(self) -> None:
         """Raise AssertionError on the first broken invariant."""
-        links: dict[Ino, int] = dict.fromkeys(self.inodes, 0)
-        for inode in self.inodes.values():
-            assert inode.nlink or inode.nlookup or inode.holds, f"inode {inode.ino} should have been freed"
-            if isinstance(inode, RegularFile):
-                inode.file.check()
-            if isinstance(inode, Directory) and inode.nlink:
-                self._check_directory(inode, links)
-        for ino, count in links.items():
-            inode = self.inodes[ino]
-            if not inode.is_dir:
-                assert inode.nlink == count, f"inode {ino}: nlink {inode.nlink}, {count} names"
+        check_inodes(self.inodes)
         self.space.check(self.inodes.values())
 
-    def _check_directory(self, directory: Directory, links: dict[Ino, int]) -> None:
-        cookies = [entry.cookie for entry in directory.entries.values()]
-        assert cookies == sorted(set(cookies)), f"directory {directory.ino}: cookies do not ascend"
-        subdirectories = 0
-        for name, entry in directory.entries.items():
-            assert self.inodes.get(entry.inode.ino) is entry.inode, f"{os.fsdecode(name)} names a freed inode"
-            links[entry.inode.ino] += 1
-            if isinstance(entry.inode, Directory):
-                subdirectories += 1
-                assert entry.inode.parent is directory, f"{os.fsdecode(name)} does not know its parent"
-        assert directory.nlink == subdirectories + 2, f"directory {directory.ino}: nlink {directory.nlink}"
+
+def _free(inode: Inode) -> None:
+    """Free the memory of an inode that nobody refers to any more."""
+    if isinstance(inode, RegularFile):
+        inode.file.free()
+    else:
+        _close(inode)
 
 
 def _close(inode: Inode) -> None:
-    """Free an inode's memory."""
+    """Free an inode's memory, immediately."""
     if isinstance(inode, RegularFile):
         inode.file.close()
     elif isinstance(inode, Symlink) and inode.page is not None:

@@ -78,6 +78,7 @@ class Xattrs:
         if name == SEALS and isinstance(inode, RegularFile):
             await inode.file.add_seals(seals.parse(_text(value)))
             inode.changed()
+            self._tree.changed(inode)
             return
         if name in (REMOUNT, PRIVILEGED_REMOUNT):
             if name == REMOUNT and (uid() != os.geteuid() or is_root_of_the_host()):
@@ -104,6 +105,7 @@ class Xattrs:
             inode.xattrs.pop(acl.ACCESS, None)
         inode.mode = mode & ~stat.S_ISGID if kill_sgid else mode
         inode.changed()
+        self._tree.changed(inode)
 
     def _remount(self, options: str) -> None:
         try:

@@ -1,0 +1,144 @@
+"""How inodes and names are written down, so that a tree can be built again: values of keys (state/journal.py).
+
+    i INO        an inode: what stat(2) tells of it that the backing does not, attributes, and what its kind has besides
+    e DIR NAME   a name: the inode, and its cookie
+    t            of the tree: the next inode number and the limit
+
+What follows from others is not written: links are counted by the names, but for those that are gone from the tree; what
+is open, by the handles; how often the kernel has looked an inode up, it can be asked (tree.py).
+"""
+
+from __future__ import annotations
+
+import stat
+import struct
+from collections.abc import Callable
+from typing import Final, NamedTuple
+
+from memfs.state.journal import numbered
+from memfs.store.file import File
+from memfs.tree.inode import Directory, Ino, Inode, RegularFile, Special, Symlink, TimedInode
+
+INODE: Final = b"i"
+ENTRY: Final = b"e"
+TREE: Final = b"t"
+
+_INODE: Final = struct.Struct("=IIIIIq")  # mode, nlink, uid, gid, flags, btime (ns)
+_REGULAR: Final = struct.Struct("=I?")  # seals, whether it was given out
+_TIME_BYTES: Final = 12  # nanoseconds, signed: utimensat(2) takes more than fit into 64 bits
+_TIMES: Final = 3 * _TIME_BYTES  # atime, mtime, ctime
+_DIRECTORY: Final = struct.Struct("=QQ")  # parent, next cookie
+_SPECIAL: Final = struct.Struct("=Q")  # rdev
+_SYMLINK: Final = struct.Struct("=I?")  # length of the target, whether a file has it; then the target
+_XATTR: Final = struct.Struct("=HI")  # length of the name, of the value; then both
+_ENTRY: Final = struct.Struct("=QQ")  # inode, cookie
+_TREE: Final = struct.Struct("=QQ")
+
+
+class Saved(NamedTuple):
+    """A name as it was written."""
+
+    ino: int
+    cookie: int
+
+
+def inode_key(ino: int) -> bytes:
+    """Return an inode's key."""
+    return numbered(INODE, ino)
+
+
+def entry_key(directory: int, name: bytes) -> bytes:
+    """Return the key of a name in a directory."""
+    return numbered(ENTRY, directory) + name
+
+
+def pack_tree(next_ino: int, nr_inodes: int) -> bytes:
+    """Return what is written of the tree itself."""
+    return _TREE.pack(next_ino, nr_inodes)
+
+
+def unpack_tree(value: bytes) -> tuple[int, int]:
+    """Return the next inode number and the limit."""
+    next_ino, nr_inodes = _TREE.unpack(value)
+    return next_ino, nr_inodes
+
+
+def pack_entry(ino: int, cookie: int) -> bytes:
+    """Return what is written of a name."""
+    return _ENTRY.pack(ino, cookie)
+
+
+def unpack_entry(value: bytes) -> Saved:
+    """Return what was written of a name."""
+    return Saved(*_ENTRY.unpack(value))
+
+
+def pack_inode(inode: Inode) -> bytes:
+    """Return what is written of an inode."""
+    packed = _INODE.pack(inode.mode, inode.nlink, inode.uid, inode.gid, inode.flags, inode.btime_ns)
+    if isinstance(inode, RegularFile):
+        packed += _REGULAR.pack(inode.file.seals, inode.file.is_given_out)
+    else:
+        assert isinstance(inode, TimedInode)
+        times = inode.atime_ns, inode.mtime_ns, inode.ctime_ns
+        packed += b"".join([time_ns.to_bytes(_TIME_BYTES, "little", signed=True) for time_ns in times])
+        if isinstance(inode, Directory):
+            packed += _DIRECTORY.pack(inode.parent.ino, inode.next_cookie)
+        elif isinstance(inode, Symlink):
+            packed += _SYMLINK.pack(len(inode.target), inode.page is not None) + inode.target
+        elif isinstance(inode, Special):
+            packed += _SPECIAL.pack(inode.rdev)
+    if inode.xattrs:
+        packed += b"".join(_XATTR.pack(len(name), len(value)) + name + value for name, value in inode.xattrs.items())
+    return packed
+
+
+def unpack_inode(ino: Ino, packed: bytes, old_file: Callable[[Ino, int, bool], File]) -> tuple[Inode, int]:
+    """Build an inode again, and say which directory is its parent (0: it is none).
+
+    `old_file` opens the file with a number: its seals, and whether it was given out.
+    """
+    mode, nlink, uid, gid, flags, btime_ns = _INODE.unpack_from(packed)
+    position, parent = _INODE.size, 0
+    inode: Inode
+    if stat.S_ISREG(mode):
+        seals, is_given_out = _REGULAR.unpack_from(packed, position)
+        position += _REGULAR.size
+        inode = RegularFile(ino, mode, uid, gid, old_file(ino, seals, is_given_out))
+    else:
+        times = [
+            int.from_bytes(packed[at : at + _TIME_BYTES], "little", signed=True)
+            for at in range(position, position + _TIMES, _TIME_BYTES)
+        ]
+        position += _TIMES
+        timed: TimedInode
+        if stat.S_ISDIR(mode):
+            parent, next_cookie = _DIRECTORY.unpack_from(packed, position)
+            position += _DIRECTORY.size
+            timed = directory = Directory(ino, mode, uid, gid, None)
+            directory.next_cookie = next_cookie
+        elif stat.S_ISLNK(mode):
+            length, has_page = _SYMLINK.unpack_from(packed, position)
+            position += _SYMLINK.size + length
+            page = old_file(ino, 0, False) if has_page else None
+            timed = Symlink(ino, mode, uid, gid, packed[position - length : position], page)
+        else:
+            (rdev,) = _SPECIAL.unpack_from(packed, position)
+            position += _SPECIAL.size
+            timed = Special(ino, mode, uid, gid, rdev)
+        timed.atime_ns, timed.mtime_ns, timed.ctime_ns = times
+        inode = timed
+    inode.nlink, inode.flags, inode.btime_ns = nlink, flags, btime_ns
+    if position < len(packed):
+        inode.xattrs = _unpack_xattrs(packed, position)
+    return inode, parent
+
+
+def _unpack_xattrs(packed: bytes, position: int) -> dict[bytes, bytes]:
+    xattrs = {}
+    while position < len(packed):
+        name_length, length = _XATTR.unpack_from(packed, position)
+        position += _XATTR.size + name_length + length
+        value = packed[position - length : position]
+        xattrs[packed[position - length - name_length : position - length]] = value
+    return xattrs

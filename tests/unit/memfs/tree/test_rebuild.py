@@ -1,0 +1,185 @@
+"""A tree that was written down is built again as it was: for every prefix of what was committed."""
+
+from __future__ import annotations
+
+import os
+import stat
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from memfs.state.journal import LogJournal
+from memfs.store.backing import TmpfsBacking
+from memfs.store.file import File
+from memfs.tree.inode import Directory, RegularFile, Symlink
+from memfs.tree.open_files import OpenFiles
+from memfs.tree.rebuild import free_forgotten, keep, keys_of, rebuild
+from memfs.tree.tree import ROOT_INO, Tree
+
+_name = st.sampled_from([b"a", b"b", b"c"])
+_directory = st.integers(0, 3)  #: of those that there are
+_step = st.one_of(
+    st.tuples(st.just("create"), _directory, _name, st.sampled_from([stat.S_IFREG, stat.S_IFDIR, stat.S_IFIFO])),
+    st.tuples(st.just("symlink"), _directory, _name, st.sampled_from([b"short", b"long" * 50])),
+    st.tuples(st.just("link"), _directory, _name, _directory, _name),
+    st.tuples(st.just("rename"), _directory, _name, _directory, _name, st.sampled_from([0, 1, 2, 4])),
+    st.tuples(st.sampled_from(["unlink", "rmdir"]), _directory, _name),
+    st.tuples(st.just("setxattr"), _directory, _name, st.sampled_from([b"user.a", b"user.b"]), st.binary(max_size=9)),
+    st.tuples(st.just("removexattr"), _directory, _name, st.just(b"user.a")),
+    st.tuples(st.just("tmpfile"), _directory),
+    st.tuples(st.just("open"), _directory, _name, st.sampled_from([os.O_RDONLY, os.O_RDWR, os.O_ACCMODE])),
+    st.tuples(st.just("release"), st.integers(0, 3)),
+)
+
+
+class World:
+    """A tree, its open files, its backing and its journal."""
+
+    def __init__(self, backing: TmpfsBacking) -> None:
+        assert backing.state is not None
+        self.backing = backing
+        self.journal = LogJournal(backing.state.root)
+        self.tree = Tree(
+            lambda ino, seals: File(backing, ino, seals, journal=self.journal),
+            *(40, 0o755, 0, 0),
+            journal=self.journal,
+            is_known=lambda ino: False,
+        )
+        self.open_files = OpenFiles(self.tree, journal=self.journal)
+        keep(self.tree, self.journal)
+
+    def do(self, what: str, *arguments: object) -> None:
+        """Do a step, as the kernel would ask for it."""
+        tree = self.tree
+        directories = sorted(inode.ino for inode in tree.inodes.values() if isinstance(inode, Directory))
+        places: list[object] = [
+            directories[each % len(directories)] if isinstance(each, int) and at in (0, 2) else each
+            for at, each in enumerate(arguments)
+        ]
+        match what, *places:
+            case "create", int(parent), bytes(name), int(kind):
+                tree.create(parent, name, kind | 0o644, 0, 0)
+            case "symlink", int(parent), bytes(name), bytes(target):
+                tree.symlink(parent, name, target, 0, 0)
+            case "link", int(parent), bytes(name), int(new_parent), bytes(new_name):
+                inode = tree.lookup(parent, name)
+                if not isinstance(inode, Directory):
+                    tree.link(inode.ino, new_parent, new_name)
+            case "rename", int(parent), bytes(name), int(new_parent), bytes(new_name), int(flags):
+                inode = tree.lookup(parent, name)
+                if not isinstance(inode, Directory):  # the kernel sees that none comes below itself
+                    other = tree.directory(new_parent).entries.get(new_name)
+                    if other is None or not isinstance(other.inode, Directory) or not flags & 2:
+                        tree.rename(parent, name, new_parent, new_name, flags)
+            case (("unlink" | "rmdir"), int(parent), bytes(name)):
+                getattr(tree, what)(parent, name)
+            case "setxattr", int(parent), bytes(name), bytes(xattr), bytes(value):
+                tree.setxattr(tree.lookup(parent, name).ino, xattr, value)
+            case "removexattr", int(parent), bytes(name), bytes(xattr):
+                tree.removexattr(tree.lookup(parent, name).ino, xattr)
+            case "tmpfile", int(parent):
+                made = tree.create_unlinked(parent, stat.S_IFREG | 0o600, 0, 0)
+                assert isinstance(made, RegularFile)
+                self.open_files.open_file(made, os.O_RDWR)
+            case "open", int(parent), bytes(name), int(flags):
+                inode = tree.lookup(parent, name)
+                if isinstance(inode, RegularFile):
+                    self.open_files.open_file(inode, flags)
+            case "release", int(number):
+                handles = sorted(self.open_files.keys)
+                if handles:
+                    self.open_files.release(int.from_bytes(handles[number % len(handles)][1:], "big"))
+
+    def describe(self) -> dict[str, object]:
+        """Everything that there is."""
+        inodes: dict[str, object] = {}
+        for ino, inode in self.tree.inodes.items():
+            said = inode.stat()._asdict()
+            said |= {"xattrs": inode.xattrs or None, "flags": inode.flags, "holds": inode.holds}
+            if isinstance(inode, Directory):
+                entries = [(each.name, each.inode.ino, each.cookie) for each in inode.entries_after(0)]
+                said |= {"entries": entries, "next": inode.next_cookie}
+                if inode.nlink:
+                    said["parent"] = inode.parent.ino
+            if isinstance(inode, Symlink):
+                said["target"] = inode.target
+            inodes[str(ino)] = said
+        free = self.tree.space.free_inodes, self.tree.next_ino
+        return {"inodes": inodes, "free": free, "handles": sorted(self.open_files.keys)}
+
+    def close(self) -> None:
+        self.open_files.close()
+        self.journal.commit()
+        self.tree.close()
+        self.journal.close()
+
+
+def successor(world: World) -> World:
+    """The world after its process was killed."""
+    other = World(world.backing)
+    state = other.journal.load()
+
+    def old_file(ino: int, seals: int, is_given_out: bool) -> File:
+        file = File(world.backing, ino, seals, journal=other.journal, exists=True)
+        file.recover(is_given_out=is_given_out)
+        return file
+
+    rebuild(other.tree, state, old_file)
+    other.open_files.restore(state)
+    other.journal.dirty.clear()
+    return other
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(_step, max_size=25))
+def test_after_each_request_the_tree_can_be_built_again(steps: list[tuple[object, ...]]) -> None:
+    try:
+        backing = TmpfsBacking(1 << 20)
+    except PermissionError:
+        pytest.skip("without CAP_SYS_ADMIN there is no detached tmpfs")
+    if backing.state is None:
+        pytest.skip("a mount that is nowhere cannot be cloned before Linux 6.15")
+    world = World(backing)
+    try:
+        world.journal.commit()
+        for unique, (what, *arguments) in enumerate(steps, 1):
+            with suppress(OSError):
+                world.do(str(what), *arguments)
+            world.journal.commit(unique, b"")
+            world.journal.check(keys_of(world.tree) | world.open_files.keys)
+            other = successor(world)
+            assert other.describe() == world.describe()
+            other.tree.check()
+            other.open_files.check()
+        for _ in range(2):  # and it can be gone on with
+            world = successor(world)
+            world.do("create", 0, b"new", stat.S_IFREG)
+            world.tree.unlink(ROOT_INO, b"new")
+            world.journal.commit()
+            world.tree.check()
+    finally:
+        world.close()
+        backing.close()
+
+
+def test_an_inode_from_before_goes_when_the_kernel_does_not_know_it(tmp_path: Path) -> None:
+    try:
+        backing = TmpfsBacking(1 << 20)
+    except PermissionError:
+        pytest.skip("without CAP_SYS_ADMIN there is no detached tmpfs")
+    world = World(backing)
+    inode = world.tree.create(ROOT_INO, b"a", stat.S_IFREG, 0, 0)
+    world.tree.looked_up(inode)
+    world.tree.unlink(ROOT_INO, b"a")
+    world.journal.commit()
+    other = successor(world)
+    assert inode.ino in other.tree.inodes
+    assert [each.ino for each in free_forgotten(other.tree)] == [inode.ino]
+    other.journal.commit()
+    assert list(other.tree.inodes) == [ROOT_INO]
+    assert backing.used_pages == 0
+    other.close()
+    backing.close()
