@@ -15,48 +15,53 @@ import gc
 import json
 import logging
 import os
+import struct
 import sys
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
 from itertools import islice
 from typing import Any, Final, TypeVar
 
 import pyfuse3
 import trio
 
-from memfs import __version__, memory_limit, privileges
+from memfs import __version__, memory_limit
 from memfs.contract import logs
 from memfs.contract.aio.nurseries import open_flat_nursery
 from memfs.contract.aio.threads import NoThread
 from memfs.contract.logs import fields
 from memfs.contract.sys.mount_changes import mount_changes
-from memfs.contract.units import SECTORS_PER_PAGE, pages_to_bytes
-from memfs.fuse.channel import Channel
+from memfs.contract.units import SECTORS_PER_PAGE, ByteOffset, pages_to_bytes
+from memfs.fuse.channel import Before, Channel
 from memfs.fuse.files import FileHandlers
-from memfs.fuse.init import Init
+from memfs.fuse.init import INIT, Init
 from memfs.fuse.ioctl import IoctlHandlers
-from memfs.fuse.mount import FuseMount, MountError, mount_fuse
+from memfs.fuse.mount import MountError
 from memfs.fuse.names import NameHandlers
 from memfs.fuse.opcodes import who_answers
 from memfs.fuse.operations import Operations
 from memfs.fuse.page_cache import PageCache
 from memfs.fuse.passthrough import Passthrough, Wanted
 from memfs.fuse.xattrs import XattrHandlers
-from memfs.options import MountOptions, RemountOptions
+from memfs.keeper import Worker
+from memfs.keeper import keep as keep_alive
+from memfs.opening import Opened, Settings, open_mount
+from memfs.options import RemountOptions
+from memfs.owners import closer_process
 from memfs.owners.admission import Clients
 from memfs.owners.closer import Closer
-from memfs.owners.listener import Listener, listen
 from memfs.owners.registry import Registry
 from memfs.owners.server import Server
 from memfs.signals import Meaning, receiving
-from memfs.store.backing import Backing
+from memfs.state.journal import NO_JOURNAL, Journal
+from memfs.store.backing import TmpfsBacking
 from memfs.store.file import File
-from memfs.store.open_backing import open_backing
 from memfs.store.seals import format_seals
 from memfs.tree.access_times import AccessTimes
 from memfs.tree.holdings import Holdings
-from memfs.tree.inode import Ino
+from memfs.tree.inode import Ino, RegularFile
 from memfs.tree.open_files import OpenFiles
+from memfs.tree.rebuild import free_forgotten, keep, keys_of, rebuild
 from memfs.tree.tree import Tree
 from memfs.tree.xattrs import Control, Xattrs
 
@@ -67,50 +72,40 @@ state_log.setLevel(logging.INFO)
 
 _T = TypeVar("_T")
 
+SIZE: Final = b"s"  #: the key of the limit, in pages
+_SIZE: Final = struct.Struct("=Q")
+_FORGOTTEN_AFTER: Final = 1.0  # seconds: what the kernel has forgotten it has said by then, or to the predecessor
+_AT_ONCE: Final = 16  # inodes that it is asked about
 _RETRY: Final = 0.5  # seconds, after there was no descriptor or no thread
 _MOST_FILES: Final = 1000  # in the log; the rest is only counted
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What a memfs is started with. `mountpoint` is absolute and real; `socket_paths` are absolute."""
+def run(settings: Settings, ready: Callable[[list[str]], None], not_kept: Iterable[int] = ()) -> None:
+    """Mount, and serve until unmounted, or until a signal asks for the end.
 
-    mountpoint: str
-    socket_paths: Sequence[str]  #: the first that can be had counts
-    options: MountOptions
-    closer: Closer
-    log_beside_socket: bool = False  #: whether the log's name goes by the socket's
-    check: bool = False  #: verify every invariant before the end (for tests)
-
-
-async def serve(settings: Settings, ready: Callable[[list[str]], None]) -> None:
-    """Mount and serve until unmounted, or until a signal asks for the end.
-
-    `ready` is called when the mount answers, with sentences about what could not be had. Raises MountError or
-    OptionError if it cannot be mounted; then nothing is left behind.
+    `ready` is called when the mount answers, with sentences about what could not be had. The descriptors that are
+    `not_kept` are for that. Raises MountError, ListenError or OptionError if it cannot be mounted; then nothing is left
+    behind. If the mount is to survive, this process becomes the keeper, and exits in the end.
     """
-    backing, about_backing = open_backing(settings.options)
-    options = settings.options
+    forker = closer_process.start()
+    opened = open_mount(settings)
+    gc.collect()
+    gc.freeze()  # the code's objects, which took each full collection 10 ms to look at
+    worker = keep_alive(opened, not_kept) if opened.no_survival is None else Worker()
+    closer = Closer(forker)
+    trio.run(_serve, opened, worker, closer, ready)
+
+
+async def _serve(opened: Opened, worker: Worker, closer: Closer, ready: Callable[[list[str]], None]) -> None:
     with receiving(logs_to_file=logs.is_to_file()) as received:
-        listener = listen(settings.socket_paths, options.socket_mode, options.socket_group)
         try:
-            if settings.log_beside_socket:
-                logs.prefer(f"{os.path.splitext(listener.path)[0]}.log")
-            mount = mount_fuse(settings.mountpoint, options)
-            unable = None
-            if backing.accounted:
-                unable = "files live on memfds, whose limit memfs can only keep if every write goes by it"
-            passthrough = Passthrough(mount.fuse_fd, Wanted(options.passthrough), unable)
-            memfs = _Memfs(settings, listener.path, mount, backing, passthrough)
+            memfs = _Memfs(opened, worker, closer)
             try:
-                privileges.drop(setuid_helper=mount.note is not None)
-                gc.collect()
-                gc.freeze()  # the code's objects, which took each full collection 10 ms to look at
-                await memfs.run(listener, lambda: ready(memfs.notes([mount.note, *about_backing])), received)
+                await memfs.run(lambda: ready(memfs.notes(opened.notes)), received)
             finally:
-                listener.close()  # before files are freed: that may take long, and the name may be wanted
+                opened.listener.close()  # before files are freed: that may take long, and the name may be wanted
                 try:
-                    if settings.check:
+                    if opened.settings.check:
                         memfs.check()
                 except AssertionError as error:
                     log.critical("broken invariant: %s", error)
@@ -118,80 +113,104 @@ async def serve(settings: Settings, ready: Callable[[list[str]], None]) -> None:
                 finally:
                     memfs.close()
         finally:
-            listener.close()
-            settings.closer.stop()
+            opened.listener.close()
+            closer.stop()
 
 
 class _Memfs:
     """The parts of one mount."""
 
-    def __init__(
-        self, settings: Settings, socket_path: str, mount: FuseMount, backing: Backing, passthrough: Passthrough
-    ) -> None:
-        options = settings.options
-        self._settings: Final = settings
-        self._socket_path: Final = socket_path
-        self._mount: Final = mount
-        self._backing: Final = backing
-        self._passthrough: Final = passthrough
-        nr_inodes = min(options.nr_inodes, backing.most_files)
+    def __init__(self, opened: Opened, worker: Worker, closer: Closer) -> None:
+        options = opened.settings.options
+        self._settings: Final = opened.settings
+        self._opened: Final = opened
+        self._worker: Final = worker
+        self._closer: Final = closer
+        self._socket_path: Final = opened.listener.path
+        self._mount: Final = opened.mount
+        self._backing: Final = opened.backing
+        unable = None
+        if self._backing.accounted:
+            unable = "files live on memfds, whose limit memfs can only keep if every write goes by it"
+        self._passthrough: Final = Passthrough(self._mount.fuse_fd, Wanted(options.passthrough), unable)
+        self._kept: Final = opened.journal()
+        self._journal: Final[Journal] = self._kept or NO_JOURNAL
+        nr_inodes = min(options.nr_inodes, self._backing.most_files)
         self._tree: Final = Tree(
-            *(self._new_file, nr_inodes, options.mode, options.uid, options.gid), inode32=options.inode32
+            *(self._new_file, nr_inodes, options.mode, options.uid, options.gid),
+            inode32=options.inode32,
+            journal=self._journal,
+            is_known=self._mount.is_known,
         )
-        self._holdings: Final = Holdings.of_process(backing.most_files if backing.accounted else 0)
-        self._open_files: Final = OpenFiles(self._tree, passthrough, self._holdings)
-        self._page_cache: Final = PageCache(mount.notify)
-        control = Control(socket_path, self.describe_in, self.remount, options.pagesize)
+        self._holdings: Final = Holdings.of_process(self._backing.most_files if self._backing.accounted else 0)
+        self._open_files: Final = OpenFiles(self._tree, self._passthrough, self._holdings, self._journal)
+        self._page_cache: Final = PageCache(self._mount.notify)
+        control = Control(self._socket_path, self.describe_in, self.remount, options.pagesize)
         self._access_times: Final = AccessTimes()
         self._memory_limit: Final = memory_limit.MemoryLimit.of_this_process()
         self._xattrs: Final = Xattrs(self._tree, control)
         self._registry: Final = Registry(
-            self._tree, options.notify_timeout, mount.invalidate_attributes, self._holdings
+            self._tree, options.notify_timeout, self._mount.invalidate_attributes, self._holdings
         )
         self._clients: Final = Clients(options.socket_mode, options.socket_group, self._holdings.descriptors)
+        self._outage: float | None = None  # seconds in which nobody served, before this worker did
+        keep(self._tree, self._journal)
+        self._journal.keeps(SIZE, lambda key: _SIZE.pack(self._backing.total_pages))
+        self._journal.changed(SIZE)
 
     def _new_file(self, ino: Ino, seals: int) -> File:
-        return File(self._backing, ino, seals)
+        return File(self._backing, ino, seals, journal=self._journal)
 
-    async def run(
-        self,
-        listener: Listener,
-        ready: Callable[[], None],
-        received: AsyncIterator[tuple[Meaning, str]],
-    ) -> None:
+    async def run(self, ready: Callable[[], None], received: AsyncIterator[tuple[Meaning, str]]) -> None:
         """Serve the mount and the socket, until either the mount or we are to end."""
+        before = self._take_over()
         initialized, unmounted = trio.Event(), trio.Event()
         files = FileHandlers(self._tree, self._open_files, self._backing, self._page_cache)
         xattrs = XattrHandlers(self._xattrs)
+        idmapped = os.geteuid() == 0
+
+        def negotiated() -> None:
+            if before is not None:
+                self._passthrough.try_it(self._open_files.backing_ids)
+            initialized.set()
+
         table = who_answers(
-            Init(self._passthrough, xattrs, initialized.set, idmapped=os.geteuid() == 0),
+            Init(self._passthrough, xattrs, negotiated, idmapped=idmapped, journal=self._journal),
             NameHandlers(self._tree, self._open_files, files, self._xattrs, self._access_times),
             files,
             xattrs,
             IoctlHandlers(self._tree, self._open_files, self._mount.invalidate_attributes),
         )
-        channel = Channel(self._mount.fuse_fd, table)
+        channel = Channel(self._mount.fuse_fd, table, self._journal)
         pyfuse3.init(Operations(), f"/dev/fd/{channel.hand_over()}", options=set())
         server = Server(
-            listener.socket, self._clients, self._settings.closer, self._registry, self._tree, self._mount.device
+            *(self._opened.listener.socket, self._clients, self._closer, self._registry, self._tree),
+            self._mount.device,
         )
         try:
             async with open_flat_nursery() as nursery:
                 nursery.start_soon(pyfuse3.main)
-                nursery.start_soon(channel.run, unmounted.set)
+                nursery.start_soon(channel.run, unmounted.set, before)
                 nursery.start_soon(self._obey, received, unmounted, server)
                 nursery.start_soon(self._backing.run)
-                nursery.start_soon(self._settings.closer.run)
+                nursery.start_soon(self._closer.run)
                 nursery.start_soon(self._end, unmounted, server, nursery.cancel_scope)
                 await initialized.wait()
-                self._passthrough.try_it()
-                self._set_access_times(self._settings.options.atime, self._settings.options.diratime)
+                if before is None:  # before that the kernel has not heard of passthrough
+                    self._passthrough.try_it()
+                    self._set_access_times(self._settings.options.atime, self._settings.options.diratime)
                 if self._passthrough.wanted is Wanted.ON and not self._passthrough.in_force:
                     raise MountError(f"option passthrough=on: {self._passthrough.why_not}")
                 await _in_a_thread(self._mount.attach)
+                self._worker.attached()
                 await nursery.start(self._follow_access_times)
                 nursery.start_soon(server.run)
-                ready()
+                if before is None:
+                    ready()
+                else:
+                    nursery.start_soon(self._clear_up)
+                if self._worker.keeper is not None:
+                    nursery.start_soon(self._watch_keeper, self._worker.keeper)
         finally:
             self._mount.unmount()
             self._passthrough.end()
@@ -203,6 +222,54 @@ class _Memfs:
         """Return what people are to be told when it is mounted: what could not be had, and what it means."""
         limit = memory_limit.warning(self._memory_limit.lowest, pages_to_bytes(self._backing.total_pages))
         return [note for note in (*so_far, self._passthrough.note, limit) if note]
+
+    # -- survival -----------------------------------------------------------------------------------------------------
+
+    def _take_over(self) -> Before | None:
+        """Become what a predecessor was, if there was one."""
+        if self._kept is None or self._worker.predecessor_died is None:
+            return None
+        state = self._kept.load()
+        gc.disable()  # all of it stays
+        rebuild(self._tree, state, self._old_file)
+        (total_pages,) = _SIZE.unpack(state[SIZE])
+        self._backing.recovered(total_pages, sum(inode.file.tracked_pages for inode in self._tree.files()))
+        self._open_files.restore(state)
+        if (said := self._mount.access_times()) is not None:
+            self._access_times.atime, self._access_times.diratime = said
+        for inode in self._open_files.cached:  # nobody knows which of its holes the kernel has read
+            self._page_cache.has_read(inode, ByteOffset(0), inode.file.size)
+        gc.freeze()
+        gc.enable()
+        self._journal.dirty.clear()
+        self._outage = time.monotonic() - self._worker.predecessor_died
+        restarts, by = self._worker.restarts, self._worker.killed_by
+        log.warning("killed by %s: going on", by, extra=fields(restarts=restarts, outage=self._outage))
+        return Before(state, state[INIT])
+
+    def _old_file(self, ino: Ino, seals: int, is_given_out: bool) -> File:
+        file = File(self._backing, ino, seals, journal=self._journal, exists=True)
+        file.recover(is_given_out=is_given_out)
+        return file
+
+    async def _clear_up(self) -> None:
+        """Free what a predecessor was about to free, and inodes that the kernel has forgotten meanwhile."""
+        assert isinstance(self._backing, TmpfsBacking)
+        guests = (
+            (inode.ino, isinstance(inode, RegularFile) and inode.file.guest) for inode in self._tree.inodes.values()
+        )
+        known: dict[int, bool] = dict(guests)
+        await trio.to_thread.run_sync(self._backing.remove_others, known, int(self._tree.next_ino))
+        await trio.sleep(_FORGOTTEN_AFTER)
+        for number, _ in enumerate(free_forgotten(self._tree)):
+            self._journal.commit()
+            if number % _AT_ONCE == 0:
+                await trio.lowlevel.checkpoint()
+
+    async def _watch_keeper(self, keeper: int) -> None:
+        await trio.lowlevel.wait_readable(keeper)
+        log.error("the keeper is gone: if this process is killed, the mount ends")
+        self._opened.no_survival = "its keeper is gone"
 
     def describe(self) -> dict[str, Any]:
         """Return the state of the mount, for `memfs stat`: sizes in bytes, the rest numbers and names."""
@@ -223,6 +290,11 @@ class _Memfs:
             "size": pages_to_bytes(self._backing.total_pages),
             "used": pages_to_bytes(self._backing.used_pages),
             "memory_limit": self._memory_limit.lowest,
+            "survives": self._opened.no_survival is None,
+            "no_survival_because": self._opened.no_survival,
+            "generation": self._worker.generation,
+            "restarts": self._worker.restarts,
+            "last_outage": self._outage,
             "nr_inodes": self._tree.space.nr_inodes,
             "inodes_used": len(self._tree.inodes),
             "open_handles": len(self._open_files),
@@ -275,8 +347,9 @@ class _Memfs:
             self._tree.space.check_limit(options.nr_inodes)
         if options.size is not None:
             self._backing.resize(options.size)
+            self._journal.changed(SIZE)
         if options.nr_inodes is not None:
-            self._tree.space.set_limit(min(options.nr_inodes, self._backing.most_files))
+            self._tree.set_limit(min(options.nr_inodes, self._backing.most_files))
 
     async def _obey(self, received: AsyncIterator[tuple[Meaning, str]], unmounted: trio.Event, server: Server) -> None:
         """Do what signals ask for."""
@@ -300,12 +373,16 @@ class _Memfs:
         """
         with mount_changes() as changed:  # now, while there are descriptors
             task_status.started()
+            await self._see_access_times()
             while True:
                 await changed()
-                said = await self._mounted_access_times()
-                if said not in (None, (self._access_times.atime, self._access_times.diratime)):
-                    assert said is not None
-                    self._set_access_times(*said)
+                await self._see_access_times()
+
+    async def _see_access_times(self) -> None:
+        said = await self._mounted_access_times()
+        if said not in (None, (self._access_times.atime, self._access_times.diratime)):
+            assert said is not None
+            self._set_access_times(*said)
 
     async def _mounted_access_times(self) -> tuple[str, bool] | None:
         while True:
@@ -330,6 +407,8 @@ class _Memfs:
         self._tree.check()
         self._open_files.check()
         self._page_cache.check()
+        if self._kept is not None:
+            self._kept.check(keys_of(self._tree) | self._open_files.keys)
         self._registry.check()
         self._holdings.check()
         # A program that has a file open in passthrough mode may write while we count, even after the end of the mount.
@@ -345,6 +424,8 @@ class _Memfs:
         self._open_files.close()
         self._tree.close()
         self._backing.close()
+        if self._kept is not None:
+            self._kept.close()
 
 
 async def _in_a_thread(function: Callable[[], _T]) -> _T:

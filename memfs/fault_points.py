@@ -20,6 +20,7 @@ STEPS: Final = {
     "memfs.store.pages:Pages._account_freed": Step((Point.AFTER_FREE, Point.BEFORE_ACCOUNT), always=True),
     "memfs.store.conversion:_Conversion._account_allocated": Step((Point.AFTER_ALLOCATE,), always=True),
     "memfs.store.conversion:_Conversion._account_freed": Step((Point.AFTER_FREE, Point.BEFORE_ACCOUNT), always=True),
+    "memfs.state.journal:LogJournal.commit": Step((Point.BEFORE_COMMIT,), (Point.AFTER_COMMIT,)),
 }
 
 

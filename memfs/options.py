@@ -133,6 +133,7 @@ class MountOptions:
     socket_group: int | None = None  #: gid of the socket; None: the daemon's
     passthrough: str = "auto"
     backing: str = "tmpfs"  #: where files live
+    survive: str = "off"  #: whether what is mounted outlives the daemon's process
     notify_timeout: float = 5.0  #: seconds that an owner may take to act on a notification
     said: str = field(default="", compare=False)  #: all of them, as they were given
 
@@ -302,6 +303,7 @@ _VALUES: Final[dict[str, tuple[str, Callable[[str], Any]]]] = {
     "socket_group": ("socket_group", _parse_gid),
     "passthrough": ("passthrough", _one_of("on", "off", "auto")),
     "backing": ("backing", _one_of("tmpfs", "memfd")),
+    "survive": ("survive", _one_of("auto", "on", "off")),
     "notify_timeout": ("notify_timeout", _parse_seconds),
 }
 _LIMITS: Final = ("size", "nr_blocks", "nr_inodes")  # what the daemon changes while it is mounted

@@ -17,7 +17,7 @@ import operator
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from signal import Signals
 from typing import Final
@@ -66,6 +66,27 @@ def receiving(*, logs_to_file: bool) -> Iterator[AsyncIterator[tuple[Meaning, st
             for meant in meanings:
                 signal.signal(meant, signal.SIG_IGN)
             signal.set_wakeup_fd(trios, warn_on_full_buffer=False)
+
+
+def forward_to(forward: Callable[..., None]) -> None:
+    """Pass signals on from now on: `forward` is called with the number, and `ends`: whether it asks for the end.
+
+    Those that mean nothing are ignored, from now on.
+    """
+
+    def receive(number: int, _: object) -> None:
+        forward(number, ends=number in _ENDING)
+
+    for number in signal.valid_signals() - _LEFT_ALONE:
+        signal.signal(number, signal.SIG_IGN)
+    for number in (*_ENDING, Signals.SIGHUP, Signals.SIGUSR1):
+        signal.signal(number, receive)
+
+
+def undo_forwarding() -> None:
+    """Have the signals that were forwarded do what they do by default, in a process that was forked."""
+    for number in (*_ENDING, Signals.SIGHUP, Signals.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
 
 
 async def _numbers(wakeups: socket.socket) -> AsyncIterator[int]:

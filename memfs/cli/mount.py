@@ -10,7 +10,7 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import NoReturn
@@ -40,6 +40,7 @@ def add_to(commands: Commands) -> None:
         "noatime, strictatime, nodiratime, suid, dev, noexec, nosymfollow, allow_other, fsname=; "
         "passthrough=auto|on|off, backing=tmpfs|memfd, socket=, "
         "socket_mode= (octal; default 0600), socket_group=, "
+        "survive=auto|on|off, "
         "notify_timeout= (seconds that an owner may take to answer; default 5)",
     )
     mount.add_argument(
@@ -152,7 +153,7 @@ def _serve_and_report(mount: Mount, report: int) -> NoReturn:
         os.close(report)
 
     try:
-        _serve(mount, lambda notes: tell("ready", notes))
+        _serve(mount, lambda notes: tell("ready", notes), [report])
     except CommandError as error:
         tell("failed", [str(error)])
         os._exit(1)
@@ -162,14 +163,12 @@ def _serve_and_report(mount: Mount, report: int) -> NoReturn:
     os._exit(0)
 
 
-def _serve(mount: Mount, ready: Callable[[list[str]], None]) -> None:
+def _serve(mount: Mount, ready: Callable[[list[str]], None], not_kept: Sequence[int] = ()) -> None:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy would start a thread a CPU for nothing
-    import trio
-
     from memfs import fault_points
-    from memfs.daemon import Settings, serve
+    from memfs.daemon import run
     from memfs.fuse.mount import MountError
-    from memfs.owners.closer import Closer
+    from memfs.opening import Settings
     from memfs.owners.listener import ListenError, prepare_directory
     from memfs.run_files import default_paths
 
@@ -187,11 +186,10 @@ def _serve(mount: Mount, ready: Callable[[list[str]], None]) -> None:
             mount.mountpoint,
             [asked_for] if asked_for else default_paths(mount.mountpoint, "sock"),
             mount.options,
-            Closer.start(),
             log_beside_socket=by_default and not asked_for,
             check=mount.check,
         )
-        trio.run(serve, settings, ready)
+        run(settings, ready, not_kept)
     except (InheritedError, ListenError, MountError, OptionError) as error:
         raise CommandError(str(error)) from error
 

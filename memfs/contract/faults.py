@@ -54,6 +54,8 @@ class Point(enum.Enum):
     AFTER_SEND = "after-send"
     BEFORE_RECEIVE = "before-receive"
     AFTER_RECEIVE = "after-receive"
+    BEFORE_COMMIT = "before-commit"
+    AFTER_COMMIT = "after-commit"
 
 
 class Kind(enum.Enum):

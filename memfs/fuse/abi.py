@@ -74,6 +74,8 @@ _FUSE_NOTIFY_INVAL_INODE: Final = 2
 _RETRIEVE: Final = struct.Struct("=QQQI4x")  # unique of the answer, nodeid, offset, size
 _FUSE_NOTIFY_RETRIEVE: Final = 5
 NOTIFY_RETRIEVE_IN: Final = struct.Struct("=8xQI20x")  # offset, size; then the content
+_FUSE_NOTIFY_RESEND: Final = 7  # Linux 6.9
+RESENT: Final = 1 << 63  #: FUSE_UNIQUE_RESEND, in the number of a request that comes again
 FALLOCATE_IN: Final = struct.Struct("=QQQII")  # fh, offset, length, mode, padding
 LSEEK_IN: Final = struct.Struct("=QQII")  # fh, offset, whence, padding
 LSEEK_OUT: Final = struct.Struct("=Q")  # offset
@@ -199,6 +201,11 @@ class Request:
         """What follows the header."""
         return self.message[IN_HEADER.size :]
 
+    @property
+    def number(self) -> int:
+        """Its number, the same when it comes again; `unique` is what the reply has to carry."""
+        return self.unique & ~RESENT
+
     def keep(self) -> None:
         """Copy the message out of the buffer."""
         self.message = memoryview(bytes(self.message))
@@ -250,3 +257,8 @@ def retrieve(unique: int, nodeid: int, offset: int, nbytes: int) -> bytes:
     """
     payload = _RETRIEVE.pack(unique, nodeid, offset, nbytes)
     return OUT_HEADER.pack(OUT_HEADER.size + len(payload), _FUSE_NOTIFY_RETRIEVE, 0) + payload
+
+
+def resend() -> bytes:
+    """Return FUSE_NOTIFY_RESEND: whatever was read and not answered is to come again."""
+    return OUT_HEADER.pack(OUT_HEADER.size, _FUSE_NOTIFY_RESEND, 0)

@@ -34,14 +34,14 @@ class Backlog:
     def __init__(self, user_of: Callable[[Request], Hashable]) -> None:
         self._user_of: Final = user_of
         self.queues: Final[dict[Hashable, _Queue]] = {}  #: whose turn is next comes first; none is empty
-        self._requests: Final[dict[int, Request]] = {}  # by unique
+        self._requests: Final[dict[int, Request]] = {}  # by number
 
     def __bool__(self) -> bool:
         return bool(self.queues)
 
-    def interrupt(self, unique: int) -> bool:
+    def interrupt(self, number: int) -> bool:
         """Mark a request as interrupted: its handler may not wait. Returns whether it is here."""
-        request = self._requests.get(unique)
+        request = self._requests.get(number)
         if request is not None:
             request.is_interrupted = True
         return request is not None
@@ -58,7 +58,7 @@ class Backlog:
         request.keep()
         queue.requests.append(request)
         queue.nbytes += nbytes
-        self._requests[request.unique] = request
+        self._requests[request.number] = request
         return True
 
     def pop(self) -> Request:
@@ -69,5 +69,5 @@ class Backlog:
         del self.queues[user]
         if queue.requests:
             self.queues[user] = queue  # behind the others
-        del self._requests[request.unique]
+        del self._requests[request.number]
         return request

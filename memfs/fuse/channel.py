@@ -37,8 +37,9 @@ import logging
 import os
 import socket
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import trio
 
@@ -50,6 +51,7 @@ from memfs.fuse.abi import (
     BUFFER_SIZE,
     INTERRUPT_IN,
     OUT_HEADER,
+    RESENT,
     Malformed,
     Opcode,
     Request,
@@ -59,6 +61,8 @@ from memfs.fuse.abi import (
     unpack,
 )
 from memfs.fuse.intake import Intake, Unmounted
+from memfs.fuse.resent import Resent
+from memfs.state.journal import NO_JOURNAL, Journal
 
 log = logging.getLogger(__name__)
 
@@ -83,14 +87,26 @@ class Pyfuse3:
     amend: Callable[[Request], Amendment] | None = None  #: how its reply is to be amended
 
 
+class Before(NamedTuple):
+    """What a predecessor has left."""
+
+    state: Mapping[bytes, bytes]
+    init: bytes  #: the request with which the kernel began
+
+
 class Channel:
     """Owns the descriptor of /dev/fuse and one end of the socketpair.
 
-    `table` says by opcode who answers; what is not in it is pyfuse3's.
+    `table` says by opcode who answers; what is not in it is pyfuse3's. What a request has changed is committed to the
+    journal right before it is answered.
     """
 
-    def __init__(self, fuse_fd: int, table: Mapping[int, Handler | Pyfuse3]) -> None:
+    def __init__(self, fuse_fd: int, table: Mapping[int, Handler | Pyfuse3], journal: Journal = NO_JOURNAL) -> None:
         self._fuse: Final = fuse_fd
+        self._journal: Final = journal
+        self._resent: Resent | None = None
+        self._swallowed = -1  # the number of a request whose reply the kernel has had already
+        self._renegotiated: Final = trio.lowlevel.ParkingLot()
         self._handlers: Final[dict[int, Handler]] = {
             opcode: handler for opcode, handler in table.items() if not isinstance(handler, Pyfuse3)
         }
@@ -110,8 +126,11 @@ class Channel:
         """Return the descriptor for libfuse to use (as /dev/fd/N) and to close."""
         return self._libfuse.detach()
 
-    async def run(self, unmounted: Callable[[], None]) -> None:
-        """Pump until cancelled, or until the filesystem is unmounted; then call `unmounted` and return."""
+    async def run(self, unmounted: Callable[[], None], before: Before | None = None) -> None:
+        """Pump until cancelled, or until the filesystem is unmounted; then call `unmounted` and return.
+
+        `before` is what a predecessor has left, if there was one.
+        """
         self._turns = Turns.here()
         self._intake = Intake(self._fuse, self._turns, self._refuse)
         async with trio.open_nursery() as nursery:
@@ -123,8 +142,21 @@ class Channel:
                     nursery.cancel_scope.cancel()
 
             nursery.start_soon(self._replies)
+            if before is not None:
+                await self._take_over(before)
             run_loop(serve, nursery.start_soon)
         unmounted()
+
+    async def _take_over(self, before: Before) -> None:
+        """Do what comes before the first request."""
+        init = Request.parse(memoryview(before.init))
+        self._swallowed = init.unique  # the kernel has had the reply
+        await self._forward(init)
+        while self._swallowed >= 0:
+            await self._renegotiated.park()
+        self._resent = Resent(before.state, self._journal, self._write)
+        with suppress(Unmounted, OSError):  # ENODEV, which the first request says as well
+            self._intake.take_over()
 
     def close(self) -> None:
         """Close all descriptors. The kernel then aborts whatever it waits for."""
@@ -149,8 +181,11 @@ class Channel:
                 # tasks, those need the event loop.
                 request = await self._wait(poll=handler is not forward and not self._waiting)
             handler = handlers.get(request.opcode, forward)
-            work_on(request.unique, request.pid)
-            work = handler(request)
+            work_on(request.number, request.pid)
+            if request.unique & RESENT and self._resent is not None:
+                work = self._resent.handle(request, handler)
+            else:
+                work = handler(request)
             try:
                 trap = work.send(None)
             except StopIteration as end:
@@ -177,7 +212,7 @@ class Channel:
     async def _finish(self, request: Request, rest: Awaitable[bytes | None], scope: trio.CancelScope) -> None:
         """Answer a request whose handler waits. `scope` is around it."""
         request.keep()
-        self._waiting[request.unique] = scope  # its INTERRUPT may be the next that is read
+        self._waiting[request.number] = scope  # its INTERRUPT may be the next that is read
         if request.is_interrupted:
             scope.cancel()
         error, payload = 0, None
@@ -191,7 +226,7 @@ class Channel:
                 self._answer(request, None, errno.EINTR, waited=True)
             raise
         finally:
-            del self._waiting[request.unique]
+            del self._waiting[request.number]
         self._answer(request, payload, error, waited=True)
 
     def _answer(self, request: Request, payload: bytes | None, error: int = 0, *, waited: bool = False) -> None:
@@ -202,13 +237,20 @@ class Channel:
         if (waited or request.opcode == _FALLOCATE) and log.isEnabledFor(logging.INFO):
             log.info("answered", extra=fields(opcode=request.opcode, error=error))
         if error:
-            self._refuse(request.unique, error)
+            message = error_reply(request.unique, error)
         elif payload is not None:
-            self._write(reply(request.unique, payload))
+            message = reply(request.unique, payload)
+        else:
+            message = b""
+        if self._journal.dirty:
+            self._journal.commit(request.number if message else 0, message)
+        if message:
+            self._write(message)
 
     async def _interrupt(self, request: Request) -> None:
         """Cancel the handler of an interrupted request, if it waits; else it is pyfuse3's."""
         (unique,) = unpack(INTERRUPT_IN, request.body)
+        unique &= ~RESENT
         scope = self._waiting.get(unique)
         if scope is not None:
             scope.cancel()
@@ -263,13 +305,16 @@ class Channel:
                 if not length:
                     return
                 _, error, unique = OUT_HEADER.unpack_from(buffer)
+                message: bytearray | memoryview = view[:length]
                 amendment = self._amend_next.pop(unique, None)
-                if amendment is None or error:
-                    self._write(view[:length])
+                if amendment is not None and not error:
+                    message = bytearray(message)
+                    amendment(message)
+                if unique == self._swallowed:
+                    self._swallowed = -1
+                    self._renegotiated.unpark_all()
                 else:
-                    amended = bytearray(view[:length])
-                    amendment(amended)
-                    self._write(amended)
+                    self._write(message)
 
 
 def _errno(failure: Exception, opcode: int) -> int:

@@ -16,6 +16,7 @@ for security.capability before every single write.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from typing import Final
 
@@ -39,6 +40,10 @@ from memfs.fuse.abi import (
 from memfs.fuse.channel import Amendment
 from memfs.fuse.passthrough import Passthrough
 from memfs.fuse.xattrs import XattrHandlers
+from memfs.state.journal import NO_JOURNAL, Journal
+
+INIT: Final = b"I"  #: the key of the request, with which a successor begins as well
+_UNIQUE: Final = 8  # where its number is, in bytes
 
 
 class Init:
@@ -48,17 +53,27 @@ class Init:
     """
 
     def __init__(
-        self, passthrough: Passthrough, xattrs: XattrHandlers, initialized: Callable[[], None], *, idmapped: bool
+        self,
+        passthrough: Passthrough,
+        xattrs: XattrHandlers,
+        initialized: Callable[[], None],
+        *,
+        idmapped: bool,
+        journal: Journal = NO_JOURNAL,
     ) -> None:
         self._passthrough: Final = passthrough
         self._xattrs: Final = xattrs
         self._idmapped: Final = idmapped
         self._initialized: Final = initialized
+        self._journal: Final = journal
+        self._request: bytes | None = None
+        journal.keeps(INIT, lambda key: self._request)
 
     def amend(self, request: Request) -> Amendment:
         """Return the amendment of pyfuse3's reply to INIT."""
         _, _, _, offered, offered2 = unpack(INIT_IN, request.body)
         offered2 = offered2 if offered & FUSE_INIT_EXT else 0
+        self._request = _without_resent(request)
         passthrough = self._passthrough.negotiate(bool(offered2 & FUSE_PASSTHROUGH_2))
         idmapped = self._idmapped and offered2 & FUSE_ALLOW_IDMAP_2
 
@@ -78,6 +93,15 @@ class Init:
                 fields[3] |= FUSE_INIT_EXT
                 fields[10] |= FUSE_ALLOW_IDMAP_2
             INIT_OUT.pack_into(reply, OUT_HEADER.size, *fields)
+            self._journal.changed(INIT)
+            self._journal.commit()
             self._initialized()
 
         return amend
+
+
+def _without_resent(request: Request) -> bytes:
+    """Return a request's message as it came first."""
+    message = bytearray(request.message)
+    struct.pack_into("=Q", message, _UNIQUE, request.number)
+    return bytes(message)

@@ -3,6 +3,10 @@
 As long as there is no more to do than one user's share of an event-loop iteration (contract/aio/turns.py), requests are
 answered in the order in which the kernel queued them, one after the other. Beyond that the rest is read ahead, into a
 backlog (backlog.py) from which users are served in turns.
+
+What a predecessor had read and not answered comes again when the kernel is told to resend it, but in the order of a
+hash: a RELEASE, for which nobody waits, may come after the SETXATTR that followed it. So all of it is read first, and
+answered by age.
 """
 
 from __future__ import annotations
@@ -10,11 +14,12 @@ from __future__ import annotations
 import errno
 import logging
 import os
+from collections import deque
 from collections.abc import Callable
 from typing import Final
 
 from memfs.contract.aio.turns import SHARE, Turns
-from memfs.fuse.abi import BUFFER_SIZE, IN_HEADER, Malformed, Opcode, Request
+from memfs.fuse.abi import BUFFER_SIZE, IN_HEADER, RESENT, Malformed, Opcode, Request, resend
 from memfs.fuse.backlog import Backlog
 from memfs.fuse.caller import Callers
 
@@ -49,6 +54,7 @@ class Intake:
         self._backlog: Final = Backlog(lambda request: Callers.here().user(request))
         self._begun = turns.total  # how much work had been done when other tasks ran last
         self._ahead = _AHEAD  # how many requests may still be read ahead before they do again
+        self._again: Final[deque[Request]] = deque()  # what a predecessor had read, the oldest first
         self._overtaken = False  # whether one that did not fit went before the backlog, whose turn it is now
 
     @property
@@ -60,15 +66,32 @@ class Intake:
         """Note that other tasks have run."""
         self._begun, self._ahead = self._turns.total, _AHEAD
 
-    def interrupt(self, unique: int) -> bool:
-        """Mark a request in the backlog as interrupted. Returns whether it is there."""
-        return self._backlog.interrupt(unique)
+    def take_over(self) -> None:
+        """Have what a predecessor had read and not answered come again, before all else. Raises Unmounted, OSError."""
+        os.write(self._fuse, resend())
+        others = list[Request]()
+        while (request := self._receive()) is not None:
+            request.keep()
+            (self._again if request.unique & RESENT else others).append(request)
+        by_age = sorted(self._again, key=lambda request: request.unique)
+        self._again.clear()
+        self._again.extend((*by_age, *others))
+
+    def interrupt(self, number: int) -> bool:
+        """Mark a request that has not been answered yet as interrupted. Returns whether it is here."""
+        for request in self._again:
+            if request.number == number:
+                request.is_interrupted = True
+                return True
+        return self._backlog.interrupt(number)
 
     def next(self) -> Request | None:
         """Return the request that is to be answered next; None if there is none now, or the share is over.
 
         Raises Unmounted.
         """
+        if self._again:
+            return self._again.popleft()
         backlog = self._backlog
         is_over = self._turns.total - self._begun >= SHARE
         if not is_over and not backlog.queues:

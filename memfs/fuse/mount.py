@@ -88,6 +88,19 @@ class FuseMount:
         """Write a notification to the kernel, which does not wait. Raises OSError: ENOENT, ENODEV."""
         os.write(self.fuse_fd, message)
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether the filesystem is still there: mounted somewhere, or in use."""
+        return _is_connected(self.fuse_fd)
+
+    def is_known(self, nodeid: int) -> bool:
+        """Return whether the kernel has an inode: told that its attributes have changed, it says if it has not."""
+        try:
+            os.write(self.fuse_fd, invalidate_attributes(nodeid))
+        except OSError as error:
+            return error.errno != errno.ENOENT
+        return True
+
     def access_times(self) -> tuple[str, bool] | None:
         """Return `MountOptions.atime` and `diratime` as the mount has them now; None if it is not seen."""
         flags = mount_flags(self.mount_id, self.device)
@@ -105,6 +118,11 @@ class FuseMount:
                 self._attach()
             except OSError as error:
                 raise MountError(f"cannot mount on {self.mountpoint}: {error.strerror}") from error
+            self._close_root()
+
+    def attached(self) -> None:
+        """Take note that another process has attached it."""
+        if self.root >= 0:
             self._close_root()
 
     def _attach(self) -> None:

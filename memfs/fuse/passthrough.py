@@ -17,6 +17,7 @@ import fcntl
 import logging
 import os
 import struct
+from collections.abc import Collection
 from typing import Final
 
 from memfs.fuse.abi import BACKING_MAP, FUSE_DEV_IOC_BACKING_CLOSE, FUSE_DEV_IOC_BACKING_OPEN
@@ -55,8 +56,11 @@ class Passthrough:
             )
         return self.why_not is None
 
-    def try_it(self) -> None:
-        """Find out, once INIT is answered, whether the kernel takes a file from us: root of a container it refuses."""
+    def try_it(self, in_use: Collection[int] = ()) -> None:
+        """Find out, once INIT is answered, whether the kernel takes a file from us: root of a container it refuses.
+
+        Backing ids ascend. If the one before is not `in_use`, a predecessor was killed before it could say so.
+        """
         fd = os.memfd_create("memfs", os.MFD_CLOEXEC)
         try:
             backing_id = self.open(fd)
@@ -64,6 +68,8 @@ class Passthrough:
             os.close(fd)
         if backing_id is not None:
             self.close(backing_id)
+            if backing_id > 1 and backing_id - 1 not in in_use:
+                self.close(backing_id - 1)
         elif self.why_not is None:
             self.why_not = "the kernel takes no backing files"
 
@@ -101,7 +107,8 @@ class Passthrough:
         try:
             fcntl.ioctl(self._fuse, FUSE_DEV_IOC_BACKING_CLOSE, _U32.pack(backing_id))
         except OSError as error:
-            log.warning("backing id %d cannot be unregistered: %s", backing_id, error.strerror)
+            if error.errno != errno.ENOENT:  # a predecessor had done it when it was killed
+                log.warning("backing id %d cannot be unregistered: %s", backing_id, error.strerror)
 
     def end(self) -> None:
         """Unregister nothing any more: the mount has ended, and with it all backing ids."""

@@ -264,6 +264,12 @@ class OpenFiles:
         return {file.opens.backing_id for file in files if file.opens.backing_id is not None}
 
     @property
+    def cached(self) -> set[RegularFile]:
+        """The files that are open for writing through the kernel's page cache."""
+        handles = (handle for handle in self._open.values() if isinstance(handle, OpenFile))
+        return {handle.inode for handle in handles if handle.access is Access.CACHED and handle.writable}
+
+    @property
     def keys(self) -> set[bytes]:
         """The keys of all handles."""
         return {numbered(HANDLE, fh) for fh in self._open}

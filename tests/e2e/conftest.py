@@ -44,7 +44,7 @@ class Memfs:
         """Unmount as umount(8) does and see that it ended well."""
         deadline = time.monotonic() + STOP_TIMEOUT
         while (result := run("umount", self.path)).returncode:  # what a test has killed may take a moment to let go
-            assert "busy" in result.stderr, result.stderr
+            assert "busy" in result.stderr, result.stderr + self.log.read_text()
             assert time.monotonic() < deadline, result.stderr
             time.sleep(0.05)
         self.see_end()

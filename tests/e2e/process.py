@@ -9,7 +9,7 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,11 @@ class Process:
 
 
 @contextlib.contextmanager
-def mounted_alike(options: str, mode: str) -> Iterator[tuple[Path, Path]]:
-    """A memfs, with one option of its own, and a tmpfs. Both where all users get to, unlike pytest's."""
+def mounted_alike(options: str, mode: str, expected: Sequence[str] = ()) -> Iterator[tuple[Path, Path]]:
+    """A memfs, with one option of its own, and a tmpfs. Both where all users get to, unlike pytest's.
+
+    `expected` are parts of lines that may be in its log.
+    """
     if os.geteuid() != 0:
         pytest.skip("mounts a tmpfs and acts as several users, so it needs root")
     with tempfile.TemporaryDirectory(prefix="memfs-test-") as name:
@@ -71,6 +74,7 @@ def mounted_alike(options: str, mode: str) -> Iterator[tuple[Path, Path]]:
             pytest.skip(f"cannot mount a tmpfs to compare with: {mounted.stderr.strip()}")
         try:
             memfs = start_memfs(directory, f"{options},allow_other,suid,dev,{mode}")
+            memfs.expected.extend(expected)
             try:
                 yield memfs.path, beside
                 memfs.stop()

@@ -438,10 +438,19 @@ def sides(request: pytest.FixtureRequest, can_mount: None) -> Iterator[tuple[Sid
                 side.close()
 
 
-def _run(sides: tuple[Side, Side], examples: int, steps: int, number: int, *, shrink: bool) -> None:
-    Differential.sides = sides
+def run_machine(
+    sides: tuple[Side, Side],
+    examples: int,
+    steps: int,
+    number: int,
+    *,
+    shrink: bool = False,
+    machine: type[Differential] = Differential,
+) -> None:
+    """Run so many examples of a state machine, of so many steps each."""
+    machine.sides = sides
     run_state_machine_as_test(
-        seed(number)(Differential),
+        seed(number)(machine),
         settings=settings(
             max_examples=examples,
             stateful_step_count=steps,
@@ -456,7 +465,7 @@ def _run(sides: tuple[Side, Side], examples: int, steps: int, number: int, *, sh
 
 @pytest.mark.timeout(300)
 def test_every_step_is_tmpfs_s(sides: tuple[Side, Side]) -> None:
-    _run(sides, examples=12, steps=50, number=SEED, shrink=False)
+    run_machine(sides, examples=12, steps=50, number=SEED)
 
 
 @pytest.mark.skipif(not MINUTES, reason="long: run by `make soak`")
@@ -466,7 +475,7 @@ def test_soak(sides: tuple[Side, Side]) -> None:
     end = time.monotonic() + MINUTES * 60 / 2  # there are two ways of mounting
     for number in range(first, first + (1 << 32)):
         print(f"SEED={number}", flush=True)
-        _run(sides, examples=20, steps=100, number=number, shrink=True)
+        run_machine(sides, examples=20, steps=100, number=number, shrink=True)
         if time.monotonic() > end:
             break
 

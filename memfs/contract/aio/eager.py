@@ -69,7 +69,7 @@ class LoopTask:
         if not self.is_taken:
             self.is_taken = True
             self._go_on()
-        return await _drive(work, trap)
+        return await drive(work, trap)
 
 
 def run_loop(loop: Callable[[LoopTask], Awaitable[None]], spawn: Callable[..., object]) -> None:
@@ -92,7 +92,7 @@ def run_loop(loop: Callable[[LoopTask], Awaitable[None]], spawn: Callable[..., o
 
 
 @types.coroutine
-def _drive(work: Coroutine[Any, Any, _T], trap: object) -> Generator[Any, Any, _T]:
+def drive(work: Coroutine[Any, Any, _T], trap: object) -> Generator[Any, Any, _T]:
     """Await the rest of a coroutine that has begun, and asked the event loop for `trap`."""
     try:
         while True:

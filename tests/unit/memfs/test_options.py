@@ -45,6 +45,7 @@ UNDERSTOOD: dict[str, tuple[str, Any]] = {
     "passthrough=off": ("passthrough", "off"),
     "backing=memfd": ("backing", "memfd"),
     "notify_timeout=0.5": ("notify_timeout", 0.5),
+    "survive=on": ("survive", "on"),
     "allow_other": ("allow_other", True),
     "default_permissions": ("default_permissions", True),
     "ro": ("ro", True),
@@ -81,7 +82,15 @@ UNDERSTOOD: dict[str, tuple[str, Any]] = {
 }
 REFUSED = ["nonsense", "nonsense=1", "Size=1m", "size", "size=", "size=0", "size=-1", "size=1x", "size=1.5m", "size=m"]
 REFUSED += ["size=99999999t", "size= 1m", "mode=8", "mode=77777", "mode=", "uid=-1", "uid=nobody-of-that-name"]
-REFUSED += ["gid=no group", "huge=maybe", "passthrough=1", "backing=disk", "notify_timeout=0", "notify_timeout=-1"]
+REFUSED += [
+    "gid=no group",
+    "huge=maybe",
+    "passthrough=1",
+    "backing=disk",
+    "survive=yes",
+    "notify_timeout=0",
+    "notify_timeout=-1",
+]
 REFUSED += ["socket_mode=8", "socket_mode=1777", "socket_mode=", "socket_mode=rw", "socket_group=no group"]
 REFUSED += [
     "size=0x",

@@ -1,0 +1,211 @@
+"""The mount survives its daemon: killed at any moment, it goes on, with every result as on tmpfs."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from memfs.contract.faults import Point
+
+from .conftest import Memfs, MountMemfs, memfs_command, run
+from .process import mounted_alike
+from .test_differential import INODES, SIZE, Differential, Side, run_machine
+
+EXPECTED = ["killed by SIGKILL: going on"]
+
+
+def state_of(memfs: Memfs) -> dict[str, object]:
+    """What `memfs stat` says."""
+    state: dict[str, object] = json.loads(run(*memfs_command("stat", "--json", memfs.path)).stdout)
+    return state
+
+
+def kill(memfs: Memfs) -> int:
+    """Kill the process that serves a memfs, and return which one follows it."""
+    worker = state_of(memfs)["pid"]
+    assert isinstance(worker, int)
+    os.kill(worker, signal.SIGKILL)
+    memfs.expected = EXPECTED
+    successor = state_of(memfs)["pid"]
+    assert isinstance(successor, int)
+    assert successor != worker
+    return successor
+
+
+@pytest.fixture
+def inject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file in which a fault is armed."""
+    path = tmp_path / "inject"
+    monkeypatch.setenv("MEMFS_INJECT", str(path))
+    return path
+
+
+class Dying(Differential):
+    """Every other step begins with the daemon about to die, before it commits something or after it."""
+
+    inject: Path
+    random = random.Random(0)
+
+    def do(self, user: str, name: str, *arguments: object, same_atime: bool = True) -> bool:
+        point = self.random.choice([Point.BEFORE_COMMIT, Point.AFTER_COMMIT, None, None])
+        if point is not None:
+            partial = self.inject.with_suffix(".new")
+            partial.write_text(f"{point.value} kill")
+            partial.rename(self.inject)
+        return super().do(user, name, *arguments, same_atime=same_atime)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("mode", ["passthrough=auto", "passthrough=off"])
+def test_every_step_is_tmpfs_s_when_the_daemon_dies_in_it(inject: Path, can_mount: None, mode: str) -> None:
+    Dying.passes_through = mode != "passthrough=off"
+    Dying.inject = inject
+    with mounted_alike(f"size={SIZE},nr_inodes={INODES},mode=755", f"{mode},survive=on", EXPECTED) as (ours, theirs):
+        pair = Side(ours), Side(theirs)
+        try:
+            run_machine(pair, examples=8, steps=40, number=0, machine=Dying)
+        finally:
+            inject.unlink(missing_ok=True)
+            for side in pair:
+                side.close()
+
+
+def test_open_files_go_on(mount_memfs: MountMemfs) -> None:
+    memfs = mount_memfs("size=64m,survive=on")
+    with (memfs.path / "file").open("w+b", buffering=0) as file, (memfs.path / "gone").open("w+b", buffering=0) as gone:
+        file.write(b"before")
+        gone.write(b"unlinked")
+        (memfs.path / "gone").unlink()
+        kill(memfs)
+        file.write(b" and after")
+        assert (memfs.path / "file").read_bytes() == b"before and after"
+        gone.seek(0)
+        assert gone.read() == b"unlinked"
+        assert os.fstat(gone.fileno()).st_nlink == 0
+    state = state_of(memfs)
+    assert (state["generation"], state["restarts"], state["survives"]) == (2, 1, True)
+    assert isinstance(state["last_outage"], float)
+
+
+@pytest.mark.parametrize(("mode", "deaths"), [("auto", 20), ("off", 5)])
+def test_programs_notice_nothing_of_many_deaths(
+    mount_memfs: MountMemfs, inject: Path, tmp_path: Path, mode: str, deaths: int
+) -> None:
+    """Of files that are written and checked, and of a repository that is made, cloned and verified."""
+    memfs = mount_memfs(f"size=64m,survive=on,passthrough={mode}")
+    script = tmp_path / "works.sh"
+    script.write_text(WORKS)
+    log = tmp_path / "out"
+    with log.open("w") as out:
+        working = subprocess.Popen(["sh", "-e", script, memfs.path], stdout=out, stderr=out)
+    for _ in range(deaths):
+        kill(memfs)
+        time.sleep(0.2)  # not to wait for something, but so that deaths come at any moment of the work
+    (memfs.path / "enough").touch()
+    assert working.wait(100) == 0, log.read_text()
+    assert state_of(memfs)["restarts"] == deaths
+
+
+#: Works until it is told that it is enough
+WORKS = """
+cd "$1"
+export HOME="$1" GIT_CONFIG_NOSYSTEM=1 GIT_AUTHOR_NAME=a GIT_AUTHOR_EMAIL=a@b GIT_COMMITTER_NAME=a
+export GIT_COMMITTER_EMAIL=a@b
+round=0
+while [ ! -e enough ] || [ $round = 0 ]; do
+    round=$((round + 1))
+    mkdir work
+    for i in 1 2 3 4 5 6 7 8; do head -c $((i * 5000)) /dev/urandom > work/$i; cp work/$i work/$i.copy; done
+    for i in 1 2 3 4 5 6 7 8; do cmp work/$i work/$i.copy; mv work/$i.copy work/$i; ln work/$i work/$i.link; done
+    setfattr -n user.a -v $round work/1
+    [ "$(getfattr --only-values -n user.a work/1.link)" = $round ]
+    truncate -s 1000 work/8; [ $(stat -c %s work/8.link) = 1000 ]
+    if command -v git > /dev/null; then
+        git init -q repository; cp work/? repository
+        (cd repository; git add .; git commit -qm one)
+        git clone -q repository clone
+        (cd clone; git fsck --strict; git status --porcelain)
+        rm -rf repository clone
+    fi
+    rm -r work
+done
+"""
+
+
+def test_a_guest_s_pages_are_what_its_map_shows(mount_memfs: MountMemfs, inject: Path) -> None:
+    memfs = mount_memfs("size=64m,survive=on")
+    path = memfs.path / "guest"
+    assert run(*memfs_command("create", path, "--seals", "guest", "--size", "1m")).returncode == 0
+    memfs.expected = EXPECTED
+    pages = set[int]()
+    for number, point in enumerate(
+        [Point.BEFORE_ALLOCATE, Point.AFTER_ALLOCATE, Point.BEFORE_ACCOUNT, Point.AFTER_ACCOUNT] * 2
+    ):
+        inject.write_text(f"{point.value} kill")
+        offset = number * 8
+        assert run("fallocate", "-o", f"{offset * 4}K", "-l", "32K", path).returncode == 0
+        pages |= set(range(offset, offset + 8))
+        assert path.stat().st_blocks == 8 * len(pages)
+    for number, point in enumerate(
+        [Point.BEFORE_FREE, Point.AFTER_FREE, Point.BEFORE_ACCOUNT, Point.AFTER_ACCOUNT] * 2
+    ):
+        inject.write_text(f"{point.value} kill")
+        offset = number * 8 + 2
+        assert run("fallocate", "-p", "-o", f"{offset * 4}K", "-l", "16K", path).returncode == 0
+        pages -= set(range(offset, offset + 4))
+        assert path.stat().st_blocks == 8 * len(pages)
+    seek = f"import os; f = os.open({str(path)!r}, os.O_RDONLY); print(os.lseek(f, 0, os.SEEK_HOLE))"
+    assert int(run(sys.executable, "-c", seek).stdout) == 2 * 4096
+    assert state_of(memfs)["restarts"] == 16
+    assert state_of(memfs)["used"] == 4096 * len(pages)
+
+
+def test_after_too_many_deaths_in_a_row_it_ends(mount_memfs: MountMemfs) -> None:
+    memfs = mount_memfs("size=64m,survive=on")
+    for _ in range(5):
+        kill(memfs)
+    worker = state_of(memfs)["pid"]
+    assert isinstance(worker, int)
+    os.kill(worker, signal.SIGKILL)
+    assert memfs.process.wait(20) == 1
+    assert not os.path.ismount(memfs.path)
+    assert not memfs.socket.exists()
+    assert "unmounting" in memfs.log.read_text()
+
+
+def test_when_the_keeper_is_gone_the_worker_goes_on(mount_memfs: MountMemfs) -> None:
+    memfs = mount_memfs("size=64m,survive=on")
+    (memfs.path / "file").write_text("content")
+    memfs.process.kill()
+    memfs.process.wait()
+    deadline = time.monotonic() + 20
+    while state_of(memfs)["survives"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert (memfs.path / "file").read_text() == "content"
+    assert "the keeper is gone" in memfs.log.read_text()
+    assert run("umount", memfs.path).returncode == 0
+
+
+def test_where_it_cannot_be_had_it_is_refused_or_said(mount_memfs: MountMemfs) -> None:
+    with pytest.raises(AssertionError, match="survive=on: files live on memfds"):
+        mount_memfs("size=64m,survive=on,backing=memfd")
+    memfs = mount_memfs("size=64m,survive=auto,backing=memfd")
+    state = state_of(memfs)
+    assert (state["survives"], state["restarts"]) == (False, 0)
+    assert "memfds" in str(state["no_survival_because"])
+
+
+def test_a_signal_that_ends_it_ends_it(mount_memfs: MountMemfs) -> None:
+    memfs = mount_memfs("size=64m,survive=on")
+    kill(memfs)
+    memfs.process.terminate()
+    memfs.see_end()
