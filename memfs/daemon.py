@@ -30,6 +30,7 @@ from memfs.contract import logs
 from memfs.contract.aio.nurseries import open_flat_nursery
 from memfs.contract.aio.threads import NoThread
 from memfs.contract.logs import fields
+from memfs.contract.sizes import shown_bytes
 from memfs.contract.sys.mount_changes import mount_changes
 from memfs.contract.units import SECTORS_PER_PAGE, ByteOffset, pages_to_bytes
 from memfs.fuse.channel import Before, Channel
@@ -52,6 +53,7 @@ from memfs.owners.admission import Clients
 from memfs.owners.closer import Closer
 from memfs.owners.registry import Registry
 from memfs.owners.server import Server
+from memfs.service_manager import ServiceManager
 from memfs.signals import Meaning, receiving
 from memfs.state.journal import NO_JOURNAL, Journal
 from memfs.store.backing import TmpfsBacking
@@ -152,6 +154,7 @@ class _Memfs:
         self._registry: Final = Registry(
             self._tree, options.notify_timeout, self._mount.invalidate_attributes, self._holdings
         )
+        self._manager: Final = ServiceManager()
         self._clients: Final = Clients(options.socket_mode, options.socket_group, self._holdings.descriptors)
         self._outage: float | None = None  # seconds in which nobody served, before this worker did
         keep(self._tree, self._journal)
@@ -205,6 +208,7 @@ class _Memfs:
                 self._worker.attached()
                 await nursery.start(self._follow_access_times)
                 nursery.start_soon(server.run)
+                nursery.start_soon(self._manager.run, self._status)
                 if before is None:
                     ready()
                 else:
@@ -311,6 +315,11 @@ class _Memfs:
             "pending": len(self._registry.outstanding),
         }
 
+    def _status(self) -> str:
+        """Return the state in a few words, for a service manager."""
+        used, size = (pages_to_bytes(each) for each in (self._backing.used_pages, self._backing.total_pages))
+        return f"{shown_bytes(used)} of {shown_bytes(size)} in use, {len(self._registry.owners)} owners"
+
     async def describe_in(self, most_bytes: int, user: int) -> str:
         """Return the state as JSON for a user, with as many owners, files and notifications as fit."""
         pools = self._holdings.descriptors, self._holdings.page_maps
@@ -358,7 +367,9 @@ class _Memfs:
                 case Meaning.LOG_STATE:
                     await self._log_state()
                 case Meaning.REOPEN_LOG:
+                    self._manager.reloading()
                     logs.reopen()
+                    self._manager.reloaded()
                 case Meaning.END:
                     log.info("%s: unmounting", name)
                     await server.end()  # so that nothing waits for an owner any more
@@ -399,6 +410,7 @@ class _Memfs:
 
     async def _end(self, unmounted: trio.Event, server: Server, scope: trio.CancelScope) -> None:
         await unmounted.wait()
+        self._manager.stopping()
         await server.end()
         scope.cancel()
 
