@@ -7,7 +7,7 @@ PYTHON ?= python3
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo unit test coverage bench bench-plot soak fuzz guest lint clean system
+.PHONY: help install deb deb-check demo unit test coverage bench bench-plot soak fuzz guest lint clean system
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -55,8 +55,18 @@ lint: $(STAMP) ## ruff, mypy --strict, codespell, and who may import whom
 	$(BIN)/codespell
 	$(BIN)/lint-imports --no-logo
 
+install: ## Install for all users: PREFIX=/usr/local, DESTDIR=, PYTHON=python3 (contrib/install says what else)
+	@PYTHON=$(PYTHON) contrib/install PREFIX=$(or $(PREFIX),/usr/local) DESTDIR=$(DESTDIR)
+
+deb: ## Build a Debian package of what is checked out (dist/memfs_VERSION_ARCH.deb)
+	@contrib/build-deb
+
+deb-check: deb ## Install that package in a fresh Debian, and have lintian, mount(8) and systemd see it (root)
+	@./install-system-packages package
+	MEMFS_CHECK_PACKAGE=1 $(BIN)/pytest --timeout=900 tests/e2e/test_package.py
+
 clean: ## Remove what the other targets made
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage* bench/out
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage* bench/out
 
 $(STAMP): pyproject.toml | system
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "memfs needs Python 3.11 or newer, this is " + sys.version.split()[0])'

@@ -66,7 +66,7 @@ _FAILURES: Final = (
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command and exit."""
     fill_standard_descriptors()
-    options = _parser().parse_args(arguments)
+    options = build_parser().parse_args(arguments)
     install_faults()
     try:
         options.run(options)
@@ -83,7 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     sys.exit(0)
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = Parser(prog="kvmsim", description="The KVM side of guest private memory, in userspace.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

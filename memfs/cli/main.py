@@ -33,7 +33,7 @@ from memfs.store import seals
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command and exit."""
     fill_standard_descriptors()
-    parsed = _parser().parse_args(arguments)
+    parsed = build_parser().parse_args(arguments)
     try:
         parsed.run(parsed)
     except (CommandError, OptionError) as error:
@@ -48,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     sys.exit(0)
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = Parser(prog="memfs", description="A filesystem that is the memory of virtual machines.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

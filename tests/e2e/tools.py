@@ -30,6 +30,7 @@ PACKAGES: Final = {
     "nsenter": "util-linux",
     "pgrep": "procps",
     "setpriv": "util-linux",
+    "systemd-analyze": "systemd",
     "unshare": "util-linux",
     "valgrind": "valgrind",
 }

@@ -1,0 +1,153 @@
+"""The Debian package in a fresh Debian: lintian, fstab and mount(8), and a real systemd that starts the units.
+
+It takes minutes and downloads a Debian, so it is run by `make deb-check` only. The Debian lies in a mount namespace, on
+an overlay, so each test finds it as it was.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from .conftest import run
+from .tools import skip_without_mount_namespace
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = "dbus,fuse3,mount,python3,python3-numpy,python3-rich,systemd,systemd-sysv"
+pytestmark = [
+    pytest.mark.skipif("MEMFS_CHECK_PACKAGE" not in os.environ, reason="make deb-check runs it"),
+    pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
+    pytest.mark.skipif(shutil.which("debootstrap") is None, reason="debootstrap is not installed"),
+    pytest.mark.timeout(900),
+]
+
+#: Mount a copy of the Debian $1, with the package $2 in it, on $3, and run $4 there as its first process.
+SETUP = """
+set -e
+mount -t tmpfs tmpfs "$3"
+mkdir "$3/upper" "$3/work" "$3/root"
+mount -t overlay overlay -o "lowerdir=$1,upperdir=$3/upper,workdir=$3/work" "$3/root"
+cd "$3/root"
+mount -t proc proc proc
+mount -t sysfs sysfs sys
+mount -t cgroup2 cgroup2 sys/fs/cgroup
+mount -t tmpfs tmpfs run
+mount -t tmpfs tmpfs dev
+for device in null zero full random urandom tty fuse; do
+    touch dev/$device
+    mount --bind /dev/$device dev/$device
+done
+mkdir dev/shm dev/pts root/out
+mount --bind "$5" root/out
+cp "$2" root/memfs.deb
+chroot . dpkg --install /root/memfs.deb >root/out/dpkg 2>&1
+cp "$5/script" root/script
+cp "$5/test.service" etc/systemd/system/
+exec env container=other chroot . $4
+"""
+SERVICE = """
+[Unit]
+DefaultDependencies=no
+[Service]
+Type=oneshot
+ExecStart=/bin/sh -c "sh -ex /root/script >/root/out/said 2>&1"
+ExecStopPost=/bin/sh -c "echo $EXIT_STATUS >/root/out/code; systemctl --force exit"
+"""
+SYSTEMD = "/lib/systemd/systemd --system --unit=test.service --log-target=console --show-status=no"
+BY_FSTAB = """
+mkdir /mnt/guest
+echo 'none /mnt/guest fuse.memfs size=64m,nofail 0 0' >>/etc/fstab
+mount --all
+mount --all
+test "$(grep --count fuse.memfs /proc/mounts)" = 1
+memfs list | grep '/mnt/guest .* 64.0M'
+cd /mnt/guest
+touch shared
+memfs create --seals guest --size 16m private
+kvmsim run --shared shared --private private --mem 16m | grep 'every byte was as stored'
+mount -o remount,size=128m /mnt/guest
+df --output=size /mnt/guest | grep 131072
+cd /
+umount /mnt/guest
+for program in memfs kvmsim mount.fuse.memfs; do $program --version; done
+dpkg --purge memfs
+test ! -e /usr/lib/memfs
+"""
+BY_SYSTEMD = """
+absent() { if grep "$@"; then exit 1; fi; }
+echo MEMFS_OPTIONS=size=64m >/etc/memfs/mnt-guest.conf
+systemctl start memfs@mnt-guest
+grep 'memfs /mnt/guest fuse.memfs' /proc/mounts
+systemctl show --property=StatusText memfs@mnt-guest | grep '0 of 64.0M in use, 0 owners'
+pid=$(systemctl show --property=MainPID --value memfs@mnt-guest)
+systemctl reload memfs@mnt-guest
+test "$pid" = "$(systemctl show --property=MainPID --value memfs@mnt-guest)"
+touch /mnt/guest/shared
+memfs create --seals guest --size 16m /mnt/guest/private
+kvmsim run --shared /mnt/guest/shared --private /mnt/guest/private --mem 16m | grep 'every byte was as stored'
+kill -KILL "$pid"
+restarted() {
+    systemctl is-active memfs@mnt-guest && test "$pid" != "$(systemctl show --property=MainPID --value memfs@mnt-guest)"
+}
+until restarted; do sleep 0.1; done
+test ! -e /mnt/guest/shared
+systemctl kill --signal=KILL memfs@mnt-guest
+systemctl stop memfs@mnt-guest
+absent fuse.memfs /proc/mounts
+cp /usr/share/doc/memfs/examples/mnt-guest.mount /etc/systemd/system/
+sed -i s/16g/64m/ /etc/systemd/system/mnt-guest.mount
+systemctl daemon-reload
+systemctl start mnt-guest.mount
+grep 'none /mnt/guest fuse.memfs rw,relatime' /proc/mounts
+systemctl stop mnt-guest.mount
+absent fuse.memfs /proc/mounts
+"""
+
+
+@pytest.fixture(scope="module")
+def package() -> Path:
+    [package] = (ROOT / "dist").glob("memfs_*.deb")
+    return package
+
+
+@pytest.fixture(scope="module")
+def debian() -> Path:
+    """A Debian of the same release, which is kept for the next time."""
+    directory = ROOT / "build" / "debian"
+    if not (directory / "complete").exists():
+        release = next(
+            line.partition("=")[2]
+            for line in Path("/etc/os-release").read_text().splitlines()
+            if line.startswith("VERSION_CODENAME=")
+        )
+        run("rm", "-rf", directory)
+        made = run("debootstrap", "--variant=minbase", f"--include={PACKAGES}", release, directory, timeout=800)
+        assert made.returncode == 0, made.stdout[-500:] + made.stderr
+        (directory / "complete").touch()
+    return directory
+
+
+@pytest.mark.skipif(shutil.which("lintian") is None, reason="lintian is not installed")
+def test_lintian_finds_nothing(package: Path) -> None:
+    result = run("lintian", "--fail-on=error,warning", package, timeout=300)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("script", [BY_FSTAB, BY_SYSTEMD], ids=["fstab", "systemd"])
+def test_package_in_a_fresh_debian(package: Path, debian: Path, tmp_path: Path, script: str) -> None:
+    skip_without_mount_namespace()
+    laid, out = tmp_path / "laid", tmp_path / "out"
+    laid.mkdir()
+    out.mkdir()
+    (out / "script").write_text(script)
+    (out / "test.service").write_text(SERVICE)
+    namespaces = ["--mount", "--pid", "--fork", "--kill-child", "--cgroup", "--ipc", "--uts", "--propagation=private"]
+    command = ["unshare", *namespaces, "sh", "-c", SETUP, "sh", str(debian), str(package), str(laid), SYSTEMD, str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    said = (out / "said").read_text() if (out / "said").exists() else done.stdout + done.stderr
+    assert (out / "code").exists(), said
+    assert (out / "code").read_text() == "0\n", said
