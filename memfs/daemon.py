@@ -234,6 +234,7 @@ class _Memfs:
         if self._kept is None or self._worker.predecessor_died is None:
             return None
         state = self._kept.load()
+        self._journal.dirty.clear()  # a new tree, in the place of which comes another
         gc.disable()  # all of it stays
         rebuild(self._tree, state, self._old_file)
         (total_pages,) = _SIZE.unpack(state[SIZE])
@@ -245,16 +246,14 @@ class _Memfs:
             self._page_cache.has_read(inode, ByteOffset(0), inode.file.size)
         gc.freeze()
         gc.enable()
-        self._journal.dirty.clear()
+        self._journal.commit()
         self._outage = time.monotonic() - self._worker.predecessor_died
         restarts, by = self._worker.restarts, self._worker.killed_by
         log.warning("killed by %s: going on", by, extra=fields(restarts=restarts, outage=self._outage))
         return Before(state, state[INIT])
 
-    def _old_file(self, ino: Ino, seals: int, is_given_out: bool) -> File:
-        file = File(self._backing, ino, seals, journal=self._journal, exists=True)
-        file.recover(is_given_out=is_given_out)
-        return file
+    def _old_file(self, ino: Ino, seals: int) -> File:
+        return File(self._backing, ino, seals, journal=self._journal, exists=True)
 
     async def _clear_up(self) -> None:
         """Free what a predecessor was about to free, and inodes that the kernel has forgotten meanwhile."""

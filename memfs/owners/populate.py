@@ -37,6 +37,7 @@ async def populate(file: File, pages: PageRange, source: int, start: ByteOffset)
                 copy = functools.partial(image.copy_in, pages, file.fd, source, start, file.granule)
                 await Threads.here().run(copy)
             finally:  # they are there
+                image.populated()
                 if file.owner is not None:
                     await file.owner.fallocate(allocated)
         return image.measurement

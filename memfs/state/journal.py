@@ -28,6 +28,7 @@ from typing import Final, Protocol
 from memfs.state.log import Log, ValueOf
 
 REPLY: Final = b"r"
+INODE: Final = b"i"  #: the kind of keys of inodes (tree/records.py), and of the files that are theirs
 _REPLY: Final = struct.Struct("=Q")
 _LONGEST_REPLY: Final = 512  # bytes; what has a longer one has read something, and can be done again
 
@@ -37,6 +38,11 @@ _NUMBER: Final = struct.Struct(">cQ")
 def numbered(kind: bytes, number: int) -> bytes:
     """Return the key of something that has a number."""
     return _NUMBER.pack(kind, number)
+
+
+def inode_key(ino: int) -> bytes:
+    """Return the key of an inode."""
+    return numbered(INODE, ino)
 
 
 def number_in(key: bytes) -> int:

@@ -34,7 +34,7 @@ import trio
 
 from memfs.contract.page_map import ABSENT, ALLOCATED, PageMap
 from memfs.contract.units import PAGE_SIZE, ByteOffset, PageIndex, PageRange, page_ceil, page_floor
-from memfs.state.journal import NO_JOURNAL, Journal
+from memfs.state.journal import NO_JOURNAL, Journal, inode_key
 from memfs.store import chunks, seals
 from memfs.store.accounting import Accounting
 from memfs.store.backing import Backing
@@ -226,8 +226,16 @@ class File:
         if not self.guest:
             raise OSError(errno.EINVAL, "not guest-sealed")
         if self._image is None:
-            self._image = InitialImage()
+            self._image = InitialImage(self._image_changed)
         return self._image
+
+    def _image_changed(self) -> None:
+        self._journal.changed(inode_key(self.number))
+
+    @property
+    def image_state(self) -> bytes:
+        """What is to be known of the initial image when this process has ended; empty if there is none."""
+        return self._image.state if self._image is not None else b""
 
     # -- content ----------------------------------------------------------------------------------------------------
 
@@ -379,7 +387,7 @@ class File:
         """How many pages the page map shows; none of an untracked file."""
         return self._accounting.pages if self._accounting is not None else 0
 
-    def recover(self, *, is_given_out: bool) -> None:
+    def recover(self, *, is_given_out: bool, image: bytes) -> None:
         """Put in order what another process has left, which may have been killed at any moment. Raises OSError.
 
         What the page map shows is the truth. Pages that it does not show were being allocated, and nobody was told of
@@ -395,6 +403,9 @@ class File:
                 with self.held():
                     self._pages().make_true()
             self._accounting.put_away()
+        if self.guest and (image or is_given_out or self.tracked_pages):
+            self._image = InitialImage.of_before(image, self._image_changed)
+            self._image_changed()
 
     # -- life -------------------------------------------------------------------------------------------------------
 

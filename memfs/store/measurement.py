@@ -8,6 +8,7 @@ little-endian:
     page index, 4096 bytes of content       a page was populated
     2**64 - 1, first page, end of pages     allocated pages were removed before the launch (punched, truncated)
     2**64 - 2, 0, 0                         an owner unregistered the file, or was cut off
+    2**64 - 3, 0, 0; the digest before      the daemon was killed before the launch, and another one goes on
 
 Knowing the image and the order one can compute it, and a page that was put elsewhere, twice or not at all shows. No
 page has such an index, so no two histories give the same bytes. Pages that were allocated and not populated are zero
@@ -29,6 +30,10 @@ is not there any more gets SIGBUS.
 
 The content comes from a memfd, which unlike other files cannot make us wait, and which is sealed against shrinking, so
 that all of it is there. What is hashed is our copy: a change of the memfd meanwhile changes both or neither.
+
+Why it is recorded that the daemon was killed: it may have been in the middle of copying, so that there is content that
+was not measured; and the state of the hash is lost, so that what follows begins with the digest. Whoever wants the
+measurement of what was populated then begins anew, with another file.
 
 When a file is populated and launched is said in owners/populate.py.
 """
@@ -53,15 +58,32 @@ from memfs.contract.units import PAGE_SIZE, ByteOffset, PageRange, bytes_to_page
 _BLOCK: Final = 512  # pages that are copied at a time: no more than IOV_MAX
 _RECORD: Final = np.dtype([("page", "<u8"), ("content", "V", PAGE_SIZE)])
 _EVENT: Final = struct.Struct("<3Q")
-_REMOVED, _OWNER_LEFT = 2**64 - 1, 2**64 - 2
+_REMOVED, _OWNER_LEFT, _RESTARTED = 2**64 - 1, 2**64 - 2, 2**64 - 3
+_OPEN, _LAUNCHED = b"\0", b"\1"
 
 
 class InitialImage:
     """One file's initial content, and whether that is final. `File.initial_image` has it."""
 
-    def __init__(self) -> None:
+    def __init__(self, changed: Callable[[], None] = lambda: None) -> None:
+        self._changed: Final = changed
         self._hash = hashlib.sha384()
         self._launched = False
+
+    @classmethod
+    def of_before(cls, state: bytes, changed: Callable[[], None]) -> InitialImage:
+        """Return the image of a file after the daemon was killed, from its `state`; that is empty if there was none."""
+        image = cls(changed)
+        image._launched = state[:1] == _LAUNCHED
+        if not image.launched:
+            image._hash.update(_EVENT.pack(_RESTARTED, 0, 0))
+        image._hash.update(state[1:])
+        return image
+
+    @property
+    def state(self) -> bytes:
+        """What is to be known of it when this process has ended."""
+        return (_LAUNCHED if self._launched else _OPEN) + self.measurement
 
     @property
     def launched(self) -> bool:
@@ -75,13 +97,16 @@ class InitialImage:
 
     def launch(self) -> bytes:
         """Make it final, and return the measurement."""
-        self._launched = True
+        if not self._launched:
+            self._launched = True
+            self._changed()
         return self.measurement
 
     def remove(self, pages: PageRange) -> None:
         """Record that allocated pages are about to be removed. After the launch that is the guest's own affair."""
         assert not self.launched, "the guest has been launched"
         self._hash.update(_EVENT.pack(_REMOVED, pages.start, pages.end))
+        self._changed()
 
     def owner_left(self) -> None:
         """Record that an owner, which could write to the file, has it no longer.
@@ -89,6 +114,11 @@ class InitialImage:
         It may come while `copy_in` runs in its thread: an update of the hash is atomic, and consists of whole records.
         """
         self._hash.update(_EVENT.pack(_OWNER_LEFT, 0, 0))
+        self._changed()
+
+    def populated(self) -> None:
+        """Take note that `copy_in` has ended."""
+        self._changed()
 
     def copy_in(self, pages: PageRange, target: int, source: int, start: ByteOffset, granule: int = PAGE_SIZE) -> None:
         """Copy pages that are allocated into a file, from byte `start` of another, and measure them. Blocks for long.

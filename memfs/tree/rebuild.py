@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-from memfs.state.journal import Journal, number_in, rest_of
+from memfs.state.journal import INODE, Journal, inode_key, number_in, rest_of
 from memfs.store.file import File
 from memfs.tree import records
 from memfs.tree.inode import Directory, Ino, Inode
@@ -23,20 +23,20 @@ def keep(tree: Tree, journal: Journal) -> None:
         entry = directory.entries.get(rest_of(key)) if isinstance(directory, Directory) else None
         return records.pack_entry(entry.inode.ino, entry.cookie) if entry is not None else None
 
-    journal.keeps(records.INODE, inode_value)
+    journal.keeps(INODE, inode_value)
     journal.keeps(records.ENTRY, entry_value)
     journal.keeps(records.TREE, lambda key: records.pack_tree(tree.next_ino, tree.space.nr_inodes))
 
 
-def rebuild(tree: Tree, state: Mapping[bytes, bytes], old_file: Callable[[Ino, int, bool], File]) -> None:
+def rebuild(tree: Tree, state: Mapping[bytes, bytes], old_file: Callable[[Ino, int], File]) -> None:
     """Build the tree that was written down, in place of one that is new. What is open has to be held again.
 
-    `old_file` opens the file with a number: its seals, and whether it was given out.
+    `old_file` finds the file with a number and seals.
     """
     parents: list[tuple[Directory, int]] = []
     names: dict[int, list[tuple[int, bytes, int]]] = {}
     for key, value in state.items():
-        if key[:1] == records.INODE:
+        if key[:1] == INODE:
             inode, parent = records.unpack_inode(Ino(number_in(key)), value, old_file)
             inode.nlookup = UNSURE
             tree.inodes[inode.ino] = inode
@@ -67,7 +67,7 @@ def free_forgotten(tree: Tree) -> Iterator[Inode]:
 
 def keys_of(tree: Tree) -> set[bytes]:
     """Return the keys of all that a tree has."""
-    keys = {records.inode_key(ino) for ino in tree.inodes} | {records.TREE}
+    keys = {inode_key(ino) for ino in tree.inodes} | {records.TREE}
     for inode in tree.inodes.values():
         if isinstance(inode, Directory):
             keys |= {records.entry_key(inode.ino, name) for name in inode.entries}

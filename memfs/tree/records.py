@@ -19,12 +19,11 @@ from memfs.state.journal import numbered
 from memfs.store.file import File
 from memfs.tree.inode import Directory, Ino, Inode, RegularFile, Special, Symlink, TimedInode
 
-INODE: Final = b"i"
 ENTRY: Final = b"e"
 TREE: Final = b"t"
 
 _INODE: Final = struct.Struct("=IIIIIq")  # mode, nlink, uid, gid, flags, btime (ns)
-_REGULAR: Final = struct.Struct("=I?")  # seals, whether it was given out
+_REGULAR: Final = struct.Struct("=I?B")  # seals, whether it was given out, bytes of what follows: its initial image
 _TIME_BYTES: Final = 12  # nanoseconds, signed: utimensat(2) takes more than fit into 64 bits
 _TIMES: Final = 3 * _TIME_BYTES  # atime, mtime, ctime
 _DIRECTORY: Final = struct.Struct("=QQ")  # parent, next cookie
@@ -40,11 +39,6 @@ class Saved(NamedTuple):
 
     ino: int
     cookie: int
-
-
-def inode_key(ino: int) -> bytes:
-    """Return an inode's key."""
-    return numbered(INODE, ino)
 
 
 def entry_key(directory: int, name: bytes) -> bytes:
@@ -77,7 +71,8 @@ def pack_inode(inode: Inode) -> bytes:
     """Return what is written of an inode."""
     packed = _INODE.pack(inode.mode, inode.nlink, inode.uid, inode.gid, inode.flags, inode.btime_ns)
     if isinstance(inode, RegularFile):
-        packed += _REGULAR.pack(inode.file.seals, inode.file.is_given_out)
+        image = inode.file.image_state
+        packed += _REGULAR.pack(inode.file.seals, inode.file.is_given_out, len(image)) + image
     else:
         assert isinstance(inode, TimedInode)
         times = inode.atime_ns, inode.mtime_ns, inode.ctime_ns
@@ -93,18 +88,20 @@ def pack_inode(inode: Inode) -> bytes:
     return packed
 
 
-def unpack_inode(ino: Ino, packed: bytes, old_file: Callable[[Ino, int, bool], File]) -> tuple[Inode, int]:
+def unpack_inode(ino: Ino, packed: bytes, old_file: Callable[[Ino, int], File]) -> tuple[Inode, int]:
     """Build an inode again, and say which directory is its parent (0: it is none).
 
-    `old_file` opens the file with a number: its seals, and whether it was given out.
+    `old_file` finds the file with a number and seals, which must be recovered.
     """
     mode, nlink, uid, gid, flags, btime_ns = _INODE.unpack_from(packed)
     position, parent = _INODE.size, 0
     inode: Inode
     if stat.S_ISREG(mode):
-        seals, is_given_out = _REGULAR.unpack_from(packed, position)
-        position += _REGULAR.size
-        inode = RegularFile(ino, mode, uid, gid, old_file(ino, seals, is_given_out))
+        seals, is_given_out, length = _REGULAR.unpack_from(packed, position)
+        position += _REGULAR.size + length
+        file = old_file(ino, seals)
+        file.recover(is_given_out=is_given_out, image=packed[position - length : position])
+        inode = RegularFile(ino, mode, uid, gid, file)
     else:
         times = [
             int.from_bytes(packed[at : at + _TIME_BYTES], "little", signed=True)
@@ -120,7 +117,7 @@ def unpack_inode(ino: Ino, packed: bytes, old_file: Callable[[Ino, int, bool], F
         elif stat.S_ISLNK(mode):
             length, has_page = _SYMLINK.unpack_from(packed, position)
             position += _SYMLINK.size + length
-            page = old_file(ino, 0, False) if has_page else None
+            page = old_file(ino, 0) if has_page else None
             timed = Symlink(ino, mode, uid, gid, packed[position - length : position], page)
         else:
             (rdev,) = _SPECIAL.unpack_from(packed, position)

@@ -25,7 +25,7 @@ from typing import Final, NamedTuple
 
 from memfs.contract.sys.constants import XATTR_SIZE_MAX
 from memfs.contract.units import ByteOffset
-from memfs.state.journal import NO_JOURNAL, Journal
+from memfs.state.journal import NO_JOURNAL, Journal, inode_key
 from memfs.store.file import File
 from memfs.tree import acl, inode_flags, records
 from memfs.tree.inode import Directory, Ino, Inode, RegularFile, Special, Symlink
@@ -432,7 +432,7 @@ class Tree:
 
     def changed(self, inode: Inode) -> None:
         """Note that an inode has changed, other than by a method of this class."""
-        self._journal.changed(records.inode_key(inode.ino))
+        self._journal.changed(inode_key(inode.ino))
 
     def commit(self) -> None:
         """Commit what has changed other than by a request of the kernel's."""

@@ -168,6 +168,25 @@ def test_a_guest_s_pages_are_what_its_map_shows(mount_memfs: MountMemfs, inject:
     assert state_of(memfs)["used"] == 4096 * len(pages)
 
 
+def test_what_was_populated_before_a_death_is_not_measured_as_if_nothing_had_been(
+    mount_memfs: MountMemfs, tmp_path: Path
+) -> None:
+    """The hash is gone, and whatever was being copied: the measurement says that there was a death."""
+    memfs = mount_memfs("size=64m,survive=on")
+    content = tmp_path / "content"
+    content.write_bytes(b"x" * 4096)
+    said = []
+    for name, dies in (("one", False), ("two", True), ("three", True)):
+        path = memfs.path / name
+        assert run(*memfs_command("create", path, "--seals", "guest", "--size", "1m")).returncode == 0
+        assert run(*memfs_command("populate", path, content)).returncode == 0
+        if dies:
+            kill(memfs)
+        said.append(run(*memfs_command("populate", path, content, "--offset", "4k")).stdout)
+    assert len(said[0]) == 97
+    assert len({*said}) == 3 or said[1] == said[2] != said[0]
+
+
 def test_after_too_many_deaths_in_a_row_it_ends(mount_memfs: MountMemfs) -> None:
     memfs = mount_memfs("size=64m,survive=on")
     for _ in range(5):

@@ -19,6 +19,7 @@ from memfs.contract.sys.libc import fallocate
 from memfs.contract.units import PAGE_SIZE, ByteOffset, PageRange
 from memfs.store.backing import Backing, MemfdBacking, TmpfsBacking
 from memfs.store.file import File
+from memfs.store.measurement import InitialImage
 from memfs.store.seals import F_SEAL_GUEST, F_SEAL_SEAL
 from tests.helpers import at, new_backing, not_none, pages, raises
 
@@ -349,3 +350,20 @@ async def test_guest_file_that_nobody_holds_takes_no_descriptor() -> None:
     assert len(os.listdir("/proc/self/fd")) == before
     assert backing.free_pages == backing.total_pages
     backing.close()
+
+
+async def test_an_image_that_was_final_stays_so_and_another_shows_that_the_daemon_died() -> None:
+    images = [InitialImage(), InitialImage()]
+    for image in images:
+        image.owner_left()
+    images[1].launch()
+    before = images[0].measurement
+    opened, launched = (InitialImage.of_before(image.state, lambda: None) for image in images)
+    assert (opened.launched, launched.launched) == (False, True)
+    assert before not in (opened.measurement, InitialImage.of_before(b"", lambda: None).measurement)
+    assert InitialImage.of_before(b"", lambda: None).measurement != InitialImage().measurement
+    changes = list[int]()
+    image = InitialImage(lambda: changes.append(1))
+    image.launch()
+    image.launch()
+    assert len(changes) == 1

@@ -122,14 +122,12 @@ def successor(world: World) -> World:
     other = World(world.backing)
     state = other.journal.load()
 
-    def old_file(ino: int, seals: int, is_given_out: bool) -> File:
-        file = File(world.backing, ino, seals, journal=other.journal, exists=True)
-        file.recover(is_given_out=is_given_out)
-        return file
+    def old_file(ino: int, seals: int) -> File:
+        return File(world.backing, ino, seals, journal=other.journal, exists=True)
 
+    other.journal.dirty.clear()
     rebuild(other.tree, state, old_file)
     other.open_files.restore(state)
-    other.journal.dirty.clear()
     return other
 
 
