@@ -29,7 +29,7 @@ from tests.huge_pages import SIZE_1G, SIZE_2M, huge_pages, taken_but
 
 from .conftest import Memfs, MountMemfs, memfs_command, run, start_memfs
 from .owner import connected, shell
-from .tools import skip_without_mount_namespace
+from .tools import mount_namespace, skip_without_mount_namespace
 
 HUGE = SIZE_2M // PAGE_SIZE
 SHMEM_ENABLED = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
@@ -381,7 +381,8 @@ def test_huge_pages_that_the_kernel_denies_are_noted(
     (tmp_path / "setting").write_text(f"always within_size advise [{setting}] force\n")
     hide = f'mount --bind {tmp_path}/setting {SHMEM_ENABLED} && exec "$@"'
     memfs = mount_memfs(
-        "size=16m,huge=always", within=("unshare", "--mount", "--propagation", "slave", "sh", "-c", hide, "sh")
+        "size=16m,huge=always",
+        within=(*mount_namespace(tmp_path, "--propagation", "slave"), "sh", "-c", hide, "sh"),
     )
     assert (memfs.notes == f"memfs: option huge=always has no effect: {SHMEM_ENABLED} says deny\n") == noted
     memfs.process.send_signal(signal.SIGTERM)

@@ -18,7 +18,7 @@ import pytest
 from tests.helpers import raises
 
 from .conftest import Memfs, MountMemfs, memfs_command, run
-from .tools import skip_without, skip_without_mount_namespace
+from .tools import mount_namespace, skip_without, skip_without_mount_namespace
 
 
 @contextmanager
@@ -238,7 +238,7 @@ def test_without_dev_fuse_it_says_so(can_mount: None, tmp_path: Path) -> None:
         pytest.skip("hiding /dev/fuse takes root")
     skip_without_mount_namespace()
     script = 'mount -t tmpfs none /dev && mknod /dev/null c 1 3 && exec "$@"'
-    command = ["unshare", "--mount", "sh", "-c", script, "sh", *memfs_command("mount", tmp_path)]
+    command = [*mount_namespace(tmp_path), "sh", "-c", script, "sh", *memfs_command("mount", tmp_path)]
     result = run(*command)
     assert (result.returncode, result.stderr) == (
         1,
@@ -254,7 +254,7 @@ def test_without_permission_it_says_so(can_mount: None, tmp_path: Path) -> None:
     script = 'mount -t tmpfs none /usr/local/bin; PATH=/nonexistent exec "$0" "$@"'
     command = memfs_command("mount", tmp_path, "--socket", tmp_path / "socket")
     drop = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs"]
-    result = run("unshare", "--mount", *drop, "sh", "-c", script, *command)
+    result = run(*mount_namespace(tmp_path), *drop, "sh", "-c", script, *command)
     assert result.returncode == 1
     assert "no permission to mount: run as root, or install fusermount3" in result.stderr
     assert not (tmp_path / "socket").exists()

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from .conftest import STOP_TIMEOUT, memfs_command, run
-from .tools import skip_without, skip_without_mount_namespace
+from .tools import mount_namespace, skip_without, skip_without_mount_namespace
 
 SETUP = 'mount -t tmpfs tmpfs "$1" && mkdir "$1/upper" "$1/work" && mv "$2" "$1/upper/mount.fuse.memfs" && {}'.format(
     'mount -t overlay overlay -o "lowerdir=$3,upperdir=$1/upper,workdir=$1/work" "$3" && echo ready && exec cat'
@@ -35,7 +35,7 @@ class Namespace:
         helper.write_text(HELPER)
         helper.chmod(0o755)
         laid.mkdir()
-        command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", SETUP, "sh"]
+        command = [*mount_namespace(directory, "--propagation", "private"), "sh", "-c", SETUP, "sh"]
         self._holder = subprocess.Popen(
             [*command, str(laid), str(helper), os.path.realpath("/sbin")],
             stdin=subprocess.PIPE,

@@ -14,7 +14,7 @@ from memfs.contract.protocol.messages import Registered
 
 from .conftest import Memfs, MountMemfs, run, start_memfs
 from .owner import connected
-from .tools import skip_without, skip_without_mount_namespace
+from .tools import mount_namespace, skip_without, skip_without_mount_namespace
 
 #: Registers the file that is its descriptor 3, having moved to where the file is not mounted
 REGISTER = """
@@ -35,7 +35,7 @@ def test_owner_goes_on_in_a_container_that_it_entered_with_its_files_open(memfs:
     path.write_bytes(b"x")
     inside = f"umount -l {memfs.path}; exec {sys.executable} -c '{REGISTER}' {memfs.socket}"
     moved = f'exec 3<>{path}; exec unshare --mount sh -c "$0"'
-    result = run("unshare", "--mount", "sh", "-c", moved, inside, cwd=Path(__file__).parents[2])
+    result = run(*mount_namespace(memfs.path.parent), "sh", "-c", moved, inside, cwd=Path(__file__).parents[2])
     assert (result.returncode, result.stdout) == (0, f"{path.stat().st_ino}\n"), result.stderr
 
 

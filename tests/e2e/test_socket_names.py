@@ -18,6 +18,7 @@ from memfs.run_files import default_paths
 
 from .conftest import Memfs, memfs_command, run
 from .test_mount import until
+from .tools import mount_namespace
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts in other namespaces, so it needs root")
 
@@ -84,9 +85,9 @@ def test_mount_after_lazy_umount(can_mount: None, tmp_path: Path, said: bool) ->
 @needs_root
 def test_mount_while_another_namespace_keeps_the_old_one(can_mount: None, tmp_path: Path) -> None:
     mountpoint = tmp_path / "mnt"
-    with mounted(mountpoint), subprocess.Popen(["unshare", "--mount", "sleep", "60"]) as keeper:
+    with mounted(mountpoint), subprocess.Popen([*mount_namespace(tmp_path), "sleep", "60"]) as keeper:
         try:
-            until(lambda: os.readlink(f"/proc/{keeper.pid}/ns/mnt") != os.readlink("/proc/self/ns/mnt"))
+            until(lambda: Path(f"/proc/{keeper.pid}/comm").read_text() == "sleep\n")
             subprocess.run(["umount", mountpoint], check=True)
             with mounted(mountpoint):
                 (mountpoint / "file").write_text("new")
@@ -103,7 +104,7 @@ def test_mount_while_another_namespace_has_one_of_its_own(can_mount: None, tmp_p
     mountpoint.mkdir()
     options = ["--socket", str(tmp_path / "socket")] if said else []
     command = memfs_command("mount", mountpoint, "-f", "-o", "size=1m", *options)
-    with subprocess.Popen(["unshare", "--mount", *command], stdout=subprocess.PIPE, text=True) as other:
+    with subprocess.Popen([*mount_namespace(tmp_path), *command], stdout=subprocess.PIPE, text=True) as other:
         try:
             assert other.stdout is not None
             assert other.stdout.readline()

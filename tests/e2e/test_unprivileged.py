@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from .conftest import run
-from .tools import skip_without, skip_without_mount_namespace
+from .tools import mount_namespace, skip_without, skip_without_mount_namespace
 
 NOBODY = 65534
 DROP = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
@@ -33,7 +33,7 @@ class Home:
         node.chmod(0o666)
         script = f"mount --bind {node} /dev/fuse && echo ready && exec sleep 600"
         self._namespace = subprocess.Popen(
-            ["unshare", "--mount", "sh", "-c", script], stdout=subprocess.PIPE, text=True
+            [*mount_namespace(path), "sh", "-c", script], stdout=subprocess.PIPE, text=True
         )
         assert self._namespace.stdout is not None
         self.ready = self._namespace.stdout.readline() == "ready\n"

@@ -64,6 +64,23 @@ def skip_without_mount_namespace() -> None:
         pytest.skip(f"no mount namespace of our own: {result.stderr.strip()}")
 
 
+#: in a new mount namespace: detach what is mounted of memfs, but for what lies below $0; then run a command
+_DETACH = """for at in $(awk '$3 == "fuse.memfs" { print $2 }' /proc/self/mounts); do
+    case $at in "$0"/*) ;; *) umount --lazy "$at" ;; esac
+done
+exec "$@"
+"""
+
+
+def mount_namespace(own: Path, *options: str) -> list[str]:
+    """Return a command that runs another in a mount namespace, where of all memfs only those below `own` are mounted.
+
+    A memfs ends when nobody has it mounted any more, so a copy would keep that of another test. With `options` the
+    mounts must not be shared, or they would be unmounted everywhere.
+    """
+    return ["unshare", "--mount", *options, "sh", "-c", _DETACH, str(own)]
+
+
 def tools_in(script: str) -> list[str]:
     """Return which of the programs a shell script calls."""
     return [tool for tool in PACKAGES if re.search(rf"(?<![\w-]){tool}(?![\w-])", script)]
