@@ -84,7 +84,7 @@ class Plain:
         self._kvm.set_memory(0, 0, _SIZE, ctypes.addressof(view), readonly=False)
         del view
         self._vcpu: Final = self._kvm.create_vcpu(0)
-        self._vcpu.set_sregs(user_mode(self._vcpu.get_sregs(), has_xsave=self._vcpu.has_xsave))
+        self._vcpu.set_sregs(user_mode(self._vcpu.get_sregs(), has_xsave=self._kvm.has_xsave))
         self._vcpu.set_msrs(MSRS)
 
     def run(self, what: str, *arguments: int) -> float:

@@ -25,6 +25,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from kvmsim import __version__
 from kvmsim.backing import Notification, StoreGone, socket_of
 from kvmsim.command import CommandError, check_files, size_of
+from kvmsim.engines.kvm.uapi import KvmUnavailable
 from kvmsim.engines.native import EngineUnavailable
 from kvmsim.engines.trace import IntegrityError, TraceEngine
 from kvmsim.engines.trace_file import Trace, TraceError, read_lackey
@@ -59,7 +60,7 @@ _VM_TYPES: Final = {kind.name: kind for kind in (VmType.SNP, VmType.TDX_48, VmTy
 #: What is said in one sentence, and no traceback
 _FAILURES: Final = (
     *(CommandError, TraceError, IntegrityError, UnhandledExit, StoreGone),
-    *(EngineUnavailable, LoadError, ProgramDied),
+    *(EngineUnavailable, KvmUnavailable, LoadError, ProgramDied),
 )
 
 

@@ -1,4 +1,4 @@
-"""The commands of `kvmsim` whose guests are native code: `exec` and `selftest`.
+"""The commands of `kvmsim` whose guests are native code: `exec`, `boot` and `selftest`.
 
 What a guest prints is on standard output; what is said about it, which engine runs it and why among that, on standard
 error.
@@ -12,21 +12,25 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from importlib.resources import files
+from pathlib import Path
 from typing import Final
 
 import trio
 
 from kvmsim.backing import socket_of
 from kvmsim.command import CommandError, check_files, size_of
+from kvmsim.engines.kvm.machine import open_kvm_machine
 from kvmsim.engines.native import ENGINES, Choice, NativeMachine, choose, open_machine
 from kvmsim.engines.ports import PORT_CONSOLE
 from kvmsim.engines.registers import Registers
 from kvmsim.exits import HaltExit
+from kvmsim.guests.boot import LinuxBoot, check_kvm_boots
+from kvmsim.guests.bzimage import BootImage, boot_image
 from kvmsim.guests.elf import Elf, ElfError
 from kvmsim.guests.linux.files import Files
 from kvmsim.guests.linux.layout import ROOM
 from kvmsim.guests.linux.program import LinuxProgram
-from kvmsim.guests.loading import LoadError, check_size, load
+from kvmsim.guests.loading import LoadError, check_size, load, make_private
 from kvmsim.vm import VM, create_vm
 from kvmsim.vmm.guest_memory import GuestMemory
 from kvmsim.vmm.vmm import Vmm, open_memory
@@ -35,6 +39,8 @@ from memfs.contract.sys.dumpable import hide_memory
 from memfs.contract.terminal import Parser, printable
 from memfs.contract.units import Gfn, GfnRange, Gpa, gpa_to_gfn
 
+#: Console; interrupts by the PIC, since no table says what else there is; how it ends
+_COMMAND_LINE: Final = "console=ttyS0 acpi=off noapic pci=off reboot=k panic=-1 i8042.nokbd i8042.noaux"
 _ENVIRONMENT: Final = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/"}
 _MOST_PROGRAM: Final = 256 << 20  # bytes of a file that is read
 _SELFTEST_SIZE: Final = 16 << 20
@@ -64,6 +70,14 @@ def add_commands(commands: argparse._SubParsersAction[Parser]) -> None:
     run.add_argument("arguments", metavar="ARGUMENT", nargs=argparse.REMAINDER)
     run.set_defaults(run=_exec)
 
+    boot = commands.add_parser("boot", help="boot a Linux kernel as a guest", description=_boot.__doc__)
+    _add_files(boot)
+    boot.add_argument("--mem", metavar="SIZE", required=True, help="guest memory in bytes, or with k, m, g")
+    boot.add_argument("--kernel", metavar="FILE", required=True, help="bzImage, as distributions have in /boot")
+    boot.add_argument("--initrd", metavar="FILE", help="initial file system")
+    boot.add_argument("--append", metavar="TEXT", default="", help="more of a command line")
+    boot.set_defaults(run=_boot)
+
     test = commands.add_parser("selftest", help="run a guest that tests its memory", description=_selftest.__doc__)
     _add_memory(test)
     test.add_argument("what", metavar="WHAT", nargs="?", choices=["check", "chaos", "watch"], default="check")
@@ -71,11 +85,15 @@ def add_commands(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def _add_memory(parser: argparse.ArgumentParser) -> None:
+    _add_files(parser)
+    parser.add_argument("--engine", choices=ENGINES, default="auto", help="what runs the code (default: auto)")
+
+
+def _add_files(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shared", metavar="FILE", required=True, help="file of shared memory, on a memfs")
     parser.add_argument(
         "--private", metavar="FILE", required=True, help="guest-sealed file of private memory, on it, too"
     )
-    parser.add_argument("--engine", choices=ENGINES, default="auto", help="what runs the code (default: auto)")
     parser.add_argument("--socket", metavar="PATH", help="memfs's socket (default: asked of the file)")
 
 
@@ -108,6 +126,32 @@ async def _run_program(vmm: Vmm, choice: Choice, socket: str, elf: Elf, opened: 
             if unknown:
                 counts = ", ".join(f"{name} ({count})" for name, count in sorted(unknown.items()))
                 _say(f"system calls that there are not in here: {counts}")
+
+
+def _boot(options: argparse.Namespace) -> None:
+    """Boot an unmodified Linux kernel in sealed memory: its console is standard input and output.
+
+    It needs a KVM with SVM or VMX. Memory is emptied first, and all of it is private. It ends when the kernel resets
+    the machine (reboot -f).
+    """
+    check_kvm_boots()
+    size = size_of(options.mem, "--mem")
+    kernel, initrd = Path(options.kernel).read_bytes(), Path(options.initrd).read_bytes() if options.initrd else b""
+    image = boot_image(kernel, initrd, f"{_COMMAND_LINE} {options.append}".strip(), size)
+    options.engine = "kvm"
+    with _memory(options, size) as (vmm, choice, socket):
+        _run_loop(_run_boot, vmm, choice, socket, image)
+
+
+async def _run_boot(vmm: Vmm, choice: Choice, socket: str, image: BootImage) -> int:
+    async with create_vm(socket, name=f"kvmsim-{os.getpid()}", vm_type=choice.vm_type) as vm:
+        await vmm.add_memory(vm)
+        await make_private(vmm)
+        async with open_kvm_machine(vm) as machine:
+            guest = LinuxBoot(vm, vmm, machine, image)
+            await guest.load()
+            machine.project_range(GfnRange(Gfn(0), gpa_to_gfn(Gpa(vmm.size))))
+            return await guest.run()
 
 
 def _selftest(options: argparse.Namespace) -> None:

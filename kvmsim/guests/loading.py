@@ -26,13 +26,18 @@ def check_size(elf: Elf, memory_size: int, rest: int) -> None:
         raise LoadError(f"guest memory is too large: at most {MAX_MEMORY >> 30} GiB")
 
 
+async def make_private(vmm: Vmm) -> None:
+    """Empty guest memory, and make all of it private. Raises OSError (ENOSPC)."""
+    for side in (Side.SHARED, Side.PRIVATE):
+        await vmm.convert(Gpa(0), vmm.size, side)
+
+
 async def load(vm: VM, vmm: Vmm, elf: Elf) -> GuestMemory:
     """Empty guest memory, make all of it private, and load a program. Returns that memory, as the program sees it.
 
     Raises OSError (ENOSPC).
     """
-    for side in (Side.SHARED, Side.PRIVATE):
-        await vmm.convert(Gpa(0), vmm.size, side)
+    await make_private(vmm)
     memory = GuestMemory(vm, vmm)
     await memory.write(Gpa(PAGE_SIZE), tables(vmm.size, vm.type.shared_bit)[PAGE_SIZE:])
     for segment in elf.segments:

@@ -221,3 +221,16 @@ def test_fenced_while_its_guest_spins_it_ends_with_the_reason(on_kvm: Kvmsim) ->
         process.send_signal(signal.SIGCONT)
         assert process.wait(20) == 1
         assert "memfs" in process.stderr.read().splitlines()[-1]
+
+
+# -- a whole kernel --------------------------------------------------------------------------------------------------
+
+
+def test_kernel_is_not_booted_where_it_would_not_run_or_is_none(on_kvm: Kvmsim, tmp_path: Path) -> None:
+    (tmp_path / "kernel").write_bytes(SELFTEST)
+    memory = ("--shared", "shared", "--private", "private", "--mem", "64m", "--kernel", str(tmp_path / "kernel"))
+    result = on_kvm.memfs.run(sys.executable, "-m", "kvmsim", "boot", *memory)
+    is_pvm = Path("/sys/module/kvm_pvm").exists()
+    assert ("this machine's KVM is PVM" if is_pvm else "the kernel is no bzImage") in result.stderr
+    assert (result.stderr.count("\n"), result.returncode) == (1, 1)
+    assert on_kvm.memfs.run("stat", "--format", "%s %b", "private").stdout == "0 0\n", "it changed guest memory"

@@ -11,12 +11,13 @@ still there for the next `run`.
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 import trio
 
-from kvmsim.engines.kvm.sregs import MSRS, cr2, user_mode, with_fs_base
-from kvmsim.engines.kvm.thread import Port, VcpuThread
+from kvmsim.engines.kvm.sregs import MSRS, cr2, with_fs_base
+from kvmsim.engines.kvm.thread import Bus, VcpuThread
 from kvmsim.engines.kvm.window import ParkedAt
 from kvmsim.engines.ports import PORT_HALT, PORT_HYPERCALL
 from kvmsim.engines.registers import Registers
@@ -55,15 +56,15 @@ _STOPPED_SOON: Final = 0.005  # seconds between two looks at a vCPU that has bee
 
 
 class KvmEngine:
-    """A vCPU of a machine: `KvmMachine.create`. `ports`: what `out` to a port does, called in KVM's thread."""
+    """A vCPU of a machine: `KvmMachine.create`. `sregs`: given struct kvm_sregs as it is, what it is to be."""
 
-    def __init__(self, machine: KvmMachine, vcpu_id: int, ports: dict[int, Port] | None = None) -> None:
+    def __init__(self, machine: KvmMachine, vcpu_id: int, bus: Bus, sregs: Callable[[bytearray], bytearray]) -> None:
         self.vcpu: Final = machine.kvm.create_vcpu(vcpu_id)
         self._machine: Final = machine
         try:
-            self.vcpu.set_sregs(user_mode(self.vcpu.get_sregs(), has_xsave=self.vcpu.has_xsave))
+            self.vcpu.set_sregs(sregs(self.vcpu.get_sregs()))
             self.vcpu.set_msrs(MSRS)
-            self._thread: Final = VcpuThread(self.vcpu, f"vcpu-{vcpu_id}", ports or {})
+            self._thread: Final = VcpuThread(self.vcpu, f"vcpu-{vcpu_id}", bus)
         except BaseException:
             self.vcpu.close()
             raise

@@ -24,15 +24,17 @@ from __future__ import annotations
 
 import bisect
 import errno
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager
+from functools import partial
 from typing import Final
 
 import numpy as np
 import trio
 
 from kvmsim.engines.kvm.engine import KvmEngine
-from kvmsim.engines.kvm.thread import Port, handle_kicks
+from kvmsim.engines.kvm.sregs import user_mode
+from kvmsim.engines.kvm.thread import Bus, handle_kicks
 from kvmsim.engines.kvm.uapi import Kvm
 from kvmsim.engines.kvm.userfaultfd import FaultEvent, Userfaultfd
 from kvmsim.engines.kvm.window import ParkedAt, Window
@@ -43,6 +45,9 @@ from kvmsim.side import Side
 from kvmsim.vm import VM
 from memfs.contract.aio.nurseries import open_flat_nursery
 from memfs.contract.units import PAGE_SIZE, Gfn, GfnRange, gfn_to_gpa
+
+#: What `out` to some port does, given the bytes
+Port = Callable[[bytes], None]
 
 PAGES_A_FAULT: Final = 64  #: as large as the aligned block that is projected around a page, by default
 
@@ -93,8 +98,23 @@ class KvmMachine:
         self.windows = sorted(self._by_gfn, key=lambda window: window.address)
 
     def create(self, vcpu_id: int, ports: dict[int, Port] | None = None) -> KvmEngine:
-        """Create the engine of a vCPU; `ports` are those that its thread answers. Raises OSError."""
-        engine = KvmEngine(self, vcpu_id, ports)
+        """Create the engine of a vCPU at CPL 3 (user_mode.py). Raises OSError.
+
+        `ports`: what `out` to a port does, given the bytes; called in the vCPU's thread.
+        """
+        answers = ports or {}
+
+        def bus(port: int, _: int, data: bytes | None) -> bytes | None:
+            if data is None or port not in answers:
+                return None
+            answers[port](data)
+            return b""
+
+        return self.create_with(vcpu_id, bus, partial(user_mode, has_xsave=self.kvm.has_xsave))
+
+    def create_with(self, vcpu_id: int, bus: Bus, sregs: Callable[[bytearray], bytearray]) -> KvmEngine:
+        """Create the engine of a vCPU with other registers, and with something on its I/O bus. Raises OSError."""
+        engine = KvmEngine(self, vcpu_id, bus, sregs)
         self._engines[engine.thread_id] = engine
         return engine
 

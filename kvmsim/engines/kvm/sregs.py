@@ -62,6 +62,15 @@ def user_mode(sregs: bytearray, *, has_xsave: bool) -> bytearray:
     return sregs
 
 
+def boot_mode(sregs: bytearray, *, page_table: int, gdt: int, code: int, data: int) -> bytearray:
+    """Return struct kvm_sregs of a vCPU that starts a kernel in long mode, at CPL 0, given its tables and selectors."""
+    flat = segment(data, 3, level=0)
+    sregs[: 6 * _SEGMENT.size] = segment(code, 11, level=0, long_mode=True) + flat * 5
+    struct.pack_into("=QH6x", sregs, _TABLES, gdt, data + 7)
+    struct.pack_into("=QQQQQQ", sregs, _CONTROL, _CR0, 0, page_table, 0x20, 0, _EFER & ~1)
+    return sregs
+
+
 def with_fs_base(sregs: bytearray, address: int) -> bytearray:
     """Return the same with another base of FS."""
     struct.pack_into("=Q", sregs, _ORDER.index("fs") * _SEGMENT.size, address)

@@ -25,8 +25,9 @@ from kvmsim.uapi import KVM_EXIT_IO
 #: What gets a thread out of KVM_RUN
 KICK: Final = signal.SIGRTMIN + 1
 
-#: What `out` to some port does, given the bytes, without leaving the thread
-Port = Callable[[bytes], None]
+#: What is on the I/O bus, called in the vCPU's thread with port, size and what `out` writes, or None for `in`. It
+#: returns what `in` reads, or anything for `out`; None: the VMM is to answer
+Bus = Callable[[int, int, bytes | None], bytes | None]
 
 
 def handle_kicks() -> None:
@@ -43,11 +44,11 @@ def _ignore_kick(*_: object) -> None:
 
 
 class VcpuThread:
-    """A vCPU's thread, which waits to be told to enter. `ports`: those that it answers itself."""
+    """A vCPU's thread, which waits to be told to enter. `bus`: what answers `in` and `out` in it, if anything does."""
 
-    def __init__(self, vcpu: KvmVcpu, name: str, ports: dict[int, Port]) -> None:
+    def __init__(self, vcpu: KvmVcpu, name: str, bus: Bus) -> None:
         self._vcpu: Final = vcpu
-        self._ports: Final = ports
+        self._bus: Final = bus
         self._go: Final = os.eventfd(0, os.EFD_CLOEXEC)
         #: readable when it is out, or somebody else has said that something happened
         self.happened: Final = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -85,15 +86,15 @@ class VcpuThread:
                 return 0
 
     def _answer(self) -> bool:
-        """Do what the guest sent to a port of the thread's own. Returns whether it was one."""
+        """Answer an access to a port. Returns False if it was none, or is for the VMM."""
         if self._vcpu.exit_reason != KVM_EXIT_IO:
             return False
-        is_write, port, _, data = self._vcpu.io
-        answer = self._ports.get(port) if is_write else None
-        if answer is None:
-            return False
-        answer(self._vcpu.page[data])
-        return True
+        is_write, port, size, where = self._vcpu.io
+        answer = self._bus(port, size, self._vcpu.page[where] if is_write else None)
+        if answer is not None and not is_write:
+            length = where.stop - where.start
+            self._vcpu.page[where] = answer[:length].ljust(length, b"\xff")
+        return answer is not None
 
     def enter(self) -> None:
         """Have it enter KVM_RUN. It must be out."""

@@ -24,6 +24,9 @@ _KVM_CHECK_EXTENSION: Final = 0xAE03
 _KVM_GET_VCPU_MMAP_SIZE: Final = 0xAE04
 _KVM_GET_SUPPORTED_CPUID: Final = 0xC008AE05
 _KVM_CREATE_VCPU: Final = 0xAE41
+_KVM_CREATE_IRQCHIP: Final = 0xAE60
+_KVM_IRQ_LINE: Final = 0x4008AE61
+_KVM_CREATE_PIT2: Final = 0x4040AE77
 _KVM_SET_USER_MEMORY_REGION: Final = 0x4020AE46
 _KVM_RUN: Final = 0xAE80
 _KVM_GET_SREGS: Final = 0x8138AE83
@@ -117,6 +120,20 @@ class Kvm:
         """How many bits a guest physical address has (MAXPHYADDR)."""
         return next(entry[3] & 0xFF for entry in self.cpuid if entry[0] == _ADDRESS_SIZES)
 
+    @property
+    def has_xsave(self) -> bool:
+        """Whether a guest can have XSAVE."""
+        return any(entry[0] == _FEATURES and entry[5] & _XSAVE for entry in self.cpuid)
+
+    def create_irqchip(self) -> None:
+        """Create PIC, IOAPIC, local APICs and a PIT, before any vCPU. Raises OSError."""
+        fcntl.ioctl(self.vm, _KVM_CREATE_IRQCHIP)
+        fcntl.ioctl(self.vm, _KVM_CREATE_PIT2, bytes(64))
+
+    def set_irq(self, number: int, level: bool) -> None:
+        """Set the level of an interrupt line. From any thread."""
+        fcntl.ioctl(self.vm, _KVM_IRQ_LINE, struct.pack("=II", number, level))
+
     def set_memory(self, slot: int, gpa: int, size: int, address: int, *, readonly: bool) -> None:
         """Create a memslot on memory of this process (KVM_SET_USER_MEMORY_REGION); bytes. Raises OSError."""
         flags = 2 if readonly else 0
@@ -159,8 +176,7 @@ class KvmVcpu:
         cpuid = bytearray(struct.pack("=II", len(kvm.cpuid), 0))
         cpuid += b"".join(_CPUID_ENTRY.pack(*entry) for entry in kvm.cpuid)
         fcntl.ioctl(fd, _KVM_SET_CPUID2, cpuid)  # before any other register
-        self.has_xsave: Final = any(entry[0] == _FEATURES and entry[5] & _XSAVE for entry in kvm.cpuid)
-        if self.has_xsave and kvm.has(_KVM_CAP_XCRS):
+        if kvm.has_xsave and kvm.has(_KVM_CAP_XCRS):
             xcr0 = struct.pack("=IIIIQ", 1, 0, 0, 0, 7).ljust(392, b"\0")  # x87, SSE, AVX
             fcntl.ioctl(fd, _KVM_SET_XCRS, xcr0)
         struct.pack_into("=Q", self._page, _VALID_REGS, _SYNC_GENERAL)
