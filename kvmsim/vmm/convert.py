@@ -3,18 +3,11 @@
 A conversion is a call that waits for memfs, which waits for KVM, so it is made in a thread of its own (file_calls.py),
 and converting a burst page by page would cost the burst many round trips. Requests that come while others are being
 worked on are kept; then those of one direction are converted together, neighbours as one range, and all callers
-continue together. A page that is on the wanted side by then is left alone: another vCPU asked for it first.
+continue together. What is on the wanted side by then is not asked for: another vCPU was first.
 
-    to private   fallocate the range in the private file, then punch it out of the shared one
-    to shared    punch it out of the private file; shared pages come with the next faults
-
-In this order a conversion for which there is no space destroys nothing, and no page is paid for twice in the end: once
-a page is private no fault, nor the window around one, allocates it in the shared file, and memfs has acted on those
-that asked before when it begins to punch (what they asked is ahead of our acknowledgement of the allocation).
-
-Where there is no space for both sides at once, pages change places: first those get private memory that have no content
-to lose, from what is left; then those that have, piece by piece, each from what is punched for it. If that fails,
-somebody else took the space at that moment, which two system calls cannot exclude; nothing else destroys content.
+It is one operation on both files (memfs/contract/conversion.py): one notification, all or nothing, and in between no
+page is on both sides or on neither. Pages that are on the wanted side already are left alone there, so a range is asked
+for as the guest asked for it.
 
 Without space nothing is taken along that nobody asked for (around.py), and each request is tried by itself, so that it
 fails only for what it asked.
@@ -31,6 +24,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, Protocol
@@ -41,11 +35,11 @@ from kvmsim.side import Side
 from kvmsim.slots.memslots import Memslot
 from kvmsim.vmm.around import Around, merged, without
 from kvmsim.vmm.file_calls import FileCalls
-from memfs.contract.page_map import ABSENT, ALLOCATED, PageMapView
+from memfs.contract.conversion import MAX_RANGES, Key, convert, key_of
+from memfs.contract.page_map import ABSENT, PageMapView
 from memfs.contract.sizes import format_size
 from memfs.contract.sparse import data_pages
-from memfs.contract.sys.libc import PUNCH_HOLE, fallocate
-from memfs.contract.units import PageRange, bytes_to_pages
+from memfs.contract.units import PAGE_SIZE, PageRange, bytes_to_pages
 
 
 class RamDiscardListener(Protocol):
@@ -83,6 +77,7 @@ class Converter:
         self._around: Final = Around(slot, granule)
         self._shared: Final = shared
         self._private: Final = private
+        self._key: Key | None = None
         self._calls: Final = calls
         self._waiting: list[_Request] = []
         self._is_working = False  # or somebody is about to
@@ -127,6 +122,8 @@ class Converter:
 
     def _in_huge_pages(self, pages: PageRange, to: Side) -> PageRange:
         """Return the huge pages around pages, if the file has such. Raises OSError(EINVAL)."""
+        if self._granule == PAGE_SIZE:
+            return pages
         whole, size = pages.rounded(bytes_to_pages(self._granule)), format_size(self._granule)
         if whole.intersect(self._pages) != whole:
             raise OSError(
@@ -172,7 +169,7 @@ class Converter:
                 request.turn.set()
 
     async def _serve(self, requests: Sequence[_Request], to: Side) -> None:
-        asked = merged(run for request in requests for run in self._others(request.pages, to))
+        asked = merged(request.pages for request in requests if not self._is_on(request.pages, to))
         extra = self._around.empty_neighbours(asked[0]) if to is Side.PRIVATE and len(asked) == 1 else []
         try:
             await self._convert(merged([*asked, *extra]), to)
@@ -184,85 +181,52 @@ class Converter:
                 return
             for request in requests:
                 try:
-                    await self._convert(list(self._others(request.pages, to)), to)
+                    await self._convert([request.pages], to)
                 except OSError as own:
                     request.failure = own
 
-    def _others(self, pages: PageRange, to: Side) -> Iterator[PageRange]:
-        """Return what of a range is not yet on a side."""
-        return self._page_map.runs(pages, ABSENT if to is Side.PRIVATE else ALLOCATED)
+    def _is_on(self, pages: PageRange, side: Side) -> bool:
+        """Return whether all of a range is on a side."""
+        return self._page_map.count(pages) == (len(pages) if side is Side.PRIVATE else 0)
 
     def is_converting(self, pages: PageRange) -> bool:
         """Return whether pages are part of what is being converted now."""
         return any(pages.intersect(run) == pages for run in self._current)
 
     async def _convert(self, runs: Sequence[PageRange], to: Side) -> None:
-        """Convert pages, all of which are on the other side. Raises OSError."""
+        """Convert ranges of pages. Raises OSError."""
         if not runs:
             await trio.lowlevel.checkpoint()
             return
         self.ranges += len(runs)
         self._current = runs
         if to is Side.PRIVATE:
-            self._notify_discard(runs)
-        convert = partial(_to_private, self._shared) if to is Side.PRIVATE else _to_shared
+            self._notify_listeners(runs, populated=False)
         try:
-            await self._calls.call(partial(convert, self._private, runs))
+            for start in range(0, len(runs), MAX_RANGES):
+                await self._calls.call(partial(self._call, runs[start : start + MAX_RANGES], to))
         except OSError:
-            self._notify_populate(runs)
+            self._notify_listeners(runs, populated=True)
             raise
         else:
             if to is Side.SHARED:
-                self._notify_populate(runs)
+                self._notify_listeners(runs, populated=True)
         finally:
             self._current = ()
 
-    def _notify_discard(self, runs: Sequence[PageRange]) -> None:
-        for listener in self._listeners:
-            for run in runs:
-                listener.discard(run)
+    def _call(self, runs: Sequence[PageRange], to: Side) -> None:
+        """Make the call, in the thread; again if a signal ended it, which leaves a rest."""
+        if self._key is None:
+            self._key = key_of(self._shared)
+        while True:
+            with suppress(InterruptedError):
+                convert(self._private, self._key, runs, to_private=to is Side.PRIVATE)
+                return
 
-    def _notify_populate(self, runs: Sequence[PageRange]) -> None:
-        """Notify listeners of what is shared now."""
+    def _notify_listeners(self, runs: Sequence[PageRange], *, populated: bool) -> None:
+        """Notify listeners of what is shared."""
         for listener in self._listeners:
+            notify = listener.populate if populated else listener.discard
             for run in runs:
                 for part in self._page_map.runs(run, ABSENT):
-                    listener.populate(part)
-
-
-# -- in the thread --------------------------------------------------------------------------------------------------
-
-
-def _to_shared(private: int, runs: Sequence[PageRange]) -> None:
-    for run in runs:
-        fallocate(private, PUNCH_HOLE, run.offset, run.nbytes)
-
-
-def _to_private(shared: int, private: int, runs: Sequence[PageRange]) -> None:
-    for run in runs:
-        try:
-            fallocate(private, 0, run.offset, run.nbytes)
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            _change_places(shared, private, run)
-        else:
-            fallocate(shared, PUNCH_HOLE, run.offset, run.nbytes)
-
-
-def _change_places(shared: int, private: int, run: PageRange) -> None:
-    """Make pages private of a range that has no space on both sides at once. Raises OSError(ENOSPC)."""
-    full = list(data_pages(shared, run))
-    allocated: list[PageRange] = []
-    try:
-        for part in without(run, full):  # memory that nothing was written to
-            fallocate(shared, PUNCH_HOLE, part.offset, part.nbytes)
-            fallocate(private, 0, part.offset, part.nbytes)
-            allocated.append(part)
-    except OSError:
-        for part in allocated:
-            fallocate(private, PUNCH_HOLE, part.offset, part.nbytes)
-        raise
-    for part in full:
-        fallocate(shared, PUNCH_HOLE, part.offset, part.nbytes)
-        fallocate(private, 0, part.offset, part.nbytes)
+                    notify(part)

@@ -302,6 +302,8 @@ async def test_conversion_that_is_given_up_while_it_waits_is_not_made(guest: Gue
         done: list[int] = []
         async with trio.open_nursery() as nursery:
             nursery.start_soon(convert_page, 1, done)
+            while not converter.is_converting(one(1)):
+                await trio.lowlevel.checkpoint()
             async with trio.open_nursery() as given_up:
                 given_up.start_soon(convert_page, 2, done)
                 await trio.lowlevel.checkpoint()
