@@ -72,7 +72,9 @@ async def handle_fault(mmu: Mmu, access: Access) -> Exit | None:
         if access.write and mmu.make_writable(fault):
             return None
         try:
-            if slot.is_classic:
+            if mmu.invalidations.is_active(gfns):  # the store would allocate again what is going
+                done = False
+            elif slot.is_classic:
                 done = await _map_classic(mmu, fault)
             elif access.side is Side.PRIVATE:
                 done = map_known(mmu, fault) or await map_gfns(mmu, fault) is not None

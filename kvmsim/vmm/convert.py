@@ -23,8 +23,8 @@ and what is discarded (before it goes), and of all that is populated already whe
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, Protocol
@@ -39,7 +39,7 @@ from memfs.contract.conversion import MAX_RANGES, Key, convert, key_of
 from memfs.contract.page_map import ABSENT, PageMapView
 from memfs.contract.sizes import format_size
 from memfs.contract.sparse import data_pages
-from memfs.contract.units import PAGE_SIZE, PageRange, bytes_to_pages
+from memfs.contract.units import PAGE_SIZE, ByteOffset, PageRange, bytes_to_pages, page_ceil
 
 
 class RamDiscardListener(Protocol):
@@ -219,9 +219,16 @@ class Converter:
         if self._key is None:
             self._key = key_of(self._shared)
         while True:
-            with suppress(InterruptedError):
+            try:
                 convert(self._private, self._key, runs, to_private=to is Side.PRIVATE)
-                return
+            except InterruptedError:
+                continue
+            except OSError as error:
+                size = min(os.fstat(fd).st_size for fd in (self._shared, self._private))
+                if error.errno == errno.EINVAL and runs[-1].end > page_ceil(ByteOffset(size)):
+                    raise OSError(errno.EINVAL, f"pages {runs[-1]} lie past the end of the file") from error
+                raise
+            return
 
     def _notify_listeners(self, runs: Sequence[PageRange], *, populated: bool) -> None:
         """Notify listeners of what is shared."""

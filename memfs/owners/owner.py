@@ -146,6 +146,9 @@ class Owner(ABC):
 
     async def convert_end(self, shared: FileId, private: FileId, done: PageRanges, *, to_private: bool) -> None:
         """Tell it that the conversion that began is over, and which pages are on the wanted side now."""
+        left = self.registrations.get(shared if to_private else private)
+        if left is not None:
+            left.conversions += 1
         message = ConvertEnd(shared, private, to_private, done, current_request())
         await self.tell(message, message.subject)
 

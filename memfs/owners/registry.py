@@ -62,7 +62,19 @@ _MOST_PAGES: Final = 1 << 21  # looked at for one reply, which takes less than a
 class Registration:
     """One file and its one owner; the file's `GuestOps`."""
 
-    __slots__ = ("_begun", "_tree", "alive", "count", "frames", "id", "inode", "locks", "owner", "preserves")
+    __slots__ = (
+        "_begun",
+        "_tree",
+        "alive",
+        "conversions",
+        "count",
+        "frames",
+        "id",
+        "inode",
+        "locks",
+        "owner",
+        "preserves",
+    )
 
     def __init__(self, owner: Owner, tree: Tree, inode: RegularFile, file_id: FileId, frames: FileFrames) -> None:
         self.owner: Final = owner
@@ -74,6 +86,7 @@ class Registration:
         self.alive = True
         self.locks: Final = PageLocks()
         self.preserves = False  #: whether conversions may keep the content of pages
+        self.conversions = 0  #: how many have taken pages away
         self._begun = False  # the owner has been notified of a beginning, and not yet of its end
 
     @property
@@ -109,10 +122,12 @@ class Registration:
     async def get_pfn(self, pages: PageRange, *, alloc: bool, lock: bool = True) -> PfnReply:
         """Return which frames the pages that exist (with `alloc`, all) are in, and `lock` them.
 
-        Covers as many pages from the start on as a turn of the event loop allows. Raises OSError: EINVAL past the end
-        of the file, ENOSPC, ENOLCK if too much is locked already, EBADF if the registration ended meanwhile.
+        Covers as many pages from the start on as a turn of the event loop allows. Nothing is allocated if a conversion
+        came in between: the owner asked before it knew, and what has just become private would be paid for twice.
+        Raises OSError: EINVAL past the end of the file, ENOSPC, ENOLCK if too much is locked already, EBADF if the
+        registration ended meanwhile.
         """
-        asked, turns = pages, Turns.here()
+        asked, turns, conversions = pages, Turns.here(), self.conversions
         pages = next(asked.chunks(_MOST_PAGES))
         with self._tree.holding(self.inode):  # the registration may end meanwhile
             async with self.file.locked():
@@ -125,6 +140,7 @@ class Registration:
                     raise OSError(errno.ENOLCK, "pages are locked in too many ranges")
                 if self.file.guest:
                     launch(self.file)
+                alloc = alloc and self.conversions == conversions
                 if alloc:
                     await self.file.ensure_allocated(pages)
                 reply = self._reply(pages, alloc, lock)

@@ -210,9 +210,10 @@ class _OnPages(Message):
 class GetPfn(Message):
     """Owner: which frames hold these pages? Lock those that exist (RFC: get_lock_pfn).
 
-    With `alloc`, absent pages are allocated first, all or none (ENOSPC). Without, they are reported absent. Pages
-    past the end of the file: EINVAL. The answer may cover fewer pages than asked for, from the start on; every
-    present page in it is locked against being freed until PutPfn.
+    With `alloc`, absent pages are allocated first, all or none (ENOSPC). Without, or if pages of the file were
+    converted before this was answered, they are reported absent. Pages past the end of the file: EINVAL. The answer may
+    cover fewer pages than asked for, from the start on; every present page in it is locked against being freed until
+    PutPfn.
 
     Failed with ENOLCK: pages are locked in too many ranges (page_locks.py); put some first.
 

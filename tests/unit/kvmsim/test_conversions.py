@@ -215,3 +215,19 @@ async def test_classic_memory_behind_which_the_shared_file_lies_is_left_to_fault
 
 def idle() -> Program:
     yield Load(Gpa(0), 1)
+
+
+async def test_memory_that_is_being_converted_is_not_asked_for(new_vm: NewVm) -> None:
+    """The store would allocate it again, after the conversion, on the side that it has left."""
+    async with new_vm() as (vm, store), trio.open_nursery() as nursery:
+        shared, private = store.file(), store.file(guest=True)
+        ids = store.by_fd(shared).id, store.by_fd(private).id
+        await vm.set_user_memory_region(region(shared, private))
+        await store.notify(ConvertBegin(*ids, True, RANGES))
+        nursery.start_soon(vm.fault, Access(Gfn(8), write=True, side=Side.SHARED))
+        await wait_all_tasks_blocked()
+        assert not any(isinstance(message, GetPfn) for message in store.requests)
+        store.allocate(private, one(8))
+        await store.notify(ConvertEnd(*ids, True, PageRanges.of([one(8)])))
+        await wait_all_tasks_blocked()
+        assert not any(isinstance(each, GetPfn) and each.alloc for each in store.requests)

@@ -7,6 +7,7 @@ import json
 import logging
 import stat
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,18 +17,28 @@ from trio.testing import wait_all_tasks_blocked
 from memfs.contract.aio.turns import SHARE, Turns
 from memfs.contract.logs import working_on
 from memfs.contract.page_map import PageMap
+from memfs.contract.page_ranges import PageRanges
 from memfs.contract.protocol.connection import RequestId
-from memfs.contract.protocol.messages import Ack, Fallocate, FileId, InvalidateBegin, InvalidateEnd, Notification
+from memfs.contract.protocol.messages import (
+    Ack,
+    Fallocate,
+    FileId,
+    InvalidateBegin,
+    InvalidateEnd,
+    Notification,
+    PfnReply,
+)
 from memfs.contract.protocol.peer import Incoming, PeerGone
 from memfs.contract.units import PAGE_SIZE, PageRange
 from memfs.owners.owner import Answer, Owner
 from memfs.owners.registry import Registration, Registry
 from memfs.store.backing import MemfdBacking
+from memfs.store.conversion import convert
 from memfs.store.file import File
 from memfs.store.seals import F_SEAL_GUEST
 from memfs.tree.inode import RegularFile
 from memfs.tree.tree import ROOT_INO, Tree
-from tests.helpers import at, pages, raises
+from tests.helpers import at, one, pages, raises
 
 MEMORY = 64  # pages
 
@@ -161,6 +172,33 @@ async def test_one_owner_as_often_as_it_likes(tree: Tree, registry: Registry) ->
     with raises(errno.EBADF):
         first.registration(registration.id)
     registry.check()
+
+
+async def test_what_was_converted_while_it_was_asked_for_does_not_come_back(tree: Tree, registry: Registry) -> None:
+    """The owner asked before it could know; the page would be paid for on both sides."""
+    private = tree.create(ROOT_INO, b"private", stat.S_IFREG | 0o600, 0, 0, seals=F_SEAL_GUEST)
+    shared, owner = await empty(tree, "shared"), Guest(registry)
+    assert isinstance(private, RegularFile)
+    for inode in (shared, private):
+        await inode.file.truncate(at(16))
+    registration, _ = owner.register(shared), owner.register(private)
+    owner.answers = trio.Event()
+    replies: list[PfnReply] = []
+
+    async def ask() -> None:
+        replies.append(await registration.get_pfn(pages(0, 8), alloc=True, lock=False))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(partial(convert, shared.file, private.file, PageRanges.of([one(3)]), to_private=True))
+        await wait_all_tasks_blocked()
+        nursery.start_soon(ask)
+        await wait_all_tasks_blocked()
+        owner.answers.set()
+    assert [run.pfn for run in replies[0].runs] == [None]
+    assert (shared.file.pages, private.file.pages) == (0, 1)
+    await ask()
+    assert shared.file.pages == 8, "who asks now is told"
+    await convert(shared.file, private.file, PageRanges.of([one(3)]), to_private=False)
 
 
 async def test_an_owner_cannot_name_another_s_registration(tree: Tree, registry: Registry) -> None:
