@@ -7,14 +7,19 @@ that have pages it does not keep (inode.py), so after a conversion that is not n
 from __future__ import annotations
 
 import errno
+import functools
 import logging
 import struct
 from collections.abc import Callable
 from typing import Final
 
+import trio
+
 from memfs.contract import conversion
+from memfs.contract.aio.threads import Threads
 from memfs.contract.conversion import Conversion, is_convert
 from memfs.contract.logs import fields
+from memfs.contract.page_ranges import PageRanges
 from memfs.contract.sys.libc import FALLOC_FL_KEEP_SIZE, PUNCH_HOLE
 from memfs.fuse import abi
 from memfs.fuse.abi import IOCTL_IN, IOCTL_OUT, Request, unpack
@@ -22,6 +27,7 @@ from memfs.fuse.caller import working_for_caller
 from memfs.store import seals
 from memfs.store.conversion import convert
 from memfs.tree import inode_flags
+from memfs.tree.inode import RegularFile
 from memfs.tree.open_files import OpenFiles
 from memfs.tree.tree import Tree
 
@@ -35,10 +41,20 @@ _DONE: Final = IOCTL_OUT.pack(0, 0, 0, 0)  # the reply to a command that returns
 
 
 class IoctlHandlers:
-    """The channel's handler for ioctl(2). `changed` is called with the number of an inode that one has changed."""
+    """The channel's handler for ioctl(2). `changed` is called with the number of an inode that one has changed.
 
-    def __init__(self, tree: Tree, open_files: OpenFiles, changed: Callable[[int], None]) -> None:
+    `drop_pages` has the kernel drop pages of an inode from its page cache, and blocks.
+    """
+
+    def __init__(
+        self,
+        tree: Tree,
+        open_files: OpenFiles,
+        changed: Callable[[int], None],
+        drop_pages: Callable[[int, PageRanges], None],
+    ) -> None:
         self._changed: Final = changed
+        self._drop_pages: Final = drop_pages
         self._tree: Final = tree
         self._open_files: Final = open_files
 
@@ -96,13 +112,26 @@ class IoctlHandlers:
         self._tree.hold(shared.inode)  # its handle may be closed meanwhile
         try:
             with working_for_caller(request):
-                await convert(
-                    *(shared.inode.file, private.inode.file, asked.ranges),
-                    to_private=asked.to_private,
-                    preserve=asked.preserve,
-                )
+                await self._drop_cached(shared.inode, asked.ranges)
+                try:
+                    await convert(
+                        *(shared.inode.file, private.inode.file, asked.ranges),
+                        to_private=asked.to_private,
+                        preserve=asked.preserve,
+                    )
+                finally:
+                    with trio.CancelScope(shield=True):
+                        await self._drop_cached(shared.inode, asked.ranges)
         finally:
             self._tree.release(shared.inode)
+
+    async def _drop_cached(self, inode: RegularFile, ranges: PageRanges) -> None:
+        """Have the page cache, where a file's handles do not pass through, forget pages, and first write them.
+
+        For fallocate(2) the kernel does that by itself. In a thread, since it asks us to write.
+        """
+        if inode.file.opens.backing_id is None:
+            await Threads.here().run(functools.partial(self._drop_pages, inode.ino, ranges))
 
     def _set_flags(self, nodeid: int, flags: int) -> None:
         inode = self._tree.inode(nodeid)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import mmap
 import os
 import signal
 import struct
@@ -110,6 +111,19 @@ def test_there_and_back(mount_memfs: MountMemfs, mount: str) -> None:
         assert content.count(b"x") == 5 * PAGE_SIZE
         pair.convert(pages(0, PAGES), to_private=False)
         assert pair.state == ([], 8, 0, 8, content)
+
+
+@pytest.mark.parametrize("mount", ["size=64m", "size=64m,backing=memfd", "size=64m,passthrough=off"])
+def test_what_a_mapping_holds_goes_as_well(mount_memfs: MountMemfs, mount: str) -> None:
+    """Where mappings are of the page cache, what is dirty there must not come back when it is written."""
+    memfs = mount_memfs(mount)
+    with Pair.on(memfs) as pair, mmap.mmap(pair.shared_fd, PAGES * PAGE_SIZE) as memory:
+        memory[: 8 * PAGE_SIZE] = b"x" * 8 * PAGE_SIZE
+        pair.convert(pages(0, 4), to_private=True)
+        memory.flush()
+        assert pair.state[:4] == ([(0, 4)], 4, 4, 8)
+        assert memory[: 8 * PAGE_SIZE] == bytes(4 * PAGE_SIZE) + b"x" * 4 * PAGE_SIZE
+        assert os.pread(pair.shared_fd, 8 * PAGE_SIZE, 0) == memory[: 8 * PAGE_SIZE]
 
 
 def test_whole_limit_changes_sides(mount_memfs: MountMemfs) -> None:
