@@ -32,6 +32,7 @@ from typing import Final
 
 import trio
 
+from memfs.contract.aio.lock import Lock
 from memfs.contract.page_map import ABSENT, ALLOCATED, PageMap
 from memfs.contract.units import PAGE_SIZE, ByteOffset, PageIndex, PageRange, page_ceil, page_floor
 from memfs.state.journal import NO_JOURNAL, Journal, inode_key
@@ -86,7 +87,7 @@ class File:
             self._backing_file.free()
             raise
         self.opens: Final = Opens()
-        self._lock: trio.Lock | None = None
+        self._lock: Lock | None = None
         self._image: InitialImage | None = None
         self._owner: GuestOps | None = None
         self._is_stale = False
@@ -181,7 +182,7 @@ class File:
 
     def locked(self) -> _Locked:
         """Hold the file and have its inode lock within an async with statement."""
-        self._lock = self._lock or trio.Lock()
+        self._lock = self._lock or Lock()
         return _Locked(self, self._lock)
 
     # -- the owner --------------------------------------------------------------------------------------------------
@@ -452,20 +453,17 @@ class _Locked:
 
     __slots__ = ("_file", "_lock")
 
-    def __init__(self, file: File, lock: trio.Lock) -> None:
+    def __init__(self, file: File, lock: Lock) -> None:
         self._file: Final = file
         self._lock: Final = lock
 
     async def __aenter__(self) -> None:
         self._file.hold()
         try:
-            self._lock.acquire_nowait()
-        except trio.WouldBlock:
-            try:
-                await self._lock.acquire()
-            except BaseException:
-                self._file.release()
-                raise
+            await self._lock.acquire()
+        except BaseException:
+            self._file.release()
+            raise
 
     async def __aexit__(self, *_: object) -> None:
         self._lock.release()

@@ -118,6 +118,11 @@ class Pages:
     def _page_map(self) -> PageMap | None:
         return self._accounting.page_map if self._accounting is not None else None
 
+    @property
+    def _is_only_the_kernels(self) -> bool:
+        """Whether nobody counts the file's pages but the kernel, and nobody is notified of them."""
+        return self._accounting is None and self._owner is None
+
     def runs(self, pages: PageRange) -> Iterator[tuple[PageRange, bool]]:
         """Split a range into runs of pages that are allocated (True) or absent (False), in order.
 
@@ -210,9 +215,18 @@ class Pages:
 
         On ENOSPC nothing was allocated; a call that is cancelled has allocated a part, from the start on.
         """
+        mode = FALLOC_FL_KEEP_SIZE if keep_size else 0
+        if length <= chunks.SHORT and self._is_only_the_kernels:
+            try:
+                fallocate(self._file.fd, mode, offset, length)
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+            else:
+                return
         allocated: list[PageRange] = []
         try:
-            await self._allocate(offset, length, FALLOC_FL_KEEP_SIZE if keep_size else 0, allocated)
+            await self._allocate(offset, length, mode, allocated)
         finally:
             if self._owner is not None and allocated:
                 await self._owner.fallocate(PageRange(allocated[0].start, allocated[-1].end))
@@ -358,6 +372,9 @@ class Pages:
 
     async def punch(self, offset: ByteOffset, length: int) -> None:
         """Free the whole pages in [offset, offset + length) and zero the rest. Cancelled, frees a part."""
+        if length <= chunks.SHORT and self._is_only_the_kernels:
+            self._punch(offset, length)
+            return
         pages = PageRange.inside(offset, length)
         await self._free_in_order(functools.partial(self._punch, offset, length), notified=pages, freed=pages)
 
