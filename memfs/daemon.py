@@ -314,6 +314,7 @@ class _Memfs:
             "rejected": self._clients.rejected,
             "acknowledged": sum(owner.acknowledged for owner in owners),
             "pending": len(self._registry.outstanding),
+            "notifications": self._registry.outstanding.describe(),
         }
 
     def _status(self) -> str:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from memfs import __version__
-from memfs.cli import mount, mounts, remount
+from memfs.cli import metrics, mount, mounts, remount
 from memfs.cli.command import CommandError
 from memfs.cli.page_range import page_range
 from memfs.cli.states import state_of
@@ -56,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     mount.add_to(commands)
     remount.add_to(commands)
     mounts.add_to(commands)
+    metrics.add_to(commands)
 
     state = commands.add_parser("stat", help="show the state of a mounted memfs", description=_stat.__doc__)
     state.add_argument("path", metavar="PATH", help="the mountpoint, or anything on it")
@@ -128,11 +129,14 @@ def _stat(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(state))
         return
-    registry = state.pop("registry")
+    registry, notifications = state.pop("registry"), state.pop("notifications")
     said = {name.replace("_", " "): value for name, value in state.items() if value is not None}
     width = max(map(len, said))
     for name, value in said.items():
         print(f"{printable(name):{width}}  {_words(value)}")
+    for kind, tally in notifications.items():
+        mean = tally["seconds"] / tally["count"]
+        print(f"{printable(kind)}: {tally['count']} of {tally['pages']} pages, {1000 * mean:.3f} ms each")
     for owner in registry:
         files, pending = owner.pop("files"), owner.pop("pending")
         print("", _line(owner), *(f"  {_line(each)}" for each in (*files, *pending)), sep="\n")

@@ -22,7 +22,7 @@ _TIMEOUT: Final = 3.0  # seconds for all of them to answer
 
 @dataclass(slots=True)
 class Answer:
-    """What the memfs at a mountpoint said: its state (docs/STAT.md), or why there is none."""
+    """What the memfs at a mountpoint said: its state (docs/stat.schema.json), or why there is none."""
 
     mountpoint: str
     state: dict[str, Any] | None = None

@@ -7,7 +7,8 @@ from typing import Any, Final, Generic, TypeVar
 
 import trio
 
-from memfs.contract.protocol.messages import Notification
+from memfs.contract.protocol.messages import ConvertBegin, ConvertEnd, Notification
+from memfs.owners.tally import Tally
 
 _Owner = TypeVar("_Owner")
 
@@ -41,6 +42,18 @@ class Pending(Generic[_Owner]):
         return type(self.message).__name__
 
     @property
+    def tallied(self) -> str:
+        """What it is counted as: its kind, and of a conversion also where to."""
+        to = self.message.subject.get("to")
+        return f"{self.kind} to {to}" if to else self.kind
+
+    @property
+    def page_count(self) -> int:
+        """How many pages it is about."""
+        message = self.message
+        return message.ranges.pages if isinstance(message, ConvertBegin | ConvertEnd) else len(message.pages)
+
+    @property
     def age(self) -> float:
         """For how long it has been outstanding, in seconds."""
         return trio.current_time() - self.since
@@ -57,6 +70,7 @@ class Outstanding(Generic[_Owner]):
     def __init__(self) -> None:
         self._of: Final[dict[_Owner, list[Pending[_Owner]]]] = {}  # the oldest first
         self._count = 0
+        self._tallies: Final[dict[str, Tally]] = {}
         self._waiting: Final = trio.lowlevel.ParkingLot()
 
     def __len__(self) -> int:
@@ -80,6 +94,10 @@ class Outstanding(Generic[_Owner]):
         self._count -= 1
         if not theirs:
             del self._of[pending.owner]
+        tally = self._tallies.get(pending.tallied)
+        if tally is None:
+            tally = self._tallies[pending.tallied] = Tally()
+        tally.add(pending.page_count, pending.age)
 
     def by(self, owner: _Owner) -> Sequence[Pending[_Owner]]:
         """Return what an owner has not acknowledged, the oldest first."""
@@ -95,8 +113,14 @@ class Outstanding(Generic[_Owner]):
         if not self._count:
             await self._waiting.park()
 
+    def describe(self) -> dict[str, Any]:
+        """Return what became of those that have ended, by kind."""
+        return {kind: tally.describe() for kind, tally in sorted(self._tallies.items())}
+
     def check(self) -> None:
         """Raise AssertionError on the first broken invariant."""
         assert all(self._of.values()), "an owner is waited for that owes nothing"
         owed = sum(map(len, self._of.values()))
+        for tally in self._tallies.values():
+            tally.check()
         assert owed == self._count, f"{self._count} notifications are counted, {owed} are owed"

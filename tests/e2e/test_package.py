@@ -17,7 +17,7 @@ from .conftest import run
 from .tools import skip_without_mount_namespace
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = "dbus,fuse3,mount,python3,python3-numpy,python3-rich,systemd,systemd-sysv"
+PACKAGES = "dbus,fuse3,mount,python3,python3-numpy,python3-prometheus-client,python3-rich,systemd,systemd-sysv"
 pytestmark = [
     pytest.mark.skipif("MEMFS_CHECK_PACKAGE" not in os.environ, reason="make deb-check runs it"),
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
@@ -83,6 +83,19 @@ echo MEMFS_OPTIONS=size=64m >/etc/memfs/mnt-guest.conf
 systemctl start memfs@mnt-guest
 grep 'memfs /mnt/guest fuse.memfs' /proc/mounts
 systemctl show --property=StatusText memfs@mnt-guest | grep '0 of 64.0M in use, 0 owners'
+echo MEMFS_METRICS_LISTEN=127.0.0.1:19753 >/etc/memfs/metrics.conf
+systemctl start memfs-metrics
+cat >scrape <<END
+import time, urllib.request
+while True:
+    try:
+        print(urllib.request.urlopen("http://127.0.0.1:19753/metrics").read().decode())
+        break
+    except OSError:
+        time.sleep(0.1)
+END
+python3 scrape | grep '^memfs_size_bytes{mountpoint="/mnt/guest"} 6.7108864e+07'
+systemctl stop memfs-metrics
 pid=$(systemctl show --property=MainPID --value memfs@mnt-guest)
 systemctl reload memfs@mnt-guest
 test "$pid" = "$(systemctl show --property=MainPID --value memfs@mnt-guest)"

@@ -12,28 +12,42 @@ from .tools import needs
 
 UNITS = Path(__file__).parents[2] / "contrib" / "systemd"
 README = UNITS.parent / "README.md"
-MOST_EXPOSED = 40  # tenths
+SECURITY = ("systemd-analyze", "security", "--offline=yes", "--no-pager", "--threshold=40")  # tenths
+
+
+def of_a_program_that_there_is(name: str, directory: Path, instance: str = "") -> Path:
+    """Return a service for which nothing need be installed."""
+    service = directory / name.replace("@", f"@{instance}")
+    service.write_text((UNITS / name).read_text().replace("/usr/bin/memfs", "/bin/true"))
+    return service
 
 
 @pytest.fixture
 def service(tmp_path: Path) -> Path:
-    """The service, of a program that there is."""
-    service = tmp_path / "memfs@mnt-guest.service"
-    service.write_text((UNITS / "memfs@.service").read_text().replace("/usr/bin/memfs", "/bin/true"))
-    return service
+    return of_a_program_that_there_is("memfs@.service", tmp_path, "mnt-guest")
+
+
+@pytest.fixture
+def metrics(tmp_path: Path) -> Path:
+    return of_a_program_that_there_is("memfs-metrics.service", tmp_path)
 
 
 @needs("systemd-analyze")
-def test_units_are_understood(service: Path) -> None:
-    for unit in (service, UNITS / "mnt-guest.mount"):
+def test_units_are_understood(service: Path, metrics: Path) -> None:
+    for unit in (service, metrics, UNITS / "mnt-guest.mount"):
         result = run("systemd-analyze", "verify", "--man=no", unit)
         assert (result.returncode, result.stderr) == (0, "")
 
 
 @needs("systemd-analyze")
+def test_metrics_are_exposed_to_little(metrics: Path) -> None:
+    result = run(*SECURITY, metrics)
+    assert result.returncode == 0, result.stdout[-200:]
+
+
+@needs("systemd-analyze")
 def test_service_is_exposed_to_little_and_the_rest_is_explained(service: Path) -> None:
-    command = ("systemd-analyze", "security", "--offline=yes", "--no-pager", f"--threshold={MOST_EXPOSED}", service)
-    result = run(*command)
+    result = run(*SECURITY, service)
     assert result.returncode == 0, result.stdout[-200:]
     explained = README.read_text().split("What cannot be set")[1]
     named = set(re.findall(r"\w*@?\w+(?==)|CAP_\w+|@\w+", explained))

@@ -29,6 +29,7 @@ PACKAGES: Final = {
     "findmnt": "util-linux",
     "nsenter": "util-linux",
     "pgrep": "procps",
+    "promtool": "prometheus",
     "setpriv": "util-linux",
     "systemd-analyze": "systemd",
     "unshare": "util-linux",

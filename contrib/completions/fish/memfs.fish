@@ -50,8 +50,8 @@ function _shtab_memfs_using
   test "$_shtab_memfs_cmdpath" = "$argv"
 end
 
-set -g _shtab_memfs_commands mount remount list umount stat seal seals create allocate convert populate
-set -g _shtab_memfs_opts_with_value --length --log-file --offset --seals --size --socket --to -o
+set -g _shtab_memfs_commands mount remount list umount metrics stat seal seals create allocate convert populate
+set -g _shtab_memfs_opts_with_value --length --listen --log-file --offset --seals --size --socket --textfile --to -o
 
 complete -c memfs -e
 complete -c memfs -f
@@ -79,6 +79,11 @@ complete -c memfs -n '_shtab_memfs_using; and test $_shtab_memfs_npos -eq 0' -a 
 complete -c memfs -n '_shtab_memfs_using umount' -s h -l help -d 'show this help message and exit'
 complete -c memfs -n '_shtab_memfs_using umount' -s l -l lazy -d 'also if it is in use: it vanishes now, and ends with its last user'
 complete -c memfs -n '_shtab_memfs_using umount; and test $_shtab_memfs_npos -eq 0' -ka "(__fish_complete_directories)" -d MOUNTPOINT
+complete -c memfs -n '_shtab_memfs_using; and test $_shtab_memfs_npos -eq 0' -a metrics -d 'Print the metrics of mounted memfs'"'"'s in OpenMetrics, or answer scrapes of them, or write them to a file.'
+complete -c memfs -n '_shtab_memfs_using metrics' -s h -l help -d 'show this help message and exit'
+complete -c memfs -n '_shtab_memfs_using metrics' -l listen -x -d 'answer scrapes until a signal'
+complete -c memfs -n '_shtab_memfs_using metrics' -l textfile -xka "(__fish_complete_path (commandline -ct))" -d 'replace FILE, in a directory of node_exporter'"'"'s textfile collector'
+complete -c memfs -n '_shtab_memfs_using metrics; and test $_shtab_memfs_npos -ge 0' -ka "(__fish_complete_path (commandline -ct))" -d 'mountpoints (default: all memfs'"'"'s that are mounted)'
 complete -c memfs -n '_shtab_memfs_using; and test $_shtab_memfs_npos -eq 0' -a stat -d 'Show the state of a mounted memfs: its options, what is in use, and whether it is in passthrough mode.'
 complete -c memfs -n '_shtab_memfs_using stat' -s h -l help -d 'show this help message and exit'
 complete -c memfs -n '_shtab_memfs_using stat' -l json -d 'as JSON'

@@ -1,0 +1,161 @@
+"""`memfs metrics`: what memfs's do, for Prometheus, in OpenMetrics.
+
+Each scrape asks each memfs anew (docs/stat.schema.json says what it answers). One that cannot be asked has memfs_up 0
+and nothing else, so that its graphs break off and do not stand still. prometheus-client is an extra (`[metrics]`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from memfs.cli.command import CommandError, Commands
+from memfs.cli.states import Answer, ask, mountpoints
+from memfs.contract.terminal import printable
+
+if TYPE_CHECKING:
+    from prometheus_client.core import Metric
+
+#: metric -> name in the state, and what it is
+_GAUGES: Final = {
+    "memfs_size_bytes": ("size", "Limit of what files may take."),
+    "memfs_used_bytes": ("used", "What files take."),
+    "memfs_inodes": ("nr_inodes", "Limit of files and directories."),
+    "memfs_inodes_used": ("inodes_used", "Files and directories."),
+    "memfs_open_handles": ("open_handles", "Open files."),
+    "memfs_descriptors_used": ("descriptors_used", "Descriptors that files in use take."),
+    "memfs_owners": ("owners", "Processes that have registered files, or may."),
+    "memfs_registered_files": ("registered_files", "Files that have an owner."),
+    "memfs_connections": ("connections", "Connections to the socket."),
+    "memfs_notifications_pending": ("pending", "Notifications that owners have not acknowledged."),
+    "memfs_passthrough": ("passthrough", "Whether the kernel reads, writes and maps ordinary files itself."),
+}
+_COUNTERS: Final = {
+    "memfs_owners_fenced": ("owners_fenced", "Owners that were cut off for not answering."),
+    "memfs_connections_rejected": ("rejected", "Connections that were refused."),
+}
+
+
+def add_to(commands: Commands) -> None:
+    """Add the command to those of `memfs`."""
+    parser = commands.add_parser("metrics", help="print metrics for Prometheus", description=_run.__doc__)
+    parser.add_argument("path", metavar="PATH", nargs="*", help="mountpoints (default: all memfs's that are mounted)")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--listen", metavar="ADDRESS:PORT", type=_address, help="answer scrapes until a signal")
+    how.add_argument(
+        "--textfile", metavar="FILE", help="replace FILE, in a directory of node_exporter's textfile collector"
+    )
+    parser.set_defaults(run=_run)
+
+
+def _address(text: str) -> tuple[str, int]:
+    match = re.fullmatch(r"\[?([^\[\]]*?)\]?:(\d{1,5})", text)
+    if not match or int(match[2]) > 65535:
+        raise argparse.ArgumentTypeError(f"{text}: not ADDRESS:PORT, such as 127.0.0.1:9753")
+    return match[1] or "127.0.0.1", int(match[2])
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    """Print the metrics of mounted memfs's in OpenMetrics, or answer scrapes of them, or write them to a file."""
+    try:
+        from prometheus_client import CollectorRegistry, exposition, start_http_server
+        from prometheus_client.openmetrics.exposition import generate_latest
+    except ImportError as error:
+        raise CommandError(
+            "metrics are made by prometheus-client, which is not installed "
+            "(pip install 'memfs-kvmsim[metrics]'; Debian: python3-prometheus-client)"
+        ) from error
+    registry = CollectorRegistry()
+    registry.register(_Collector(arguments.path))
+    if arguments.listen is not None:
+        address, port = arguments.listen
+        try:
+            start_http_server(port, address, registry)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, f"{address}:{port}") from error
+        print(f"memfs: http://{address}:{port}/metrics", file=sys.stderr, flush=True)
+        threading.Event().wait()
+    elif arguments.textfile is not None:
+        _replace(arguments.textfile, exposition.generate_latest(registry))  # node_exporter reads the older format
+    else:
+        sys.stdout.write(generate_latest(registry).decode())
+
+
+def _replace(path: str, content: bytes) -> None:
+    """Have a file be this, at once: who reads it sees the one before, or all of it."""
+    directory, name = os.path.split(os.path.abspath(path))
+    with tempfile.NamedTemporaryFile(dir=directory, prefix=f".{name}.", delete=False) as file:
+        try:
+            file.write(content)
+            os.fchmod(file.fileno(), 0o644)
+            file.flush()
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+class _Collector:
+    """What prometheus-client asks at each scrape."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self._paths: Final = paths
+
+    def describe(self) -> list[Metric]:
+        """Return nothing: names are known when memfs's were asked, and none is registered twice."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """Ask each memfs, and yield metrics that have the answers of all."""
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
+
+        answers = ask(self._paths or mountpoints())
+        up = GaugeMetricFamily("memfs_up", "Whether a memfs answers.", labels=["mountpoint"])
+        for answer in answers:
+            up.add_metric([printable(answer.mountpoint)], float(answer.state is not None))
+        yield up
+        about = InfoMetricFamily("memfs", "What it is mounted with.", labels=["mountpoint"])
+        for answer in answers:
+            if answer.state is not None:
+                said = {name: str(answer.state.get(name, "")) for name in ("version", "backing", "huge")}
+                about.add_metric([printable(answer.mountpoint)], said)
+        yield about
+        for families, names in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTERS)):
+            for metric, (name, help_) in names.items():
+                family = families(metric, help_, labels=["mountpoint"])
+                for answer in answers:
+                    value = (answer.state or {}).get(name)
+                    if isinstance(value, int | float):
+                        family.add_metric([printable(answer.mountpoint)], float(value))
+                yield family
+        yield from _of_notifications(answers)
+
+
+def _of_notifications(answers: Sequence[Answer]) -> Iterator[Metric]:
+    from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
+
+    labels = ["mountpoint", "kind"]
+    pages = CounterMetricFamily("memfs_notified_pages", "Pages that owners were notified of.", labels=labels)
+    seconds = HistogramMetricFamily(
+        "memfs_notification_duration_seconds",
+        "From a notification until its owner acknowledged it, or was cut off.",
+        labels=labels,
+    )
+    for answer in answers:
+        for kind, tally in _tallies(answer):
+            of = [printable(answer.mountpoint), kind]
+            pages.add_metric(of, float(tally["pages"]))
+            buckets = [*tally["buckets"].items(), ("+Inf", tally["count"])]
+            seconds.add_metric(of, buckets=buckets, sum_value=tally["seconds"])
+    yield pages
+    yield seconds
+
+
+def _tallies(answer: Answer) -> list[tuple[str, dict[str, Any]]]:
+    return sorted((answer.state or {}).get("notifications", {}).items())

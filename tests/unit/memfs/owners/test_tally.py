@@ -1,0 +1,52 @@
+"""What became of notifications is counted by kind."""
+
+from __future__ import annotations
+
+import pytest
+import trio.testing
+
+from memfs.contract.page_ranges import PageRanges
+from memfs.contract.protocol.messages import ConvertBegin, Fallocate, FileId, InvalidateBegin, Notification
+from memfs.contract.units import PageIndex, PageRange
+from memfs.owners.outstanding import Outstanding
+from memfs.owners.tally import BOUNDS, Tally
+
+PAGES = PageRange(PageIndex(3), PageIndex(5))
+RANGES = PageRanges.of([PAGES, PageRange(PageIndex(8), PageIndex(9))])
+
+
+def test_each_is_in_the_buckets_of_all_bounds_that_it_is_within() -> None:
+    tally = Tally()
+    for seconds in (0.0, *BOUNDS, 11.0):
+        tally.add(2, seconds)
+        tally.check()
+    said = tally.describe()
+    assert said["buckets"] == {"0.0001": 2, "0.001": 3, "0.01": 4, "0.1": 5, "1.0": 6, "10.0": 7}
+    assert (said["count"], said["pages"], said["seconds"]) == (8, 16, round(sum(BOUNDS) + 11, 6))
+
+
+@pytest.mark.parametrize(
+    ("message", "kind", "pages"),
+    [
+        (Fallocate(FileId(1), PAGES), "Fallocate", 2),
+        (InvalidateBegin(FileId(1), PAGES), "InvalidateBegin", 2),
+        (ConvertBegin(FileId(1), FileId(2), True, RANGES), "ConvertBegin to private", 3),
+        (ConvertBegin(FileId(1), FileId(2), False, RANGES), "ConvertBegin to shared", 3),
+    ],
+)
+async def test_it_is_counted_when_it_is_acknowledged(
+    autojump_clock: trio.testing.MockClock, message: Notification, kind: str, pages: int
+) -> None:
+    outstanding: Outstanding[str] = Outstanding()
+    with outstanding.of("a", message):
+        assert outstanding.describe() == {}
+        await trio.sleep(0.5)
+    assert outstanding.describe() == {
+        kind: {
+            "count": 1,
+            "pages": pages,
+            "seconds": 0.5,
+            "buckets": {"0.0001": 0, "0.001": 0, "0.01": 0, "0.1": 0, "1.0": 1, "10.0": 1},
+        }
+    }
+    outstanding.check()
