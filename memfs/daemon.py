@@ -57,6 +57,7 @@ from memfs.service_manager import ServiceManager
 from memfs.signals import Meaning, receiving
 from memfs.state.journal import NO_JOURNAL, Journal
 from memfs.store.backing import TmpfsBacking
+from memfs.store.conversion import settle
 from memfs.store.file import File
 from memfs.store.seals import format_seals
 from memfs.tree.access_times import AccessTimes
@@ -241,6 +242,7 @@ class _Memfs:
         rebuild(self._tree, state, self._old_file)
         (total_pages,) = _SIZE.unpack(state[SIZE])
         self._backing.recovered(total_pages, sum(inode.file.tracked_pages for inode in self._tree.files()))
+        settle(state, self._file, self._journal)
         self._open_files.restore(state)
         if (said := self._mount.access_times()) is not None:
             self._access_times.atime, self._access_times.diratime = said
@@ -253,6 +255,10 @@ class _Memfs:
         restarts, by = self._worker.restarts, self._worker.killed_by
         log.warning("killed by %s: going on", by, extra=fields(restarts=restarts, outage=self._outage))
         return Before(state, state[INIT])
+
+    def _file(self, number: int) -> File | None:
+        inode = self._tree.inodes.get(Ino(number))
+        return inode.file if isinstance(inode, RegularFile) else None
 
     def _old_file(self, ino: Ino, seals: int) -> File:
         return File(self._backing, ino, seals, journal=self._journal, exists=True)

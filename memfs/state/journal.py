@@ -29,6 +29,7 @@ from memfs.state.log import Log, ValueOf
 
 REPLY: Final = b"r"
 INODE: Final = b"i"  #: the kind of keys of inodes (tree/records.py), and of the files that are theirs
+INTENT: Final = b"n"  #: the kind of keys of what is being done in steps: their values are noted, and asked of nobody
 _REPLY: Final = struct.Struct("=Q")
 _LONGEST_REPLY: Final = 512  # bytes; what has a longer one has read something, and can be done again
 
@@ -67,6 +68,9 @@ class Journal(Protocol):
     def changed(self, key: bytes) -> None:
         """Note that the value of a key has changed, or that there is none any more."""
 
+    def note(self, key: bytes, value: bytes | None) -> None:
+        """Give the key of an intent a value, with the next commit; None: it is done."""
+
     def defer(self, action: Callable[[], None]) -> None:
         """Do something after the commit: it frees what a key has named until now."""
 
@@ -84,6 +88,9 @@ class NoJournal:
         """Do nothing."""
 
     def changed(self, key: bytes) -> None:
+        """Do nothing."""
+
+    def note(self, key: bytes, value: bytes | None) -> None:
         """Do nothing."""
 
     def defer(self, action: Callable[[], None]) -> None:
@@ -105,8 +112,10 @@ class LogJournal:
         self._kept: Final[dict[int, ValueOf]] = {}
         self._deferred: list[Callable[[], None]] = []
         self._last = b""
+        self._intents: Final[dict[bytes, bytes]] = {}
         self._log: Final = Log(root, self.value_of)
         self.keeps(REPLY, lambda key: self._last)
+        self.keeps(INTENT, self._intents.get)
 
     def value_of(self, key: bytes) -> bytes | None:
         """Return the value that a key has now."""
@@ -126,6 +135,14 @@ class LogJournal:
     def changed(self, key: bytes) -> None:
         """Note that the value of a key has changed."""
         self.dirty[key] = None
+
+    def note(self, key: bytes, value: bytes | None) -> None:
+        """Give the key of an intent a value; None: it is done."""
+        if value is None:
+            self._intents.pop(key, None)
+        else:
+            self._intents[key] = value
+        self.changed(key)
 
     def defer(self, action: Callable[[], None]) -> None:
         """Do something after the commit."""

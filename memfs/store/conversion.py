@@ -17,6 +17,10 @@ processes allocate at any moment, and one that takes what has just been freed, i
 where it should be, has the two together exceed the limit by that until something else is freed. Rejected: to free first
 and allocate then, which in the same microseconds would lose pages on both sides.
 
+A daemon that is killed in the middle leaves a page on both sides, and whoever asks again is told that it is where it
+should be. So before a chunk is accounted for on the side that it comes to, it is written down what has to go from the
+other one, and a successor sees to that (`settle`).
+
 Pages arrive zeroed. With `preserve` they are copied, and the host sees what was private: only the owner can know that
 the guest's memory is not encrypted, so it must have said so, and before the guest is launched nothing is copied into
 private memory that is not measured (measurement.py).
@@ -27,9 +31,12 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import struct
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Final
 
+import numpy as np
 import trio
 
 from memfs.contract.aio.threads import Threads, current_user
@@ -40,12 +47,14 @@ from memfs.contract.protocol.messages import NO_FILE
 from memfs.contract.sparse import data_extents
 from memfs.contract.sys.libc import FALLOC_FL_KEEP_SIZE, PUNCH_HOLE
 from memfs.contract.units import PAGE_SHIFT, PAGE_SIZE, ByteOffset, PageIndex, bytes_to_pages, page_ceil, page_offset
+from memfs.state.journal import INTENT, Journal, number_in, numbered
 from memfs.store import chunks, seals
 from memfs.store.accounting import Reservation
 from memfs.store.file import File
 from memfs.store.pages import Pages, Vm
 from memfs.store.seals import Operation
 
+_INTENT: Final = struct.Struct("=Q?7x")  # the file that pages come to, whether that is the private one; then the runs
 _CALLS: Final = 10  # system calls on a page each that count as a unit of work
 _BATCH: Final = 4  # units of work between looks at whose turn it is
 _COPIED_AT_ONCE: Final = 1 << 20  # bytes
@@ -106,6 +115,9 @@ class _Conversion:
         self._shared_id: Final = shared.owner.id if shared.owner is not None else NO_FILE
         self._private_id: Final = private.owner.id if private.owner is not None else NO_FILE
         self._chunk: Final = max(chunks.CHUNK, bytes_to_pages(private.granule))  # pages
+        self._journal: Final = shared.journal
+        self._intent: Final = numbered(INTENT, (shared if to_private else private).number)
+        self._other: Final = (private if to_private else shared).number
         self._done = PageIndex(0)  # all that was asked for before it is on the wanted side
 
     async def run(self, ranges: PageRanges) -> None:
@@ -166,6 +178,8 @@ class _Conversion:
                 with trio.CancelScope(shield=True):
                     await self._undo(runs.without(before))
             raise
+        finally:
+            self._journal.note(self._intent, None)
 
     # -- the side that pages come to --------------------------------------------------------------------------------
 
@@ -174,6 +188,7 @@ class _Conversion:
         if self._to.accounting is not None and reservation is None:
             with self._to.accounting.reserve(runs, given=runs.pages) as reservation:
                 await self._fill(runs, before)
+                self._intend(runs)
                 self._account_allocated(runs, reservation)
             return
         try:
@@ -183,6 +198,7 @@ class _Conversion:
                 raise
             with self._to.borrowed(runs.pages):
                 await self._fill(runs, before)
+        self._intend(runs)
         self._account_allocated(runs, reservation)
 
     async def _fill(self, runs: PageRanges, before: PageRanges) -> None:
@@ -191,6 +207,11 @@ class _Conversion:
             await Threads.here().run(functools.partial(_zero, self._to.fd, before))
         if self._preserve:
             await Threads.here().run(functools.partial(_copy, self._from.fd, self._to.fd, runs))
+
+    def _intend(self, runs: PageRanges) -> None:
+        """Write down that pages are to go from the side that they leave, as far as they have come to the other one."""
+        self._journal.note(self._intent, _INTENT.pack(self._other, self._to_private) + runs.array.tobytes())
+        self._journal.commit()
 
     def _account_allocated(self, runs: PageRanges, reservation: Reservation | None) -> None:
         if reservation is not None:
@@ -233,6 +254,29 @@ class _Conversion:
                 self._done = PageIndex(end)
             if number % (_BATCH * _CALLS) == 0:
                 await Turns.here().take(current_user(), _BATCH)
+
+
+def settle(state: Mapping[bytes, bytes], files: Callable[[int], File | None], journal: Journal) -> None:
+    """End the conversions in the middle of which a predecessor was killed: free what has come to the other side.
+
+    `files` finds a file by its number. Raises OSError.
+    """
+    for key, value in state.items():
+        if key[:1] != INTENT:
+            continue
+        journal.note(key, None)
+        other, to_private = _INTENT.unpack_from(value)
+        leaving, coming = files(number_in(key)), files(other)
+        if leaving is None or coming is None:
+            continue
+        runs = PageRanges(np.frombuffer(value, np.int64, offset=_INTENT.size).reshape(-1, 2).copy())
+        with leaving.held(), coming.held():
+            private = (coming if to_private else leaving).page_map
+            assert private is not None, "a guest-sealed file without a page map"
+            there, pages = private.select(runs, ALLOCATED), leaving.operations()
+            for run in there:
+                pages.fallocate_now(PUNCH_HOLE, run.offset, run.nbytes)
+            pages.account_freed(there)
 
 
 def _zero(fd: int, runs: PageRanges) -> None:

@@ -276,6 +276,11 @@ class File:
         image = self._image if self._image is not None and not self._image.launched else None
         return Pages(self._backing, self._backing_file, self._accounting, self._owner, image, guest=self.guest)
 
+    @property
+    def journal(self) -> Journal:
+        """Where its changes are noted."""
+        return self._journal
+
     def operations(self) -> Pages:
         """Return what can be done to its pages. Call within `locked`. Raises OSError: EMFILE, ENOSPC."""
         return self._pages()

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from memfs.contract.conversion import convert, key_of
 from memfs.contract.faults import Point
+from tests.helpers import pages
 
 from .conftest import Memfs, MountMemfs, memfs_command, run
 from .process import mounted_alike
@@ -228,3 +230,36 @@ def test_a_signal_that_ends_it_ends_it(mount_memfs: MountMemfs) -> None:
     kill(memfs)
     memfs.process.terminate()
     memfs.see_end()
+
+
+def test_a_conversion_that_is_cut_short_leaves_no_page_on_both_sides(mount_memfs: MountMemfs, inject: Path) -> None:
+    memfs = mount_memfs("size=64m,survive=on")
+    shared, private = memfs.path / "shared", memfs.path / "private"
+    assert run(*memfs_command("create", private, "--seals", "guest", "--size", "1m")).returncode == 0
+    shared.write_bytes(b"x" * (1 << 20))
+    memfs.expected = EXPECTED
+    fds = [os.open(path, os.O_RDWR) for path in (shared, private)]
+    key = key_of(fds[0])
+    points = [
+        Point.AFTER_ALLOCATE,
+        Point.BEFORE_FREE,
+        Point.AFTER_FREE,
+        Point.BEFORE_ACCOUNT,
+        Point.BEFORE_COMMIT,
+        Point.AFTER_COMMIT,
+    ]
+    deaths = 0
+    for to_private in (True, False) * 2:
+        for number, point in enumerate(points):
+            inject.write_text(f"{point.value} kill")
+            ranges = [pages(40 * number, 40 * number + 10), pages(40 * number + 20, 40 * number + 21)]
+            convert(fds[1], key, ranges, to_private=to_private)
+            deaths += not inject.exists()
+        blocks = [os.fstat(fd).st_blocks // 8 for fd in fds]
+        count = 11 * len(points)
+        assert blocks == ([256 - count, count] if to_private else [256, 0])
+        assert state_of(memfs)["used"] == 1 << 20
+    assert deaths == 4 * len(points)
+    assert state_of(memfs)["restarts"] == deaths
+    for fd in fds:
+        os.close(fd)
