@@ -1,8 +1,8 @@
 """What a guest waits for when its memory is converted: touch, fault, exit, VMM, conversion, notification, and on again.
 
-Beside each conversion by a guest stands the call alone, made by a program in C on the same files, with the same process
-as their owner: what is more than that is KVM's, the VMM's and the guest's. A sweep shows what is converted along with
-the page that was touched.
+Beside each conversion by a guest stands the call alone (MEMFS_IOC_CONVERT), made by a program in C on the same files,
+with the same process as their owner: what is more than that is KVM's, the VMM's and the guest's. A sweep shows what is
+converted along with the page that was touched.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _rows_at(run: Run, placement: str, root: Path, guest: subprocess.Popen[str],
         {
             "implicit": lambda: _ask(guest, f"implicit {count}") / count / 2 * 1e6,
             "explicit": lambda: _ask(guest, f"explicit {count}") / count / 2 * 1e6,
-            "call": lambda: work("convert:1", root / "page", count, cpu) / count / 2e3,
+            "call": lambda: work("convert-once:1", root / "page", count, cpu) / count / 2e3,
             "sweep": lambda: PAGES / _ask(guest, "sweep"),
         },
         run.repetitions,

@@ -102,3 +102,12 @@ def test_tlb_with_more_of_a_leaf_than_is_mapped_is_found() -> None:
     table.unmap_range(gfns(5, 6))
     with pytest.raises(AssertionError, match="not mapped"):
         tlb.check(table)
+
+
+def test_load_hits_what_a_store_does_not() -> None:
+    tlb, memory = Tlb(), memoryview(bytes(1))
+    for gfn, dirty in ((1, False), (2, True)):
+        tlb.fill(Gfn(gfn), TlbEntry(memory, 0, Side.SHARED, dirty=dirty))
+    hits = [[tlb.lookup(Gfn(gfn), Side.SHARED, write) is not None for write in (False, True)] for gfn in (1, 2)]
+    assert hits == [[True, False], [True, True]]
+    assert tlb.lookup(Gfn(2), Side.PRIVATE, False) is None
