@@ -1,4 +1,4 @@
-"""Show the whole path in half a minute: mount, seal, register, fault, convert, and what each of the two sides says.
+"""Show the whole path in less than a minute: mount, seal, register, fault, convert, and what both sides say about it.
 
 In a second act a vCPU runs native code in sealed memory, on the real KVM or an emulator.
 
