@@ -7,12 +7,12 @@ PYTHON ?= python3
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install deb deb-check demo unit test coverage bench bench-plot soak fuzz guest lint clean system
+.PHONY: help install deb deb-check demo unit test coverage bench bench-plot soak fuzz guest boot-test lint clean system
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-demo: $(STAMP) ## See memory converted while a guest runs (30 s, no trace left)
+demo: $(STAMP) ## See memory converted while a guest runs (under a minute, no trace left)
 	@$(BIN)/python -m demo
 
 unit: $(STAMP) ## The tests that need no root and no mount (two minutes)
@@ -42,6 +42,9 @@ coverage: $(STAMP) ## Which lines of memfs and kvmsim all tests run, in all proc
 	-$(BIN)/coverage run -m pytest -q
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
+
+boot-test: $(STAMP) ## Boot a Linux kernel in sealed memory (root; ten minutes, in an emulated machine, without SVM or VMX)
+	@tests/boot/boot-test
 
 guest: ## Build the test guest of native code anew (kvmsim/guests/selftest.elf; needs a C compiler)
 	$(or $(CC),cc) -O2 -Wall -Wextra -Werror -march=x86-64 -ffreestanding -fno-pic -no-pie -nostdlib -static -fno-stack-protector \
