@@ -29,9 +29,9 @@ bench-plot: $(STAMP) ## Draw how cost grows with size, from what `make bench` me
 	@$(BIN)/python -c 'import matplotlib' 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check --editable '.[plot]'
 	@$(BIN)/python -m bench.plot
 
-soak: $(STAMP) ## Many VMs at random, then files as on a tmpfs, MINUTES=n of each (SEED=n to repeat)
+soak: $(STAMP) ## Many VMs at random, then files as on a tmpfs, then with deaths, MINUTES=n of each (SEED=n to repeat)
 	MEMFS_SOAK_MINUTES=$(or $(MINUTES),10) MEMFS_SOAK_SEED=$(or $(SEED),0) \
-		$(BIN)/pytest -s --timeout=0 tests/e2e/test_many_vms.py tests/e2e/test_differential.py
+		$(BIN)/pytest -s --timeout=0 tests/e2e/test_many_vms.py tests/e2e/test_differential.py tests/e2e/test_survival.py
 
 fuzz: $(STAMP) ## Feed what others control with anything at all for long (MINUTES=n, and SEED=n to repeat)
 	@$(BIN)/pip install --quiet --disable-pip-version-check 'atheris>=3' || echo "no atheris for this Python: with hypothesis"

@@ -19,7 +19,7 @@ from tests.helpers import pages
 
 from .conftest import Memfs, MountMemfs, memfs_command, run
 from .process import mounted_alike
-from .test_differential import INODES, SIZE, Differential, Side, run_machine
+from .test_differential import INODES, MINUTES, SEED, SIZE, Differential, Side, run_machine
 
 EXPECTED = ["killed by SIGKILL: going on"]
 
@@ -74,6 +74,28 @@ def test_every_step_is_tmpfs_s_when_the_daemon_dies_in_it(inject: Path, can_moun
         pair = Side(ours), Side(theirs)
         try:
             run_machine(pair, examples=8, steps=40, number=0, machine=Dying)
+        finally:
+            inject.unlink(missing_ok=True)
+            for side in pair:
+                side.close()
+
+
+@pytest.mark.skipif(not MINUTES, reason="long: run by `make soak`")
+@pytest.mark.timeout(0)
+def test_soak(inject: Path, can_mount: None) -> None:
+    Dying.passes_through = True
+    Dying.inject = inject
+    first = SEED or random.SystemRandom().randrange(1 << 32)
+    end = time.monotonic() + MINUTES * 60
+    with mounted_alike(f"size={SIZE},nr_inodes={INODES},mode=755", "survive=on", EXPECTED) as (ours, theirs):
+        pair = Side(ours), Side(theirs)
+        try:
+            for number in range(first, first + (1 << 32)):
+                print(f"SEED={number}", flush=True)
+                Dying.random = random.Random(number)
+                run_machine(pair, examples=20, steps=100, number=number, machine=Dying)
+                if time.monotonic() > end:
+                    break
         finally:
             inject.unlink(missing_ok=True)
             for side in pair:
