@@ -47,7 +47,9 @@ cp "$2" root/memfs.deb
 chroot . dpkg --install /root/memfs.deb >root/out/dpkg 2>&1
 cp "$5/script" root/script
 cp "$5/test.service" etc/systemd/system/
-exec env container=other chroot . $4
+mkdir old
+pivot_root . old
+exec env container=other chroot . sh -c "umount --lazy /old && rmdir /old && exec $4"
 """
 SERVICE = """
 [Unit]
@@ -78,6 +80,7 @@ dpkg --purge memfs
 test ! -e /usr/lib/memfs
 """
 BY_SYSTEMD = """
+trap 'systemctl status --no-pager memfs@mnt-guest memfs-metrics mnt-guest.mount || :' EXIT
 absent() { if grep "$@"; then exit 1; fi; }
 echo MEMFS_OPTIONS=size=64m >/etc/memfs/mnt-guest.conf
 systemctl start memfs@mnt-guest
@@ -87,7 +90,7 @@ echo MEMFS_METRICS_LISTEN=127.0.0.1:19753 >/etc/memfs/metrics.conf
 systemctl start memfs-metrics
 cat >scrape <<END
 import time, urllib.request
-while True:
+for attempt in range(100):
     try:
         print(urllib.request.urlopen("http://127.0.0.1:19753/metrics").read().decode())
         break
@@ -104,7 +107,8 @@ memfs create --seals guest --size 16m /mnt/guest/private
 kvmsim run --shared /mnt/guest/shared --private /mnt/guest/private --mem 16m | grep 'every byte was as stored'
 kill -KILL "$pid"
 restarted() {
-    systemctl is-active memfs@mnt-guest && test "$pid" != "$(systemctl show --property=MainPID --value memfs@mnt-guest)"
+    now=$(systemctl show --property=MainPID --value memfs@mnt-guest)
+    test "$now" != 0 && test "$now" != "$pid" && test "$(systemctl is-active memfs@mnt-guest)" = active
 }
 until restarted; do sleep 0.1; done
 test ! -e /mnt/guest/shared
