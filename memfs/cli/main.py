@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from memfs import __version__
-from memfs.cli import metrics, mount, mounts, remount
+from memfs.cli import doctor, metrics, mount, mounts, remount
 from memfs.cli.command import CommandError
 from memfs.cli.page_range import page_range
 from memfs.cli.states import state_of
@@ -57,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     remount.add_to(commands)
     mounts.add_to(commands)
     metrics.add_to(commands)
+    doctor.add_to(commands)
 
     state = commands.add_parser("stat", help="show the state of a mounted memfs", description=_stat.__doc__)
     state.add_argument("path", metavar="PATH", help="the mountpoint, or anything on it")

@@ -117,20 +117,23 @@ def _mount(arguments: argparse.Namespace) -> None:
         return
     mount = Mount.parse(arguments)
     with _directory(mount.mountpoint, arguments.mkdir):
-        start(mount)
+        print_notes(start(mount))
 
 
-def start(mount: Mount) -> None:
-    """Mount a memfs, and return when it answers, or, in the foreground, when it has ended. Raises CommandError."""
+def start(mount: Mount) -> list[str]:
+    """Mount a memfs, and return when it answers what could not be had, or, in the foreground, when it has ended.
+
+    Raises CommandError.
+    """
     if mount.foreground:
 
         def ready(notes: list[str]) -> None:
-            _print_notes(notes)
+            print_notes(notes)
             print(f"memfs: {quoted(mount.mountpoint)} is mounted", flush=True)
 
         leave_behind()
         _serve(mount, ready)
-        return
+        return []
     reader, writer = os.pipe()
     sys.stdout.flush()
     if os.fork() == 0:
@@ -142,7 +145,7 @@ def start(mount: Mount) -> None:
         outcome, *lines = report.read().split("\n")
     if outcome != "ready":
         raise CommandError(lines[0] if lines else "the daemon died while mounting; --foreground shows why")
-    _print_notes([line for line in lines if line])
+    return [line for line in lines if line]
 
 
 def _serve_and_report(mount: Mount, report: int) -> NoReturn:
@@ -203,6 +206,7 @@ def _detach() -> None:
     os.close(null)
 
 
-def _print_notes(notes: list[str]) -> None:
+def print_notes(notes: list[str]) -> None:
+    """Print what could not be had."""
     for note in notes:
         print(f"memfs: {printable(note)}", file=sys.stderr)

@@ -23,7 +23,7 @@ from typing import Final, NoReturn
 
 from memfs import __version__
 from memfs.cli.command import CommandError
-from memfs.cli.mount import Mount, mountpoint_of, start
+from memfs.cli.mount import Mount, mountpoint_of, print_notes, start
 from memfs.cli.remount import DEFAULTS_OF_MOUNT, remount
 from memfs.contract.sys.mountinfo import MEMFS
 from memfs.contract.sys.standard_descriptors import fill_standard_descriptors
@@ -94,7 +94,7 @@ def _run(parsed: argparse.Namespace) -> None:
     options = replace(MountOptions.parse(",".join([*DEFAULTS_OF_MOUNT, *items])), fsname=parsed.source)
     mountpoint = mountpoint_of(parsed.mountpoint)
     if not parsed.fake:
-        start(Mount(mountpoint, options, verbose=parsed.verbose))
+        print_notes(start(Mount(mountpoint, options, verbose=parsed.verbose)))
 
 
 def _enter(namespace: str) -> NoReturn:

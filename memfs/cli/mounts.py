@@ -79,10 +79,15 @@ def _umount(arguments: argparse.Namespace) -> None:
     device = device_of_mountpoint(mountpoint) if arguments.mountpoint else None
     if device is None or type_of_device(device) != MEMFS:
         raise CommandError(f"{arguments.mountpoint or 'MOUNTPOINT'}: no memfs is mounted there; see `memfs list`")
+    unmount(mountpoint, lazy=arguments.lazy)
+
+
+def unmount(mountpoint: str, *, lazy: bool) -> None:
+    """Unmount what is mounted on a directory, whose path is real. Raises OSError; CommandError if it is in use."""
     try:
-        umount(mountpoint, UMOUNT_NOFOLLOW | (MNT_DETACH if arguments.lazy else 0))
+        umount(mountpoint, UMOUNT_NOFOLLOW | (MNT_DETACH if lazy else 0))
     except PermissionError:
-        _umount_by_helper(mountpoint, lazy=arguments.lazy)
+        _umount_by_helper(mountpoint, lazy=lazy)
     except OSError as error:
         if error.errno != errno.EBUSY:
             raise OSError(error.errno, error.strerror, mountpoint) from error

@@ -50,7 +50,7 @@ function _shtab_memfs_using
   test "$_shtab_memfs_cmdpath" = "$argv"
 end
 
-set -g _shtab_memfs_commands mount remount list umount metrics stat seal seals create allocate convert populate
+set -g _shtab_memfs_commands mount remount list umount metrics doctor stat seal seals create allocate convert populate
 set -g _shtab_memfs_opts_with_value --length --listen --log-file --offset --seals --size --socket --textfile --to -o
 
 complete -c memfs -e
@@ -84,6 +84,8 @@ complete -c memfs -n '_shtab_memfs_using metrics' -s h -l help -d 'show this hel
 complete -c memfs -n '_shtab_memfs_using metrics' -l listen -x -d 'answer scrapes until a signal'
 complete -c memfs -n '_shtab_memfs_using metrics' -l textfile -xka "(__fish_complete_path (commandline -ct))" -d 'replace FILE, in a directory of node_exporter'"'"'s textfile collector'
 complete -c memfs -n '_shtab_memfs_using metrics; and test $_shtab_memfs_npos -ge 0' -ka "(__fish_complete_path (commandline -ct))" -d 'mountpoints (default: all memfs'"'"'s that are mounted)'
+complete -c memfs -n '_shtab_memfs_using; and test $_shtab_memfs_npos -eq 0' -a doctor -d 'Say what memfs can do on this machine, for this user, and what is missing. Exit code 1: it cannot mount.'
+complete -c memfs -n '_shtab_memfs_using doctor' -s h -l help -d 'show this help message and exit'
 complete -c memfs -n '_shtab_memfs_using; and test $_shtab_memfs_npos -eq 0' -a stat -d 'Show the state of a mounted memfs: its options, what is in use, and whether it is in passthrough mode.'
 complete -c memfs -n '_shtab_memfs_using stat' -s h -l help -d 'show this help message and exit'
 complete -c memfs -n '_shtab_memfs_using stat' -l json -d 'as JSON'
