@@ -50,8 +50,8 @@ function _shtab_kvmsim_using
   test "$_shtab_kvmsim_cmdpath" = "$argv"
 end
 
-set -g _shtab_kvmsim_commands run exec selftest convert info
-set -g _shtab_kvmsim_opts_with_value --command --duration --engine --fault-around --granule --log-file --mem --private --private-ranges --root --shared --slots --socket --trace --vcpus --vm-type
+set -g _shtab_kvmsim_commands run exec boot selftest convert info
+set -g _shtab_kvmsim_opts_with_value --append --command --duration --engine --fault-around --granule --initrd --kernel --log-file --mem --private --private-ranges --root --shared --slots --socket --trace --vcpus --vm-type
 
 complete -c kvmsim -e
 complete -c kvmsim -f
@@ -81,16 +81,25 @@ complete -c kvmsim -n '_shtab_kvmsim_using; and test $_shtab_kvmsim_npos -eq 0' 
 complete -c kvmsim -n '_shtab_kvmsim_using exec' -s h -l help -d 'show this help message and exit'
 complete -c kvmsim -n '_shtab_kvmsim_using exec' -l shared -xka "(__fish_complete_path (commandline -ct))" -d 'file of shared memory, on a memfs'
 complete -c kvmsim -n '_shtab_kvmsim_using exec' -l private -xka "(__fish_complete_path (commandline -ct))" -d 'guest-sealed file of private memory, on it, too'
-complete -c kvmsim -n '_shtab_kvmsim_using exec' -l engine -xka "auto kvm unicorn" -d 'what runs the code (default: auto)'
 complete -c kvmsim -n '_shtab_kvmsim_using exec' -l socket -xka "(__fish_complete_path (commandline -ct))" -d 'memfs'"'"'s socket (default: asked of the file)'
+complete -c kvmsim -n '_shtab_kvmsim_using exec' -l engine -xka "auto kvm unicorn" -d 'what runs the code (default: auto)'
 complete -c kvmsim -n '_shtab_kvmsim_using exec' -l mem -x -d 'guest memory in bytes, or with k, m, g'
 complete -c kvmsim -n '_shtab_kvmsim_using exec' -l root -x -d 'directory whose files the program may read, as its / (default: none)'
+complete -c kvmsim -n '_shtab_kvmsim_using; and test $_shtab_kvmsim_npos -eq 0' -a boot -d 'Boot an unmodified Linux kernel in sealed memory: its console is standard input and output. It needs a KVM with SVM or VMX. Memory is emptied first, and all of it is private. It ends when the kernel resets the machine (reboot -f).'
+complete -c kvmsim -n '_shtab_kvmsim_using boot' -s h -l help -d 'show this help message and exit'
+complete -c kvmsim -n '_shtab_kvmsim_using boot' -l shared -xka "(__fish_complete_path (commandline -ct))" -d 'file of shared memory, on a memfs'
+complete -c kvmsim -n '_shtab_kvmsim_using boot' -l private -xka "(__fish_complete_path (commandline -ct))" -d 'guest-sealed file of private memory, on it, too'
+complete -c kvmsim -n '_shtab_kvmsim_using boot' -l socket -xka "(__fish_complete_path (commandline -ct))" -d 'memfs'"'"'s socket (default: asked of the file)'
+complete -c kvmsim -n '_shtab_kvmsim_using boot' -l mem -x -d 'guest memory in bytes, or with k, m, g'
+complete -c kvmsim -n '_shtab_kvmsim_using boot' -l kernel -xka "(__fish_complete_path (commandline -ct))" -d 'bzImage, as distributions have in /boot'
+complete -c kvmsim -n '_shtab_kvmsim_using boot' -l initrd -xka "(__fish_complete_path (commandline -ct))" -d 'initial file system'
+complete -c kvmsim -n '_shtab_kvmsim_using boot' -l append -x -d 'more of a command line'
 complete -c kvmsim -n '_shtab_kvmsim_using; and test $_shtab_kvmsim_npos -eq 0' -a selftest -d 'Run the test guest: it checks what a guest may rely on, stores at random on two vCPUs, or watches its pages. `watch` fills pages 2048 to 3071 of private memory and ends when some of them have been taken, which it reports.'
 complete -c kvmsim -n '_shtab_kvmsim_using selftest' -s h -l help -d 'show this help message and exit'
 complete -c kvmsim -n '_shtab_kvmsim_using selftest' -l shared -xka "(__fish_complete_path (commandline -ct))" -d 'file of shared memory, on a memfs'
 complete -c kvmsim -n '_shtab_kvmsim_using selftest' -l private -xka "(__fish_complete_path (commandline -ct))" -d 'guest-sealed file of private memory, on it, too'
-complete -c kvmsim -n '_shtab_kvmsim_using selftest' -l engine -xka "auto kvm unicorn" -d 'what runs the code (default: auto)'
 complete -c kvmsim -n '_shtab_kvmsim_using selftest' -l socket -xka "(__fish_complete_path (commandline -ct))" -d 'memfs'"'"'s socket (default: asked of the file)'
+complete -c kvmsim -n '_shtab_kvmsim_using selftest' -l engine -xka "auto kvm unicorn" -d 'what runs the code (default: auto)'
 complete -c kvmsim -n '_shtab_kvmsim_using selftest; and test $_shtab_kvmsim_npos -eq 0' -ka "check chaos watch" -d WHAT
 complete -c kvmsim -n '_shtab_kvmsim_using; and test $_shtab_kvmsim_npos -eq 0' -a convert -d 'Make a trace of what `valgrind --tool=lackey --trace-mem=yes` wrote.'
 complete -c kvmsim -n '_shtab_kvmsim_using convert' -s h -l help -d 'show this help message and exit'
