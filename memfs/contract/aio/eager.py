@@ -101,7 +101,10 @@ def drive(work: Coroutine[Any, Any, _T], trap: object) -> Generator[Any, Any, _T
             except BaseException as error:  # for the coroutine to handle
                 trap = work.throw(error)
             else:
-                trap = work.send(resumed_with)
+                try:
+                    trap = work.send(resumed_with)
+                finally:
+                    del resumed_with  # if it is an exception, a cycle with its traceback
     except StopIteration as end:
         result: _T = end.value
         return result

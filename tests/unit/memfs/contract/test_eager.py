@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import gc
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -142,3 +143,28 @@ def run_once(loop: Callable[[LoopTask], Awaitable[None]], nursery: trio.Nursery)
             await loop(task)
 
     run_loop(first, nursery.start_soon)
+
+
+async def test_what_was_cancelled_is_not_left_to_the_garbage_collector(nursery: trio.Nursery) -> None:
+    class Held:
+        """Something of the handler's."""
+
+    def held() -> int:
+        return sum(isinstance(each, Held) for each in gc.get_objects())
+
+    async def holds() -> str:
+        here = Held()
+        await trio.sleep_forever()
+        return str(here)
+
+    requests = Requests(holds)
+    gc.disable()
+    try:
+        run_loop(requests.loop, nursery.start_soon)
+        await wait_all_tasks_blocked()
+        assert held() == 1
+        requests.loop_tasks[0].scope.cancel()
+        await wait_all_tasks_blocked()
+        assert held() == 0
+    finally:
+        gc.enable()
