@@ -11,21 +11,20 @@ both cases the socket is removed and every file's memory is freed.
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import logging
 import os
 import struct
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any, Final, TypeVar
 
 import pyfuse3
 import trio
 
-from memfs import __version__, memory_limit
+from memfs import __version__, garbage, memory_limit
 from memfs.contract import logs
 from memfs.contract.aio.nurseries import open_flat_nursery
 from memfs.contract.aio.threads import NoThread
@@ -92,8 +91,7 @@ def run(settings: Settings, ready: Callable[[list[str]], None], not_kept: Iterab
     """
     forker = closer_process.start()
     opened = open_mount(settings)
-    gc.collect()
-    gc.freeze()  # the code's objects, which took each full collection 10 ms to look at
+    garbage.collect_no_more(young=not settings.check)
     worker = keep_alive(opened, not_kept) if opened.no_survival is None else Worker()
     closer = Closer(forker)
     trio.run(_serve, opened, worker, closer, ready)
@@ -109,10 +107,8 @@ async def _serve(opened: Opened, worker: Worker, closer: Closer, ready: Callable
                 opened.listener.close()  # before files are freed: that may take long, and the name may be wanted
                 try:
                     if opened.settings.check:
-                        memfs.check()
-                except AssertionError as error:
-                    log.critical("broken invariant: %s", error)
-                    raise
+                        with _broken_is_logged():
+                            memfs.check()
                 finally:
                     memfs.close()
         finally:
@@ -238,18 +234,16 @@ class _Memfs:
             return None
         state = self._kept.load()
         self._journal.dirty.clear()  # a new tree, in the place of which comes another
-        gc.disable()  # all of it stays
-        rebuild(self._tree, state, self._old_file)
-        (total_pages,) = _SIZE.unpack(state[SIZE])
-        self._backing.recovered(total_pages, sum(inode.file.tracked_pages for inode in self._tree.files()))
-        settle(state, self._file, self._journal)
-        self._open_files.restore(state)
-        if (said := self._mount.access_times()) is not None:
-            self._access_times.atime, self._access_times.diratime = said
-        for inode in self._open_files.cached:  # nobody knows which of its holes the kernel has read
-            self._page_cache.has_read(inode, ByteOffset(0), inode.file.size)
-        gc.freeze()
-        gc.enable()
+        with garbage.no_collection():  # all of it stays
+            rebuild(self._tree, state, self._old_file)
+            (total_pages,) = _SIZE.unpack(state[SIZE])
+            self._backing.recovered(total_pages, sum(inode.file.tracked_pages for inode in self._tree.files()))
+            settle(state, self._file, self._journal)
+            self._open_files.restore(state)
+            if (said := self._mount.access_times()) is not None:
+                self._access_times.atime, self._access_times.diratime = said
+            for inode in self._open_files.cached:  # nobody knows which of its holes the kernel has read
+                self._page_cache.has_read(inode, ByteOffset(0), inode.file.size)
         self._journal.commit()
         self._outage = time.monotonic() - self._worker.predecessor_died
         restarts, by = self._worker.restarts, self._worker.killed_by
@@ -420,6 +414,9 @@ class _Memfs:
         await unmounted.wait()
         self._manager.stopping()
         await server.end()
+        if self._settings.check:
+            with _broken_is_logged():
+                garbage.check()  # now: what the mount itself consists of need not be freed one by one
         scope.cancel()
 
     def check(self) -> None:
@@ -446,6 +443,16 @@ class _Memfs:
         self._backing.close()
         if self._kept is not None:
             self._kept.close()
+
+
+@contextlib.contextmanager
+def _broken_is_logged() -> Iterator[None]:
+    """Log what an AssertionError says, which goes on."""
+    try:
+        yield
+    except AssertionError as error:
+        log.critical("broken invariant: %s", error)
+        raise
 
 
 async def _in_a_thread(function: Callable[[], _T]) -> _T:

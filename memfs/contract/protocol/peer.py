@@ -335,8 +335,13 @@ class Peer:
         finally:
             self.close()
             await self._end_handlers()
-        if self._broken is not None:
-            raise self._broken
+            self._handle = None  # most likely has us
+        broken, self._broken = self._broken, None
+        if broken is not None:
+            try:
+                raise broken
+            finally:
+                del broken  # a cycle with its traceback
 
     def _read_on(self) -> None:
         try:
