@@ -84,6 +84,13 @@ def _pairs(edges: npt.NDArray[np.int64]) -> Iterator[tuple[PageIndex, PageIndex]
             yield PageIndex(one), PageIndex(other)
 
 
+def _edges(states: _Bytes) -> npt.NDArray[np.int64]:
+    """Return where runs of ALLOCATED begin and end, in turn: int64, indexes into `states`, of shape (n,), n > 0."""
+    inside = np.flatnonzero(states[1:] != states[:-1]) + 1
+    begins, ends = [0] if states[0] else [], [len(states)] if states[-1] else []
+    return np.concatenate((begins, inside, ends)).astype(np.int64, copy=False)
+
+
 class PageMapView:
     """A page map that can be read: the store's own, or one received with Registered.
 
@@ -199,8 +206,7 @@ class PageMapView:
             return
         open_run: PageRange | None = None  # a run may continue in the next part
         for part in (part for extent in _extents(self._fd, pages) for part in extent.chunks(_AT_ONCE)):
-            edges = np.flatnonzero(np.diff(self.pages[part.slice], prepend=np.uint8(0), append=np.uint8(0)))
-            for start, end in _pairs(edges + part.start):
+            for start, end in _pairs(_edges(self.pages[part.slice]) + part.start):
                 if open_run is not None and open_run.end == start:
                     open_run = PageRange(open_run.start, end)
                     continue
