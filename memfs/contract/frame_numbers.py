@@ -36,8 +36,7 @@ def by_order(pages: PageRange, is_whole: Callable[[PageRange], bool]) -> Iterato
             yield extent, ORDER_1G
             continue
         parts_by_order = (
-            (part, ORDER_2M if is_whole(_block(part.start, ORDER_2M)) else ORDER_4K)
-            for part in cut_at(extent, ORDER_2M)
+            (part, ORDER_2M if is_whole(_block(part.start, ORDER_2M)) else ORDER_4K) for part in _whole_between(extent)
         )
         for order, group in itertools.groupby(parts_by_order, key=lambda each: each[1]):
             parts = [part for part, _ in group]
@@ -48,6 +47,14 @@ def cut_at(pages: PageRange, order: int) -> Iterator[PageRange]:
     """Cut a range at every multiple of 2**order pages."""
     block = 1 << order
     edges = [pages.start, *range((pages.start // block + 1) * block, pages.end, block), pages.end]
+    return (PageRange(PageIndex(start), PageIndex(end)) for start, end in itertools.pairwise(edges))
+
+
+def _whole_between(pages: PageRange) -> Iterator[PageRange]:
+    """Cut a range into the aligned blocks of 2 MiB that lie in it, as one, and what is before and behind them."""
+    block = 1 << ORDER_2M
+    inner = {-(-pages.start // block) * block, pages.end // block * block}
+    edges = sorted({pages.start, pages.end, *(edge for edge in inner if edge in pages)})
     return (PageRange(PageIndex(start), PageIndex(end)) for start, end in itertools.pairwise(edges))
 
 
