@@ -55,8 +55,8 @@ from memfs.tree.tree import Tree
 
 log = logging.getLogger(__name__)
 
-_MOST_RUNS: Final = 256  # in one reply: a share of work
-_MOST_PAGES: Final = 1 << 21  # looked at for one reply, which takes less than a share
+_MOST_RUNS: Final = 128  # in one reply: a share of work
+_MOST_PAGES: Final = 1 << 20  # looked at for one reply: a quarter of a share
 
 
 class Registration:
@@ -156,30 +156,32 @@ class Registration:
     def _runs(self, pages: PageRange, alloc: bool) -> list[PfnRun]:
         return list(islice(self._all_runs(pages, alloc), _MOST_RUNS))
 
-    def _all_runs(self, pages: PageRange, alloc: bool) -> Iterator[PfnRun]:
-        known: dict[PageRange, bool] = {}  # most blocks are asked about many times
-        for run, is_present in [(pages, True)] if alloc else self.file.allocation_runs(pages):
+    def _all_runs(self, asked: PageRange, alloc: bool) -> Iterator[PfnRun]:
+        for run, is_present in [(asked, True)] if alloc else self.file.allocation_runs(asked):
             if is_present:
-                for part, order in self._by_order(run, known):
+                for part, order in self._by_order(run, asked):
                     yield PfnRun(part, self.frames.pfn(part.start), order)
             else:
                 yield PfnRun(run, None)
 
-    def _by_order(self, run: PageRange, known: dict[PageRange, bool]) -> Iterator[tuple[PageRange, int]]:
+    def _by_order(self, run: PageRange, asked: PageRange) -> Iterator[tuple[PageRange, int]]:
         """Cut a run of allocated pages into parts of one extent and one order."""
         if self.file.granule > PAGE_SIZE:  # what there is of it are whole huge pages
             order = order_of(self.file.granule)
             return ((part, order) for part in cut_at(run, ORDER_1G))
-        return by_order(run, functools.partial(self._is_whole, known, run))
+        return by_order(run, functools.partial(self._is_whole, run, asked))
 
-    def _is_whole(self, known: dict[PageRange, bool], run: PageRange, block: PageRange) -> bool:
-        """Return whether all of a block is allocated, as `run` is; of a file without page map nothing else is known."""
-        if block.intersect(run) == block:
+    def _is_whole(self, run: PageRange, asked: PageRange, block: PageRange) -> bool:
+        """Return whether all of a block is allocated, as `run` is, with absent pages around it within `asked`.
+
+        Of a file without a page map nothing else is known.
+        """
+        if block.start < run.start != asked.start or block.end > run.end != asked.end:
+            return False
+        if run.start <= block.start and block.end <= run.end:
             return True
-        if block not in known:
-            page_map = self.file.page_map
-            known[block] = page_map is not None and page_map.count(block) == len(block)
-        return known[block]
+        page_map = self.file.page_map
+        return page_map is not None and page_map.count(block) == len(block)
 
     def put_pfn(self, pages: PageRange) -> None:
         """Unlock pages. Raises OSError(EINVAL), changing nothing, if any of them is not locked."""

@@ -29,7 +29,7 @@ from memfs.contract.protocol.messages import (
     PfnReply,
 )
 from memfs.contract.protocol.peer import Incoming, PeerGone
-from memfs.contract.units import PAGE_SIZE, PageRange
+from memfs.contract.units import PAGE_SHIFT, PAGE_SIZE, PageRange
 from memfs.owners.owner import Answer, Owner
 from memfs.owners.registry import Registration, Registry
 from memfs.store.backing import MemfdBacking
@@ -499,17 +499,32 @@ async def test_get_pfn_of_fragmented_memory_costs_no_more_than_a_share(
     while position < 8192:
         reply = await registration.get_pfn(pages(position, 8192), alloc=False)
         replies += 1
-        assert len(reply.runs) <= 256
+        assert len(reply.runs) <= 128
         covered = list(range(position, reply.pages.end))
         assert [run.pages.start for run in reply.runs] == covered
         assert [run.pfn is not None for run in reply.runs] == [page % 2 == 0 for page in covered]
         for page in range(position, reply.pages.end, 2):
             registration.put_pfn(pages(page, page + 1))
         position = reply.pages.end
-    assert counted <= 3 * replies + 32  # look-ups of blocks, not of runs
+    assert counted <= 4 * replies  # of runs at either end: what is around others is absent
     assert Turns.here().total - begun >= replies * SHARE
     registry.end(registration.owner)
     tree.unlink(ROOT_INO, b"fragmented")
+
+
+async def test_get_pfn_of_much_memory_looks_at_four_gibibytes(
+    registry: Registry, tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = MemfdBacking(2 << 20 << PAGE_SHIFT)
+    monkeypatch.setattr(tree, "_new_file", lambda ino, seals: File(large, ino, seals))
+    inode = tree.create(ROOT_INO, b"large", stat.S_IFREG | 0o600, 0, 0, seals=F_SEAL_GUEST)
+    assert isinstance(inode, RegularFile)
+    await inode.file.truncate(at(2 << 20))
+    registration = Guest(registry).register(inode)
+    reply = await registration.get_pfn(pages(100, 2 << 20), alloc=False)
+    assert [(run.pages, run.pfn) for run in reply.runs] == [(pages(100, 100 + (1 << 20)), None)]
+    registry.end(registration.owner)
+    tree.unlink(ROOT_INO, b"large")
 
 
 async def test_to_describe_much_takes_many_turns(registry: Registry, tree: Tree) -> None:
