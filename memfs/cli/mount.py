@@ -23,6 +23,8 @@ from memfs.contract.terminal import printable, quoted
 from memfs.inherited import InheritedError, leave_behind, raise_limits
 from memfs.options import REMOUNT, MountOptions, OptionError
 
+log = logging.getLogger(__name__)
+
 
 def add_to(commands: Commands) -> None:
     """Add the commands to those of `memfs`."""
@@ -149,21 +151,43 @@ def start(mount: Mount) -> list[str]:
 
 
 def _serve_and_report(mount: Mount, report: int) -> NoReturn:
-    """Serve as the daemon of `memfs mount`, and tell the parent over a pipe how it went."""
+    """Serve as the daemon of `memfs mount`, and tell the parent over a pipe how mounting went.
+
+    When it has been told that all is well, the pipe is gone, and what ends the daemon is only in the log.
+    """
+    pipe = os.fstat(report)
+
+    def is_awaited() -> bool:
+        try:
+            return os.path.samestat(os.fstat(report), pipe)
+        except OSError:  # and the keeper closes it for workers to come
+            return False
 
     def tell(outcome: str, lines: list[str]) -> None:
-        os.write(report, os.fsencode("\n".join([outcome, *lines])))
-        os.close(report)
+        try:
+            os.write(report, os.fsencode("\n".join([outcome, *lines])))
+        except BrokenPipeError:
+            raise CommandError("who was mounting it is gone") from None
+        finally:
+            os.close(report)
 
     try:
         _serve(mount, lambda notes: tell("ready", notes), [report])
-    except CommandError as error:
-        tell("failed", [str(error)])
-        os._exit(1)
-    except OSError as error:
-        tell("failed", [f"{error.filename}: {error.strerror}" if error.filename else str(error)])
+    except Exception as error:
+        is_known = isinstance(error, CommandError | OSError)
+        why = _sentence(error) if is_known else f"a bug in memfs: {_sentence(error)}; --foreground shows more"
+        if is_awaited():
+            tell("failed", [why])
+        else:
+            log.critical("memfs has ended: %s", why, exc_info=not is_known)
         os._exit(1)
     os._exit(0)
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
 
 
 def _serve(mount: Mount, ready: Callable[[list[str]], None], not_kept: Sequence[int] = ()) -> None:

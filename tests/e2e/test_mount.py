@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -174,6 +175,47 @@ def test_what_is_logged_in_the_background_is_beside_the_socket(can_mount: None, 
         until(lambda: "broke the protocol" in log.read_text())
         subprocess.run(["umount", mountpoint], check=True)
         log.unlink()
+
+
+#: The command, whose daemon comes to an end on SIGUSR1, or when it has mounted
+BREAKS = """
+import sys
+from memfs import daemon
+from memfs.cli.main import main
+
+async def breaks(*_):
+    raise {error}
+
+daemon._Memfs.{method} = breaks
+main(["mount", *sys.argv[1:]])
+"""
+
+
+@pytest.mark.parametrize("error", ["OSError(5, 'Input/output error')", "ZeroDivisionError('oops')"])
+def test_why_a_daemon_ended_later_is_logged(can_mount: None, tmp_path: Path, error: str) -> None:
+    mountpoint, log = tmp_path / "mnt", tmp_path / "log"
+    mountpoint.mkdir()
+    program = BREAKS.format(method="_log_state", error=error)
+    try:
+        result = run(sys.executable, "-c", program, mountpoint, "-o", "size=1m", "--log-file", log)
+        assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+        os.kill(json.loads(run(*memfs_command("stat", "--json", mountpoint)).stdout)["pid"], signal.SIGUSR1)
+        until(lambda: log.exists() and "memfs has ended: " in log.read_text())
+        until(lambda: not os.path.ismount(mountpoint))
+        [line] = [line for line in log.read_text().splitlines() if "memfs has ended" in line]
+        is_a_bug = "ZeroDivisionError" in error
+        assert ("a bug in memfs: oops" in line, "Traceback" in line) == (is_a_bug, is_a_bug)
+        assert ("Input/output error" in line) == (not is_a_bug)
+    finally:
+        run("umount", "--lazy", mountpoint)
+
+
+def test_a_bug_while_mounting_is_said(can_mount: None, tmp_path: Path) -> None:
+    program = BREAKS.format(method="run", error="ZeroDivisionError('oops')")
+    result = run(sys.executable, "-c", program, tmp_path, "-o", "size=1m")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == "memfs: a bug in memfs: oops; --foreground shows more\n"
+    assert not os.path.ismount(tmp_path)
 
 
 def test_socket_in_use_is_refused_and_a_stale_one_replaced(memfs: Memfs, tmp_path: Path) -> None:
