@@ -179,6 +179,7 @@ async def test_every_point_of_memfs(mount_memfs: MountMemfs, in_memfs: Injection
         change, what = CHANGES[name], f"{name}, {kind.value} {point.value}"
         path = await prepare(memfs, guest=guest)
         async with owning(memfs, path) as (owner, view):
+            await blocks(path)  # memfs is done with what came before
             in_memfs.arm(point, kind)
             with trio.fail_after(4):
                 done = await shell(*change.command, path, cwd=Path("/"))
@@ -291,6 +292,7 @@ async def test_memfs_dies_at_every_point(mount_memfs: MountMemfs, in_memfs: Inje
             what = f"{name}, dying {point.value}"
             path = await prepare(memfs, guest=True)
             async with owning(memfs, path) as (owner, _):
+                await blocks(path)  # memfs is done with what came before
                 in_memfs.arm(point, Kind.KILL)
                 with trio.fail_after(10):
                     done = await shell(*CHANGES[name].command, path, cwd=Path("/"))

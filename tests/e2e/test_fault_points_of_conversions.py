@@ -146,6 +146,7 @@ async def test_memfs_dies_at_every_point(mount_memfs: MountMemfs, in_memfs: Inje
     try:
         for point in POINTS:
             async with owning(memfs, to_private=True) as files:
+                await files.look(memfs)  # memfs is done with what came before
                 in_memfs.arm(point, Kind.KILL)
                 with trio.fail_after(10):
                     assert await files.convert(to_private=True) in (errno.ENOTCONN, errno.ECONNABORTED), point
