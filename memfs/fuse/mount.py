@@ -60,6 +60,7 @@ log = logging.getLogger(__name__)
 
 _HELPER: Final = "fusermount3"
 _TIMEOUT: Final = 3.0  # seconds for what is mounted already to answer
+_NEEDED: Final = ("/", "/dev", "/proc", "/run", "/sys")  # what is mounted over them cannot even be unmounted
 
 
 class MountError(Exception):
@@ -211,6 +212,8 @@ def _check_directory(mountpoint: str) -> None:
         raise MountError(f"{mountpoint}: {error.strerror}{what_to_do}") from error
     if not is_directory:
         raise MountError(f"{mountpoint}: not a directory to mount on")
+    if os.path.realpath(mountpoint) in _NEEDED:
+        raise MountError(f"{mountpoint}: programs need that directory, memfs as well; mount on one of its own")
 
 
 def _is_dead(mountpoint: str) -> bool:

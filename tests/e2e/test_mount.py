@@ -126,6 +126,19 @@ def test_mountpoint_that_is_none(can_mount: None, tmp_path: Path) -> None:
         assert not (tmp_path / "socket").exists()
 
 
+@pytest.mark.parametrize("path", ["/", "/proc", "/dev", "link"])
+def test_nothing_is_mounted_on_what_programs_need(can_mount: None, tmp_path: Path, path: str) -> None:
+    """In a mount namespace: if it were mounted, the machine could not be used any more."""
+    skip_without_mount_namespace()
+    (tmp_path / "link").symlink_to("/proc")
+    mountpoint = tmp_path / path  # which is `path` itself, if that is absolute
+    command = memfs_command("mount", mountpoint, "--socket", tmp_path / "socket")
+    result = run(*mount_namespace(tmp_path), *command)
+    why = "programs need that directory, memfs as well; mount on one of its own"
+    assert (result.returncode, result.stderr) == (1, f"memfs: {mountpoint}: {why}\n")
+    assert not (tmp_path / "socket").exists()
+
+
 def test_mount_on_one_that_does_not_answer_is_refused(memfs: Memfs, tmp_path: Path) -> None:
     (memfs.path / "file").write_text("content")
     memfs.process.send_signal(signal.SIGSTOP)
