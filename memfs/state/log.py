@@ -27,7 +27,6 @@ import mmap
 import os
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from typing import Final
 
 _MAGIC: Final = int.from_bytes(b"memfslog", "little")
@@ -216,8 +215,7 @@ class Log:
             old.remove()
 
     def close(self) -> None:
-        """Unmap it; it stays where it is."""
+        """Unmap it; it stays where it is, and whoever opens it removes what is not complete."""
         self._file.close()
         if self._next is not None:
-            with suppress(FileNotFoundError):
-                self._next.remove()
+            self._next.close()

@@ -79,6 +79,25 @@ def test_it_stays_short_whatever_is_committed_and_at_each_moment_of_that(
     log.close()
 
 
+def test_it_can_be_closed_while_it_is_compacted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when its directory has been closed before."""
+    monkeypatch.setattr(log_module, "_SHORT", 2000)
+    root = os.open(tmp_path, os.O_PATH)
+    log, number = Log(root, lambda key: b"1"), 0
+    while len(os.listdir(tmp_path)) < 2:
+        number += 1
+        log.put(b"%d" % number, b"1")
+        log.commit()
+    os.close(root)
+    log.close()
+    root = os.open(tmp_path, os.O_PATH)
+    log = Log(root, lambda key: b"1")
+    assert len(log.load()) == number
+    assert len(os.listdir(tmp_path)) == 1
+    log.close()
+    os.close(root)
+
+
 def test_one_that_is_not_complete_is_removed(root: int, tmp_path: Path) -> None:
     log = Log(root, {b"a": b"1"}.get)
     log.put(b"a", b"1")
