@@ -135,7 +135,7 @@ def test_nothing_is_mounted_on_what_programs_need(can_mount: None, tmp_path: Pat
     command = memfs_command("mount", mountpoint, "--socket", tmp_path / "socket")
     result = run(*mount_namespace(tmp_path), *command)
     why = "programs need that directory, memfs as well; mount on one of its own"
-    assert (result.returncode, result.stderr) == (1, f"memfs: {mountpoint}: {why}\n")
+    assert (result.returncode, result.stderr) == (1, f"memfs: {mountpoint.resolve()}: {why}\n")
     assert not (tmp_path / "socket").exists()
 
 
