@@ -66,11 +66,11 @@ class Dying(Differential):
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("mode", ["passthrough=auto", "passthrough=off"])
-def test_every_step_is_tmpfs_s_when_the_daemon_dies_in_it(inject: Path, can_mount: None, mode: str) -> None:
-    Dying.passes_through = mode != "passthrough=off"
+def test_every_step_is_tmpfs_s_when_the_daemon_dies_in_it(inject: Path, can_mount: None) -> None:
+    """With passthrough: without, holes may count as data after a death (DIFFERENCES.md)."""
+    Dying.passes_through = True
     Dying.inject = inject
-    with mounted_alike(f"size={SIZE},nr_inodes={INODES},mode=755", f"{mode},survive=on", EXPECTED) as (ours, theirs):
+    with mounted_alike(f"size={SIZE},nr_inodes={INODES},mode=755", "survive=on", EXPECTED) as (ours, theirs):
         pair = Side(ours), Side(theirs)
         try:
             run_machine(pair, examples=8, steps=40, number=0, machine=Dying)
