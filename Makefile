@@ -13,6 +13,7 @@ help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 demo: $(STAMP) ## See memory converted while a guest runs (under a minute, no trace left)
+	@./install-system-packages demo
 	@$(BIN)/python -m demo
 
 unit: $(STAMP) ## The tests that need no root and no mount (two minutes)
