@@ -153,6 +153,7 @@ class _Memfs:
         )
         self._manager: Final = ServiceManager()
         self._clients: Final = Clients(options.socket_mode, options.socket_group, self._holdings.descriptors)
+        self._remove_others: Callable[[], None] = lambda: None  # that a predecessor was about to free; may take long
         self._outage: float | None = None  # seconds in which nobody served, before this worker did
         keep(self._tree, self._journal)
         self._journal.keeps(SIZE, lambda key: _SIZE.pack(self._backing.total_pages))
@@ -244,6 +245,12 @@ class _Memfs:
                 self._access_times.atime, self._access_times.diratime = said
             for inode in self._open_files.cached:  # nobody knows which of its holes the kernel has read
                 self._page_cache.has_read(inode, ByteOffset(0), inode.file.size)
+            assert isinstance(self._backing, TmpfsBacking)
+            inodes = self._tree.inodes.values()
+            guests: dict[int, bool] = {
+                inode.ino: isinstance(inode, RegularFile) and inode.file.guest for inode in inodes
+            }
+            self._remove_others = self._backing.remove_others(guests, self._tree.next_ino)
         self._journal.commit()
         self._outage = time.monotonic() - self._worker.predecessor_died
         restarts, by = self._worker.restarts, self._worker.killed_by
@@ -259,12 +266,7 @@ class _Memfs:
 
     async def _clear_up(self) -> None:
         """Free what a predecessor was about to free, and inodes that the kernel has forgotten meanwhile."""
-        assert isinstance(self._backing, TmpfsBacking)
-        guests = (
-            (inode.ino, isinstance(inode, RegularFile) and inode.file.guest) for inode in self._tree.inodes.values()
-        )
-        known: dict[int, bool] = dict(guests)
-        await trio.to_thread.run_sync(self._backing.remove_others, known, int(self._tree.next_ino))
+        await trio.to_thread.run_sync(self._remove_others)
         await trio.sleep(_FORGOTTEN_AFTER)
         for number, _ in enumerate(free_forgotten(self._tree)):
             self._journal.commit()

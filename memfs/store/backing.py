@@ -29,7 +29,7 @@ import errno
 import os
 import resource
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
@@ -162,22 +162,31 @@ class TmpfsBacking:
         self._guests.recovered()
         self._adjust_guest_share()
 
-    def remove_others(self, known: Mapping[int, bool], end: int) -> None:
-        """Remove what another process has left that is not one of the files that are known. May take long.
+    def remove_others(self, known: Mapping[int, bool], end: int) -> Callable[[], None]:
+        """Remove what another process has left that is not one of the files that are known. Call before any is created.
 
-        `known` has their numbers, and whether they are for a guest; none is larger than `end`.
+        `known` has their numbers, and whether they are for a guest; none is as large as `end`, and those below it are
+        given to no other file. So what may still be created goes now: it is empty, for nobody was told of it. The rest
+        may be large. What is returned removes that, at any time, in a thread.
         """
-        for content in list(self._contents()):
+        others = [each for each in self._contents() if known.get(abs(each)) != (each < 0)]
+        rest = list[Content]()
+        for content in others:
             number = abs(content)
-            if number < end and known.get(number) != (content < 0):
-                path, root = self.locate(content)
-                with suppress(FileNotFoundError):
-                    os.unlink(path, dir_fd=root)
+            if number >= end or (content < 0 and number in known):
+                self.free(content)
+            else:
+                rest.append(content)
+
+        def remove_rest() -> None:
+            for content in rest:
+                self.free(content)
+
+        return remove_rest
 
     def _contents(self) -> Iterator[Content]:
         for root in (self._root, self._guests.root):
-            with os.scandir(f"/proc/self/fd/{root}") as entries:
-                yield from (Content(int(entry.name)) for entry in entries if entry.name != _BALLAST_NAME)
+            yield from (Content(int(name)) for name in os.listdir(f"/proc/self/fd/{root}") if name != _BALLAST_NAME)
 
     def open(self, content: Content) -> int:
         """Return a descriptor of a file."""

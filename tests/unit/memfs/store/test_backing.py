@@ -81,3 +81,29 @@ async def test_what_a_guest_frees_returns_immediately(nursery: trio.Nursery, siz
     fill(backing, size)
     nursery.cancel_scope.cancel()
     backing.close()
+
+
+def test_what_another_process_left_goes_and_nothing_that_was_created_since() -> None:
+    backing = new_backing(TmpfsBacking, SCARCE)
+    assert isinstance(backing, TmpfsBacking)
+    lost = [(5, True), (6, False), (7, False), (8, True), (9, False), (9, True)]
+    for number, guest in [(5, False), (6, True), *lost]:
+        backing.create(number, guest=guest)
+
+    def is_there(number: int, guest: bool) -> bool:
+        path, root = backing.locate(backing.find(number, guest=guest))
+        try:
+            os.stat(path, dir_fd=root)
+        except FileNotFoundError:
+            return False
+        return True
+
+    remove_rest = backing.remove_others({5: False, 6: True}, end=9)
+    created = [(5, True), (9, False), (9, True)]  # sealed, and new: the only ones that may come
+    assert not any(is_there(*each) for each in created)
+    for number, guest in created:
+        backing.create(number, guest=guest)
+    remove_rest()
+    assert all(is_there(*each) for each in [(5, False), (6, True), *created])
+    assert not any(is_there(*each) for each in lost if each not in created)
+    backing.close()
