@@ -53,13 +53,18 @@ class Holdings:
             except OSError as error:
                 log.warning("a file is not opened: %s", error.strerror)
                 raise
-            if held is None:
-                held = self._held[user, ino] = [0, 0]
-                self.descriptors.take(user)
-            if maps:
-                held[1] = 1
-                self.descriptors.take(user, _OF_MAP)
-                self.page_maps.take(user)
+        self.take(user, ino, maps=maps)
+
+    def take(self, user: Hashable, ino: int, *, maps: bool) -> None:
+        """Charge a user for what it has been granted: it stays so, whatever others have by now."""
+        held = self._held.get((user, ino))
+        if held is None:
+            held = self._held[user, ino] = [0, 0]
+            self.descriptors.take(user)
+        if maps > held[1]:
+            held[1] = 1
+            self.descriptors.take(user, _OF_MAP)
+            self.page_maps.take(user)
         held[0] += 1
 
     def release(self, user: Hashable, ino: int) -> None:

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import enum
 import errno
+import logging
 import os
 import secrets
 import struct
@@ -39,6 +40,8 @@ from memfs.store.file import File
 from memfs.tree.holdings import Holdings
 from memfs.tree.inode import Directory, RegularFile
 from memfs.tree.tree import Tree
+
+log = logging.getLogger(__name__)
 
 CONTROL: Final = os.O_ACCMODE  #: the access mode of a handle for ioctl(2) only
 
@@ -233,29 +236,36 @@ class OpenFiles:
         return packed if file_key is None else packed + _KEY.pack(file_key)
 
     def restore(self, state: Mapping[bytes, bytes]) -> None:
-        """Open the handles that were written down. Raises OSError(EMFILE)."""
+        """Open the handles that were written down. One whose file cannot be opened is closed."""
         for key, value in state.items():
             if key[:1] != HANDLE:
                 continue
-            ino, flags, access, backing_id, user = _HANDLE.unpack_from(value)
             fh = Fh(number_in(key))
-            if len(value) > _HANDLE.size:
-                (number,) = _KEY.unpack_from(value, _HANDLE.size)
-                self._keys[fh], self._by_key[Key(number)] = Key(number), fh
-            inode = self._tree.inode(ino)
-            handle: OpenFile | OpenDirectory
-            if isinstance(inode, RegularFile):
-                handle = OpenFile(inode, flags, Access(access), user)
-                self._holdings.hold(user, ino, maps=_may_be_guest(inode.file, flags))
-                if handle.mappable:
-                    if not inode.file.opens.mappable and backing_id:
-                        inode.file.opens.pass_through(backing_id)
-                    inode.file.opens.add(writable=handle.writable)
-            else:
-                handle = OpenDirectory(self._tree.directory(ino), flags)
-            self._open[fh] = handle
-            self._tree.hold(inode)
             self._next = Fh(max(self._next, fh + 1))
+            try:
+                self._restore(fh, value)
+            except OSError as error:
+                log.error("an open file is closed: %s", error)  # noqa: TRY400
+                self._journal.changed(key)
+
+    def _restore(self, fh: Fh, value: bytes) -> None:
+        ino, flags, access, backing_id, user = _HANDLE.unpack_from(value)
+        inode = self._tree.inode(ino)
+        self._tree.hold(inode)
+        handle: OpenFile | OpenDirectory
+        if isinstance(inode, RegularFile):
+            handle = OpenFile(inode, flags, Access(access), user)
+            self._holdings.take(user, ino, maps=_may_be_guest(inode.file, flags))
+            if handle.mappable:
+                if not inode.file.opens.mappable and backing_id:
+                    inode.file.opens.pass_through(backing_id)
+                inode.file.opens.add(writable=handle.writable)
+        else:
+            handle = OpenDirectory(self._tree.directory(ino), flags)
+        self._open[fh] = handle
+        if len(value) > _HANDLE.size:
+            (number,) = _KEY.unpack_from(value, _HANDLE.size)
+            self._keys[fh], self._by_key[Key(number)] = Key(number), fh
 
     @property
     def backing_ids(self) -> set[int]:

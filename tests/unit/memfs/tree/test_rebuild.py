@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from contextlib import suppress
@@ -14,10 +15,13 @@ from hypothesis import strategies as st
 from memfs.state.journal import LogJournal
 from memfs.store.backing import TmpfsBacking
 from memfs.store.file import File
+from memfs.store.shares import Pool
+from memfs.tree.holdings import Holdings
 from memfs.tree.inode import Directory, RegularFile, Symlink
-from memfs.tree.open_files import OpenFiles
+from memfs.tree.open_files import CONTROL, OpenFiles
 from memfs.tree.rebuild import free_forgotten, keep, keys_of, rebuild
 from memfs.tree.tree import ROOT_INO, Tree
+from tests.helpers import raises
 
 _name = st.sampled_from([b"a", b"b", b"c"])
 _directory = st.integers(0, 3)  #: of those that there are
@@ -38,7 +42,7 @@ _step = st.one_of(
 class World:
     """A tree, its open files, its backing and its journal."""
 
-    def __init__(self, backing: TmpfsBacking) -> None:
+    def __init__(self, backing: TmpfsBacking, holdings: Holdings | None = None) -> None:
         assert backing.state is not None
         self.backing = backing
         self.journal = LogJournal(backing.state.root)
@@ -48,7 +52,7 @@ class World:
             journal=self.journal,
             is_known=lambda ino: False,
         )
-        self.open_files = OpenFiles(self.tree, journal=self.journal)
+        self.open_files = OpenFiles(self.tree, holdings=holdings, journal=self.journal)
         keep(self.tree, self.journal)
 
     def do(self, what: str, *arguments: object) -> None:
@@ -117,10 +121,23 @@ class World:
         self.journal.close()
 
 
-def successor(world: World) -> World:
-    """The world after its process was killed."""
-    other = World(world.backing)
+def new_backing_of_state(size: int = 1 << 20) -> TmpfsBacking:
+    """A backing that outlives its process. Skips the test where there is none."""
+    try:
+        backing = TmpfsBacking(size)
+    except PermissionError:
+        pytest.skip("without CAP_SYS_ADMIN there is no detached tmpfs")
+    if backing.state is None:
+        pytest.skip("a mount that is nowhere cannot be cloned before Linux 6.15")
+    return backing
+
+
+def successor(world: World, holdings: Holdings | None = None, *, backwards: bool = False) -> World:
+    """The world after its process was killed. `backwards`: what was written down is read in the other order."""
+    other = World(world.backing, holdings)
     state = other.journal.load()
+    if backwards:
+        state = dict(reversed(state.items()))
 
     def old_file(ino: int, seals: int) -> File:
         return File(world.backing, ino, seals, journal=other.journal, exists=True)
@@ -134,12 +151,7 @@ def successor(world: World) -> World:
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(_step, max_size=25))
 def test_after_each_request_the_tree_can_be_built_again(steps: list[tuple[object, ...]]) -> None:
-    try:
-        backing = TmpfsBacking(1 << 20)
-    except PermissionError:
-        pytest.skip("without CAP_SYS_ADMIN there is no detached tmpfs")
-    if backing.state is None:
-        pytest.skip("a mount that is nowhere cannot be cloned before Linux 6.15")
+    backing = new_backing_of_state()
     world = World(backing)
     try:
         world.journal.commit()
@@ -164,10 +176,7 @@ def test_after_each_request_the_tree_can_be_built_again(steps: list[tuple[object
 
 
 def test_an_inode_from_before_goes_when_the_kernel_does_not_know_it(tmp_path: Path) -> None:
-    try:
-        backing = TmpfsBacking(1 << 20)
-    except PermissionError:
-        pytest.skip("without CAP_SYS_ADMIN there is no detached tmpfs")
+    backing = new_backing_of_state()
     world = World(backing)
     inode = world.tree.create(ROOT_INO, b"a", stat.S_IFREG, 0, 0)
     world.tree.looked_up(inode)
@@ -180,4 +189,60 @@ def test_an_inode_from_before_goes_when_the_kernel_does_not_know_it(tmp_path: Pa
     assert list(other.tree.inodes) == [ROOT_INO]
     assert backing.used_pages == 0
     other.close()
+    backing.close()
+
+
+def small_holdings() -> Holdings:
+    return Holdings(Pool("descriptors", 32), Pool("page maps", 16))
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("flags", [os.O_RDWR, CONTROL])
+def test_what_was_granted_is_had_again_in_whichever_order(flags: int, backwards: bool) -> None:
+    """One user takes its share, another one then: the first has more than would be granted to it now."""
+    backing = new_backing_of_state()
+    world = World(backing, small_holdings())
+    for user in (12001, 12002):
+        with suppress(OSError):
+            while True:
+                inode = world.tree.create_unlinked(ROOT_INO, stat.S_IFREG | 0o600, 0, 0)
+                assert isinstance(inode, RegularFile)
+                world.open_files.open_file(inode, flags, user)
+    assert len(world.open_files) > 8
+    world.journal.commit()
+    holdings = small_holdings()
+    other = successor(world, holdings, backwards=backwards)
+    assert other.open_files.keys == world.open_files.keys
+    holdings.check()
+    other.open_files.check()
+    other.open_files.close()
+    holdings.check()
+    world.close()
+    backing.close()
+
+
+def test_a_handle_whose_file_cannot_be_opened_is_closed_and_the_others_go_on(caplog: pytest.LogCaptureFixture) -> None:
+    backing = new_backing_of_state()
+    world = World(backing)
+    fhs = []
+    for name in (b"a", b"b"):
+        inode = world.tree.create(ROOT_INO, name, stat.S_IFREG, 0, 0)
+        assert isinstance(inode, RegularFile)
+        fhs.append(world.open_files.open_file(inode, os.O_RDWR)[0])
+    world.journal.commit()
+    other = World(backing)
+    state = other.journal.load()
+    other.journal.dirty.clear()
+    rebuild(other.tree, state, lambda ino, seals: File(backing, ino, seals, journal=other.journal, exists=True))
+    lost = other.tree.regular(ROOT_INO + 1).file
+    backing.free(backing.find(lost.number, guest=False))  # so that there is nothing to open
+    other.open_files.restore(state)
+    with raises(errno.EBADF):
+        other.open_files.file(fhs[0])
+    assert other.open_files.file(fhs[1]).inode.file.size == 0
+    assert "an open file is closed" in caplog.text
+    other.journal.commit()
+    other.journal.check(keys_of(other.tree) | other.open_files.keys)
+    other.journal.close()
+    world.journal.close()
     backing.close()
