@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import logging
 import os
 import struct
 from collections.abc import Callable, Mapping
@@ -53,6 +54,8 @@ from memfs.store.accounting import Reservation
 from memfs.store.file import File
 from memfs.store.pages import Pages, Vm
 from memfs.store.seals import Operation
+
+log = logging.getLogger(__name__)
 
 _INTENT: Final = struct.Struct("=Q?7x")  # the file that pages come to, whether that is the private one; then the runs
 _CALLS: Final = 10  # system calls on a page each that count as a unit of work
@@ -259,7 +262,7 @@ class _Conversion:
 def settle(state: Mapping[bytes, bytes], files: Callable[[int], File | None], journal: Journal) -> None:
     """End the conversions in the middle of which a predecessor was killed: free what has come to the other side.
 
-    `files` finds a file by its number. Raises OSError.
+    `files` finds a file by its number.
     """
     for key, value in state.items():
         if key[:1] != INTENT:
@@ -270,13 +273,21 @@ def settle(state: Mapping[bytes, bytes], files: Callable[[int], File | None], jo
         if leaving is None or coming is None:
             continue
         runs = PageRanges(np.frombuffer(value, np.int64, offset=_INTENT.size).reshape(-1, 2).copy())
-        with leaving.held(), coming.held():
-            private = (coming if to_private else leaving).page_map
-            assert private is not None, "a guest-sealed file without a page map"
-            there, pages = private.select(runs, ALLOCATED), leaving.operations()
-            for run in there:
-                pages.fallocate_now(PUNCH_HOLE, run.offset, run.nbytes)
-            pages.account_freed(there)
+        try:
+            _leave(leaving, runs, coming if to_private else leaving)
+        except OSError as error:  # no memory or no descriptor
+            log.warning("files %d and %d have pages on both sides: %s", leaving.number, coming.number, error)
+
+
+def _leave(leaving: File, runs: PageRanges, guest: File) -> None:
+    """Free the pages of a file that the page map of `guest` shows. Raises OSError."""
+    with leaving.held(), guest.held():
+        private = guest.page_map
+        assert private is not None, "a guest-sealed file without a page map"
+        there, pages = private.select(runs, ALLOCATED), leaving.operations()
+        for run in there:
+            pages.fallocate_now(PUNCH_HOLE, run.offset, run.nbytes)
+        pages.account_freed(there)
 
 
 def _zero(fd: int, runs: PageRanges) -> None:

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,6 +45,8 @@ from memfs.store.measurement import InitialImage
 from memfs.store.opens import Opens
 from memfs.store.pages import GuestOps, Pages
 from memfs.store.seals import Obstacle, Operation
+
+log = logging.getLogger(__name__)
 
 
 class File:
@@ -394,7 +397,7 @@ class File:
         return self._accounting.pages if self._accounting is not None else 0
 
     def recover(self, *, is_given_out: bool, image: bytes) -> None:
-        """Put in order what another process has left, which may have been killed at any moment. Raises OSError.
+        """Put in order what another process has left, which may have been killed at any moment.
 
         What the page map shows is the truth. Pages that it does not show were being allocated, and nobody was told of
         them; they are freed. Pages that are not there were being freed, which will be asked for again; until then they
@@ -404,10 +407,13 @@ class File:
         if is_given_out:
             self._backing.watch(self)
         if self._accounting is not None:
-            self._accounting.recover()
-            if self._accounting.pages != self.pages:
-                with self.held():
-                    self._pages().make_true()
+            try:
+                self._accounting.recover()
+                if self._accounting.pages != self.pages:
+                    with self.held():
+                        self._pages().make_true()
+            except OSError as error:  # no memory or no descriptor: it stays as it is, and others are not concerned
+                log.warning("file %d is not put in order: %s", self.number, error)
             self._accounting.put_away()
         if self.guest and (image or is_given_out or self.tracked_pages):
             self._image = InitialImage.of_before(image, self._image_changed)

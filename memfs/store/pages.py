@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -43,6 +44,8 @@ from memfs.store.accounting import MAP_END, Accounting, Reservation
 from memfs.store.backing import Backing
 from memfs.store.backing_file import BackingFile
 from memfs.store.measurement import InitialImage
+
+log = logging.getLogger(__name__)
 
 
 class Vm(Protocol):
@@ -359,14 +362,43 @@ class Pages:
             reservation.commit(chunk)
 
     def make_true(self) -> None:
-        """Have the file have the pages that its map shows, and no others."""
+        """Have the file have the pages that its map shows, and no others.
+
+        A part of the file that has as many pages as are shown is not looked at more closely: they are others only if an
+        owner has added as many as were being freed. Pages that the file does not have were being freed: those for which
+        there is no space now leave the map.
+        """
+        assert self._accounting is not None, "an untracked file has no map"
+        for pages, is_shown in self._differences(PageRange(PageIndex(0), MAP_END)):
+            try:
+                if is_shown:
+                    self._fallocate(FALLOC_FL_KEEP_SIZE, pages.offset, pages.nbytes)
+                else:
+                    self._punch(pages.offset, pages.nbytes)
+            except OSError as error:
+                log.warning("file %d, %d pages from %d on: %s", self._file.number, len(pages), pages.start, error)
+                if is_shown:
+                    self._accounting.enter(pages, ABSENT)
+
+    def _differences(self, pages: PageRange) -> Iterator[tuple[PageRange, bool]]:
+        """Generate what of a range the file has and the map does not show (False), and the other way round (True)."""
         page_map = self._page_map
-        assert page_map is not None, "an untracked file has no map"
-        everything = PageRange(PageIndex(0), MAP_END)
-        for run in page_map.runs(everything, ABSENT):
-            self._punch(run.offset, run.nbytes)
-        for run in page_map.runs(everything):
-            self._fallocate(FALLOC_FL_KEEP_SIZE, run.offset, run.nbytes)
+        assert page_map is not None
+        if self._granule > 1:  # the kernel does not say what it has of a range (cachestat(2))
+            yield from ((run, False) for run in page_map.runs(pages, ABSENT))
+            for run in page_map.runs(pages):
+                for start in range(run.start, run.end, self._granule):
+                    yield PageRange(PageIndex(start), PageIndex(start + self._granule)), True
+            return
+        shown, there = page_map.count(pages), allocated_pages(self._file.fd, pages)
+        if shown == there:
+            return
+        if not shown or (shown == len(pages) and not there):
+            yield pages, bool(shown)
+            return
+        middle = PageIndex((pages.start + pages.end) // 2)
+        yield from self._differences(PageRange(pages.start, middle))
+        yield from self._differences(PageRange(middle, pages.end))
 
     # -- freeing ----------------------------------------------------------------------------------------------------
 
