@@ -85,7 +85,7 @@ def _fail(why: str) -> NoReturn:
 
 def _run(parsed: argparse.Namespace) -> None:
     if parsed.namespace is not None:
-        _enter(parsed.namespace)
+        _enter(parsed)
     items = [each for each in ",".join(parsed.options).split(",") if not each.startswith(_OF_FUSE)]
     if REMOUNT in items:
         if not parsed.fake:
@@ -97,11 +97,12 @@ def _run(parsed: argparse.Namespace) -> None:
         print_notes(start(Mount(mountpoint, options, verbose=parsed.verbose)))
 
 
-def _enter(namespace: str) -> NoReturn:
+def _enter(parsed: argparse.Namespace) -> NoReturn:
     """Run the same again in another mount namespace."""
     nsenter = shutil.which("nsenter")
     if nsenter is None:
         raise CommandError("there is no nsenter(1) to mount in another namespace with")
-    arguments = sys.argv[1:]
-    where = arguments.index("-N")
-    os.execv(nsenter, [nsenter, f"--mount={namespace}", "--", sys.argv[0], *arguments[:where], *arguments[where + 2 :]])
+    flags = [flag for flag, is_set in (("-f", parsed.fake), ("-v", parsed.verbose)) if is_set]
+    options = [f"-o{','.join(parsed.options)}"] if any(parsed.options) else []
+    command = [sys.argv[0], *flags, *options, "--", parsed.source, parsed.mountpoint]
+    os.execv(nsenter, [nsenter, f"--mount={parsed.namespace}", "--", *command])

@@ -122,6 +122,18 @@ def test_remount_without_fstab_says_what_mounts_has(namespace: Namespace) -> Non
     assert namespace("touch", namespace.mountpoint / "file").returncode == 0
 
 
+@pytest.mark.parametrize("spelling", ["-N {}", "-N{}", "-vfN {}", "-N /nowhere -N{}"])
+def test_another_namespace_is_named_in_any_spelling(namespace: Namespace, spelling: str) -> None:
+    """And the helper does there what it was asked for here."""
+    where = spelling.format(namespace.within()[1].partition("=")[2])  # type: ignore[union-attr]
+    options = f"-osize=8m,huge=never -osocket={namespace.socket}"
+    helper = namespace.mountpoint.parent / "laid/upper/mount.fuse.memfs"
+    result = namespace(helper, "a b", *where.split(), namespace.mountpoint, *options.split())
+    assert (result.returncode, result.stderr) == (0, "")
+    fake = "f" in spelling
+    assert namespace.mounted(namespace.mountpoint) == ([] if fake else ["a", "b", "rw,relatime", "fuse.memfs", "8M"])
+
+
 REFUSED = {
     "unknown option": ("size=1m,nonsense", "unknown option 'nonsense'"),
     "no size": ("size=big", "option 'size=big'"),
