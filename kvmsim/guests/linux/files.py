@@ -37,23 +37,50 @@ class File:
         self.fd: Final = fd
         self.references = 1
         self._is_ours: Final = is_ours
-        self._entries: list[bytes] | None = None  # of a directory, that are still to be read
+        self._put_back = b""  # of what cannot seek
+        self._entries: list[bytes] = []  # of a directory, as they were when it was read from the beginning
+        self._entry = 0  # of them, that is next
 
     async def read(self, size: int) -> bytes:
         """Read on; at most a mebibyte."""
-        data: bytes = await in_thread(os.read, self.fd, min(size, _MOST))
+        if self._put_back and size:
+            data, self._put_back = self._put_back[:size], self._put_back[size:]
+        else:
+            data = await in_thread(os.read, self.fd, min(size, _MOST))
         return data
 
-    async def entries(self, size: int) -> bytes:
-        """Return directory entries (struct linux_dirent64) of at most so many bytes. Raises OSError."""
-        if self._entries is None:
+    async def put_back(self, data: bytes) -> None:
+        """Have what was read last be read again."""
+        try:
+            await in_thread(os.lseek, self.fd, -len(data), os.SEEK_CUR)
+        except OSError:  # a pipe or a terminal
+            self._put_back = data + self._put_back
+
+    async def seek(self, offset: int, whence: int) -> int:
+        """Move to an offset and return it; of a directory, entries are counted. Raises OSError."""
+        if not stat.S_ISDIR((await in_thread(os.fstat, self.fd)).st_mode):
+            at: int = await in_thread(os.lseek, self.fd, offset, whence)
+            return at
+        offset += self._entry if whence == os.SEEK_CUR else 0
+        if whence not in (os.SEEK_SET, os.SEEK_CUR) or offset < 0:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        self._entry = offset
+        return offset
+
+    async def entries(self, size: int) -> tuple[bytes, int]:
+        """Return directory entries (struct linux_dirent64) of at most so many bytes, and the offset behind them.
+
+        Raises OSError.
+        """
+        if not self._entry or not self._entries:
             self._entries = await in_thread(_list, self.fd)
-        found = b""
-        while self._entries and len(found) + len(self._entries[0]) <= size:
-            found += self._entries.pop(0)
-        if not found and self._entries:
+        found, end = b"", self._entry
+        while end < len(self._entries) and len(found) + len(self._entries[end]) <= size:
+            found += self._entries[end]
+            end += 1
+        if not found and end < len(self._entries):
             raise OSError(errno.EINVAL, "the buffer is too small for an entry")
-        return found
+        return found, end
 
     def release(self) -> None:
         """One descriptor less refers to it."""
@@ -88,6 +115,10 @@ class Files:
         if file is None:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         return file
+
+    def is_open(self, fd: int) -> bool:
+        """Return whether it is a descriptor of an open file."""
+        return fd in self._open
 
     async def lookup(self, path: bytes, *, follow: bool = True) -> int:
         """Return an O_PATH descriptor of what a path names, which the caller closes. Raises OSError."""

@@ -11,8 +11,10 @@ program asks for and there is not is ENOSYS; `unknown` counts that, so that it c
 from __future__ import annotations
 
 import errno
+import math
 import os
 import posixpath
+import stat
 import struct
 import time
 from collections import Counter
@@ -38,6 +40,8 @@ _AT_FDCWD: Final = -100
 _AT_SYMLINK_NOFOLLOW, _AT_EMPTY_PATH = 0x100, 0x1000
 _MAP_FIXED, _MAP_ANONYMOUS = 0x10, 0x20
 _ARCH_SET_FS, _ARCH_GET_FS = 0x1002, 0x1003
+_POLL_READY: Final = 0x001 | 0x004 | 0x040 | 0x100  # POLLIN, POLLOUT, POLLRDNORM, POLLWRNORM
+_POLLNVAL: Final = 0x020
 _RLIMIT_STACK: Final = 3
 _INFINITY: Final = (1 << 64) - 1
 _PID: Final = 1
@@ -46,6 +50,7 @@ _MOST: Final = 1 << 20  # bytes at a time
 _STAT: Final = struct.Struct("=QQQIIIIQqqq6Q24x")
 _TIMESPEC: Final = struct.Struct("=qq")
 _IOVEC: Final = struct.Struct("=QQ")
+_POLLFD: Final = struct.Struct("=ihH")
 
 Handler = Callable[..., Awaitable[int]]
 
@@ -84,7 +89,7 @@ class Kernel:
         }
 
     async def answer(self, exit_: IoExit) -> None:
-        """Answer a system call. Raises ProgramExit and ProgramDied; OSError if guest memory is gone."""
+        """Answer a system call; an OSError is the answer. Raises ProgramExit and ProgramDied; StoreGone if memfs is."""
         del exit_
         registers = self._engine.registers
         name = NAMES.get(registers.rax, f"number {registers.rax}")
@@ -108,9 +113,21 @@ class Kernel:
     # -- reading and writing -----------------------------------------------------------------------------------------
 
     async def _sys_read(self, fd: int, buffer: int, size: int, *_: int) -> int:
-        data = await self._files.get(fd).read(size)
-        await self._memory.write(Gpa(buffer), data)
-        return len(data)
+        return await self._read(self._files.get(fd), [(buffer, size)])
+
+    async def _read(self, file: File, vectors: list[tuple[int, int]]) -> int:
+        """Read once. What cannot be stored is there to be read again."""
+        data, done = await file.read(min(sum(size for _, size in vectors), _MOST)), 0
+        for buffer, size in vectors:
+            try:
+                await self._memory.write(Gpa(buffer), data[done : done + size])
+            except OSError:
+                await file.put_back(data[done:])
+                if not done:
+                    raise
+                return done
+            done = min(done + size, len(data))
+        return done
 
     async def _sys_pread64(self, fd: int, buffer: int, size: int, offset: int, *_: int) -> int:
         data = await in_thread(os.pread, self._files.get(fd).fd, min(size, _MOST), offset)
@@ -134,13 +151,7 @@ class Kernel:
         return list(_IOVEC.iter_unpack(await self._memory.read(Gpa(address), count * _IOVEC.size)))
 
     async def _sys_readv(self, fd: int, vectors: int, count: int, *_: int) -> int:
-        done = 0
-        for buffer, size in await self._vectors(vectors, count):
-            part = await self._sys_read(fd, buffer, size) if size else 0
-            done += part
-            if part < size:
-                break
-        return done
+        return await self._read(self._files.get(fd), await self._vectors(vectors, count))
 
     async def _sys_writev(self, fd: int, vectors: int, count: int, *_: int) -> int:
         data = b""
@@ -150,44 +161,58 @@ class Kernel:
 
     async def _sys_lseek(self, fd: int, offset: int, whence: int, *_: int) -> int:
         offset -= (1 << 64) if offset >> 63 else 0
-        return os.lseek(self._files.get(fd).fd, offset, whence)
+        return await self._files.get(fd).seek(offset, whence)
 
     async def _sys_sendfile(self, to: int, fd: int, offset: int, size: int, *_: int) -> int:
         if offset:
             raise OSError(errno.EINVAL, "only from where the file is at")
-        target = self._files.get(to)
-        return await self._write(target, await self._files.get(fd).read(size))
+        target, file = self._files.get(to), self._files.get(fd)
+        try:
+            at = await file.seek(0, os.SEEK_CUR)
+        except OSError as error:  # a pipe or a terminal; programs read and write then
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL)) from error
+        written = await self._write(target, await in_thread(os.pread, file.fd, min(size, _MOST), at))
+        await file.seek(at + written, os.SEEK_SET)
+        return written
 
     async def _sys_ioctl(self, fd: int, *_: int) -> int:
         self._files.get(fd)
         raise OSError(errno.ENOTTY, os.strerror(errno.ENOTTY))
 
-    async def _sys_poll(self, fds: int, count: int, *_: int) -> int:
+    async def _sys_poll(self, fds: int, count: int, most: int, *_: int) -> int:
         if count > _IOV_MAX:
             raise OSError(errno.EINVAL, "too many descriptors")
-        data = bytearray(await self._memory.read(Gpa(fds), count * 8))
-        for at in range(0, len(data), 8):  # a read waits, and so does a write: everything is ready for that
-            data[at + 6 : at + 8] = data[at + 4 : at + 6]
+        data = bytearray(await self._memory.read(Gpa(fds), count * _POLLFD.size))
+        ready = 0
+        for at in range(0, len(data), _POLLFD.size):
+            fd, events, _revents = _POLLFD.unpack_from(data, at)
+            revents = 0
+            if fd >= 0:  # a read waits, and so does a write: what is open is ready for that
+                revents = events & _POLL_READY if self._files.is_open(fd) else _POLLNVAL
+            _POLLFD.pack_into(data, at, fd, events, revents)
+            ready += bool(revents)
+        if not ready:
+            milliseconds = _signed(most)
+            await trio.sleep(milliseconds / 1000 if milliseconds >= 0 else math.inf)
         await self._memory.write(Gpa(fds), bytes(data))
-        return sum(any(data[at + 4 : at + 6]) for at in range(0, len(data), 8))
+        return ready
 
     # -- files --------------------------------------------------------------------------------------------------------
 
     async def _path(self, address: int) -> bytes:
         return await self._memory.read_string(Gpa(address), _PATH_MAX)
 
-    def _at(self, directory: int) -> None:
-        if _signed(directory) != _AT_FDCWD:
+    async def _path_at(self, directory: int, address: int) -> bytes:
+        path = await self._path(address)
+        if path and not path.startswith(b"/") and _signed(directory) != _AT_FDCWD:
             raise OSError(errno.ENOTSUP, "paths from a directory's descriptor")
+        return path
 
     async def _sys_open(self, path: int, flags: int, *_: int) -> int:
         return await self._files.open(await self._path(path), flags)
 
     async def _sys_openat(self, directory: int, path: int, flags: int, *_: int) -> int:
-        name = await self._path(path)
-        if not name.startswith(b"/"):
-            self._at(directory)
-        return await self._files.open(name, flags)
+        return await self._files.open(await self._path_at(directory, path), flags)
 
     async def _sys_close(self, fd: int, *_: int) -> int:
         self._files.close(fd)
@@ -214,8 +239,10 @@ class Kernel:
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 
     async def _sys_getdents64(self, fd: int, buffer: int, size: int, *_: int) -> int:
-        data = await self._files.get(fd).entries(min(size, _MOST))
+        file = self._files.get(fd)
+        data, end = await file.entries(min(size, _MOST))
         await self._memory.write(Gpa(buffer), data)
+        await file.seek(end, os.SEEK_SET)
         return len(data)
 
     async def _write_stat(self, buffer: int, fd: int) -> int:
@@ -245,22 +272,31 @@ class Kernel:
         return await self._write_stat(buffer, self._files.get(fd).fd)
 
     async def _sys_newfstatat(self, directory: int, path: int, buffer: int, flags: int, *_: int) -> int:
-        name = await self._path(path)
+        name = await self._path_at(directory, path)
         if not name and flags & _AT_EMPTY_PATH:
             return await self._sys_fstat(directory, buffer)
-        if not name.startswith(b"/"):
-            self._at(directory)
         return await self._stat_path(name, buffer, follow=not flags & _AT_SYMLINK_NOFOLLOW)
 
     async def _sys_access(self, path: int, mode: int, *_: int) -> int:
-        os.close(await self._files.lookup(await self._path(path)))
+        return await self._access(await self._path(path), mode)
+
+    async def _sys_faccessat(self, directory: int, path: int, mode: int, *_: int) -> int:
+        return await self._access(await self._path_at(directory, path), mode)
+
+    async def _access(self, path: bytes, mode: int) -> int:
+        """Check as for root, which the program is told that it is."""
+        if _signed(mode) & ~(os.R_OK | os.W_OK | os.X_OK):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fd = await self._files.lookup(path)
+        try:
+            found = (await in_thread(os.fstat, fd)).st_mode
+        finally:
+            os.close(fd)
+        if mode & os.X_OK and not (stat.S_ISDIR(found) or found & 0o111):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
         if mode & os.W_OK:
             raise OSError(errno.EROFS, "files of the host are for reading")
         return 0
-
-    async def _sys_faccessat(self, directory: int, path: int, mode: int, *_: int) -> int:
-        self._at(directory)
-        return await self._sys_access(path, mode)
 
     async def _sys_readlink(self, path: int, buffer: int, size: int, *_: int) -> int:
         fd = await self._files.lookup(await self._path(path), follow=False)
