@@ -9,12 +9,9 @@ Where KVM is PVM, code at CPL 0 is emulated, and not all of it can be; so it is 
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from pathlib import Path
 from typing import Final
-
-import trio
 
 from kvmsim.engines.kvm.machine import KvmMachine
 from kvmsim.engines.kvm.sregs import boot_mode
@@ -22,8 +19,9 @@ from kvmsim.engines.kvm.uapi import KvmUnavailable
 from kvmsim.engines.registers import Registers
 from kvmsim.exits import HaltExit, InternalErrorExit, IoExit, MmioExit, ShutdownExit
 from kvmsim.guests.bzimage import BOOT_PARAMS, CODE, DATA, GDT, PML4, BootImage
+from kvmsim.guests.console import Console
 from kvmsim.guests.linux.kernel import ProgramDied
-from kvmsim.guests.uart import IRQ, PORTS, Uart
+from kvmsim.guests.uart import IRQ, PORTS
 from kvmsim.vm import VM
 from kvmsim.vmm.guest_memory import GuestMemory
 from kvmsim.vmm.vmm import Vmm
@@ -43,23 +41,23 @@ def check_kvm_boots() -> None:
 
 
 class LinuxBoot:
-    """A kernel in the memory of a VM; `send` gets what it writes to its console."""
+    """A kernel in the memory of a VM, whose console is standard input and output."""
 
     def __init__(self, vm: VM, vmm: Vmm, machine: KvmMachine, image: BootImage) -> None:
         self._vm: Final = vm
         self._vmm: Final = vmm
         self._image: Final = image
         machine.kvm.create_irqchip()
-        self._uart: Final = Uart(partial(os.write, 1), partial(machine.kvm.set_irq, IRQ))  # type: ignore[arg-type]
+        self._console: Final = Console(partial(machine.kvm.set_irq, IRQ))
         sregs = partial(boot_mode, page_table=PML4, gdt=GDT, code=CODE, data=DATA)
         self._engine: Final = machine.create_with(0, self._on_bus, sregs)
 
     def _on_bus(self, port: int, size: int, data: bytes | None) -> bytes | None:
         if port in PORTS:
             if data is None:
-                return bytes((self._uart.read(port),))
+                return bytes((self._console.uart.read(port),))
             for value in data:
-                self._uart.write(port, value)
+                self._console.uart.write(port, value)
             return b""
         if port == _KEYBOARD_PORT and data is not None and data[0] == _RESET:
             return None
@@ -75,13 +73,11 @@ class LinuxBoot:
         """Run it until it resets the machine; return 0. Raises ProgramDied, and what `VCPU.run` raises."""
         self._engine.registers = Registers(rip=self._image.entry, rsi=BOOT_PARAMS, rflags=_CLEAN_FLAGS)
         vcpu = self._vm.create_vcpu(0, self._engine)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._type)
+        async with self._console.served():
             while True:
                 exit_ = await vcpu.run()
                 match exit_:
                     case IoExit() | HaltExit():
-                        nursery.cancel_scope.cancel()
                         return 0
                     case MmioExit():
                         exit_.data = b"\xff" * exit_.size
@@ -90,8 +86,3 @@ class LinuxBoot:
                         raise ProgramDied(f"the kernel died: {exit_.name.lower().replace('_', ' ')}, {where}")
                     case _:
                         await self._vmm.answer(exit_)
-
-    async def _type(self) -> None:
-        """Pass on what is typed, or piped, until that ends."""
-        while data := await trio.to_thread.run_sync(os.read, 0, 256, abandon_on_cancel=True):
-            self._uart.receive(data)
