@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,6 +24,7 @@ from memfs import __version__
 from memfs.cli.command import CommandError
 from memfs.cli.mount import Mount, mountpoint_of, print_notes, start
 from memfs.cli.remount import DEFAULTS_OF_MOUNT, remount
+from memfs.contract.sys.mount_namespace import enter_mount_namespace
 from memfs.contract.sys.mountinfo import MEMFS
 from memfs.contract.sys.standard_descriptors import fill_standard_descriptors
 from memfs.contract.terminal import printable
@@ -86,10 +86,11 @@ def _fail(why: str) -> NoReturn:
 def _run(parsed: argparse.Namespace) -> None:
     if parsed.namespace is not None:
         _enter(parsed)
-    items = [each for each in ",".join(parsed.options).split(",") if not each.startswith(_OF_FUSE)]
+    items = ",".join(parsed.options).split(",")
     if REMOUNT in items:
         if not parsed.fake:
-            remount(parsed.mountpoint, ",".join(items), complete=True)
+            wanted = (each for each in items if not each.startswith(_OF_FUSE))
+            remount(parsed.mountpoint, ",".join(wanted), complete=True)
         return
     options = replace(MountOptions.parse(",".join([*DEFAULTS_OF_MOUNT, *items])), fsname=parsed.source)
     mountpoint = mountpoint_of(parsed.mountpoint)
@@ -99,10 +100,8 @@ def _run(parsed: argparse.Namespace) -> None:
 
 def _enter(parsed: argparse.Namespace) -> NoReturn:
     """Run the same again in another mount namespace."""
-    nsenter = shutil.which("nsenter")
-    if nsenter is None:
-        raise CommandError("there is no nsenter(1) to mount in another namespace with")
+    program, mountpoint = os.path.abspath(sys.argv[0]), os.path.abspath(parsed.mountpoint)
     flags = [flag for flag, is_set in (("-f", parsed.fake), ("-v", parsed.verbose)) if is_set]
     options = [f"-o{','.join(parsed.options)}"] if any(parsed.options) else []
-    command = [sys.argv[0], *flags, *options, "--", parsed.source, parsed.mountpoint]
-    os.execv(nsenter, [nsenter, f"--mount={parsed.namespace}", "--", *command])
+    enter_mount_namespace(parsed.namespace)
+    os.execv(program, [program, *flags, *options, "--", parsed.source, mountpoint])

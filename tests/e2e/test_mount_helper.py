@@ -137,6 +137,7 @@ def test_another_namespace_is_named_in_any_spelling(namespace: Namespace, spelli
 REFUSED = {
     "unknown option": ("size=1m,nonsense", "unknown option 'nonsense'"),
     "no size": ("size=big", "option 'size=big'"),
+    "what only /proc/mounts says": ("size=1m,user_id=0", "unknown option 'user_id'"),
     "remount of nothing": ("remount,size=1m", "does not lie on a memfs"),
 }
 
@@ -180,6 +181,57 @@ def test_mount_makes_the_mountpoint_and_mounts_in_another_namespace(namespace: N
     assert namespace("mount", "-t", "fuse.memfs", "-o", options, "none", new).returncode == 0
     assert namespace.mounted(new)[2] == "fuse.memfs"
     assert namespace("umount", new).returncode == 0
+
+
+#: A process in a mount namespace of its own: with the same root, with another, or in a user namespace
+ELSEWHERE = {
+    "ours": "mount -t tmpfs tmpfs {tmp} && echo ready && exec cat",
+    "another root": (
+        "mount --rbind {tmp} {tmp} && cd {tmp} && mkdir old && pivot_root . old"
+        " && export LD_LIBRARY_PATH=/old/lib:/old/lib/x86_64-linux-gnu && echo ready && read line"
+    ),
+    "another user namespace": "echo ready && exec cat",
+}
+
+
+@pytest.mark.parametrize("where", ELSEWHERE)
+@pytest.mark.parametrize("attached", [True, False])
+def test_namespace_is_entered_only_if_its_programs_are_ours(
+    can_mount: None, tmp_path: Path, where: str, attached: bool
+) -> None:
+    if os.geteuid():
+        pytest.skip("needs root")
+    skip_without_mount_namespace()
+    helper, mountpoint, tmp = tmp_path / "helper", tmp_path / "mnt", tmp_path / "tmp"
+    helper.write_text(HELPER)
+    helper.chmod(0o755)
+    for each in (mountpoint, tmp):
+        each.mkdir()
+    user = ["unshare", "--user", "--map-root-user"] if where == "another user namespace" else []
+    command = [
+        *user,
+        *mount_namespace(tmp_path, "--propagation", "private"),
+        "sh",
+        "-c",
+        ELSEWHERE[where].format(tmp=tmp),
+    ]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        if process.stdout.readline() != "ready\n":
+            pytest.skip("there can be no such namespace here")
+        namespace = f"/proc/{process.pid}/ns/mnt"
+        entering = [f"-N{namespace}"] if attached else ["-N", namespace]
+        options = f"size=1m,socket={tmp_path / 'sock'}"
+        result = run(helper, "none", mountpoint, *entering, "-o", options)
+        mounted = Path(f"/proc/{process.pid}/mountinfo").read_text().count(f" {mountpoint} ")
+        if where == "ours":
+            assert (result.returncode, result.stderr, mounted) == (0, "", 1)
+            assert run("nsenter", f"--mount={namespace}", "umount", mountpoint).returncode == 0
+        else:
+            assert (result.returncode, result.stderr.count("\n"), mounted) == (32, 1, 0)
+            assert f"mount.fuse.memfs: {namespace}: " in result.stderr
+            assert where in result.stderr
+        process.communicate(timeout=STOP_TIMEOUT)
 
 
 #: what mount(8) knows of itself, and says to every filesystem or to none

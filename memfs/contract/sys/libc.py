@@ -106,6 +106,11 @@ def prctl(option: int, argument: int) -> None:
     _checked(_libc.prctl(option, argument, 0, 0, 0))
 
 
+def setns(fd: int, kind: int) -> None:
+    """Enter a namespace: setns(2). Raises OSError."""
+    _checked(_libc.setns(fd, kind))
+
+
 def set_thread_name(name: str) -> None:
     """Name this thread, and if it is the first its process, for ps(1): 15 bytes (prctl(2): PR_SET_NAME)."""
     buffer = ctypes.create_string_buffer(name.encode())
