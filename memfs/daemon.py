@@ -100,9 +100,11 @@ def run(settings: Settings, ready: Callable[[list[str]], None], not_kept: Iterab
 async def _serve(opened: Opened, worker: Worker, closer: Closer, ready: Callable[[list[str]], None]) -> None:
     with receiving(logs_to_file=logs.is_to_file()) as received:
         try:
-            memfs = _Memfs(opened, worker, closer)
+            with _dying(opened, worker):
+                memfs = _Memfs(opened, worker, closer)
             try:
-                await memfs.run(lambda: ready(memfs.notes(opened.notes)), received)
+                with _dying(opened, worker):
+                    await memfs.run(lambda: ready(memfs.notes(opened.notes)), received)
             finally:
                 opened.listener.close()  # before files are freed: that may take long, and the name may be wanted
                 try:
@@ -114,6 +116,18 @@ async def _serve(opened: Opened, worker: Worker, closer: Closer, ready: Callable
         finally:
             opened.listener.close()
             closer.stop()
+
+
+@contextlib.contextmanager
+def _dying(opened: Opened, worker: Worker) -> Iterator[None]:
+    """Have an exception be the death of this process, with nothing taken apart, if another one will go on with it."""
+    try:
+        yield
+    except Exception:
+        if worker.is_followed and opened.no_survival is None and opened.mount.is_connected:
+            log.critical("a bug in memfs ends the process that serves the mount", exc_info=True)
+            os._exit(1)
+        raise
 
 
 class _Memfs:
@@ -191,30 +205,31 @@ class _Memfs:
             self._mount.device,
         )
         try:
-            async with open_flat_nursery() as nursery:
-                nursery.start_soon(pyfuse3.main)
-                nursery.start_soon(channel.run, unmounted.set, before)
-                nursery.start_soon(self._obey, received, unmounted, server)
-                nursery.start_soon(self._backing.run)
-                nursery.start_soon(self._closer.run)
-                nursery.start_soon(self._end, unmounted, server, nursery.cancel_scope)
-                await initialized.wait()
-                if before is None:  # before that the kernel has not heard of passthrough
-                    self._passthrough.try_it()
-                    self._set_access_times(self._settings.options.atime, self._settings.options.diratime)
-                if self._passthrough.wanted is Wanted.ON and not self._passthrough.in_force:
-                    raise MountError(f"option passthrough=on: {self._passthrough.why_not}")
-                await _in_a_thread(self._mount.attach)
-                self._worker.attached()
-                await nursery.start(self._follow_access_times)
-                nursery.start_soon(server.run)
-                nursery.start_soon(self._manager.run, self._status)
-                if before is None:
-                    ready()
-                else:
-                    nursery.start_soon(self._clear_up)
-                if self._worker.keeper is not None:
-                    nursery.start_soon(self._watch_keeper, self._worker.keeper)
+            with _dying(self._opened, self._worker):
+                async with open_flat_nursery() as nursery:
+                    nursery.start_soon(pyfuse3.main)
+                    nursery.start_soon(channel.run, unmounted.set, before)
+                    nursery.start_soon(self._obey, received, unmounted, server)
+                    nursery.start_soon(self._backing.run)
+                    nursery.start_soon(self._closer.run)
+                    nursery.start_soon(self._end, unmounted, server, nursery.cancel_scope)
+                    await initialized.wait()
+                    if before is None:  # before that the kernel has not heard of passthrough
+                        self._passthrough.try_it()
+                        self._set_access_times(self._settings.options.atime, self._settings.options.diratime)
+                    if self._passthrough.wanted is Wanted.ON and not self._passthrough.in_force:
+                        raise MountError(f"option passthrough=on: {self._passthrough.why_not}")
+                    await _in_a_thread(self._mount.attach)
+                    self._worker.attached()
+                    await nursery.start(self._follow_access_times)
+                    nursery.start_soon(server.run)
+                    nursery.start_soon(self._manager.run, self._status)
+                    if before is None:
+                        ready()
+                    else:
+                        nursery.start_soon(self._clear_up)
+                    if self._worker.keeper is not None:
+                        nursery.start_soon(self._watch_keeper, self._worker.keeper)
         finally:
             self._mount.unmount()
             self._passthrough.end()
@@ -253,8 +268,8 @@ class _Memfs:
             self._remove_others = self._backing.remove_others(guests, self._tree.next_ino)
         self._journal.commit()
         self._outage = time.monotonic() - self._worker.predecessor_died
-        restarts, by = self._worker.restarts, self._worker.killed_by
-        log.warning("killed by %s: going on", by, extra=fields(restarts=restarts, outage=self._outage))
+        more = fields(restarts=self._worker.restarts, outage=self._outage)
+        log.warning("%s: going on", self._worker.death, extra=more)
         return Before(state, state[INIT])
 
     def _file(self, number: int) -> File | None:

@@ -1,18 +1,19 @@
 r"""The keeper: a process that does nothing but hold what a mount is made of, and start the next worker when one dies.
 
     keeper (no threads, no event loop)          holds /dev/fuse, the backing's roots, the log of the state, the listener
-        \-- fork --> worker                     serves; killed -> the next one; exited -> the mount has ended
+        \-- fork --> worker                     serves; dies -> the next one; exits with 0 -> the mount has ended
 
 A FUSE connection lives as long as anybody has its descriptor of /dev/fuse, and so does a tmpfs that is mounted nowhere
 as long as anybody has its root. So nothing has to be handed on: a worker is a fork of the keeper, with all the code
 loaded, and reads in the log what the last one knew. How it takes over is said in daemon.py.
 
 The keeper must not have a descriptor of its own mount, for it would wait for an answer of the worker that it is about
-to start. It has that of the root until the mount is attached, which the first worker says. A worker that is killed
-before is not followed by another.
+to start. It has that of the root until the mount is attached, which the first worker says. A worker that dies before is
+not followed by another.
 
-If one worker after the other dies, there is a bug that each runs into (and not in a request, for those are tried three
-times; fuse/resent.py): after five restarts in ten seconds the mount is unmounted.
+A worker that is killed has died, and so has one that a bug ends: it says in the log what it was, and exits without
+taking anything apart (`dying` in daemon.py). If one after the other dies, there is a bug that each runs into: after
+five restarts in ten seconds the mount is unmounted.
 
 If the keeper is killed, the worker goes on, and says in its log that nobody will follow it.
 
@@ -24,16 +25,17 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import signal
 import sys
 import time
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NoReturn
 
 from memfs.opening import Opened
-from memfs.signals import forward_to, undo_forwarding
+from memfs.signals import Forwarded
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +51,7 @@ class Worker:
 
     generation: int = 1
     predecessor_died: float | None = None  #: when, by the monotonic clock
-    killed_by: str = ""  #: the name of the signal that killed the predecessor
+    death: str = ""  #: how the predecessor died
     keeper: int | None = None  #: a descriptor that becomes readable when the keeper is gone
     _report: int | None = None
 
@@ -57,6 +59,11 @@ class Worker:
     def restarts(self) -> int:
         """How often a worker was followed by another."""
         return self.generation - 1
+
+    @property
+    def is_followed(self) -> bool:
+        """Whether another one goes on where this one dies, if the keeper is still there."""
+        return self.keeper is not None and (self._report is None or self.generation > 1)
 
     def attached(self) -> None:
         """Tell the keeper that the mount is attached."""
@@ -71,63 +78,76 @@ class _Keeper:
         self._opened: Final = opened
         self._not_kept = tuple(not_kept)
         self._restarts: Final[deque[float]] = deque(maxlen=_MOST_RESTARTS)
-        self._pid = 0
+        self._signals: Final = Forwarded()
         self._is_ending = False
 
     def run(self) -> Worker:
         """Start workers; return in each of them."""
         worker = Worker()
-        forward_to(self._forward)
         while True:
-            keeper_reads, report = os.pipe()
-            worker_sees, keeper = os.pipe()
             sys.stdout.flush()
-            self._pid = os.fork()
-            if self._pid == 0:
+            try:
+                keeper_reads, report = os.pipe()
+                worker_sees, keeper = os.pipe()
+                pid = self._signals.fork()
+            except OSError as error:
+                log.critical("no worker can be started: %s: unmounting", error.strerror)
+                self._end(1)
+            if pid == 0:
                 os.close(keeper_reads)
                 os.close(keeper)
                 worker.keeper, worker._report = worker_sees, report
-                undo_forwarding()
                 return worker
             for fd in (report, worker_sees, *self._not_kept):
                 os.close(fd)
             self._not_kept = ()
-            self._wait_attached(keeper_reads)
-            _, status = os.waitpid(self._pid, 0)
+            status = self._wait(pid, keeper_reads)
             os.close(keeper)
-            self._pid = 0
-            if not os.WIFSIGNALED(status):
-                self._end(os.waitstatus_to_exitcode(status))
-            if self._is_ending or not self._opened.mount.is_connected:
-                self._end(0)
-            worker = self._successor(worker, os.WTERMSIG(status))
+            worker = self._successor(worker, status)
 
-    def _wait_attached(self, pipe: int) -> None:
-        """Wait until the worker has attached the mount, or has died."""
-        if os.read(pipe, 1) == _ATTACHED:
-            self._opened.mount.attached()
-        os.close(pipe)
+    def _wait(self, pid: int, report: int) -> int:
+        """Pass signals on to a worker until it ends, and return with which status."""
+        poll = select.poll()
+        poll.register(self._signals, select.POLLIN)
+        poll.register(report, select.POLLIN)
+        while True:
+            for fd, _ in poll.poll():
+                if fd == report:
+                    if os.read(report, 1) == _ATTACHED:
+                        self._opened.mount.attached()
+                    poll.unregister(report)
+                    os.close(report)
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            for number, ends in self._signals.take():
+                self._is_ending |= ends
+                if not ended:
+                    os.kill(pid, number)
+            if ended:
+                return status
 
-    def _successor(self, worker: Worker, number: int) -> Worker:
-        now, name = time.monotonic(), signal.Signals(number).name
-        if self._opened.mount.root >= 0:
-            log.critical("killed by %s before it was mounted", name)
-            self._end(1)
+    def _successor(self, worker: Worker, status: int) -> Worker:
+        """Return who is next; exits if nobody is."""
+        code = os.waitstatus_to_exitcode(status)
+        mount = self._opened.mount
+        if code == 0:
+            self._end(0)
+        if self._is_ending or not mount.is_connected:
+            self._end(max(code, 0))
+        death = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended by a bug, with exit code {code}"
+        now = time.monotonic()
+        if mount.root >= 0:
+            if code < 0:  # else it has said why
+                log.critical("%s before it was mounted", death)
+            self._end(max(code, 1))
         if len(self._restarts) == _MOST_RESTARTS and now - self._restarts[0] < _WITHIN and _UNLIMITED not in os.environ:
-            log.critical("killed by %s, the %dth time in %g s: unmounting", name, _MOST_RESTARTS + 1, _WITHIN)
+            log.critical("%s, the %dth death in %g s: unmounting", death, _MOST_RESTARTS + 1, _WITHIN)
             self._end(1)
         self._restarts.append(now)
-        return Worker(worker.generation + 1, now, name)
+        return Worker(worker.generation + 1, now, death)
 
-    def _end(self, code: int) -> None:
+    def _end(self, code: int) -> NoReturn:
         self._opened.close()
         sys.exit(code)
-
-    def _forward(self, number: int, *, ends: bool) -> None:
-        """Pass a signal on to the worker."""
-        self._is_ending |= ends
-        if self._pid:
-            os.kill(self._pid, number)
 
 
 def keep(opened: Opened, not_kept: Iterable[int] = ()) -> Worker:

@@ -17,7 +17,7 @@ import operator
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from signal import Signals
 from typing import Final
@@ -33,6 +33,8 @@ _LEFT_ALONE: Final = frozenset({
     *(Signals.SIGCHLD, Signals.SIGCONT, Signals.SIGURG, Signals.SIGWINCH),
     *(Signals.SIGTSTP, Signals.SIGTTIN, Signals.SIGTTOU),
 })  # fmt: skip
+
+_FORWARDED: Final = _ENDING | {Signals.SIGHUP, Signals.SIGUSR1}
 
 #: A handler in C. One in Python, as trio's, is interrupted by the next signal, and many signals are a RecursionError.
 _DO_NOTHING: Final = operator.is_
@@ -52,7 +54,7 @@ def receiving(*, logs_to_file: bool) -> Iterator[AsyncIterator[tuple[Meaning, st
     on_hangup = Meaning.END if _has_terminal() and not logs_to_file else Meaning.REOPEN_LOG
     meanings: dict[int, Meaning] = dict.fromkeys(_ENDING, Meaning.END)
     meanings |= {Signals.SIGHUP: on_hangup, Signals.SIGUSR1: Meaning.LOG_STATE}
-    for number in signal.valid_signals() - _LEFT_ALONE:
+    for number in signal.valid_signals() - _LEFT_ALONE - meanings.keys():  # to ignore one loses those that wait
         signal.signal(number, signal.SIG_IGN)
     ours, pythons = socket.socketpair()
     with ours, pythons:
@@ -61,6 +63,7 @@ def receiving(*, logs_to_file: bool) -> Iterator[AsyncIterator[tuple[Meaning, st
         try:
             for meant in meanings:
                 signal.signal(meant, _DO_NOTHING)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, meanings)  # a keeper's (`Forwarded.fork`)
             yield ((meanings[number], Signals(number).name) async for number in _numbers(ours))
         finally:
             for meant in meanings:
@@ -68,25 +71,53 @@ def receiving(*, logs_to_file: bool) -> Iterator[AsyncIterator[tuple[Meaning, st
             signal.set_wakeup_fd(trios, warn_on_full_buffer=False)
 
 
-def forward_to(forward: Callable[..., None]) -> None:
-    """Pass signals on from now on: `forward` is called with the number, and `ends`: whether it asks for the end.
+class Forwarded:
+    """Signals that a process without an event loop passes on to the one that it is the parent of.
 
-    Those that mean nothing are ignored, from now on.
+    They do nothing but wait to be taken, and so do those that come while there is no child: they are the next one's.
     """
 
-    def receive(number: int, _: object) -> None:
-        forward(number, ends=number in _ENDING)
+    def __init__(self) -> None:
+        for number in signal.valid_signals() - _LEFT_ALONE:
+            signal.signal(number, signal.SIG_IGN)
+        self._ours, self._pythons = socket.socketpair()
+        self._ours.setblocking(False)
+        self._pythons.setblocking(False)
+        signal.set_wakeup_fd(self._pythons.fileno(), warn_on_full_buffer=False)
+        for number in (*_FORWARDED, Signals.SIGCHLD):
+            signal.signal(number, _DO_NOTHING)
 
-    for number in signal.valid_signals() - _LEFT_ALONE:
-        signal.signal(number, signal.SIG_IGN)
-    for number in (*_ENDING, Signals.SIGHUP, Signals.SIGUSR1):
-        signal.signal(number, receive)
+    def fileno(self) -> int:
+        """Return the descriptor that is readable when there are some, or a child has ended."""
+        return self._ours.fileno()
 
+    def take(self) -> Iterator[tuple[int, bool]]:
+        """Generate the numbers of those that have come, and whether each asks for the end."""
+        try:
+            numbers = self._ours.recv(4096)
+        except BlockingIOError:
+            return
+        for number in dict.fromkeys(numbers):
+            if number in _FORWARDED:
+                yield number, number in _ENDING
 
-def undo_forwarding() -> None:
-    """Have the signals that were forwarded do what they do by default, in a process that was forked."""
-    for number in (*_ENDING, Signals.SIGHUP, Signals.SIGUSR1):
-        signal.signal(number, signal.SIG_DFL)
+    def fork(self) -> int:
+        """Fork. In the child they wait until it can receive them (`receiving`), and those of the parent are not its."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)
+        try:
+            pid = os.fork()
+            if pid:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
+                return pid
+        except OSError:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
+            raise
+        signal.set_wakeup_fd(-1)
+        self._ours.close()
+        self._pythons.close()
+        for number in (*_FORWARDED, Signals.SIGCHLD):
+            signal.signal(number, signal.SIG_DFL)
+        return 0
 
 
 async def _numbers(wakeups: socket.socket) -> AsyncIterator[int]:

@@ -224,6 +224,32 @@ def test_after_too_many_deaths_in_a_row_it_ends(mount_memfs: MountMemfs) -> None
     assert "unmounting" in memfs.log.read_text()
 
 
+def test_one_that_a_bug_ends_is_followed_and_says_what_it_was(mount_memfs: MountMemfs, inject: Path) -> None:
+    memfs = mount_memfs("size=64m,survive=on")
+    (memfs.path / "file").write_text("content")
+    memfs.expected = ["a bug in memfs ends", "ended by a bug, with exit code 1: going on"]
+    inject.write_text(f"{Point.BEFORE_COMMIT.value} fail")  # nothing is there for that
+    (memfs.path / "file").chmod(0o600)
+    assert (memfs.path / "file").read_text() == "content"
+    assert state_of(memfs)["restarts"] == 1
+    assert "injected: before-commit" in memfs.log.read_text()
+
+
+def test_a_signal_that_comes_while_nobody_serves_is_not_lost(mount_memfs: MountMemfs) -> None:
+    """At any moment between the death of a worker and that its successor can be told."""
+    for number in range(12):
+        memfs = mount_memfs("size=64m,survive=on")
+        worker = state_of(memfs)["pid"]
+        assert isinstance(worker, int)
+        memfs.expected = EXPECTED
+        os.kill(worker, signal.SIGKILL)
+        moment = time.perf_counter() + number * 0.0005
+        while time.perf_counter() < moment:
+            pass
+        memfs.process.terminate()
+        memfs.see_end()
+
+
 def test_when_the_keeper_is_gone_the_worker_goes_on(mount_memfs: MountMemfs) -> None:
     memfs = mount_memfs("size=64m,survive=on")
     (memfs.path / "file").write_text("content")
