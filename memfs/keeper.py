@@ -15,6 +15,8 @@ A worker that is killed has died, and so has one that a bug ends: it says in the
 taking anything apart (`dying` in daemon.py). If one after the other dies, there is a bug that each runs into: after
 five restarts in ten seconds the mount is unmounted.
 
+A log that was moved away (logrotate(8)) is opened anew when a worker has died and nobody else has it open.
+
 If the keeper is killed, the worker goes on, and says in its log that nobody will follow it.
 
 Rejected: a new program for each worker (0.7 s of imports while everybody waits, where a fork takes 3 ms); systemd's
@@ -34,6 +36,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, NoReturn
 
+from memfs.contract import logs
 from memfs.opening import Opened
 from memfs.signals import Forwarded
 
@@ -103,6 +106,7 @@ class _Keeper:
             self._not_kept = ()
             status = self._wait(pid, keeper_reads)
             os.close(keeper)
+            logs.reopen()
             worker = self._successor(worker, status)
 
     def _wait(self, pid: int, report: int) -> int:

@@ -235,6 +235,18 @@ def test_one_that_a_bug_ends_is_followed_and_says_what_it_was(mount_memfs: Mount
     assert "injected: before-commit" in memfs.log.read_text()
 
 
+def test_a_log_that_was_moved_away_is_left_alone_by_those_to_come(mount_memfs: MountMemfs) -> None:
+    memfs = mount_memfs("size=64m,survive=on")
+    kill(memfs)
+    moved = memfs.log.with_suffix(".1")
+    memfs.log.rename(moved)
+    before = moved.read_text()
+    for restarts in (2, 3):
+        kill(memfs)
+        assert f"restarts={restarts}" in memfs.log.read_text()
+    assert moved.read_text() == before
+
+
 def test_a_signal_that_comes_while_nobody_serves_is_not_lost(mount_memfs: MountMemfs) -> None:
     """At any moment between the death of a worker and that its successor can be told."""
     for number in range(12):
