@@ -194,9 +194,7 @@ class _Memfs:
             NameHandlers(self._tree, self._open_files, files, self._xattrs, self._access_times),
             files,
             xattrs,
-            IoctlHandlers(
-                self._tree, self._open_files, self._mount.invalidate_attributes, self._mount.invalidate_pages
-            ),
+            IoctlHandlers(self._tree, self._open_files, self._mount.invalidate_attributes),
         )
         channel = Channel(self._mount.fuse_fd, table, self._journal)
         pyfuse3.init(Operations(), f"/dev/fd/{channel.hand_over()}", options=set())

@@ -7,7 +7,7 @@ continue together. What is on the wanted side by then is not asked for: another 
 
 It is one operation on both files (memfs/contract/conversion.py): one notification, all or nothing, and in between no
 page is on both sides or on neither. Pages that are on the wanted side already are left alone there, so a range is asked
-for as the guest asked for it.
+for as the guest asked for it. Where memfs refuses that, the files are converted one after the other (by_fallocate.py).
 
 Without space nothing is taken along that nobody asked for (around.py), and each request is tried by itself, so that it
 fails only for what it asked.
@@ -33,6 +33,7 @@ import trio
 
 from kvmsim.side import Side
 from kvmsim.slots.memslots import Memslot
+from kvmsim.vmm import by_fallocate
 from kvmsim.vmm.around import Around, merged, without
 from kvmsim.vmm.file_calls import FileCalls
 from memfs.contract.conversion import MAX_RANGES, Key, convert, key_of
@@ -78,6 +79,7 @@ class Converter:
         self._shared: Final = shared
         self._private: Final = private
         self._key: Key | None = None
+        self._is_one_call = True  # as far as is known
         self._calls: Final = calls
         self._waiting: list[_Request] = []
         self._is_working = False  # or somebody is about to
@@ -218,17 +220,27 @@ class Converter:
         """Make the call, in the thread; again if a signal ended it, which leaves a rest."""
         if self._key is None:
             self._key = key_of(self._shared)
-        while True:
+        while self._is_one_call:
             try:
                 convert(self._private, self._key, runs, to_private=to is Side.PRIVATE)
             except InterruptedError:
                 continue
             except OSError as error:
-                size = min(os.fstat(fd).st_size for fd in (self._shared, self._private))
-                if error.errno == errno.EINVAL and runs[-1].end > page_ceil(ByteOffset(size)):
-                    raise OSError(errno.EINVAL, f"pages {runs[-1]} lie past the end of the file") from error
-                raise
-            return
+                if error.errno == errno.EINVAL:
+                    self._check_end(runs)
+                if error.errno != errno.EOPNOTSUPP:
+                    raise
+                self._is_one_call = False
+            else:
+                return
+        self._check_end(runs)
+        by_files = by_fallocate.to_private if to is Side.PRIVATE else by_fallocate.to_shared
+        by_files(self._shared, self._private, runs)
+
+    def _check_end(self, runs: Sequence[PageRange]) -> None:
+        size = min(os.fstat(fd).st_size for fd in (self._shared, self._private))
+        if runs[-1].end > page_ceil(ByteOffset(size)):
+            raise OSError(errno.EINVAL, f"pages {runs[-1]} lie past the end of the file")
 
     def _notify_listeners(self, runs: Sequence[PageRange], *, populated: bool) -> None:
         """Notify listeners of what is shared."""

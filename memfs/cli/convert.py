@@ -5,12 +5,18 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
+from typing import Final
 
 from memfs.cli.progress import progress
 from memfs.contract.conversion import MAX_RANGES, convert, key_of
 from memfs.contract.on_memfs import OnMemfs, naming
 from memfs.contract.page_ranges import PageRanges
 from memfs.contract.units import PageRange, pages_to_bytes
+
+_BY_FALLOCATE: Final = (
+    "conversion in one operation is not supported here (no passthrough, or an old owner): fallocate the pages in one "
+    "file, and punch them out of the other (fallocate -p)"
+)
 
 
 def convert_files(
@@ -35,7 +41,12 @@ def convert_files(
         with progress("convert", total, shown=len(listed) > MAX_RANGES) as bar, naming(private.path):
             for first in range(0, len(listed), MAX_RANGES):
                 part = listed[first : first + MAX_RANGES]
-                convert(fds[1], key, part, to_private=to_private, preserve=preserve)
+                try:
+                    convert(fds[1], key, part, to_private=to_private, preserve=preserve)
+                except OSError as error:
+                    if error.errno != errno.EOPNOTSUPP or preserve:
+                        raise
+                    raise OSError(errno.EOPNOTSUPP, _BY_FALLOCATE) from error
                 bar(sum(pages.nbytes for pages in part))
     finally:
         for fd in fds:

@@ -127,9 +127,14 @@ def key_of(shared: int) -> Key:
 def convert(private: int, key: Key, ranges: Iterable[PageRange], *, to_private: bool, preserve: bool = False) -> None:
     """Convert up to MAX_RANGES ranges between a private file, by its descriptor, and the shared file with a key.
 
-    What is on the wanted side already stays as it is. Other pages arrive zeroed, or, with `preserve`, with their
-    content. Blocking: it returns when owners have acknowledged, so the thread that does that must not make it. Raises
-    OSError, having changed nothing, unless it says otherwise:
+    What is on the wanted side already stays as it is, and if that is all, the call succeeds. Other pages arrive zeroed,
+    or, with `preserve`, with their content. Blocking: it returns when owners have acknowledged, so the thread that does
+    that must not make it.
+
+    It goes in chunks of 256 MiB, in ascending order. An error in the first of them has changed nothing; one in a later
+    one leaves those before it converted; and if the kernel fails to free memory, a part of its chunk is. Always each
+    page is on one side, and to ask again converts the rest. What the shared file had of a page that stays private may
+    have been zeroed. Raises OSError:
 
     EBADF       the private file is not open for writing, or the key is no open file's
     EINVAL      ranges are none, too many, empty, unaligned (to the private file's huge pages, if it has such),
@@ -139,8 +144,9 @@ def convert(private: int, key: Key, ranges: Iterable[PageRange], *, to_private: 
     EBUSY       with `preserve`, to private: the guest has not been launched, and what it begins with is measured
     ENOSPC      there would be more memory in use than may be
     EINTR       a signal came: a part has been converted, and to ask again converts the rest
-    EOPNOTSUPP  an owner speaks a version of the protocol that has no conversions; with `preserve`, to private: the
-                private file lies on huge pages
+    EOPNOTSUPP  the shared file is open through the kernel's page cache (there is no passthrough), or an owner speaks a
+                version of the protocol that has no conversions: there, fallocate(2) of both files converts; with
+                `preserve`, to private: the private file lies on huge pages
     """
     try:
         conversion = Conversion(key, PageRanges.of(ranges), to_private, preserve)

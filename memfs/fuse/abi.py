@@ -250,12 +250,6 @@ def invalidate_attributes(nodeid: int) -> bytes:
     return OUT_HEADER.pack(OUT_HEADER.size + len(payload), _FUSE_NOTIFY_INVAL_INODE, 0) + payload
 
 
-def invalidate_pages(nodeid: int, offset: int, nbytes: int) -> bytes:
-    """Return the same for a part of the page cache, which the kernel first has us write what is dirty of."""
-    payload = _INVAL_INODE.pack(nodeid, offset, nbytes)
-    return OUT_HEADER.pack(OUT_HEADER.size + len(payload), _FUSE_NOTIFY_INVAL_INODE, 0) + payload
-
-
 def retrieve(unique: int, nodeid: int, offset: int, nbytes: int) -> bytes:
     """Return FUSE_NOTIFY_RETRIEVE: ask for what the page cache has of a file, up to the first page that it has not.
 

@@ -2,24 +2,25 @@
 
 The kernel does not know that an ioctl changes an inode, so it is made to ask for its attributes again. Those of files
 that have pages it does not keep (inode.py), so after a conversion that is not necessary.
+
+Where the shared file is open through the kernel's page cache, a conversion would have to take pages out of that, as
+fallocate(2) does by itself. It is refused. To take a page out, the kernel waits until we have written it, or have read
+it for somebody, so a thread of ours would wait for ourselves; and if we were killed, it could not end and would keep
+/dev/fuse open, so that everybody who uses the mount waited for ever. The same goes for any process that has /dev/fuse.
+Callers have not: they can call fallocate(2) of both files, and the kernel does it for them.
 """
 
 from __future__ import annotations
 
 import errno
-import functools
 import logging
 import struct
 from collections.abc import Callable
 from typing import Final
 
-import trio
-
 from memfs.contract import conversion
-from memfs.contract.aio.threads import Threads
 from memfs.contract.conversion import Conversion, is_convert
 from memfs.contract.logs import fields
-from memfs.contract.page_ranges import PageRanges
 from memfs.contract.sys.libc import FALLOC_FL_KEEP_SIZE, PUNCH_HOLE
 from memfs.fuse import abi
 from memfs.fuse.abi import IOCTL_IN, IOCTL_OUT, Request, unpack
@@ -27,8 +28,7 @@ from memfs.fuse.caller import working_for_caller
 from memfs.store import seals
 from memfs.store.conversion import convert
 from memfs.tree import inode_flags
-from memfs.tree.inode import RegularFile
-from memfs.tree.open_files import OpenFiles
+from memfs.tree.open_files import Access, OpenFiles
 from memfs.tree.tree import Tree
 
 log = logging.getLogger(__name__)
@@ -41,20 +41,10 @@ _DONE: Final = IOCTL_OUT.pack(0, 0, 0, 0)  # the reply to a command that returns
 
 
 class IoctlHandlers:
-    """The channel's handler for ioctl(2). `changed` is called with the number of an inode that one has changed.
+    """The channel's handler for ioctl(2). `changed` is called with the number of an inode that one has changed."""
 
-    `drop_pages` has the kernel drop pages of an inode from its page cache, and blocks.
-    """
-
-    def __init__(
-        self,
-        tree: Tree,
-        open_files: OpenFiles,
-        changed: Callable[[int], None],
-        drop_pages: Callable[[int, PageRanges], None],
-    ) -> None:
+    def __init__(self, tree: Tree, open_files: OpenFiles, changed: Callable[[int], None]) -> None:
         self._changed: Final = changed
-        self._drop_pages: Final = drop_pages
         self._tree: Final = tree
         self._open_files: Final = open_files
 
@@ -103,6 +93,8 @@ class IoctlHandlers:
         private, shared = self._open_files.file(fh), self._open_files.by_key(asked.key)
         if not private.writable:
             raise OSError(errno.EBADF, "not open for writing")
+        if shared.access is Access.CACHED:
+            raise OSError(errno.EOPNOTSUPP, "the shared file is open through the page cache; use fallocate(2) of both")
         comes, leaves = (private, shared) if asked.to_private else (shared, private)
         inode_flags.check_fallocate(comes.inode, FALLOC_FL_KEEP_SIZE)
         inode_flags.check_fallocate(leaves.inode, PUNCH_HOLE)
@@ -112,26 +104,13 @@ class IoctlHandlers:
         self._tree.hold(shared.inode)  # its handle may be closed meanwhile
         try:
             with working_for_caller(request):
-                await self._drop_cached(shared.inode, asked.ranges)
-                try:
-                    await convert(
-                        *(shared.inode.file, private.inode.file, asked.ranges),
-                        to_private=asked.to_private,
-                        preserve=asked.preserve,
-                    )
-                finally:
-                    with trio.CancelScope(shield=True):
-                        await self._drop_cached(shared.inode, asked.ranges)
+                await convert(
+                    *(shared.inode.file, private.inode.file, asked.ranges),
+                    to_private=asked.to_private,
+                    preserve=asked.preserve,
+                )
         finally:
             self._tree.release(shared.inode)
-
-    async def _drop_cached(self, inode: RegularFile, ranges: PageRanges) -> None:
-        """Have the page cache, where a file's handles do not pass through, forget pages, and first write them.
-
-        For fallocate(2) the kernel does that by itself. In a thread, since it asks us to write.
-        """
-        if inode.file.opens.backing_id is None:
-            await Threads.here().run(functools.partial(self._drop_pages, inode.ino, ranges))
 
     def _set_flags(self, nodeid: int, flags: int) -> None:
         inode = self._tree.inode(nodeid)

@@ -36,7 +36,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Final
 
-from memfs.contract.page_ranges import PageRanges
 from memfs.contract.sys.libc import (
     ATIME_ATTRIBUTES,
     MNT_DETACH,
@@ -53,7 +52,7 @@ from memfs.contract.sys.libc import (
     umount,
 )
 from memfs.contract.sys.mountinfo import MEMFS, mount_flags, mountpoint_of, mounts_on, type_of_device
-from memfs.fuse.abi import invalidate_attributes, invalidate_pages
+from memfs.fuse.abi import invalidate_attributes
 from memfs.options import MountOptions
 
 log = logging.getLogger(__name__)
@@ -89,12 +88,6 @@ class FuseMount:
     def notify(self, message: bytes) -> None:
         """Write a notification to the kernel, which does not wait. Raises OSError: ENOENT, ENODEV."""
         os.write(self.fuse_fd, message)
-
-    def invalidate_pages(self, nodeid: int, ranges: PageRanges) -> None:
-        """Have the kernel drop pages of an inode from its page cache. Blocks until we have written what is dirty."""
-        for pages in ranges:
-            with suppress(OSError):
-                os.write(self.fuse_fd, invalidate_pages(nodeid, pages.offset, pages.nbytes))
 
     @property
     def is_connected(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import json
 import mmap
 import os
 import signal
@@ -19,6 +20,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from kvmsim.vmm import by_fallocate
 from memfs.contract.conversion import MEMFS_IOC_CONVERT, MEMFS_IOC_GET_KEY, Key, convert, key_of
 from memfs.contract.page_ranges import PageRanges
 from memfs.contract.protocol.connection import Role
@@ -42,6 +44,7 @@ from .conftest import Memfs, MountMemfs, memfs_command, run
 from .owner import connected
 
 PAGES = 64  # of each file
+WAYS = ["size=64m", "size=64m,backing=memfd", "size=64m,passthrough=off"]
 
 
 @dataclass
@@ -72,7 +75,19 @@ class Pair:
                 os.close(fd)
 
     def convert(self, *ranges: PageRange, to_private: bool) -> None:
-        convert(self.private_fd, self.key, ranges, to_private=to_private)
+        """Convert as the VMM does."""
+        try:
+            convert(self.private_fd, self.key, ranges, to_private=to_private)
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+            assert not self.passes_through
+            by_files = by_fallocate.to_private if to_private else by_fallocate.to_shared
+            by_files(self.shared_fd, self.private_fd, ranges)
+
+    @property
+    def passes_through(self) -> bool:
+        return bool(json.loads(os.getxattr(self.memfs.path, "user.memfs.stat"))["passthrough"])
 
     @property
     def state(self) -> tuple[object, ...]:
@@ -98,7 +113,7 @@ def pair(memfs: Memfs) -> Iterator[Pair]:
 # -- the call ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mount", ["size=64m", "size=64m,backing=memfd", "size=64m,passthrough=off"])
+@pytest.mark.parametrize("mount", WAYS)
 def test_there_and_back(mount_memfs: MountMemfs, mount: str) -> None:
     """What stat(2) and reads say changes with the call, whatever the kernel may have cached of both files."""
     memfs = mount_memfs(mount)
@@ -113,7 +128,7 @@ def test_there_and_back(mount_memfs: MountMemfs, mount: str) -> None:
         assert pair.state == ([], 8, 0, 8, content)
 
 
-@pytest.mark.parametrize("mount", ["size=64m", "size=64m,backing=memfd", "size=64m,passthrough=off"])
+@pytest.mark.parametrize("mount", WAYS)
 def test_what_a_mapping_holds_goes_as_well(mount_memfs: MountMemfs, mount: str) -> None:
     """Where mappings are of the page cache, what is dirty there must not come back when it is written."""
     memfs = mount_memfs(mount)
@@ -121,13 +136,15 @@ def test_what_a_mapping_holds_goes_as_well(mount_memfs: MountMemfs, mount: str) 
         memory[: 8 * PAGE_SIZE] = b"x" * 8 * PAGE_SIZE
         pair.convert(pages(0, 4), to_private=True)
         memory.flush()
+        pair.convert(pages(0, 4), to_private=True)  # nothing to do
         assert pair.state[:4] == ([(0, 4)], 4, 4, 8)
         assert memory[: 8 * PAGE_SIZE] == bytes(4 * PAGE_SIZE) + b"x" * 4 * PAGE_SIZE
         assert os.pread(pair.shared_fd, 8 * PAGE_SIZE, 0) == memory[: 8 * PAGE_SIZE]
 
 
-def test_whole_limit_changes_sides(mount_memfs: MountMemfs) -> None:
-    memfs = mount_memfs(f"size={PAGES * PAGE_SIZE}")
+@pytest.mark.parametrize("way", ["", ",passthrough=off", ",backing=memfd"])
+def test_whole_limit_changes_sides(mount_memfs: MountMemfs, way: str) -> None:
+    memfs = mount_memfs(f"size={PAGES * PAGE_SIZE}{way}")
     with Pair.on(memfs) as pair:
         os.pwrite(pair.shared_fd, b"x" * PAGES * PAGE_SIZE, 0)
         for to_private in (True, False, True):
@@ -142,6 +159,73 @@ def test_whole_limit_changes_sides(mount_memfs: MountMemfs) -> None:
         with raises(errno.ENOSPC):
             pair.convert(pages(0, 2), to_private=True)
         assert pair.state == before
+
+
+@pytest.mark.parametrize("way", ["passthrough=off", "backing=memfd"])
+def test_refused_where_the_page_cache_lies_between(mount_memfs: MountMemfs, way: str) -> None:
+    """It changes nothing, neither here nor there; and the command says what to do."""
+    with Pair.on(mount_memfs(f"size=64m,{way}")) as pair, mmap.mmap(pair.shared_fd, PAGES * PAGE_SIZE) as memory:
+        fallocate(pair.private_fd, 0, 8 * PAGE_SIZE, PAGE_SIZE)
+        memory[: 4 * PAGE_SIZE] = b"x" * 4 * PAGE_SIZE
+        before = pair.state
+        for to_private in (True, False):
+            with raises(errno.EOPNOTSUPP):
+                convert(pair.private_fd, pair.key, [pages(0, PAGES)], to_private=to_private)
+        assert pair.state == before
+        assert memory[: 4 * PAGE_SIZE] == b"x" * 4 * PAGE_SIZE
+        refused = run(*memfs_command("convert", "--to", "private", pair.shared, pair.private, "0:4k"))
+        assert (refused.returncode, "fallocate" in refused.stderr) == (1, True), refused.stderr
+        assert (pair.state[0], pair.state[-1]) == (before[0], before[-1])
+
+
+STORER = """
+import mmap, os, sys
+from memfs.contract.conversion import convert, key_of
+from memfs.contract.units import PageIndex, PageRange
+shared, private = (os.open(path, os.O_RDWR) for path in sys.argv[1:])
+key, size = key_of(shared), os.fstat(private).st_size
+memory = mmap.mmap(shared, size)
+for at in range(0, size, 4096):
+    memory[at] = 1
+print("ready", flush=True)
+try:
+    convert(private, key, [PageRange(PageIndex(0), PageIndex(size // 4096))], to_private=True)
+except OSError as error:
+    print(error.errno, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("way", ["passthrough=off", "backing=memfd"])
+def test_death_while_pages_are_dirty_is_told_to_everybody(mount_memfs: MountMemfs, tmp_path: Path, way: str) -> None:
+    """No thread of the daemon waits for what only the daemon can write, and keeps the mount alive by that."""
+    memfs = mount_memfs(f"size=128m,{way}")
+    mount = (*memfs_command("mount", memfs.path, "--socket", tmp_path / "again"), "-o", "size=64m")
+    with Pair.on(memfs) as pair:
+        paths = (pair.shared, pair.private)
+        for path in paths:
+            os.truncate(path, 48 << 20)
+    storer = subprocess.Popen(
+        [sys.executable, "-c", STORER, *paths],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+    try:
+        assert storer.stdout is not None
+        assert storer.stdout.readline() == "ready\n"
+        time.sleep(0.2)  # in the middle, if there were one
+        memfs.process.kill()
+        asking = subprocess.Popen(["stat", "--file-system", memfs.path], stderr=subprocess.DEVNULL)
+        assert asking.wait(10) == 1
+        assert int(storer.stdout.readline()) in (errno.EOPNOTSUPP, errno.ENOTCONN, errno.ECONNABORTED)
+        assert run(*mount).returncode == 0
+        assert run("umount", memfs.path).returncode == 0
+    finally:
+        run("umount", "--force", memfs.path)  # ends it, whatever waits
+        storer.kill()
+        storer.communicate()
 
 
 def test_key_is_as_good_as_the_descriptor(pair: Pair) -> None:

@@ -100,11 +100,10 @@ async def owning(memfs: Memfs, *, to_private: bool) -> AsyncIterator[Owned]:
                     await trio.to_thread.run_sync(path.unlink)
 
 
-@pytest.mark.parametrize("mount", ["", "backing=memfd"])
 @pytest.mark.parametrize("to_private", [True, False], ids=["to private", "to shared"])
-async def test_every_point(mount_memfs: MountMemfs, in_memfs: Injection, mount: str, to_private: bool) -> None:
+async def test_every_point(mount_memfs: MountMemfs, in_memfs: Injection, to_private: bool) -> None:
     """Failing and waiting; one after the other on one mount, whose invariants are verified at its end."""
-    memfs = mount_memfs(f"size=64m,{mount}".rstrip(","))
+    memfs = mount_memfs("size=64m")
     memfs.expected += ["could not be notified", "cannot be received from"]
     for point, kind in itertools.product(POINTS, (Kind.FAIL, Kind.DELAY)):
         what = f"{kind.value} {point.value}"

@@ -111,7 +111,7 @@ class _Mount:
             NameHandlers(self.tree, self.handles, files, xattrs, AccessTimes()),
             files,
             handlers,
-            IoctlHandlers(self.tree, self.handles, lambda ino: None, lambda ino, ranges: None),
+            IoctlHandlers(self.tree, self.handles, lambda ino: None),
         )
 
     async def ask(self, data: bytes) -> None:

@@ -65,7 +65,7 @@ class Mount:
             NameHandlers(self.tree, self.open_files, files, xattrs, AccessTimes()),
             files,
             handlers,
-            IoctlHandlers(self.tree, self.open_files, lambda ino: None, lambda ino, ranges: None),
+            IoctlHandlers(self.tree, self.open_files, lambda ino: None),
         )
 
     async def ask(self, opcode: Opcode, nodeid: int, body: bytes = b"") -> bytes:
