@@ -8,8 +8,12 @@ Begin and end are one message each, for both files and all ranges, and come in p
 the order of the files' numbers, whichever way pages go, so two calls never wait for each other.
 
 A page's content on the side that it leaves goes only when the other side has the page. A chunk (256 MiB) is converted
-whole or not at all; a signal ends a call between two of them, and who asks again gets the rest. What is on the wanted
-side already costs nothing and is left alone.
+whole or not at all; a signal or an error ends a call between two of them, and who asks again gets the rest. Only if the
+kernel frees a part of a chunk and then fails, that part is converted, and the rest goes back: no page is on both sides.
+
+What is on the wanted side already costs nothing and is left alone, and what is left is looked for before all that it
+takes to convert it. So whoever asks again, since memfs was killed before it could answer, hears that it is done, even
+if the owner that had to allow it has gone meanwhile.
 
 The limit counts what is there after the call. So what is about to be freed counts as free: in the account, where a file
 is tracked, and by moving the border between the two tmpfs of TmpfsBacking, where it is not. There the kernel lets other
@@ -64,21 +68,33 @@ _COPIED_AT_ONCE: Final = 1 << 20  # bytes
 
 
 async def convert(shared: File, private: File, ranges: PageRanges, *, to_private: bool, preserve: bool = False) -> None:
-    """Convert pages. Raises OSError as `memfs.contract.conversion.convert` says, having changed nothing."""
+    """Convert pages. Raises OSError as `memfs.contract.conversion.convert` says."""
     if shared is private or shared.guest or not private.guest:
         raise OSError(errno.EINVAL, "not an ordinary file and a guest-sealed one")
     first, second = (shared, private) if shared.number < private.number else (private, shared)
     async with first.locked(), second.locked():
-        _check(shared, private, ranges, to_private=to_private, preserve=preserve)
-        conversion = _Conversion(shared, private, to_private=to_private, preserve=preserve)
-        await conversion.run(ranges)
+        _check_ranges(shared, private, ranges)
+        assert private.page_map is not None, "a guest-sealed file without a page map"
+        left = private.page_map.with_any(ranges, _changing(to_private=to_private))
+        if len(left):
+            _check(shared, private, to_private=to_private, preserve=preserve)
+            await _Conversion(shared, private, to_private=to_private, preserve=preserve).run(left)
 
 
-def _check(shared: File, private: File, ranges: PageRanges, *, to_private: bool, preserve: bool) -> None:
+def _changing(*, to_private: bool) -> int:
+    """Return the state, in the page map of the private file, of pages that change sides."""
+    return ABSENT if to_private else ALLOCATED
+
+
+def _check_ranges(shared: File, private: File, ranges: PageRanges) -> None:
     if ranges.end > page_ceil(ByteOffset(min(shared.size, private.size))):
         raise OSError(errno.EINVAL, "past the end of a file")
     if private.granule > PAGE_SIZE and (ranges.array % bytes_to_pages(private.granule)).any():
         raise OSError(errno.EINVAL, f"not a multiple of {private.granule} bytes")
+
+
+def _check(shared: File, private: File, *, to_private: bool, preserve: bool) -> None:
+    """Raise OSError if pages may not change sides."""
     seals.check((shared if to_private else private).seals, Operation.PUNCH)
     if not to_private:  # what is there of the shared file is zeroed
         seals.check(shared.seals & ~seals.F_SEAL_GUEST, Operation.WRITE)
@@ -113,7 +129,7 @@ class _Conversion:
         self._from, self._to = (in_shared, in_private) if to_private else (in_private, in_shared)
         assert in_private.accounting is not None, "a guest-sealed file without a page map"
         self._private: Final = in_private.accounting
-        self._changes: Final = ABSENT if to_private else ALLOCATED  # the state, in the page map, of a page that does
+        self._changes: Final = _changing(to_private=to_private)
         self._vm: Final = _vm(shared, private)
         self._shared_id: Final = shared.owner.id if shared.owner is not None else NO_FILE
         self._private_id: Final = private.owner.id if private.owner is not None else NO_FILE
@@ -123,11 +139,8 @@ class _Conversion:
         self._other: Final = (private if to_private else shared).number
         self._done = PageIndex(0)  # all that was asked for before it is on the wanted side
 
-    async def run(self, ranges: PageRanges) -> None:
-        """Convert what is not on the wanted side yet."""
-        asked = self._private.page_map.with_any(ranges, self._changes)
-        if not len(asked):
-            return
+    async def run(self, asked: PageRanges) -> None:
+        """Convert ranges, each of which has pages that are not on the wanted side yet."""
         with await self._reserve(asked) if self._to_private else nullcontext() as reservation:
             await self._begin(asked)
             try:
@@ -170,16 +183,18 @@ class _Conversion:
             await self._vm.convert_end(self._shared_id, self._private_id, done, to_private=self._to_private)
 
     async def _convert(self, runs: PageRanges, reservation: Reservation | None) -> None:
-        """Convert runs of pages that are all on the side that they leave: all or, if that fails, none."""
-        before, done = await self._to.present(runs) if not self._to_private else NO_PAGES, self._done
+        """Convert runs of pages that are all on the side that they leave.
+
+        If that fails, each run is on one side: on the wanted one if it was freed on the other before.
+        """
+        before = await self._to.present(runs) if not self._to_private else NO_PAGES
         try:
             await self._allocate(runs, before, reservation)
             with trio.CancelScope(shield=True) if self._waits(runs) else nullcontext():
                 await self._free(runs)
         except BaseException:
-            if self._done == done:  # nothing has gone yet
-                with trio.CancelScope(shield=True):
-                    await self._undo(runs.without(before))
+            with trio.CancelScope(shield=True):
+                await self._undo(runs.without(runs.before(self._done)).without(before))
             raise
         finally:
             self._journal.note(self._intent, None)

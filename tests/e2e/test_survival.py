@@ -12,12 +12,15 @@ import time
 from pathlib import Path
 
 import pytest
+import trio
 
 from memfs.contract.conversion import convert, key_of
 from memfs.contract.faults import Point
+from memfs.contract.protocol.messages import AllowPreserve, Done, Registered
 from tests.helpers import pages
 
 from .conftest import Memfs, MountMemfs, memfs_command, run
+from .owner import connected
 from .process import mounted_alike
 from .test_differential import INODES, MINUTES, SEED, SIZE, Differential, Side, run_machine
 
@@ -323,3 +326,46 @@ def test_a_conversion_that_is_cut_short_leaves_no_page_on_both_sides(mount_memfs
     assert state_of(memfs)["restarts"] == deaths
     for fd in fds:
         os.close(fd)
+
+
+@pytest.mark.parametrize("to_private", [True, False], ids=["to private", "to shared"])
+async def test_a_conversion_that_was_allowed_is_done_when_the_owner_is_gone(
+    mount_memfs: MountMemfs, inject: Path, to_private: bool
+) -> None:
+    """The owner's permission ends with the daemon. What was done with it is done, and the call says so."""
+    memfs = mount_memfs("size=64m,survive=on")
+    memfs.expected = EXPECTED
+    paths = (memfs.path / "shared", memfs.path / "private")
+
+    def make() -> tuple[int, int]:
+        paths[0].write_bytes(b"x" * (1 << 20))
+        assert run(*memfs_command("create", paths[1], "--seals", "guest", "--size", "1m")).returncode == 0
+        shared, private = (os.open(path, os.O_RDWR) for path in paths)
+        return shared, private
+
+    fds = await trio.to_thread.run_sync(make)
+    key = await trio.to_thread.run_sync(key_of, fds[0])
+
+    def convert_it(to_private: bool) -> None:
+        convert(fds[1], key, [pages(0, 4)], to_private=to_private, preserve=True)
+
+    def die_in_it(point: Point) -> None:
+        inject.write_text(f"{point.value} kill")
+        convert_it(to_private)
+        assert not inject.exists(), "it did not die"
+
+    for point in (Point.BEFORE_FREE, Point.AFTER_FREE):
+        async with connected(memfs.socket) as owner:
+            registered = await owner.register(paths[1])
+            assert isinstance(registered, Registered)
+            await owner.client.launch(registered.file)
+            assert await owner.ask(AllowPreserve(registered.file)) == Done()
+            await trio.to_thread.run_sync(convert_it, not to_private)
+            await trio.to_thread.run_sync(die_in_it, point)
+            await owner.gone.wait()
+        blocks = await trio.to_thread.run_sync(lambda: [os.fstat(fd).st_blocks // 8 for fd in fds])
+        assert blocks == ([252, 4] if to_private else [256, 0])
+        if not to_private:
+            assert await trio.to_thread.run_sync(os.pread, fds[0], 4 << 12, 0) == b"x" * (4 << 12)
+    for fd in fds:
+        await trio.to_thread.run_sync(os.close, fd)

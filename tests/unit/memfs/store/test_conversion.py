@@ -303,6 +303,62 @@ async def test_what_fails_changes_nothing(
 
 
 @pytest.mark.parametrize("to_private", [True, False])
+@pytest.mark.parametrize("number", [5, 6])
+async def test_free_that_fails_leaves_each_page_on_one_side(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, to_private: bool, number: int
+) -> None:
+    """What was freed before is converted, and the owner hears that; what was not is as it was."""
+    pair.own()
+    pair.write(0, 2, 4)
+    if not to_private:
+        await pair.convert(pages(0, 5), to_private=True)
+        for index in (0, 2, 4):
+            os.pwrite(pair.private.fd, CONTENT, at(index))
+    before = set(pair.private_pages())
+    calls = 0
+
+    def fail(fd: int, mode: int, offset: int, length: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            raise OSError(errno.EIO, "told to fail")
+        fallocate(fd, mode, offset, length)
+
+    monkeypatch.setattr("memfs.store.pages.fallocate", fail)
+    with raises(errno.EIO):
+        await pair.convert(one(0), one(2), one(4), to_private=to_private)
+    monkeypatch.undo()
+    done = {0, 2, 4} - set(range(2 * (number - 4), 5))
+    assert set(pair.machine.ends[-1].indexes()) == done
+    assert set(pair.private_pages()) == (before | done if to_private else before - done)
+    shared = {index for index in (0, 2, 4) if os.pread(pair.shared.fd, PAGE_SIZE, at(index)) == CONTENT}
+    private = {index for index in (0, 2, 4) if os.pread(pair.private.fd, PAGE_SIZE, at(index)) == CONTENT}
+    assert (shared, private) == (({0, 2, 4} - done, set()) if to_private else (set(), {0, 2, 4} - done))
+    assert pair.shared.pages == (3 - len(done) if to_private else len(done))
+    pair.check()
+    await pair.convert(one(0), one(2), one(4), to_private=to_private)
+    assert pair.shared.pages == (0 if to_private else 3)
+
+
+@pytest.mark.parametrize("to_private", [True, False])
+async def test_who_asks_again_for_what_is_done_needs_no_permission(pair: Pair, to_private: bool) -> None:
+    """The owner that allowed it may be gone, or another one there: nothing is left that it could refuse."""
+    pair.own(preserves=True)
+    pair.private.initial_image().launch()
+    pair.write(0, 1, 5)
+    for direction in (True,) if to_private else (True, False):
+        await pair.convert(pages(0, 6), to_private=direction, preserve=True)
+    pair.private.unbind()
+    before = pair.state
+    await pair.convert(pages(0, 6), to_private=to_private, preserve=True)
+    with raises(errno.EPERM):
+        await pair.convert(pages(0, 7), to_private=True, preserve=True)
+    pair.private.bind(Registered(Machine(), PRIVATE))
+    await pair.convert(pages(0, 6), to_private=to_private)
+    assert pair.state == before
+
+
+@pytest.mark.parametrize("to_private", [True, False])
 async def test_signal_between_chunks_leaves_a_part(
     pair: Pair, monkeypatch: pytest.MonkeyPatch, to_private: bool
 ) -> None:
