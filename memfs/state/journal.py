@@ -21,19 +21,26 @@ done twice changes things only after it has waited.
 
 from __future__ import annotations
 
+import errno
 import struct
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from typing import Final, Protocol
 
-from memfs.state.log import Log, ValueOf
+from memfs.state.log import Log
 
 REPLY: Final = b"r"
 INODE: Final = b"i"  #: the kind of keys of inodes (tree/records.py), and of the files that are theirs
 INTENT: Final = b"n"  #: the kind of keys of what is being done in steps: their values are noted, and asked of nobody
 _REPLY: Final = struct.Struct("=Q")
+_DROPPED: Final = 64  # keys with each commit
 _LONGEST_REPLY: Final = 512  # bytes; what has a longer one has read something, and can be done again
 
 _NUMBER: Final = struct.Struct(">cQ")
+
+#: Returns the value that a key has now; None if there is none
+ValueOf = Callable[[bytes], bytes | None]
 
 
 def numbered(kind: bytes, number: int) -> bytes:
@@ -68,6 +75,15 @@ class Journal(Protocol):
     def changed(self, key: bytes) -> None:
         """Note that the value of a key has changed, or that there is none any more."""
 
+    def drop(self, keys: Iterator[bytes]) -> None:
+        """Note keys that have no value any more, and that readers ignore.
+
+        There may be many, so a few go with each commit.
+        """
+
+    def check_space(self) -> None:
+        """Raise OSError(ENOSPC) unless there may be new keys."""
+
     def note(self, key: bytes, value: bytes | None) -> None:
         """Give the key of an intent a value, with the next commit; None: it is done."""
 
@@ -88,6 +104,12 @@ class NoJournal:
         """Do nothing."""
 
     def changed(self, key: bytes) -> None:
+        """Do nothing."""
+
+    def drop(self, keys: Iterator[bytes]) -> None:
+        """Do nothing."""
+
+    def check_space(self) -> None:
         """Do nothing."""
 
     def note(self, key: bytes, value: bytes | None) -> None:
@@ -113,7 +135,8 @@ class LogJournal:
         self._deferred: list[Callable[[], None]] = []
         self._last = b""
         self._intents: Final[dict[bytes, bytes]] = {}
-        self._log: Final = Log(root, self.value_of)
+        self._log: Final = Log(root)
+        self._dropped: Final[deque[Iterator[bytes]]] = deque()
         self.keeps(REPLY, lambda key: self._last)
         self.keeps(INTENT, self._intents.get)
 
@@ -135,6 +158,15 @@ class LogJournal:
     def changed(self, key: bytes) -> None:
         """Note that the value of a key has changed."""
         self.dirty[key] = None
+
+    def drop(self, keys: Iterator[bytes]) -> None:
+        """Note keys that have no value any more, of which a few go with each commit."""
+        self._dropped.append(keys)
+
+    def check_space(self) -> None:
+        """Raise OSError(ENOSPC) unless there may be new keys."""
+        if self._log.is_full:
+            raise OSError(errno.ENOSPC, "no space for what outlives the process; remove something")
 
     def note(self, key: bytes, value: bytes | None) -> None:
         """Give the key of an intent a value; None: it is done."""
@@ -158,10 +190,20 @@ class LogJournal:
             for key in self.dirty:
                 put(key, kept[key[0]](key))
             self.dirty.clear()
+            self._put_dropped(_DROPPED)
             self._log.commit()
             deferred, self._deferred = self._deferred, []
             for action in deferred:
                 action()
+
+    def _put_dropped(self, most: int) -> None:
+        while self._dropped:
+            for key in islice(self._dropped[0], most):
+                self._log.put(key, None)
+                most -= 1
+            if not most:
+                break
+            self._dropped.popleft()
 
     def check(self, keys: set[bytes]) -> None:
         """Raise AssertionError unless the log says what there is: at least these keys.
@@ -169,6 +211,9 @@ class LogJournal:
         Costs time proportional to that.
         """
         assert not self.dirty, f"not committed: {list(self.dirty)}"
+        while self._dropped:
+            self._put_dropped(_DROPPED)
+        self._log.commit()
         state = self.load()
         assert keys <= state.keys(), f"not in the log: {keys - state.keys()}"
         for key, value in state.items():
