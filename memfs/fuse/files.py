@@ -115,7 +115,7 @@ class FileHandlers:
         if valid & FATTR_SIZE:
             await self._truncate(request, size, by_path=not valid & FATTR_FH)
         if valid & FATTR_MODE:
-            inode.chmod(mode)
+            self._tree.chmod(inode, mode)
         inode.chown(uid if valid & FATTR_UID else None, gid if valid & FATTR_GID else None)
         if valid & _TIMES:
             inode.set_times(
@@ -194,11 +194,8 @@ class FileHandlers:
         return b""
 
     def _kill_suidgid(self, inode: Inode, request: Request) -> None:
-        """Drop the setuid and setgid bits that a change by the caller must drop."""
-        mode, xattrs = inode.mode, len(inode.xattrs or ())
-        inode.kill_suidgid(in_group=is_in_group_or_capable(request, inode.gid))
-        if (mode, xattrs) != (inode.mode, len(inode.xattrs or ())):
-            self._tree.changed(inode)
+        """Drop what a change by the caller must drop: setuid and setgid bits, capabilities."""
+        self._tree.kill_suidgid(inode, in_group=is_in_group_or_capable(request, inode.gid))
 
     # -- content ----------------------------------------------------------------------------------------------------
 

@@ -30,7 +30,7 @@ DOTDOT_COOKIE: Final = 2
 _DIRENT_BYTES: Final = 20  # BOGO_DIRENT_SIZE: what tmpfs counts for an entry in a directory's st_size
 _CLOCK_REALTIME_COARSE: Final = 5  # linux/time.h
 _DAY: Final = 24 * 3600 * 1_000_000_000  # nanoseconds
-_CAPABILITY: Final = b"security.capability"
+CAPABILITY: Final = b"security.capability"
 
 
 def _now() -> int:
@@ -114,18 +114,16 @@ class Inode:
         self.changed()
 
     def kill_suidgid(self, *, in_group: bool) -> None:
-        """Drop setuid and file capabilities, and setgid if the group may execute or the caller is not `in_group`.
+        """Drop setuid, and setgid if the group may execute or the caller is not `in_group`.
 
         As the VFS does (setattr_should_drop_suidgid()) when a process without CAP_FSETID changes content, or any the
-        owner (FUSE_HANDLE_KILLPRIV_V2, linux/fuse.h).
+        owner (FUSE_HANDLE_KILLPRIV_V2, linux/fuse.h). File capabilities go as well, with the tree.
         """
         if self.is_dir:
             return
         self.mode &= ~stat.S_ISUID
         if self.mode & stat.S_IXGRP or not in_group:
             self.mode &= ~stat.S_ISGID
-        if self.xattrs is not None:
-            self.xattrs.pop(_CAPABILITY, None)
 
 
 class RegularFile(Inode):

@@ -23,7 +23,12 @@ def keep(tree: Tree, journal: Journal) -> None:
         entry = directory.entries.get(rest_of(key)) if isinstance(directory, Directory) else None
         return records.pack_entry(entry.inode.ino, entry.cookie) if entry is not None else None
 
+    def xattr_value(key: bytes) -> bytes | None:
+        inode = tree.inodes.get(Ino(number_in(key)))
+        return inode.xattrs.get(rest_of(key)) if inode is not None and inode.xattrs else None
+
     journal.keeps(INODE, inode_value)
+    journal.keeps(records.XATTR, xattr_value)
     journal.keeps(records.ENTRY, entry_value)
     journal.keeps(records.TREE, lambda key: records.pack_tree(tree.next_ino, tree.space.nr_inodes))
 
@@ -34,6 +39,7 @@ def rebuild(tree: Tree, state: Mapping[bytes, bytes], old_file: Callable[[Ino, i
     `old_file` finds the file with a number and seals.
     """
     parents: list[tuple[Directory, int]] = []
+    xattrs: list[tuple[bytes, bytes]] = []
     names: dict[int, list[tuple[int, bytes, int]]] = {}
     for key, value in state.items():
         if key[:1] == INODE:
@@ -45,6 +51,15 @@ def rebuild(tree: Tree, state: Mapping[bytes, bytes], old_file: Callable[[Ino, i
         elif key[:1] == records.ENTRY:
             ino, cookie = records.unpack_entry(value)
             names.setdefault(number_in(key), []).append((cookie, rest_of(key), ino))
+        elif key[:1] == records.XATTR:
+            xattrs.append((key, value))
+    for key, value in xattrs:
+        owner = tree.inodes.get(Ino(number_in(key)))
+        if owner is None:
+            tree.dropped(iter([key]))
+        else:
+            owner.xattrs = owner.xattrs or {}
+            owner.xattrs[rest_of(key)] = value
     for directory, parent in parents:
         above = tree.inodes.get(Ino(parent))
         directory.parent = above if isinstance(above, Directory) else directory  # it may have been removed
@@ -69,6 +84,7 @@ def keys_of(tree: Tree) -> set[bytes]:
     """Return the keys of all that a tree has."""
     keys = {inode_key(ino) for ino in tree.inodes} | {records.TREE}
     for inode in tree.inodes.values():
+        keys |= {records.xattr_key(inode.ino, name) for name in inode.xattrs or ()}
         if isinstance(inode, Directory):
             keys |= {records.entry_key(inode.ino, name) for name in inode.entries}
     return keys

@@ -1,6 +1,7 @@
 """How inodes and names are written down, so that a tree can be built again: values of keys (state/journal.py).
 
-    i INO        an inode: what stat(2) tells of it that the backing does not, attributes, and what its kind has besides
+    i INO        an inode: what stat(2) tells of it that the backing does not, and what its kind has besides
+    x INO NAME   an extended attribute: its value. They may be many and long, and a chmod(2) is to write none of them
     e DIR NAME   a name: the inode, and its cookie
     t            of the tree: the next inode number and the limit
 
@@ -20,6 +21,7 @@ from memfs.store.file import File
 from memfs.tree.inode import Directory, Ino, Inode, RegularFile, Special, Symlink, TimedInode
 
 ENTRY: Final = b"e"
+XATTR: Final = b"x"
 TREE: Final = b"t"
 
 _INODE: Final = struct.Struct("=IIIIIq")  # mode, nlink, uid, gid, flags, btime (ns)
@@ -29,7 +31,6 @@ _TIMES: Final = 3 * _TIME_BYTES  # atime, mtime, ctime
 _DIRECTORY: Final = struct.Struct("=QQ")  # parent, next cookie
 _SPECIAL: Final = struct.Struct("=Q")  # rdev
 _SYMLINK: Final = struct.Struct("=I?")  # length of the target, whether a file has it; then the target
-_XATTR: Final = struct.Struct("=HI")  # length of the name, of the value; then both
 _ENTRY: Final = struct.Struct("=QQ")  # inode, cookie
 _TREE: Final = struct.Struct("=QQ")
 
@@ -44,6 +45,11 @@ class Saved(NamedTuple):
 def entry_key(directory: int, name: bytes) -> bytes:
     """Return the key of a name in a directory."""
     return numbered(ENTRY, directory) + name
+
+
+def xattr_key(ino: int, name: bytes) -> bytes:
+    """Return the key of an extended attribute of an inode."""
+    return numbered(XATTR, ino) + name
 
 
 def pack_tree(next_ino: int, nr_inodes: int) -> bytes:
@@ -68,7 +74,7 @@ def unpack_entry(value: bytes) -> Saved:
 
 
 def pack_inode(inode: Inode) -> bytes:
-    """Return what is written of an inode."""
+    """Return what is written of an inode, without its extended attributes."""
     packed = _INODE.pack(inode.mode, inode.nlink, inode.uid, inode.gid, inode.flags, inode.btime_ns)
     if isinstance(inode, RegularFile):
         image = inode.file.image_state
@@ -83,13 +89,11 @@ def pack_inode(inode: Inode) -> bytes:
             packed += _SYMLINK.pack(len(inode.target), inode.page is not None) + inode.target
         elif isinstance(inode, Special):
             packed += _SPECIAL.pack(inode.rdev)
-    if inode.xattrs:
-        packed += b"".join(_XATTR.pack(len(name), len(value)) + name + value for name, value in inode.xattrs.items())
     return packed
 
 
 def unpack_inode(ino: Ino, packed: bytes, old_file: Callable[[Ino, int], File]) -> tuple[Inode, int]:
-    """Build an inode again, and say which directory is its parent (0: it is none).
+    """Build an inode again, without its extended attributes, and say which directory is its parent (0: it is none).
 
     `old_file` finds the file with a number and seals, which must be recovered.
     """
@@ -126,16 +130,4 @@ def unpack_inode(ino: Ino, packed: bytes, old_file: Callable[[Ino, int], File]) 
         timed.atime_ns, timed.mtime_ns, timed.ctime_ns = times
         inode = timed
     inode.nlink, inode.flags, inode.btime_ns = nlink, flags, btime_ns
-    if position < len(packed):
-        inode.xattrs = _unpack_xattrs(packed, position)
     return inode, parent
-
-
-def _unpack_xattrs(packed: bytes, position: int) -> dict[bytes, bytes]:
-    xattrs = {}
-    while position < len(packed):
-        name_length, length = _XATTR.unpack_from(packed, position)
-        position += _XATTR.size + name_length + length
-        value = packed[position - length : position]
-        xattrs[packed[position - length - name_length : position - length]] = value
-    return xattrs

@@ -28,7 +28,7 @@ from memfs.contract.units import ByteOffset
 from memfs.state.journal import NO_JOURNAL, Journal, inode_key
 from memfs.store.file import File
 from memfs.tree import acl, inode_flags, records
-from memfs.tree.inode import Directory, Ino, Inode, RegularFile, Special, Symlink
+from memfs.tree.inode import CAPABILITY, Directory, Ino, Inode, RegularFile, Special, Symlink
 from memfs.tree.inode_space import InodeSpace
 from memfs.tree.invariants import check_inodes
 
@@ -77,7 +77,7 @@ class Tree:
         self._new_file: Final = new_file
         self._journal: Final = journal
         self._is_known: Final = is_known
-        self.space: Final = InodeSpace(nr_inodes)
+        self.space: Final = InodeSpace(nr_inodes, journal)
         self.next_ino = ROOT_INO  #: of the inode that comes next
         self._last_ino: Final = (1 << (32 if inode32 else 63)) - 1
         self.inodes: dict[Ino, Inode] = {}
@@ -178,9 +178,16 @@ class Tree:
             gid = parent.gid
             if stat.S_ISDIR(mode):
                 mode |= stat.S_ISGID
-        inode = self._new_inode(parent, new, mode, gid)
+        self.space.add_xattrs(xattrs)
+        try:
+            inode = self._new_inode(parent, new, mode, gid)
+        except OSError:
+            self.space.remove_xattrs(xattrs)
+            raise
         inode.xattrs = xattrs or None
         self._add(inode)
+        for name in xattrs:
+            self._journal.changed(records.xattr_key(inode.ino, name))
         return inode
 
     def _new_inode(self, parent: Directory, new: _New, mode: int, gid: int) -> Inode:
@@ -375,6 +382,8 @@ class Tree:
         del self.inodes[inode.ino]
         self.space.remove_inode()
         self.space.remove_xattrs(inode.xattrs)
+        if inode.xattrs:
+            self.dropped(records.xattr_key(inode.ino, name) for name in list(inode.xattrs))
         self.changed(inode)
         self._journal.defer(functools.partial(_free, inode))
 
@@ -406,6 +415,7 @@ class Tree:
         self.space.change_xattr(name, xattrs.get(name), value)
         xattrs[name] = value
         inode.xattrs = xattrs
+        self._journal.changed(records.xattr_key(ino, name))
         self._touch(inode)
 
     def getxattr(self, ino: int, name: bytes) -> bytes:
@@ -419,20 +429,45 @@ class Tree:
         """Remove an extended attribute, as removexattr(2)."""
         inode = self.inode(ino)
         inode_flags.check_change(inode)
-        self.space.change_xattr(name, self.getxattr(ino, name), None)
+        self._remove_xattr(inode, name, self.getxattr(ino, name))
+        self._touch(inode)
+
+    def _remove_xattr(self, inode: Inode, name: bytes, value: bytes) -> None:
+        self.space.change_xattr(name, value, None)
         assert inode.xattrs is not None
         del inode.xattrs[name]
-        self._touch(inode)
+        self._journal.changed(records.xattr_key(inode.ino, name))
 
     def listxattr(self, ino: int) -> Iterable[bytes]:
         """Return the names of extended attributes, as listxattr(2)."""
         return self.inode(ino).xattrs or ()
+
+    def chmod(self, inode: Inode, mode: int) -> None:
+        """Change the permission bits as chmod(2) does, and the access ACL with them."""
+        inode.chmod(mode)
+        if inode.xattrs is not None and acl.ACCESS in inode.xattrs:
+            self._journal.changed(records.xattr_key(inode.ino, acl.ACCESS))
+        self.changed(inode)
+
+    def kill_suidgid(self, inode: Inode, *, in_group: bool) -> None:
+        """Drop setuid, setgid and file capabilities as Inode.kill_suidgid says."""
+        mode = inode.mode
+        inode.kill_suidgid(in_group=in_group)
+        capability = None if inode.is_dir else (inode.xattrs or {}).get(CAPABILITY)
+        if capability is not None:
+            self._remove_xattr(inode, CAPABILITY, capability)
+        if capability is not None or mode != inode.mode:
+            self.changed(inode)
 
     # -- what is written down ---------------------------------------------------------------------------------------
 
     def changed(self, inode: Inode) -> None:
         """Note that an inode has changed, other than by a method of this class."""
         self._journal.changed(inode_key(inode.ino))
+
+    def dropped(self, keys: Iterator[bytes]) -> None:
+        """Note keys of what has gone with an inode: they may be many."""
+        self._journal.drop(keys)
 
     def commit(self) -> None:
         """Commit what has changed other than by a request of the kernel's."""

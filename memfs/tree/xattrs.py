@@ -101,8 +101,8 @@ class Xattrs:
         mode, kept = acl.mode_of(value, inode.mode)
         if kept is not None:
             self._tree.setxattr(inode.ino, acl.ACCESS, kept)
-        elif inode.xattrs is not None:
-            inode.xattrs.pop(acl.ACCESS, None)
+        elif acl.ACCESS in (inode.xattrs or ()):
+            self._tree.removexattr(inode.ino, acl.ACCESS)
         inode.mode = mode & ~stat.S_ISGID if kill_sgid else mode
         inode.changed()
         self._tree.changed(inode)

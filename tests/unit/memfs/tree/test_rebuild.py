@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import struct
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,12 +14,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from memfs.state import log
 from memfs.state.journal import LogJournal
 from memfs.store.backing import TmpfsBacking
 from memfs.store.file import File
 from memfs.store.shares import Pool
+from memfs.tree import acl
 from memfs.tree.holdings import Holdings
-from memfs.tree.inode import Directory, RegularFile, Symlink
+from memfs.tree.inode import CAPABILITY, Directory, RegularFile, Symlink
 from memfs.tree.open_files import CONTROL, OpenFiles
 from memfs.tree.rebuild import free_forgotten, keep, keys_of, rebuild
 from memfs.tree.tree import ROOT_INO, Tree
@@ -25,13 +29,19 @@ from tests.helpers import raises
 
 _name = st.sampled_from([b"a", b"b", b"c"])
 _directory = st.integers(0, 3)  #: of those that there are
+_xattr = st.sampled_from([b"user.a", b"user.b", CAPABILITY])
+#: user::rw-, user:1:r--, group::r--, mask::r--, other::---
+NAMED = struct.pack("<I" + 5 * "HHI", 2, 1, 6, 0, 2, 4, 1, 4, 4, 0, 16, 4, 0, 32, 0, 0)
 _step = st.one_of(
     st.tuples(st.just("create"), _directory, _name, st.sampled_from([stat.S_IFREG, stat.S_IFDIR, stat.S_IFIFO])),
     st.tuples(st.just("symlink"), _directory, _name, st.sampled_from([b"short", b"long" * 50])),
     st.tuples(st.just("link"), _directory, _name, _directory, _name),
     st.tuples(st.just("rename"), _directory, _name, _directory, _name, st.sampled_from([0, 1, 2, 4])),
     st.tuples(st.sampled_from(["unlink", "rmdir"]), _directory, _name),
-    st.tuples(st.just("setxattr"), _directory, _name, st.sampled_from([b"user.a", b"user.b"]), st.binary(max_size=9)),
+    st.tuples(st.just("setxattr"), _directory, _name, _xattr, st.binary(max_size=9)),
+    st.tuples(st.just("setxattr"), _directory, _name, st.just(acl.ACCESS), st.just(NAMED)),
+    st.tuples(st.just("chmod"), _directory, _name, st.sampled_from([0o600, 0o6755])),
+    st.tuples(st.just("kill_suidgid"), _directory, _name),
     st.tuples(st.just("removexattr"), _directory, _name, st.just(b"user.a")),
     st.tuples(st.just("tmpfile"), _directory),
     st.tuples(st.just("open"), _directory, _name, st.sampled_from([os.O_RDONLY, os.O_RDWR, os.O_ACCMODE])),
@@ -82,6 +92,10 @@ class World:
                 getattr(tree, what)(parent, name)
             case "setxattr", int(parent), bytes(name), bytes(xattr), bytes(value):
                 tree.setxattr(tree.lookup(parent, name).ino, xattr, value)
+            case "chmod", int(parent), bytes(name), int(mode):
+                tree.chmod(tree.lookup(parent, name), mode)
+            case "kill_suidgid", int(parent), bytes(name):
+                tree.kill_suidgid(tree.lookup(parent, name), in_group=False)
             case "removexattr", int(parent), bytes(name), bytes(xattr):
                 tree.removexattr(tree.lookup(parent, name).ino, xattr)
             case "tmpfile", int(parent):
@@ -246,3 +260,110 @@ def test_a_handle_whose_file_cannot_be_opened_is_closed_and_the_others_go_on(cap
     other.journal.close()
     world.journal.close()
     backing.close()
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    backing = new_backing_of_state()
+    world = World(backing)
+    world.journal.commit()
+    yield world
+    world.close()
+    backing.close()
+
+
+def state_bytes(world: World) -> int:
+    """How much has been written down: every record, true or not."""
+    assert world.backing.state is not None
+    root = f"/proc/self/fd/{world.backing.state.root}"
+    end = struct.Struct("=Q")
+    nbytes = 0
+    for name in os.listdir(root):
+        if name.startswith("log-"):
+            with open(f"{root}/{name}", "rb") as file:
+                file.seek(16)
+                nbytes += end.unpack(file.read(end.size))[0]
+    return nbytes
+
+
+def test_a_change_of_an_inode_writes_none_of_its_attributes(world: World) -> None:
+    """A chmod(2) of a file with megabytes of attributes costs as much as another one's."""
+    inode = world.tree.create(ROOT_INO, b"a", stat.S_IFIFO, 0, 0)
+    for number in range(16):
+        world.tree.setxattr(inode.ino, b"trusted.%d" % number, bytes(60_000))
+    world.journal.commit()
+    before = state_bytes(world)
+    world.tree.chmod(inode, 0o600)
+    world.journal.commit()
+    assert 0 < state_bytes(world) - before < 200
+    assert successor(world).describe() == world.describe()
+
+
+def test_attributes_of_an_inode_that_is_freed_go_little_by_little(world: World) -> None:
+    """And whoever takes over meanwhile does not see them."""
+    inode = world.tree.create(ROOT_INO, b"a", stat.S_IFIFO, 0, 0)
+    for number in range(1000):
+        world.tree.setxattr(inode.ino, b"trusted.%d" % number, b"")
+    world.journal.commit()
+    before = state_bytes(world)
+    world.tree.unlink(ROOT_INO, b"a")
+    world.journal.commit()
+    assert state_bytes(world) - before < 5000
+    assert sum(key.startswith(b"x") for key in world.journal.load()) > 800
+    other = successor(world)
+    assert other.describe() == world.describe()
+    other.journal.check(keys_of(other.tree))
+    for number in range(50):
+        world.tree.chmod(world.tree.root, 0o700 + number % 2)
+        world.journal.commit()
+    assert not any(key.startswith(b"x") for key in world.journal.load())
+
+
+def test_where_nothing_more_can_be_written_down_nothing_new_is_created(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What there is can still be changed, and removed."""
+    inode = world.tree.create(ROOT_INO, b"a", stat.S_IFIFO, 0, 0)
+    world.tree.setxattr(inode.ino, b"trusted.a", b"12345")
+    world.journal.commit()
+    monkeypatch.setattr(log, "_MOST_TRUE", 10)
+    before = world.describe()
+    for create in (
+        lambda: world.tree.create(ROOT_INO, b"b", stat.S_IFREG, 0, 0),
+        lambda: world.tree.create_unlinked(ROOT_INO, stat.S_IFREG, 0, 0),
+        lambda: world.tree.symlink(ROOT_INO, b"b", b"target", 0, 0),
+        lambda: world.tree.link(inode.ino, ROOT_INO, b"b"),
+        lambda: world.tree.setxattr(inode.ino, b"trusted.b", b""),
+        lambda: world.tree.setxattr(inode.ino, b"trusted.a", b"123456"),
+    ):
+        with pytest.raises(OSError, match="no space for what outlives"):
+            create()
+    assert world.describe() == before
+    world.tree.setxattr(inode.ino, b"trusted.a", b"54321")
+    world.tree.chmod(inode, 0o600)
+    world.tree.rename(ROOT_INO, b"a", ROOT_INO, b"b")
+    world.tree.unlink(ROOT_INO, b"b")
+    world.journal.commit()
+
+
+def test_attributes_that_tmpfs_does_not_count_have_a_limit_as_well(world: World) -> None:
+    """Any user can set ACLs, and new directories inherit them."""
+    tree, space = world.tree, world.tree.space
+    directory = tree.create(ROOT_INO, b"a", stat.S_IFDIR, 0, 0)
+    tree.setxattr(directory.ino, acl.DEFAULT, NAMED)
+    for number in range(17):
+        tree.setxattr(directory.ino, b"trusted.%d" % number, bytes(60_000))
+    with pytest.raises(OSError, match="no space for attributes"):
+        tree.setxattr(directory.ino, b"trusted.17", bytes(60_000))
+    tree.setxattr(directory.ino, b"trusted.17", bytes(space.free_other_bytes - 50))
+    assert space.free_other_bytes == 0
+    world.journal.commit()
+    before = world.describe()
+    with pytest.raises(OSError, match="no space for ACLs"):
+        tree.create(directory.ino, b"b", stat.S_IFDIR, 0, 0)
+    assert world.describe() == before
+    tree.removexattr(directory.ino, b"trusted.0")
+    tree.create(directory.ino, b"b", stat.S_IFDIR, 0, 0)
+    tree.check()
+    world.journal.commit()
+    assert successor(world).tree.space.free_other_bytes == space.free_other_bytes
