@@ -171,7 +171,7 @@ def test_verbose_prints_what_others_do_as_the_readme_shows_it(guest: Memfs) -> N
     assert number(output, "to private") > 10
     again = guest.run(*RUN, "-vv", "--private-ranges", "0-4K")
     assert again.returncode == 0
-    name = "Fallocate" if "no passthrough" in guest.notes else "ConvertBegin"
+    name = "InvalidateEnd" if "no passthrough" in guest.notes else "ConvertBegin"
     assert f"{name:<15} private pages [1, 2)" in again.stdout, "its own conversions, too"
 
 
