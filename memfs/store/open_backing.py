@@ -23,6 +23,13 @@ def open_backing(options: MountOptions) -> tuple[Backing, list[str]]:
 
     Raises OptionError for an option that cannot be had.
     """
+    backing, notes = _open(options)
+    if not backing.guest_pinned:
+        notes.append("private memory can be swapped: that it stays takes backing=tmpfs, root of the host and Linux 6.4")
+    return backing, notes
+
+
+def _open(options: MountOptions) -> tuple[Backing, list[str]]:
     asked_for = [*(["pagesize"] if options.pagesize else []), *options.tmpfs_options]
     if options.backing == "memfd":
         if asked_for:

@@ -146,6 +146,7 @@ def test_private_pages_are_not_swapped(place: Place) -> None:
     state = json.loads(run(*memfs_command("stat", "--json", place.memfs.path)).stdout)
     pinned = state["backing"] == "tmpfs" and release >= (6, 4)
     assert state["guest_swappable"] is not pinned
+    assert ("private memory can be swapped" in place.memfs.notes) is not pinned
 
 
 # -- opened or mapped before the seal ----------------------------------------------------------------------------------
