@@ -93,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run a guest", description=_run.__doc__)
     run.add_argument("--shared", metavar="FILE", required=True, help="file of shared memory, on a memfs")
     run.add_argument("--private", metavar="FILE", required=True, help="guest-sealed file of private memory, on it, too")
-    run.add_argument("--mem", metavar="SIZE", required=True, help="guest memory in bytes, or with k, m, g")
+    run.add_argument("--mem", metavar="SIZE", required=True, help="guest memory in bytes, or with k, m, g, t")
     run.add_argument(
         "--trace",
         metavar="TRACE",

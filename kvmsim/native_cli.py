@@ -62,7 +62,7 @@ def add_commands(commands: argparse._SubParsersAction[Parser]) -> None:
     """Add `exec` and `selftest`."""
     run = commands.add_parser("exec", help="run a static Linux program as a guest", description=_exec.__doc__)
     _add_memory(run)
-    run.add_argument("--mem", metavar="SIZE", required=True, help="guest memory in bytes, or with k, m, g")
+    run.add_argument("--mem", metavar="SIZE", required=True, help="guest memory in bytes, or with k, m, g, t")
     run.add_argument(
         "--root", metavar="DIR", help="directory whose files the program may read, as its / (default: none)"
     )
@@ -72,7 +72,7 @@ def add_commands(commands: argparse._SubParsersAction[Parser]) -> None:
 
     boot = commands.add_parser("boot", help="boot a Linux kernel as a guest", description=_boot.__doc__)
     _add_files(boot)
-    boot.add_argument("--mem", metavar="SIZE", required=True, help="guest memory in bytes, or with k, m, g")
+    boot.add_argument("--mem", metavar="SIZE", required=True, help="guest memory in bytes, or with k, m, g, t")
     boot.add_argument("--kernel", metavar="FILE", required=True, help="bzImage, as distributions have in /boot")
     boot.add_argument("--initrd", metavar="FILE", help="initial file system")
     boot.add_argument("--append", metavar="TEXT", default="", help="more of a command line")

@@ -37,9 +37,9 @@ def add_to(commands: Commands) -> None:
         action="append",
         default=[],
         help="as for tmpfs, separated by commas: size= (bytes, k/m/g/t or %% of RAM; default 50%%), nr_blocks=, "
-        "nr_inodes=, mode= (octal), uid=, gid=, huge=never|always|within_size|advise, mpol=, noswap, inode32; as for "
-        "hugetlbfs, for guest-sealed files: pagesize=2M|1G, min_size=; ro, "
-        "noatime, strictatime, nodiratime, suid, dev, noexec, nosymfollow, allow_other, fsname=; "
+        "nr_inodes=, mode= (octal), uid=, gid=, huge=never|always|within_size|advise, mpol=, noswap, inode32|inode64; "
+        "as for hugetlbfs, for guest-sealed files: pagesize=2M|1G, min_size=; ro, "
+        "noatime, strictatime, nodiratime, suid, dev, noexec, nosymfollow, and their opposites; allow_other, fsname=; "
         "passthrough=auto|on|off, backing=tmpfs|memfd, socket=, "
         "socket_mode= (octal; default 0600), socket_group=, "
         "survive=auto|on|off, "
