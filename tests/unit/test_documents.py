@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
 import builtins
 import dataclasses
 import dis
 import inspect
 import re
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kvmsim.cli import build_parser as kvmsim_parser
+from memfs.cli.main import build_parser as memfs_parser
 from memfs.contract.protocol import connection, messages
 from memfs.contract.protocol.connection import _REPLIES as REPLIES
+from memfs.options import _FLAGS, _VALUES
 from tests.e2e import tools
 
 ROOT = Path(__file__).parents[2]
@@ -129,3 +134,25 @@ def test_architecture_says_who_answers_each_request() -> None:
     listed = [name for row in rows for name in re.findall(r"\b[A-Z][A-Z0-9_]{2,}\b", row[0]) if name != "ENOSYS"]
     answered = re.findall(r"^        Opcode\.(\w+): ", text("memfs/fuse/opcodes.py"), re.MULTILINE)
     assert sorted(listed) == sorted(answered)
+
+
+def _options(parser: argparse.ArgumentParser) -> set[str]:
+    """Return the long options of a command line and of its commands."""
+    found = {option for action in parser._actions for option in action.option_strings if option.startswith("--")}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            found |= {option for command in action.choices.values() for option in _options(command)}
+    return found
+
+
+@pytest.mark.parametrize("build_parser", [memfs_parser, kvmsim_parser])
+def test_manual_names_every_option(build_parser: Callable[[], argparse.ArgumentParser]) -> None:
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text("docs/MANUAL.md")))
+    of_both = {"--help", "--version"}
+    spelt_short = {"--foreground", "--verbose"}
+    assert _options(build_parser()) - named - of_both - spelt_short == set()
+
+
+def test_manual_names_every_mount_option() -> None:
+    named = set(re.findall(r"`(\w+)=?`", text("docs/MANUAL.md")))
+    assert {*_FLAGS, *_VALUES} - named == set()
