@@ -27,8 +27,9 @@ async def own(path: str) -> None:
         fd = file.open(os.O_RDWR)
     async with connect(socket_of(fd), "example", act) as client:
         registered, backing = await client.register(fd)
-        for each in (fd, *backing):  # a VMM maps the backing file and, of a guest-sealed one, the page map
+        for each in backing:  # a VMM maps the backing file and, of a guest-sealed one, the page map
             os.close(each)
+        # fd stays open: nothing else keeps the mount, and with it the guest's memory, from being unmounted
         print(f"owner of inode {registered.ino}, {registered.size} bytes", flush=True)
         await client.ended.wait()
         raise StoreGone(client.gone)

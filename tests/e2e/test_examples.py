@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from .conftest import Memfs, interruptible, run
+from .conftest import Memfs, interruptible, memfs_command, run
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -28,6 +28,8 @@ def test_owner(memfs: Memfs) -> None:
         assert owner.stdout.readline() == f"owner of inode {path.stat().st_ino}, 0 bytes\n"
         memfs.run("fallocate", "--length", "64K", path)
         memfs.run("fallocate", "--punch-hole", "--length", "8K", path)
+        unmounted = run(*memfs_command("umount", memfs.path))
+        assert (unmounted.returncode, f"(pid {owner.pid})" in unmounted.stderr) == (1, True)
         owner.send_signal(signal.SIGINT)
         assert [line.split()[0] for line in owner.stdout] == ["Fallocate", "InvalidateBegin", "InvalidateEnd"]
 

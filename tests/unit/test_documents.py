@@ -8,15 +8,17 @@ import dataclasses
 import dis
 import inspect
 import re
+import struct
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pytest
 
 from kvmsim.cli import build_parser as kvmsim_parser
 from memfs.cli.main import build_parser as memfs_parser
+from memfs.contract import conversion
 from memfs.contract.protocol import connection, messages
 from memfs.contract.protocol.connection import _REPLIES as REPLIES
 from memfs.options import _FLAGS, _VALUES
@@ -156,3 +158,51 @@ def test_manual_names_every_option(build_parser: Callable[[], argparse.ArgumentP
 def test_manual_names_every_mount_option() -> None:
     named = set(re.findall(r"`(\w+)=?`", text("docs/MANUAL.md")))
     assert {*_FLAGS, *_VALUES} - named == set()
+
+
+#: types of the tables of layouts, as struct(3) of Python spells them
+TYPES: Final = {"u8": "B", "u16": "H", "u32": "I", "u64": "Q", "u8[48]": "48s"}
+
+
+def test_protocol_says_the_layout_of_every_message() -> None:
+    laid_out = []
+    for names, fixed, nbytes, tail in table("docs/PROTOCOL.md", "body of"):
+        fields = [field.split() for field in fixed.split(", ") if field]
+        types = [TYPES[each] for _, each, _ in fields]
+        layout = "<" + "".join(types)
+        offsets = [struct.calcsize("<" + "".join(types[:number])) for number in range(len(types))]
+        assert [int(offset) for offset, _, _ in fields] == offsets, names
+        repeated = "<" + "".join(TYPES[each] for each in re.findall(r"\bu\d+\b", tail))
+        for name in names.split(", "):
+            cls: Any = getattr(messages, name)
+            assert (layout, int(nbytes)) == (cls._BODY.format, cls._BODY.size), name
+            run = getattr(cls, "_RUN", None)
+            each = run.size if run is not None else getattr(cls, "_RANGE", 0)
+            assert struct.calcsize(repeated) == each, name
+            told = {field for _, _, field in fields} | set(re.findall(r"`(\w+)`", tail))
+            held = {field.name for field in dataclasses.fields(cls)}
+            assert told - {"0", "start", "end"} == held - {"pages"}, name
+            assert ({"start", "end"} <= told) == ("pages" in held), name
+            assert tail.startswith("text") == any(field.type == "str" for field in dataclasses.fields(cls)), name
+            laid_out.append(cls)
+    assert sorted(cls.TYPE for cls in laid_out) == sorted(messages.MESSAGES)
+
+
+def test_protocol_says_the_numbers_and_errors_of_conversions() -> None:
+    numbers = [int(found, 16) for row in table("docs/PROTOCOL.md", "ioctl") for found in re.findall("0x\\w{8}", row[1])]
+    assert numbers == [conversion.MEMFS_IOC_GET_KEY, conversion.MEMFS_IOC_CONVERT(1)]
+    structs = [
+        "<" + "".join(TYPES[each] for each in re.findall(r"\bu\d+\b", row[2]))
+        for row in table("docs/PROTOCOL.md", "ioctl")
+    ]
+    assert [struct.calcsize(each) for each in structs] == [
+        conversion.KEY.size,
+        conversion.MEMFS_IOC_CONVERT(1) >> 16 & 0x3FFF,
+    ]
+    rows = table("docs/PROTOCOL.md", "errno")
+    errors = {"GET_KEY": conversion.key_of, "CONVERT": conversion.convert}
+    of_every_ioctl = {"EFAULT", "ENOTTY"}
+    for command, function in errors.items():
+        told = {name for name, commands, _ in rows if command in commands.split(", ")}
+        assert told - of_every_ioctl == set(re.findall(r"\bE[A-Z]{3,}\b", function.__doc__ or "")) - of_every_ioctl
+        assert of_every_ioctl <= told
