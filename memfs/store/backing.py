@@ -52,13 +52,13 @@ from memfs.store.guest_mounts import (
     GuestMount,
     GuestTmpfs,
     Step,
-    Watched,
     describe_huge,
     mount_tmpfs,
     pages_in,
 )
 from memfs.store.reaper import Reaper
 from memfs.store.space import Backing, Content
+from memfs.store.strays import Strays, Watched
 
 __all__ = ["Backing", "Content", "MemfdBacking", "TmpfsBacking"]
 
@@ -392,8 +392,7 @@ class MemfdBacking:
         #: each takes a descriptor; the other half is for those that are open
         self.most_files: Final = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
         self._reserved = 0  # pages that files have, or are about to have, by memfs
-        self._stray = 0  # pages that owners have allocated by themselves, when they were last counted
-        self._watched: Final[set[Watched]] = set()
+        self._strays: Final = Strays()
         self.reaper = Reaper()
         self.page_maps: Final = MapMemfds()
 
@@ -440,10 +439,8 @@ class MemfdBacking:
     def reserve(self, pages: int, given: int = 0) -> None:
         """Count pages that will be allocated."""
         more = pages - given
-        if more > 0 and self._reserved + self._stray + more > self._total:
-            self._count_strays()  # some may have gone
-            if self._reserved + self._stray + more > self._total:
-                raise OSError(errno.ENOSPC, f"{more} pages are needed, {self.free_pages} are free")
+        if more > 0 and self._reserved + self._strays.pages + more > self._total and more > self.free_pages:
+            raise OSError(errno.ENOSPC, f"{more} pages are needed, {self.free_pages} are free")
         self._reserved += pages
 
     def lend(self, pages: int) -> AbstractContextManager[None]:
@@ -457,14 +454,11 @@ class MemfdBacking:
 
     def watch(self, file: Watched) -> None:
         """Count what the file has beyond what was reserved, whenever it is asked how much is in use."""
-        self._watched.add(file)
+        self._strays.watch(file)
 
     def unwatch(self, file: Watched) -> None:
         """Do not count it any more."""
-        self._watched.discard(file)
-
-    def _count_strays(self) -> None:
-        self._stray = sum(file.stray_pages for file in self._watched)
+        self._strays.unwatch(file)
 
     @contextmanager
     def earmarked(self, pages: int) -> Iterator[bool]:
@@ -479,8 +473,7 @@ class MemfdBacking:
     @property
     def used_pages(self) -> int:
         """How many pages are reserved, or in use without having been."""
-        self._count_strays()
-        return self._reserved + self._stray
+        return self._reserved + self._strays.count()
 
     @property
     def free_pages(self) -> int:

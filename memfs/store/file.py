@@ -404,8 +404,6 @@ class File:
         are there once more, and zero.
         """
         self._is_stale = self._is_given_out = is_given_out
-        if is_given_out:
-            self._backing.watch(self)
         if self._accounting is not None:
             try:
                 self._accounting.recover()
@@ -415,6 +413,8 @@ class File:
             except OSError as error:  # no memory or no descriptor: it stays as it is, and others are not concerned
                 log.warning("file %d is not put in order: %s", self.number, error)
             self._accounting.put_away()
+        if is_given_out:
+            self._backing.watch(self)
         if self.guest and (image or is_given_out or self.tracked_pages):
             self._image = InitialImage.of_before(image, self._image_changed)
             self._image_changed()

@@ -27,17 +27,10 @@ from typing import Any, Final, Protocol
 from memfs.contract.sys.hugetlb import Pool
 from memfs.contract.sys.libc import MOUNT_ATTR_NOATIME, Remount, mount_detached
 from memfs.contract.units import ORDER_2M, PAGE_SIZE, ByteOffset, bytes_to_pages, pages_to_bytes
+from memfs.store.strays import Strays, Watched
 
 _BLOCK: Final = pages_to_bytes(1 << ORDER_2M)
 _OF_THE_MACHINE: Final = {"machine_shmem_huge": "ShmemHugePages", "machine_shmem_huge_mapped": "ShmemPmdMapped"}
-
-
-class Watched(Protocol):
-    """A tracked file of which somebody else has a descriptor."""
-
-    @property
-    def stray_pages(self) -> int:
-        """How many pages it has more than were reserved."""
 
 
 #: Bytes to allocate, from an offset on, and within what
@@ -190,8 +183,7 @@ class GuestHugetlb:
         reserved = -(-min_size // pagesize) * pagesize
         self.least_pages: Final = bytes_to_pages(reserved)
         self._pool: Final = Pool(pagesize)
-        self._watched: Final[set[Watched]] = set()
-        self._stray = 0  # pages that owners have allocated by themselves, when they were last counted
+        self._strays: Final = Strays()
         options: dict[str, str | None] = {"pagesize": str(pagesize)}
         if reserved:
             options["min_size"] = str(reserved)
@@ -204,19 +196,19 @@ class GuestHugetlb:
 
     def used_pages(self, accounted: int) -> int:
         """Return how many are accounted for, and what owners had by themselves when that was last counted."""
-        return accounted + self._stray
+        return accounted + self._strays.pages
 
     def count(self) -> None:
         """Count what owners have allocated by themselves."""
-        self._stray = sum(file.stray_pages for file in self._watched)
+        self._strays.count()
 
     def watch(self, file: Watched) -> None:
         """Have a file counted."""
-        self._watched.add(file)
+        self._strays.watch(file)
 
     def unwatch(self, file: Watched) -> None:
         """Do not count it any more."""
-        self._watched.discard(file)
+        self._strays.unwatch(file)
 
     def check_available(self, pages: int, accounted: int) -> None:
         """Look into the pool, of which this mount's own reserve is a part."""

@@ -8,8 +8,9 @@ from typing import Any, ClassVar, NewType, Protocol
 
 from memfs.contract.page_map import PageMaps
 from memfs.contract.units import ByteOffset
-from memfs.store.guest_mounts import Step, Watched
+from memfs.store.guest_mounts import Step
 from memfs.store.reaper import Reaper
+from memfs.store.strays import Watched
 
 Content = NewType("Content", int)  #: a backing's number for one of its files
 
