@@ -15,11 +15,14 @@ state with an array look-up instead of a message. The store alone writes, and ke
 `seq` is a sequence lock: odd while a change is being made, and larger by two after it. A reader that must see several
 pages of one moment samples seq, reads, and reads again if seq was odd or has moved. A single byte needs no seq.
 
-The object is as sparse as the file it describes: MAX_PAGES bytes of address space, of which only what was ever
-allocated costs memory (a page of map for 16 MiB of file). Clearing, counting and finding pages in a large range asks
-the object for its data extents first, so no operation costs more than the pages that were ever touched. It never
-grows or shrinks, so an owner's mapping of it cannot fault. Address space has an end, too:
-a store has at most MOST_MAPS, and then there is no space for another map, rather than for anything at all.
+The object is as sparse as the file it describes: MAX_PAGES bytes of address space, of which only what is allocated
+costs memory (a page of map for 16 MiB of file). A page of map goes when nothing in its 16 MiB is allocated any more. Of
+a small change that is asked only when the next one is somewhere else: a page that is converted again and again would
+otherwise have its map freed and allocated each time. A memfd that is sealed with F_SEAL_FUTURE_WRITE cannot be punched,
+so there all that was ever allocated costs memory, until the map is closed. Clearing, counting and finding pages in a
+large range asks the object for its data extents first, so no operation costs more than the pages that were ever
+touched. It never grows or shrinks, so an owner's mapping of it cannot fault. Address space has an end, too: a store has
+at most MOST_MAPS, and then there is no space for another map, rather than for anything at all.
 
 Rejected: a bitmap (a byte can be stored without reading its neighbours, so no lock between pages, and numpy slices
 do everything); SEEK_DATA on the backing file (a system call for each look-up, and false for passthrough handles).
@@ -32,7 +35,8 @@ import fcntl
 import mmap
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import ClassVar, Final, TypeVar
 
@@ -42,6 +46,7 @@ import numpy.typing as npt
 from memfs.contract.page_ranges import NO_PAGES, PageRanges
 from memfs.contract.sparse import data_extents
 from memfs.contract.sys.constants import F_SEAL_FUTURE_WRITE
+from memfs.contract.sys.libc import PUNCH_HOLE, fallocate
 from memfs.contract.units import ORDER_2M, PAGE_SHIFT, PAGE_SIZE, PageIndex, PageRange
 
 ABSENT: Final = 0
@@ -54,6 +59,9 @@ _MAGIC: Final = int.from_bytes(b"memfsmap", "little")
 _VERSION: Final = 1
 _HEADER: Final = np.dtype([("magic", "<u8"), ("version", "<u4"), ("page_shift", "<u4"), ("seq", "<u8")])
 _HEADER_BYTES: Final = PAGE_SIZE
+_ALLOCATED_BYTE: Final = bytes([ALLOCATED])
+_FREED_AT_ONCE: Final = 8  # pages of map, each of which takes a system call
+_STATES: Final = PAGE_SIZE  # bytes of a page of the object
 _OBJECT_BYTES: Final = _HEADER_BYTES + MAX_PAGES
 _SPARSE_FROM: Final = 1 << 16  # pages; for shorter ranges asking for the extents costs more than reading them
 _AT_ONCE: Final = (
@@ -244,6 +252,8 @@ class PageMap(PageMapView):
         if not os.fstat(fd).st_size:
             os.ftruncate(fd, _OBJECT_BYTES)
         super().__init__(fd)
+        self._is_punched = True  # as long as the object can be
+        self._cleared: Final[OrderedDict[int, None]] = OrderedDict()  # pages of map that may be empty now
 
     def _check_header(self, header: np.void) -> None:
         if not header["magic"]:
@@ -270,6 +280,12 @@ class PageMap(PageMapView):
                 self.pages[part.slice] = state
         finally:
             self._seq[0] += 1
+        if state == ABSENT:
+            first, last = pages.start // _STATES, (pages.end - 1) // _STATES
+            if first == last and first in self._cleared and len(self._cleared) == 1:
+                return
+            self._free_covered(first, last)
+            self._free_behind((first, last))
 
     def set_all(self, ranges: PageRanges, state: int) -> None:
         """Put every page of some ranges into one state, as one change."""
@@ -285,6 +301,45 @@ class PageMap(PageMapView):
                     self.pages[pages.slice] = state
         finally:
             self._seq[0] += 1
+        if state == ABSENT and len(ranges):
+            first, last = ranges.array[:, 0] // _STATES, (ranges.array[:, 1] - 1) // _STATES
+            for each in np.flatnonzero(first + 1 < last):
+                self._free_covered(int(first[each]), int(last[each]))
+            self._free_behind(np.union1d(first, last).tolist())
+
+    def _free_covered(self, first: int, last: int) -> None:
+        """Free the pages of map between two in which a range that was cleared begins and ends."""
+        if first + 1 < last and self._is_punched:
+            self._punch(first + 1, last)
+
+    def _free_behind(self, numbers: Iterable[int]) -> None:
+        """Note in which pages of map something was cleared last, and free some that are empty, but the last one."""
+        if not self._is_punched:
+            return
+        for number in numbers:
+            self._cleared[number] = None
+            self._cleared.move_to_end(number)
+        self._free_some(1)
+
+    def _free_some(self, rest: int) -> None:
+        for _ in range(min(_FREED_AT_ONCE, len(self._cleared) - rest)):
+            self._free_if_empty(self._cleared.popitem(last=False)[0])
+
+    def _free_if_empty(self, number: int) -> None:
+        start = _HEADER_BYTES + number * _STATES
+        if self._map.find(_ALLOCATED_BYTE, start, start + _STATES) < 0:
+            self._punch(number, number + 1)
+
+    def _punch(self, first: int, end: int) -> None:
+        try:
+            fallocate(self._fd, PUNCH_HOLE, _HEADER_BYTES + first * _STATES, (end - first) * _STATES)
+        except OSError:  # it is sealed, or no memory; the map says the same all the while
+            self._is_punched = False
+
+    def close(self) -> None:
+        """Close it as a view is closed, and free what is empty."""
+        self._free_some(0)
+        super().close()
 
     def settle(self) -> None:
         """End a change in the middle of which the store died."""

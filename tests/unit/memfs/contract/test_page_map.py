@@ -16,7 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memfs.contract.page_map import ABSENT, ALLOCATED, MAX_PAGES, MapFiles, MapMemfds, PageMap, PageMaps, PageMapView
-from memfs.contract.units import PageIndex
+from memfs.contract.page_ranges import PageRanges
+from memfs.contract.sys.libc import fallocate
+from memfs.contract.units import PAGE_SIZE, PageIndex
 from tests.helpers import pages, raises
 
 SPAN = 3 << 16  # pages of the model: more than it takes for the map to look for extents
@@ -95,6 +97,86 @@ def test_what_is_no_page_map_is_refused() -> None:
     with pytest.raises(ValueError, match="not a page map"):
         PageMapView(fd)
     os.close(fd)
+
+
+@pytest.fixture
+def kept(tmpfs: Path) -> Iterator[PageMap]:
+    """A map of those that can be punched."""
+    root = os.open(tmpfs, os.O_PATH)
+    page_map = MapFiles(root, root).open("map")
+    yield page_map
+    page_map.close()
+    os.close(root)
+
+
+OF_MAP = 4096  # pages that a page of map says something of
+
+
+def test_a_page_of_map_goes_when_nothing_in_it_is_allocated(kept: PageMap) -> None:
+    start = kept.nbytes
+    for number in range(200):  # here and there
+        one = pages(number * OF_MAP + 7, number * OF_MAP + 8)
+        kept.set(one, ALLOCATED)
+        kept.set(one, ABSENT)
+        assert kept.nbytes <= start + 2 * PAGE_SIZE
+    kept.set(pages(5, 100 * OF_MAP + 5), ALLOCATED)
+    kept.set(pages(OF_MAP + 1, 99 * OF_MAP), ABSENT)  # at once; what is left is at the ends
+    assert kept.nbytes <= start + 6 * PAGE_SIZE
+    assert kept.count(pages(0, MAX_PAGES)) == OF_MAP + 1 - 5 + OF_MAP + 5
+    kept.set(pages(0, 100 * OF_MAP + 5), ABSENT)
+    assert kept.count(pages(0, MAX_PAGES)) == 0
+    assert kept.nbytes <= start + 3 * PAGE_SIZE
+
+
+def test_what_ranges_of_a_list_cover_goes_at_once(kept: PageMap) -> None:
+    ranges = PageRanges(np.array([(5, 10 * OF_MAP), (20 * OF_MAP + 1, 40 * OF_MAP)]))
+    kept.set_all(ranges, ALLOCATED)
+    kept.set_all(ranges, ABSENT)
+    assert (kept.count(pages(0, MAX_PAGES)), kept.nbytes) == (0, 2 * PAGE_SIZE)
+
+
+def test_a_page_of_map_stays_while_something_in_it_is_allocated(kept: PageMap) -> None:
+    for number in range(20):
+        kept.set(pages(number * OF_MAP, number * OF_MAP + 2), ALLOCATED)
+    for number in range(20):
+        kept.set(pages(number * OF_MAP, number * OF_MAP + 1), ABSENT)
+    assert [(run.start, run.end) for run in kept.runs(pages(0, MAX_PAGES))] == [
+        (number * OF_MAP + 1, number * OF_MAP + 2) for number in range(20)
+    ]
+
+
+def test_of_a_list_a_few_pages_of_map_go_with_each_change(kept: PageMap, monkeypatch: pytest.MonkeyPatch) -> None:
+    start, calls = kept.nbytes, 0
+
+    def counted(*arguments: int) -> None:
+        nonlocal calls
+        calls += 1
+        fallocate(*arguments)
+
+    monkeypatch.setattr("memfs.contract.page_map.fallocate", counted)
+    ranges = PageRanges(np.array([(number * OF_MAP, number * OF_MAP + 1) for number in range(100)]))
+    kept.set_all(ranges, ALLOCATED)
+    kept.set_all(ranges, ABSENT)
+    assert 0 < calls <= 10
+    for number in range(100):
+        calls = 0
+        kept.set(pages((200 + number % 2) * OF_MAP, (200 + number % 2) * OF_MAP + 1), ABSENT)
+        assert calls <= 10
+    assert kept.nbytes <= start + 3 * PAGE_SIZE
+
+
+@pytest.mark.parametrize("place", ["file", "memfd"])
+def test_page_converted_again_and_again_costs_no_system_call(
+    kept: PageMap, page_map: PageMap, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    def refused(*_: int) -> None:
+        raise AssertionError("fallocate")
+
+    monkeypatch.setattr("memfs.contract.page_map.fallocate", refused)
+    one = kept if place == "file" else page_map
+    for number in (5, 6, 5, 7):
+        one.set(pages(number, number + 1), ALLOCATED)
+        one.set(pages(number, number + 1), ABSENT)
 
 
 @pytest.fixture(params=["files", "memfds"])
