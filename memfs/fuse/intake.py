@@ -90,10 +90,10 @@ class Intake:
 
         Raises Unmounted.
         """
+        is_over = self.share_is_over
         if self._again:
-            return self._again.popleft()
+            return None if is_over else self._again.popleft()
         backlog = self._backlog
-        is_over = self._turns.total - self._begun >= SHARE
         if not is_over and not backlog.queues:
             return self._receive()
         while self._ahead and not self._overtaken:

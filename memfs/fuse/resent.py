@@ -3,8 +3,10 @@
 One of them may have been done: then what it changed was committed together with its reply (state/journal.py), and that
 is what is sent now. All others are done again.
 
-A request may also be what killed the predecessor. So it is written down which one is being tried, and how often: one
-that has been the death of two daemons in the middle of it is answered EIO, or one bug would be a loop without an end.
+A request may also be what killed the predecessor. So it is written down which one is being tried, and how often,
+whenever a step of its handler begins (between two of its awaits), and that it is not, when the step ends: what happens
+while it waits is not its doing. One that has been the death of two daemons is answered EIO, or one bug would be a loop
+without an end. It has been tried three times then, for the first time it was not one that came again.
 """
 
 from __future__ import annotations
@@ -12,10 +14,10 @@ from __future__ import annotations
 import errno
 import logging
 import struct
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Final
+import types
+from collections.abc import Callable, Coroutine, Generator, Mapping
+from typing import TYPE_CHECKING, Any, Final
 
-from memfs.contract.aio.eager import drive
 from memfs.fuse.abi import OUT_HEADER, Request
 from memfs.state.journal import Journal, last_answer
 
@@ -50,18 +52,29 @@ class Resent:
         if times >= _MOST:
             log.error("request %d, opcode %d, has killed memfs %d times: EIO", request.number, request.opcode, times)
             raise OSError(errno.EIO, "this request has killed memfs")
-        self._try(_TRY.pack(request.number, times + 1))
-        self._journal.commit()
-        work = handler(request)
-        try:
-            trap = work.send(None)
-        except StopIteration as end:
-            result: bytes | None = end.value
-            return result
-        finally:
-            self._try(None)
-        self._journal.commit()
-        return await drive(work, trap)
+        return await self._step_by_step(handler(request), _TRY.pack(request.number, times + 1))
+
+    @types.coroutine
+    def _step_by_step(self, work: Coroutine[Any, Any, bytes | None], tried: bytes) -> Generator[Any, Any, bytes | None]:
+        """Await a handler, with it written down in each of its steps that it is being tried."""
+        step: Callable[[Any], Any] = work.send
+        resumed_with: Any = None
+        while True:
+            self._try(tried)
+            self._journal.commit()
+            try:
+                trap = step(resumed_with)
+            except StopIteration as end:
+                result: bytes | None = end.value
+                return result
+            finally:
+                del resumed_with  # if it is an exception, a cycle with its traceback
+                self._try(None)
+            self._journal.commit()
+            try:
+                step, resumed_with = work.send, (yield trap)
+            except BaseException as error:  # for the handler to handle
+                step, resumed_with = work.throw, error
 
     def _try(self, value: bytes | None) -> None:
         self._trying = value

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from trio.testing import wait_all_tasks_blocked
 
 from memfs.fuse.abi import IN_HEADER, RESENT, Request, reply
 from memfs.fuse.resent import Resent
@@ -59,8 +60,15 @@ async def test_what_was_committed_is_answered_and_not_done_again(root: int) -> N
     assert len(daemon.answers) == 1
 
 
-async def test_a_request_that_kills_each_daemon_is_refused(root: int, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("waits", [0, 1, 2])
+async def test_a_request_that_kills_each_daemon_is_refused(
+    root: int, caplog: pytest.LogCaptureFixture, waits: int
+) -> None:
+    """In whichever of its steps it does."""
+
     async def kills(request: Request) -> bytes:
+        for _ in range(waits):
+            await trio.lowlevel.checkpoint()
         raise Killed
 
     for _ in range(2):
@@ -73,16 +81,33 @@ async def test_a_request_that_kills_each_daemon_is_refused(root: int, caplog: py
     assert await daemon.handle(44) == b"done"
 
 
-async def test_one_that_waits_is_not_guilty_of_what_happens_meanwhile(root: int) -> None:
-    event = trio.Event()
+async def test_a_handler_is_resumed_with_what_it_has_waited_for_and_may_handle_exceptions(root: int) -> None:
+    async def handles(request: Request) -> bytes:
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await trio.sleep_forever()
+        assert scope.cancelled_caught
+        return await trio.to_thread.run_sync(lambda: b"from a thread")
 
+    daemon = Daemon(root)
+    assert await daemon.resent.handle(request(42), handles) == b"from a thread"
+    with raises(errno.ENOENT):
+        await daemon.resent.handle(request(44), lambda request: fails())
+
+
+async def fails() -> bytes:
+    await trio.lowlevel.checkpoint()
+    raise OSError(errno.ENOENT, "gone")
+
+
+async def test_one_that_waits_is_not_guilty_of_what_happens_meanwhile(root: int, nursery: trio.Nursery) -> None:
     async def waits(request: Request) -> bytes:
-        await event.wait()
-        return b"done"
+        await trio.lowlevel.checkpoint()
+        await trio.sleep_forever()
+        return b""
 
-    for _ in range(4):
-        daemon = Daemon(root)
-        with trio.move_on_after(0):
-            await daemon.resent.handle(request(42), waits)
-    event.set()
-    assert await Daemon(root).resent.handle(request(42), waits) == b"done"
+    for _ in range(4):  # none of them comes any further
+        nursery.start_soon(Daemon(root).resent.handle, request(42), waits)
+        await wait_all_tasks_blocked()
+    assert await Daemon(root).handle(42) == b"done"
+    nursery.cancel_scope.cancel()
