@@ -42,7 +42,7 @@ def add_to(commands: Commands) -> None:
         "noatime, strictatime, nodiratime, suid, dev, noexec, nosymfollow, and their opposites; allow_other, fsname=; "
         "passthrough=auto|on|off, backing=tmpfs|memfd, socket=, "
         "socket_mode= (octal; default 0600), socket_group=, "
-        "survive=auto|on|off, "
+        "survive=auto|on|off (default off), "
         "notify_timeout= (seconds that an owner may take to answer; default 5)",
     )
     mount.add_argument(
