@@ -46,6 +46,11 @@ class Unlocked:
         """Whether none is, now."""
         return not len(self._locks) or not any(map(self._locks.any_of, self._ranges))
 
+    @property
+    def first(self) -> PageRange | None:
+        """The first range of pages that are locked, now."""
+        return next((locked for pages in self._ranges if (locked := self._locks.first_of(pages)) is not None), None)
+
     async def wait(self) -> None:
         """Wait until none is."""
         while not self.is_so:
@@ -168,12 +173,8 @@ class Owner(ABC):
                 ack = self._ack(message, await self._answer(pending, unlocked))
             except PeerGone:
                 return
-            except trio.TooSlowError:
-                why = f"no answer within {self.notify_timeout:g} s"
-                if self.is_stopped():
-                    why += ": its process is stopped"
-                elif (caller := current_caller()) and self.has_thread(caller):
-                    why += f"; the file call is its own thread {caller}'s, which must not be the one that answers memfs"
+            except trio.TooSlowError as error:
+                why = str(error)
             except OSError as error:  # an owner that is not notified must not go on
                 why = f"it could not be notified: {error.strerror}"
             except Exception:
@@ -188,7 +189,7 @@ class Owner(ABC):
         """Notify it and return its answer, when that is done and no page is locked any more.
 
         An owner that answers soon is not waited for, so there is then no need of a deadline. Raises PeerGone,
-        trio.TooSlowError, OSError.
+        trio.TooSlowError, which says what is known of why, OSError.
         """
         message = pending.message
         answer = self._post(message)
@@ -197,11 +198,25 @@ class Owner(ABC):
         if answer.is_done and (unlocked is None or unlocked.is_so):
             await answer.wait()  # only says so if it is done because the owner is gone
         else:
-            with Deadlines.here().fail_after(self.notify_timeout):
-                await answer.wait()
-                if unlocked is not None:
-                    await unlocked.wait()
+            try:
+                with Deadlines.here().fail_after(self.notify_timeout):
+                    await answer.wait()
+                    if unlocked is not None:
+                        await unlocked.wait()
+            except trio.TooSlowError:
+                raise trio.TooSlowError(self._why_late(answer, unlocked)) from None
         return answer
+
+    def _why_late(self, answer: Answer, unlocked: Unlocked | None) -> str:
+        """Return what it has not done in time, and what is known of why."""
+        why = f"no answer within {self.notify_timeout:g} s"
+        if answer.is_done and unlocked is not None and (locked := unlocked.first) is not None:
+            why = f"it answered, but its pages {locked} stayed locked for {self.notify_timeout:g} s"
+        if self.is_stopped():
+            return f"{why}: its process is stopped"
+        if (caller := current_caller()) and self.has_thread(caller):
+            return f"{why}; the file call that waits for it is made by thread {caller} of its own process"
+        return why
 
     def _post(self, message: Notification) -> Answer:
         return self.notify(message)

@@ -15,7 +15,7 @@ from typing import Final
 
 import trio
 
-from memfs.contract.units import PageRange
+from memfs.contract.units import PageIndex, PageRange
 
 MOST_RANGES: Final = 1 << 11  #: of pages that are locked equally often, in one registration: a millisecond to unlock
 
@@ -65,6 +65,18 @@ class PageLocks:
     def any_of(self, pages: PageRange) -> bool:
         """Return whether a page of a range is locked."""
         return any(self._counts_in(pages))
+
+    def first_of(self, pages: PageRange) -> PageRange | None:
+        """Return the first run of locked pages in a range; None if none of them is locked."""
+        first = bisect.bisect_right(self._edges, pages.start) - 1
+        last = bisect.bisect_left(self._edges, pages.end)
+        start: int | None = None
+        for edge, count in zip(self._edges[first:last], self._counts[first:last], strict=True):
+            if count and start is None:
+                start = max(edge, pages.start)
+            elif not count and start is not None:
+                return PageRange(PageIndex(start), PageIndex(edge))
+        return None if start is None else PageRange(PageIndex(start), pages.end)
 
     async def wait_unlocked(self, pages: PageRange) -> None:
         """Wait until no page of a range is locked."""

@@ -220,7 +220,7 @@ async def test_age_is_what_was_accessed_since(guest: Guest) -> None:
 async def test_file_call_in_the_loop_of_the_vm_ends_with_the_reason(mount_memfs: MountMemfs) -> None:
     """It would wait for ever for what only this loop can do; memfs ends it, and says whose fault it is."""
     memfs = mount_memfs("size=64m,notify_timeout=1")
-    memfs.expected.append("its own thread")
+    memfs.expected.append("of its own process")
     memfs.run("truncate", "-s", str(SIZE), "shared")
     fd = await trio.to_thread.run_sync(lambda: os.open(memfs.path / "shared", os.O_RDWR))
     try:
@@ -229,7 +229,7 @@ async def test_file_call_in_the_loop_of_the_vm_ends_with_the_reason(mount_memfs:
             assert await vm.fault(Access(Gfn(0), write=True, side=Side.SHARED)) is None
             fallocate(fd, PUNCH, 0, PAGE_SIZE)
             await vm.backing.ended.wait()
-            with pytest.raises(StoreGone, match=f"the file call is its own thread {threading.get_native_id()}'s"):
+            with pytest.raises(StoreGone, match=f"is made by thread {threading.get_native_id()} of its own process"):
                 vm.check_alive()
     finally:
         await trio.to_thread.run_sync(os.close, fd)

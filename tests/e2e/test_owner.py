@@ -302,7 +302,9 @@ async def test_owner_killed_inside_its_own_punch_is_gone_at_once(memfs: Memfs, g
                     await trio.sleep(0.01)
 
 
-@pytest.mark.parametrize(("number", "said"), [(signal.SIGSTOP, ": its process is stopped"), (0, "; the file call is")])
+@pytest.mark.parametrize(
+    ("number", "said"), [(signal.SIGSTOP, ": its process is stopped"), (0, "; the file call that")]
+)
 async def test_reason_of_a_fence_says_what_is_known(memfs: Memfs, guest_file: Path, number: int, said: str) -> None:
     """That a thread of the owner's waits in the call says nothing of why a stopped owner does not answer."""
     memfs.expected.append("is fenced: no answer within 5 s")

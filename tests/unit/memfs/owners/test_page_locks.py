@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 
 import numpy as np
+import numpy.typing as npt
 import trio
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,6 +19,15 @@ SPAN = 12
 
 
 ranges = st.tuples(st.integers(0, SPAN - 1), st.integers(1, SPAN)).map(lambda r: pages(r[0], min(SPAN, r[0] + r[1])))
+
+
+def first_locked(counts: npt.NDArray[np.int_], start: int, end: int) -> PageRange | None:
+    """Return the first run of pages from `start` up to `end` that are locked."""
+    locked = [page for page in range(start, end) if counts[page]]
+    if not locked:
+        return None
+    stop = next((page for page in range(locked[0], end) if not counts[page]), end)
+    return pages(locked[0], stop)
 
 
 @given(st.lists(st.tuples(st.booleans(), ranges), max_size=30))
@@ -36,6 +46,7 @@ def test_locks_are_counted_page_by_page(steps: list[tuple[bool, PageRange]]) -> 
                 with raises(errno.EINVAL):
                     locks.unlock(span)
             assert len(locks) == counts.sum()
+            assert locks.first_of(pages(2, SPAN - 2)) == first_locked(counts, 2, SPAN - 2)
             for page in range(SPAN):
                 with trio.CancelScope() as scope:
                     scope.cancel()
