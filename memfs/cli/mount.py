@@ -202,16 +202,18 @@ def _serve(mount: Mount, ready: Callable[[list[str]], None], not_kept: Sequence[
     fault_points.install_faults()
     by_default = mount.log_file is None and not mount.foreground
     log_files = [mount.log_file] if mount.log_file is not None else []
+    asked_for = mount.socket or mount.options.socket
+    socket_paths = [asked_for] if asked_for else default_paths(mount.mountpoint, "sock")
     if by_default:
         log_files = default_paths(mount.mountpoint, "log")
-        prepare_directory(os.path.dirname(log_files[0]))
+    if by_default or not asked_for:  # of what has been named, nothing is created but itself
+        prepare_directory(os.path.dirname(default_paths(mount.mountpoint, "sock")[0]))
     logs.set_up(log_files, logging.INFO if mount.verbose else logging.WARNING, when_needed=by_default)
-    asked_for = mount.socket or mount.options.socket
     try:
         raise_limits()
         settings = Settings(
             mount.mountpoint,
-            [asked_for] if asked_for else default_paths(mount.mountpoint, "sock"),
+            socket_paths,
             mount.options,
             log_beside_socket=by_default and not asked_for,
             check=mount.check,

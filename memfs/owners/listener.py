@@ -63,7 +63,7 @@ def listen(paths: Sequence[str], mode: int, group: int | None) -> Listener:
     """
     for path in paths:
         try:
-            real = os.path.join(prepare_directory(os.path.dirname(path)), os.path.basename(path))
+            real = os.path.join(_checked_directory(os.path.dirname(path)), os.path.basename(path))
             make_way(real)
             return Listener(real, _bind(real, mode, group))
         except OSError as error:
@@ -90,8 +90,8 @@ def _bind(path: str, mode: int, group: int | None) -> socket.socket:
     return sock
 
 
-def prepare_directory(directory: str) -> str:
-    """Make a directory if it is missing, and return its path without symbolic links.
+def prepare_directory(directory: str) -> None:
+    """Make a directory if it is missing: that of sockets and logs whose names nobody has said.
 
     Raises OSError(EPERM) if somebody else could replace what lies there, or it itself.
     """
@@ -99,6 +99,17 @@ def prepare_directory(directory: str) -> str:
     _check_directories(path)
     os.makedirs(path, mode=0o755, exist_ok=True)
     _check_directories(path)  # somebody else may have been first
+
+
+def _checked_directory(directory: str) -> str:
+    """Return the path of a directory without symbolic links.
+
+    Raises OSError: ENOENT if there is none; EPERM if somebody else could replace what lies there, or it itself.
+    """
+    path = Path(os.path.realpath(directory))
+    _check_directories(path)
+    if not path.is_dir():
+        raise OSError(errno.ENOENT, f"there is no directory {path}; create it")
     return str(path)
 
 

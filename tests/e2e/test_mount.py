@@ -126,6 +126,18 @@ def test_mountpoint_that_is_none(can_mount: None, tmp_path: Path) -> None:
         assert not (tmp_path / "socket").exists()
 
 
+@pytest.mark.parametrize("arguments", [["-o", "socket={}/x"], ["--socket", "{}/x"], ["--log-file", "{}/x"]])
+def test_directory_that_is_named_is_not_created(can_mount: None, tmp_path: Path, arguments: list[str]) -> None:
+    missing = tmp_path / "missing" / "too"
+    (tmp_path / "mnt").mkdir()
+    result = run(*memfs_command("mount", tmp_path / "mnt", *(each.format(missing) for each in arguments)))
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+    assert str(missing) in result.stderr
+    assert "no directory" in result.stderr or "No such file or directory" in result.stderr
+    assert not missing.parent.exists()
+    assert not os.path.ismount(tmp_path / "mnt")
+
+
 @pytest.mark.parametrize("path", ["/", "/proc", "/dev", "link"])
 def test_nothing_is_mounted_on_what_programs_need(can_mount: None, tmp_path: Path, path: str) -> None:
     """In a mount namespace: if it were mounted, the machine could not be used any more."""
@@ -318,7 +330,7 @@ def test_without_permission_it_says_so(can_mount: None, tmp_path: Path) -> None:
 def test_socket_s_path_is_told_as_it_was_checked(mount_memfs: MountMemfs, tmp_path: Path) -> None:
     """A link may lead elsewhere by the time that somebody sends descriptors there."""
     safe, link = tmp_path / "safe", tmp_path / "link"
-    safe.mkdir()
+    (safe / "sub").mkdir(parents=True)
     link.symlink_to(safe)
     memfs = mount_memfs("size=1m", "--socket", str(link / "sub" / "socket"))
     link.unlink()
