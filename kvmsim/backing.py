@@ -20,6 +20,7 @@ import trio
 
 from kvmsim.arrays import stretches
 from memfs.contract.frame_numbers import cut_at
+from memfs.contract.on_memfs import naming
 from memfs.contract.page_map import ALLOCATED, PageMapView
 from memfs.contract.protocol import Client, StoreGone, socket_of
 from memfs.contract.protocol import client as protocol
@@ -52,9 +53,10 @@ __all__ = ["Backing", "Counters", "GuestFile", "Notification", "StoreGone", "con
 
 
 class GuestFile:
-    """A registered file: its memory, mapped, and for a guest-sealed file its page map."""
+    """A registered file: its memory, mapped, and for a guest-sealed file its page map. `path` is what errors say."""
 
-    def __init__(self, registered: Registered, fds: tuple[int, ...]) -> None:
+    def __init__(self, registered: Registered, fds: tuple[int, ...], path: str = "") -> None:
+        self.path: Final = path
         self.id: Final[FileId] = registered.file
         self.ino: Final = registered.ino
         self.size = registered.size  #: bytes, when it was last registered
@@ -238,7 +240,8 @@ class Backing:
         file = self.files.get(registered.file)
         if file is None:
             try:
-                file = self.files[registered.file] = GuestFile(registered, fds)
+                path = os.readlink(f"/proc/self/fd/{fd}")
+                file = self.files[registered.file] = GuestFile(registered, fds, path)
             except (OSError, ValueError):
                 with trio.CancelScope(shield=True):
                     await self._client.unregister(registered.file)
@@ -269,7 +272,8 @@ class Backing:
         message, to keep the pages from going between the answer and its use, which that protocol notices anyway. Raises
         OSError: EINVAL past the end of the file, ENOSPC.
         """
-        reply = await self._client.get_pfn(file.id, pages, alloc=alloc, lock=False)
+        with naming(file.path):
+            reply = await self._client.get_pfn(file.id, pages, alloc=alloc, lock=False)
         file.cache(reply)
         return reply
 

@@ -1,6 +1,6 @@
 """The command `kvmsim`: run a guest over two files of a memfs, and make the traces that it runs.
 
-Exit codes: 0; 1 for anything that went wrong, a wrong byte in guest memory among it; 2 for wrong usage (argparse's).
+Exit codes: 0; 1 for anything that went wrong; 2 for wrong usage (argparse's); 3 for a wrong byte in guest memory.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import errno
 import logging
 import math
 import os
+import signal
 import sys
 import time
 from collections import Counter
@@ -25,6 +26,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from kvmsim import __version__
 from kvmsim.backing import Notification, StoreGone, socket_of
 from kvmsim.command import CommandError, check_files, size_of
+from kvmsim.ending import WRONG_BYTE, Interrupted, RunEnded, end_by_signal, sentence_of
 from kvmsim.engines.kvm.uapi import KvmUnavailable
 from kvmsim.engines.native import EngineUnavailable
 from kvmsim.engines.trace import IntegrityError, TraceEngine
@@ -59,7 +61,7 @@ _VM_TYPES: Final = {kind.name: kind for kind in (VmType.SNP, VmType.TDX_48, VmTy
 
 #: What is said in one sentence, and no traceback
 _FAILURES: Final = (
-    *(CommandError, TraceError, IntegrityError, UnhandledExit, StoreGone),
+    *(CommandError, TraceError, RunEnded, UnhandledExit, StoreGone),
     *(EngineUnavailable, KvmUnavailable, LoadError, ProgramDied),
 )
 
@@ -71,14 +73,18 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     install_faults()
     try:
         options.run(options)
+    except IntegrityError as error:
+        print(f"kvmsim: {printable(error)}", file=sys.stderr)
+        sys.exit(WRONG_BYTE)
+    except Interrupted as error:
+        end_by_signal(error.number)
     except _FAILURES as error:
         sys.exit(f"kvmsim: {printable(error)}")
     except BrokenPipeError:  # `kvmsim info sort | head -1`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
     except OSError as error:
-        where = f"{printable(error.filename)}: " if error.filename else ""
-        sys.exit(f"kvmsim: {where}{printable(error.strerror or error)}")
+        sys.exit(f"kvmsim: {sentence_of(error)}")
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(0)
@@ -227,8 +233,10 @@ async def _simulate(
         if options.picture:
             console.print("guest memory after:", draw(vm, gfns, ascii_only=console.options.ascii_only), sep="\n")
         _report(console, vm, vmm, engines, time.monotonic() - started, failure)
-        if failure is not None:  # perhaps in the middle of a conversion, of which nobody will tell us the rest
+        if isinstance(failure, IntegrityError | Interrupted):
             raise failure
+        if failure is not None:  # perhaps in the middle of a conversion, of which nobody will tell us the rest
+            raise RunEnded(f"the run ended: {sentence_of(failure)}") from failure
         vm.check()
 
 
@@ -241,7 +249,7 @@ async def _prefault(console: Console, vcpu: VCPU, size: int) -> None:
 
 
 async def _run_guest(vmm: Vmm, vcpus: Sequence[VCPU]) -> Exception | None:
-    """Run vCPUs until all have halted, or one fails, which is returned so that the report can still be made."""
+    """Run vCPUs until all have halted. Returns what has ended them before, so that the report can still be made."""
     failures: list[Exception] = []
 
     async def run(vcpu: VCPU) -> None:
@@ -251,9 +259,20 @@ async def _run_guest(vmm: Vmm, vcpus: Sequence[VCPU]) -> Exception | None:
             for other in vcpus:
                 other.kick()
 
-    async with trio.open_nursery() as nursery:
-        for vcpu in vcpus:
-            nursery.start_soon(run, vcpu)
+    async def interrupt(guest: trio.CancelScope, task_status: trio.TaskStatus[None]) -> None:
+        wanted = [each for each in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(each) is not signal.SIG_IGN]
+        with trio.open_signal_receiver(*wanted) as received:
+            task_status.started()
+            failures.append(Interrupted(await anext(received)))
+        guest.cancel()  # a second signal ends us as if there had been no receiver
+
+    async with trio.open_nursery() as outer:
+        with trio.CancelScope() as guest:
+            await outer.start(interrupt, guest)
+            async with trio.open_nursery() as nursery:
+                for vcpu in vcpus:
+                    nursery.start_soon(run, vcpu)
+        outer.cancel_scope.cancel()
     return failures[0] if failures else None
 
 
@@ -319,7 +338,7 @@ def _report(
         f"{sum(tlb.flushes for tlb in tlbs):,} flushes",
         "mapped pages": f"{vm.mmu.table.count(everything, Side.PRIVATE):,} private, "
         f"{vm.mmu.table.count(everything, Side.SHARED):,} shared, in {vm.mmu.table.nr_tables} tables",
-        "integrity": "every byte was as stored" if failure is None else f"FAILED: {failure}",
+        "integrity": f"FAILED: {failure}" if isinstance(failure, IntegrityError) else "every byte was as stored",
     }
     for name, value in rows.items():
         console.print(f"{name:13}  {printable(value)}")
@@ -352,9 +371,13 @@ def _info(options: argparse.Namespace) -> None:
 
 
 def _load(name: str) -> Trace:
-    shipped = files("kvmsim") / "traces" / f"{name}.npz"
-    path = Path(str(shipped)) if shipped.is_file() and not os.path.exists(name) else Path(name)
-    return Trace.load(path)
+    traces = files("kvmsim") / "traces"
+    shipped = sorted(each.name.removesuffix(".npz") for each in traces.iterdir() if each.name.endswith(".npz"))
+    if os.path.lexists(name):
+        return Trace.load(Path(name))
+    if name not in shipped:
+        raise CommandError(f"{name}: No such file or directory, and no shipped trace ({', '.join(shipped)})")
+    return Trace.load(Path(str(traces / f"{name}.npz")))
 
 
 def _seconds(text: str) -> float:

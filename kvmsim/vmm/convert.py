@@ -217,7 +217,17 @@ class Converter:
             self._current = ()
 
     def _call(self, runs: Sequence[PageRange], to: Side) -> None:
-        """Make the call, in the thread; again if a signal ended it, which leaves a rest."""
+        """Convert ranges, in the thread. Raises OSError with the path of a file."""
+        try:
+            self._make_call(runs, to)
+        except OSError as error:
+            if error.filename:
+                raise
+            grows = self._private if to is Side.PRIVATE else self._shared
+            raise OSError(error.errno, error.strerror, _path_of(grows)) from error
+
+    def _make_call(self, runs: Sequence[PageRange], to: Side) -> None:
+        """Make the call; again if a signal ended it, which leaves a rest."""
         if self._key is None:
             self._key = key_of(self._shared)
         while self._is_one_call:
@@ -238,9 +248,10 @@ class Converter:
         by_files(self._shared, self._private, runs)
 
     def _check_end(self, runs: Sequence[PageRange]) -> None:
-        size = min(os.fstat(fd).st_size for fd in (self._shared, self._private))
-        if runs[-1].end > page_ceil(ByteOffset(size)):
-            raise OSError(errno.EINVAL, f"pages {runs[-1]} lie past the end of the file")
+        fd = min(self._shared, self._private, key=lambda each: os.fstat(each).st_size)
+        if runs[-1].end > page_ceil(ByteOffset(os.fstat(fd).st_size)):
+            why = f"pages {runs[-1]} lie past the end of the file, which somebody has truncated"
+            raise OSError(errno.EINVAL, why, _path_of(fd))
 
     def _notify_listeners(self, runs: Sequence[PageRange], *, populated: bool) -> None:
         """Notify listeners of what is shared."""
@@ -249,3 +260,7 @@ class Converter:
             for run in runs:
                 for part in self._page_map.runs(run, ABSENT):
                     notify(part)
+
+
+def _path_of(fd: int) -> str:
+    return os.readlink(f"/proc/self/fd/{fd}")

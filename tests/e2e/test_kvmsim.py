@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from kvmsim.ending import WRONG_BYTE
+
 from .conftest import Memfs, MountMemfs, interruptible, memfs_command, run
 from .tools import needs
 
@@ -88,7 +90,7 @@ def test_prefault_without_room_says_so(guest: Memfs) -> None:
     guest.run("fallocate", "-l", "62M", "filler")
     result = guest.run(*RUN, "--prefault")
     assert result.returncode == 1
-    assert result.stderr == "kvmsim: No space left on device\n"
+    assert result.stderr.startswith(f"kvmsim: {guest.path}/shared: No space left on device; raise size= ")
 
 
 def test_private_ranges_decide_who_is_private(guest: Memfs) -> None:
@@ -119,8 +121,8 @@ def test_vcpu_that_finds_a_wrong_byte_stops_the_others(guest: Memfs) -> None:
         script = "for i in $(seq 200); do head -c 245760 /dev/urandom | dd of=shared bs=1K seek=720 conv=notrunc; done"
         guest.run("sh", "-c", script)
         output, _ = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert "shared memory at gpa" in output
+    assert process.returncode == WRONG_BYTE
+    assert "integrity      FAILED: shared memory at gpa" in output
 
 
 @contextmanager
@@ -180,8 +182,8 @@ def test_byte_changed_behind_its_back_is_found(guest: Memfs) -> None:
         script = "for i in $(seq 200); do head -c 245760 /dev/urandom | dd of=shared bs=1K seek=720 conv=notrunc; done"
         guest.run("sh", "-c", script)
         output, _ = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert "shared memory at gpa" in output
+    assert process.returncode == WRONG_BYTE
+    assert "integrity      FAILED: shared memory at gpa" in output
 
 
 def test_killed_kvmsim_leaves_nothing(guest: Memfs) -> None:
@@ -200,8 +202,9 @@ def test_files_that_are_truncated_end_in_a_sentence_and_not_in_a_signal(guest: M
         assert guest.run("sh", "-c", script).returncode == 0
         output, _ = process.communicate(timeout=60)
     assert process.returncode == 1, (process.returncode, output)
-    assert output.splitlines()[-1].startswith("kvmsim: ")
+    assert output.splitlines()[-1].startswith(f"kvmsim: the run ended: {guest.path}/{name}: ")
     assert "past the end of the file" in output.splitlines()[-1]
+    assert "integrity      every byte was as stored" in output
 
 
 def test_memfs_that_ends_stops_the_guest_with_a_clear_error(guest: Memfs) -> None:
@@ -209,8 +212,29 @@ def test_memfs_that_ends_stops_the_guest_with_a_clear_error(guest: Memfs) -> Non
         guest.process.send_signal(signal.SIGTERM)
         output, _ = process.communicate(timeout=30)
     assert process.returncode == 1
-    assert "memfs" in output.splitlines()[-1]
+    assert output.splitlines()[-1].startswith("kvmsim: the run ended: memfs has")
+    assert "integrity      every byte was as stored" in output
     guest.see_end()
+
+
+def test_mount_that_is_full_ends_the_run_and_is_no_wrong_byte(guest: Memfs) -> None:
+    guest.run("fallocate", "-l", f"{(64 << 20) - (64 << 12)}", "filler")
+    result = guest.run(*RUN)
+    assert result.returncode == 1
+    assert "integrity      every byte was as stored" in result.stdout
+    assert result.stderr.startswith(f"kvmsim: the run ended: {guest.path}/")
+    assert "No space left on device; raise size= " in result.stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+def test_run_that_is_interrupted_prints_its_results(guest: Memfs, number: int, code: int) -> None:
+    with running(guest, "--duration", "60") as process:
+        time.sleep(1)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=30)
+    assert process.returncode == code, output
+    assert re.search(r"accesses +[1-9]", output)
+    assert output.splitlines()[-1] == "integrity      every byte was as stored"
 
 
 REFUSED = {
@@ -221,7 +245,10 @@ REFUSED = {
     "shared is sealed": (["--shared", "private", "--private", "other", "--mem", "4M"], "guest-sealed"),
     "too little memory": (["--shared", "shared", "--private", "private", "--mem", "64K"], "too small"),
     "not a size": (["--shared", "shared", "--private", "private", "--mem", "lots"], "--mem lots"),
-    "no trace": (["--shared", "shared", "--private", "private", "--mem", "4M", "--trace", "missing"], "No such file"),
+    "no trace": (
+        ["--shared", "shared", "--private", "private", "--mem", "4M", "--trace", "missing"],
+        "missing: No such file or directory, and no shipped trace (sort)",
+    ),
     "not a trace": (
         ["--shared", "shared", "--private", "private", "--mem", "4M", "--trace", "/etc/passwd"],
         "not a trace",

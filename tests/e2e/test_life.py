@@ -118,9 +118,9 @@ def test_stopped_kvmsim_is_fenced_and_says_so_when_it_goes_on(mount_memfs: Mount
         process.send_signal(signal.SIGCONT)
         output, _ = process.communicate(timeout=30)
     assert process.returncode == 1, output
-    assert output.splitlines()[-1] == "kvmsim: memfs has cut us off: no answer within 1 s: its process is stopped", (
-        output
-    )
+    assert output.splitlines()[-1] == (
+        "kvmsim: the run ended: memfs has cut us off: no answer within 1 s: its process is stopped"
+    ), output
     assert memfs.run("stat", "-c", "%b", "private").returncode == 0
     result = memfs.run(
         *[sys.executable, "-m", "kvmsim", "run", "--shared", "shared", "--private", "private"], "--mem", "4M"
