@@ -112,6 +112,7 @@ def test_memory_of_one_program_is_not_there_for_the_next(kvmsim: Kvmsim) -> None
         assert kvmsim.exec(BUSYBOX, "echo", "x" * 1000).returncode == 0
     result = run(*kvmsim.command("selftest"), cwd=kvmsim.memfs.path)
     assert (result.stdout, result.returncode) == ("hello from native code\n", 0)
+    assert result.stderr.endswith("kvmsim: all checks passed\n")
 
 
 def test_punch_is_seen_by_the_guest_that_runs(kvmsim: Kvmsim) -> None:
