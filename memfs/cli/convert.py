@@ -11,6 +11,7 @@ from memfs.cli.progress import progress
 from memfs.contract.conversion import MAX_RANGES, convert, key_of
 from memfs.contract.on_memfs import OnMemfs, naming
 from memfs.contract.page_ranges import PageRanges
+from memfs.contract.sizes import format_size
 from memfs.contract.units import PageRange, pages_to_bytes
 
 _BY_FALLOCATE: Final = (
@@ -44,9 +45,7 @@ def convert_files(
                 try:
                     convert(fds[1], key, part, to_private=to_private, preserve=preserve)
                 except OSError as error:
-                    if error.errno != errno.EOPNOTSUPP or preserve:
-                        raise
-                    raise OSError(errno.EOPNOTSUPP, _BY_FALLOCATE) from error
+                    raise OSError(error.errno, _sentence(error, preserve=preserve)) from error
                 bar(sum(pages.nbytes for pages in part))
     finally:
         for fd in fds:
@@ -61,5 +60,21 @@ def _check(shared: OnMemfs, private: OnMemfs, fds: Sequence[int], ranges: PageRa
             raise OSError(errno.EINVAL, is_what, file.path)
         if os.fstat(fd).st_size < pages_to_bytes(ranges.end):
             raise OSError(errno.EINVAL, f"ends before byte {pages_to_bytes(ranges.end)}", file.path)
+    granule = os.fstat(fds[1]).st_blksize
+    for pages in ranges:
+        if pages.offset % granule or pages.nbytes % granule:
+            asked, size = f"{pages.offset}:{pages.nbytes}", format_size(granule)
+            raise OSError(errno.EINVAL, f"{asked} is not whole huge pages: give multiples of {size}", private.path)
     if len({os.fstat(fd).st_dev for fd in fds}) > 1:
         raise OSError(errno.EXDEV, f"lies on another memfs than {shared.path}", private.path)
+
+
+def _sentence(error: OSError, *, preserve: bool) -> str:
+    """Return what an errno of the call means, and what to do, where its own words leave that open."""
+    if error.errno == errno.EPERM:
+        why = "a seal or a flag of one of the files forbids it, or the files have different owners"
+        allowed = "; --preserve needs a VM that owns the private file and allows it" if preserve else ""
+        return f"{error.strerror}: {why}{allowed}"
+    if error.errno == errno.EOPNOTSUPP and not preserve:
+        return _BY_FALLOCATE
+    return str(error.strerror)

@@ -99,6 +99,9 @@ def test_what_is_no_huge_page_is_refused_and_changes_nothing(memfs: Memfs, priva
     allocate = memfs.run(*memfs_command("allocate", "private", "--length", "1m"))
     assert allocate.stderr == "memfs: private: --length must be a multiple of 2M\n"
     assert not (memfs.path / "other").exists()
+    memfs.run("truncate", "-s", "4M", "shared")
+    convert = memfs.run(*memfs_command("convert", "--to", "private", "shared", "private", "4k:8k"))
+    assert convert.stderr == "memfs: private: 4096:8192 is not whole huge pages: give multiples of 2M\n"
 
 
 def test_full_pool_is_no_space_and_nothing_remains(memfs: Memfs, private: Path, pool: Pool) -> None:
