@@ -38,6 +38,8 @@ async def own(path: str) -> None:
 if __name__ == "__main__":
     try:
         trio.run(own, sys.argv[1])
+    except KeyboardInterrupt:
+        sys.exit(130)
     except IndexError:
         sys.exit(f"usage: {sys.argv[0]} FILE")
     except (OSError, StoreGone) as error:

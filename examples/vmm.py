@@ -46,6 +46,8 @@ async def run(mount: Path) -> None:
 if __name__ == "__main__":
     try:
         trio.run(run, Path(sys.argv[1]))
+    except KeyboardInterrupt:
+        sys.exit(130)
     except IndexError:
         sys.exit(f"usage: {sys.argv[0]} MOUNT")
     except (OSError, StoreGone, UnhandledExit) as error:

@@ -23,8 +23,11 @@ def test_owner(memfs: Memfs) -> None:
     path = memfs.path / "private"
     path.touch()
     command = [sys.executable, "-u", str(EXAMPLES / "owner.py"), str(path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=interruptible) as owner:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=interruptible
+    ) as owner:
         assert owner.stdout is not None
+        assert owner.stderr is not None
         assert owner.stdout.readline() == f"owner of inode {path.stat().st_ino}, 0 bytes\n"
         memfs.run("fallocate", "--length", "64K", path)
         memfs.run("fallocate", "--punch-hole", "--length", "8K", path)
@@ -32,6 +35,8 @@ def test_owner(memfs: Memfs) -> None:
         assert (unmounted.returncode, f"(pid {owner.pid})" in unmounted.stderr) == (1, True)
         owner.send_signal(signal.SIGINT)
         assert [line.split()[0] for line in owner.stdout] == ["Fallocate", "InvalidateBegin", "InvalidateEnd"]
+        assert owner.stderr.read() == ""
+    assert owner.returncode == 130
 
 
 def test_vmm_without_memfs_says_why_and_leaves_nothing(tmp_path: Path) -> None:
