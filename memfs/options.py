@@ -13,7 +13,7 @@ import grp
 import os
 import pwd
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -203,6 +203,26 @@ def divide_remount(text: str, mounted: MountOptions) -> tuple[str, list[str]]:
         elif any(getattr(mounted, name) != value for name, value in values.items()):
             raise OptionError(f"option {item!r} cannot be changed while it is mounted; unmount it and mount it anew")
     return ",".join(limits), flags
+
+
+def in_force(said: str, flags: Collection[str], size: int, nr_inodes: int) -> str:
+    """Return what is in force of a mounted memfs, as after `-o`: what it was mounted with, as it was changed since.
+
+    >>> in_force("size=1g,noexec,huge=always", {"ro", "nosuid", "nodev", "relatime"}, 2 << 30, MountOptions().nr_inodes)
+    'huge=always,ro,exec,size=2G'
+
+    `flags` is what the kernel keeps (proc_pid_mountinfo(5)); `size` in bytes. Raises OptionError.
+    """
+    mounted = MountOptions.parse(said)
+    now = MountOptions.parse(",".join(["suid", "dev", "strictatime", *sorted(OF_THE_KERNEL.intersection(flags))]))
+    now = replace(now, size=size, nr_inodes=nr_inodes)
+    names = {name: key for name, (key, _) in [*_VALUES.items(), *_FLAGS.items()]}
+    known = {*(names[name] for name in OF_THE_KERNEL), "size", "nr_inodes"}
+    changed = {key for key in known if getattr(now, key) != getattr(mounted, key)}
+    kept = [item for item in _items(said) if names.get(item.partition("=")[0]) not in changed]
+    flag_of = {key: name for name, (key, value) in reversed(_FLAGS.items()) if getattr(now, key) == value}
+    values = {"size": f"size={format_size(size)}", "nr_inodes": f"nr_inodes={nr_inodes}"}
+    return ",".join([*kept, *({**flag_of, **values}[key] for key in (*reversed(flag_of), *values) if key in changed)])
 
 
 def _items(text: str) -> Iterator[str]:

@@ -7,15 +7,19 @@ not waited for: a system call on a filesystem that does not answer cannot be giv
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any, Final
 
 from memfs.cli.command import CommandError
 from memfs.contract.on_memfs import OnMemfs, locate
-from memfs.contract.sys.mountinfo import MEMFS, mountpoints_of_type
+from memfs.contract.sys.fdinfo import fdinfo
+from memfs.contract.sys.mountinfo import MEMFS, mount_flags, mountpoints_of_type
+from memfs.options import OptionError, in_force
 
 _TIMEOUT: Final = 3.0  # seconds for all of them to answer
 
@@ -30,13 +34,22 @@ class Answer:
 
 
 def state_of(mount: OnMemfs) -> dict[str, Any]:
-    """Return the state of the memfs that something lies on. Raises OSError; CommandError if it is no JSON object."""
+    """Return the state of the memfs that something lies on, with the options that are in force.
+
+    Raises OSError; CommandError if it is no JSON object.
+    """
     try:
         state = json.loads(mount.get("user.memfs.stat"))
     except ValueError as error:
         raise CommandError(f"{mount.path}: what it says of its state is no JSON") from error
     if not isinstance(state, dict):
         raise CommandError(f"{mount.path}: what it says of its state is no JSON object")
+    said, size, nr_inodes = (state.get(name) for name in ("options", "size", "nr_inodes"))
+    device = os.fstat(mount.fd).st_dev
+    flags = mount_flags(fdinfo(mount.fd)["mnt_id"], f"{os.major(device)}:{os.minor(device)}")
+    if flags is not None and isinstance(said, str) and isinstance(size, int) and isinstance(nr_inodes, int):
+        with suppress(OptionError):  # it is of another version
+            state["options"] = in_force(said, flags, size, nr_inodes)
     return state
 
 
