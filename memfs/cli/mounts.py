@@ -9,14 +9,21 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Final
 
 from memfs.cli.command import CommandError, Commands
 from memfs.cli.states import Answer, ask, mountpoints
 from memfs.contract.sizes import shown_bytes
 from memfs.contract.sys.libc import MNT_DETACH, UMOUNT_NOFOLLOW, umount
-from memfs.contract.sys.mountinfo import MEMFS, device_of_mountpoint, real_mountpoint, type_of_device
+from memfs.contract.sys.mountinfo import (
+    MEMFS,
+    device_of_mountpoint,
+    mounter_of,
+    mountpoints_below,
+    real_mountpoint,
+    type_of_device,
+)
 from memfs.contract.terminal import printable, quoted
 
 _HELPER: Final = "fusermount3"
@@ -77,8 +84,11 @@ def _umount(arguments: argparse.Namespace) -> None:
     """Unmount a memfs. Its files are gone then, and their memory is freed."""
     mountpoint = real_mountpoint(arguments.mountpoint)
     device = device_of_mountpoint(mountpoint) if arguments.mountpoint else None
+    if device is None and arguments.mountpoint:
+        os.lstat(arguments.mountpoint)
     if device is None or type_of_device(device) != MEMFS:
         raise CommandError(f"{arguments.mountpoint or 'MOUNTPOINT'}: no memfs is mounted there; see `memfs list`")
+    os.chdir("/")  # we may be there, as our shell is, which is named then
     unmount(mountpoint, lazy=arguments.lazy)
 
 
@@ -103,11 +113,16 @@ def _umount_by_helper(mountpoint: str, *, lazy: bool) -> None:
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
         said = done.stderr.strip().removeprefix(f"{_HELPER}: ")
-        raise CommandError(_busy(mountpoint) if "busy" in said else f"{_HELPER} says: {said}")
+        if "busy" in said:
+            raise CommandError(_busy(mountpoint))
+        if mounter_of(mountpoint) != os.geteuid():
+            raise CommandError(f"{mountpoint}: another user has mounted it; only that user and root unmount it")
+        raise CommandError(f"{_HELPER} says: {said}")
 
 
 def _busy(mountpoint: str) -> str:
-    names = list(islice(_users(mountpoint), _MOST_USERS + 1))
+    below = (f"the mount on {printable(each)}" for each in mountpoints_below(mountpoint))
+    names = list(islice(chain(below, _users(mountpoint)), _MOST_USERS + 1))
     more = ", and others" if len(names) > _MOST_USERS else ""
     who = f" by {', '.join(names[:_MOST_USERS])}{more}" if names else ""
     return f"{mountpoint} is in use{who}; end that, or say --lazy"

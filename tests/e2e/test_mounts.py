@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,21 @@ def test_list_waits_for_nobody_who_does_not_answer(mount_memfs: MountMemfs) -> N
     assert str(memfs.socket) in shown[str(memfs.path)]
 
 
+def test_stat_shows_the_options_that_are_in_force(mount_memfs: MountMemfs) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root changes flags of a mount")
+    memfs = mount_memfs("size=8m,nosuid,mode=755")
+
+    def options() -> str:
+        return str(json.loads(run(*memfs_command("stat", "--json", memfs.path)).stdout)["options"])
+
+    assert options() == "size=8m,nosuid,mode=755"
+    assert run(*memfs_command("remount", memfs.path, "-o", "size=16m,suid,noexec,ro")).returncode == 0
+    assert sorted(options().split(",")) == sorted(["mode=755", "size=16M", "suid", "noexec", "ro"])
+    assert run(*memfs_command("remount", memfs.path, "-o", "size=8m,nosuid,exec,rw")).returncode == 0
+    assert options() == "size=8m,nosuid,mode=755"
+
+
 def test_umount_unmounts(mount_memfs: MountMemfs) -> None:
     memfs = mount_memfs("size=8m")
     with (memfs.path / "file").open("wb"):
@@ -67,12 +83,52 @@ def test_lazy_umount_unmounts_what_is_in_use(mount_memfs: MountMemfs) -> None:
     memfs.see_end()
 
 
-@pytest.mark.parametrize("name", ["", "missing", "file", "."])
-def test_umount_of_what_is_no_memfs_is_refused(tmp_path: Path, name: str) -> None:
+def test_umount_names_a_mount_on_it(mount_memfs: MountMemfs) -> None:
+    memfs = mount_memfs("size=8m")
+    nested = memfs.path / "with space"
+    nested.mkdir()
+    if (refused := run("mount", "-t", "tmpfs", "none", nested)).returncode:
+        pytest.skip(f"cannot mount a tmpfs: {refused.stderr.strip()}")
+    try:
+        refused = run(*memfs_command("umount", memfs.path))
+        assert refused.stderr == f"memfs: {memfs.path} is in use by the mount on {nested}; end that, or say --lazy\n"
+    finally:
+        run("umount", nested)
+
+
+def test_umount_from_within_is_not_in_its_own_way(mount_memfs: MountMemfs) -> None:
+    memfs = mount_memfs("size=8m")
+    held = run("sh", "-c", f"{' '.join(memfs_command('umount', '.'))}; exit $?", cwd=memfs.path)
+    assert (held.returncode, held.stderr.count("(pid ")) == (1, 1), held.stderr
+    assert "in use by sh (pid " in held.stderr
+    assert run(*memfs_command("umount", "."), cwd=memfs.path).returncode == 0
+    memfs.see_end()
+
+
+def test_umount_by_another_user_says_who_may(mount_memfs: MountMemfs) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root becomes another user")
+    memfs = mount_memfs("size=8m,allow_other")
+    drop = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"]
+    refused = run(*drop, sys.executable, "-m", "memfs", "umount", memfs.path)
+    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
+    assert "another user has mounted it" in refused.stderr or "is not installed" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("", "no memfs is mounted there; see `memfs list`"),
+        ("missing", "No such file or directory"),
+        ("file", "no memfs is mounted there; see `memfs list`"),
+        (".", "no memfs is mounted there; see `memfs list`"),
+    ],
+)
+def test_umount_of_what_is_no_memfs_is_refused(tmp_path: Path, name: str, why: str) -> None:
     (tmp_path / "file").touch()
     result = run(*memfs_command("umount", name), cwd=tmp_path)
     assert result.returncode == 1
-    assert result.stderr == f"memfs: {name or 'MOUNTPOINT'}: no memfs is mounted there; see `memfs list`\n"
+    assert result.stderr == f"memfs: {name or 'MOUNTPOINT'}: {why}\n"
 
 
 def test_second_mount_on_a_mountpoint_says_what_to_do(mount_memfs: MountMemfs, tmp_path: Path) -> None:

@@ -65,6 +65,20 @@ def mountpoints_of_type(kind: str) -> list[str]:
     return [_unescape(fields[4]) for fields in _mountinfo() if "-" in fields and fields[fields.index("-") + 1] == kind]
 
 
+def mountpoints_below(mountpoint: str) -> list[str]:
+    """Return where other filesystems are mounted on directories of the one that is seen at a mountpoint."""
+    seen = next((mount_id for mount_id, _ in mounts_on(mountpoint)), "")
+    return [_unescape(fields[4]) for fields in _mountinfo() if fields[1] == seen]
+
+
+def mounter_of(mountpoint: str) -> int | None:
+    """Return the uid of who mounted the FUSE filesystem that is seen at a mountpoint; None if none is."""
+    seen = next((mount_id for mount_id, _ in mounts_on(mountpoint)), "")
+    _, options = type_and_options(seen) or ("", "")
+    ids = (option.removeprefix("user_id=") for option in options.split(",") if option.startswith("user_id="))
+    return next(map(int, ids), None)
+
+
 class Mount(NamedTuple):
     """A mount: which directory of the filesystem is seen where, and the filesystem's own options."""
 
