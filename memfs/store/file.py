@@ -448,6 +448,7 @@ class File:
         """Free a file that nobody refers to any more, immediately. No owner may be left."""
         assert self._owner is None, f"file {self.number} is freed while registered"
         self._backing.unwatch(self)
+        self._image = None  # which refers to this file
         self._backing_file.free()
         if self._accounting is not None:
             self._accounting.close()
