@@ -89,12 +89,27 @@ class Threads:
         user = current_user()
         share = self.shares.setdefault(user, trio.CapacityLimiter(THREADS))
         try:
-            return await trio.to_thread.run_sync(function, limiter=share)
+            failure = await trio.to_thread.run_sync(_call, function, result := list[_T](), limiter=share)
         except RuntimeError as error:  # Python's for EAGAIN
             raise NoThread from error
         finally:
             if not share.borrowed_tokens and not share.statistics().tasks_waiting:
                 self.shares.pop(user, None)
+        if failure is None:
+            return result[0]
+        try:
+            raise failure
+        finally:
+            del failure  # which knows this frame now
+
+
+def _call(function: Callable[[], _T], result: list[_T]) -> OSError | None:
+    """Call a function for its result. Returns its error, without the thread's frames: they are in cycles of trio's."""
+    try:
+        result.append(function())
+    except OSError as error:
+        return error.with_traceback(None)
+    return None
 
 
 _here: trio.lowlevel.RunVar[Threads] = trio.lowlevel.RunVar("threads")
