@@ -33,7 +33,9 @@ def heard(manager: socket.socket) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("pid", "seconds"), [("", 2.0), (str(os.getpid()), 2.0), (str(os.getppid()), 2.0), ("0", 10.0)]
+    ("pid", "seconds"),
+    [("", 2.0), (str(os.getpid()), 2.0), (str(os.getppid()), 2.0), ("0", 10.0)],
+    ids=["anybody", "this process", "its keeper", "another"],
 )
 async def test_alive_is_told_twice_in_each_interval_of_the_watchdog(
     manager: socket.socket,
