@@ -157,7 +157,7 @@ def test_told_to_stop_under_load(mount_memfs: MountMemfs, passthrough: str, numb
             assert load.wait(10) == 3  # it got an error, and no process hangs
         output, _ = vm.communicate(timeout=10)
         assert vm.returncode == 1
-        assert output.splitlines()[-1].startswith("kvmsim: memfs")
+        assert output.splitlines()[-1].startswith("kvmsim: the run ended: memfs")
 
 
 async def test_told_to_stop_while_something_waits_for_an_owner(mount_memfs: MountMemfs) -> None:
@@ -243,7 +243,7 @@ def test_killed_memfs_stops_the_guest_and_can_be_mounted_again(guest: Memfs) -> 
         guest.process.wait()
         output, _ = vm.communicate(timeout=10)
         assert vm.returncode == 1
-        assert output.splitlines()[-1].startswith("kvmsim: memfs"), output
+        assert output.splitlines()[-1].startswith("kvmsim: the run ended: memfs"), output
         with pytest.raises(OSError, match="not connected"):
             os.statvfs(guest.path)
         assert guest.socket.exists()

@@ -161,6 +161,7 @@ def test_mountpoint_whose_name_is_no_name_of_a_socket(can_mount: None, tmp_path:
 
 def test_socket_whose_path_is_too_long_for_an_address(can_mount: None, tmp_path: Path) -> None:
     directory = tmp_path / ("d" * 150)
+    directory.mkdir()
     with mounted(tmp_path / "mnt", "--socket", str(directory / "socket")) as path:
         assert path == directory / "socket"
         assert run(*memfs_command("create", "--seals", "guest", "--size", "1m", tmp_path / "mnt" / "f")).returncode == 0

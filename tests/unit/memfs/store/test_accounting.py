@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -60,6 +61,7 @@ def test_as_much_can_be_written_as_there_are_free_pages(backing: MemfdBacking, a
 @pytest.mark.parametrize("runs", [0, 1, 256, 257])
 def test_map_that_nobody_uses_is_kept_as_runs_if_they_are_few(backing: MemfdBacking, runs: int) -> None:
     account = Accounting(backing, "sparse")
+    gc.collect()  # what tests before this one have left open
     before = descriptors()
     for number in range(runs):
         allocate(account, (2 * number, 2 * number + 1))
