@@ -249,13 +249,13 @@ def _allocate(arguments: argparse.Namespace) -> None:
     from memfs.cli import populate
 
     with locate(arguments.file) as file:
-        if seals.F_SEAL_GUEST & seals.parse(file.get("user.memfs.seals")):
-            granule = _granule(file)
-            for option, number in (("--offset", arguments.offset), ("--length", arguments.length or 0)):
-                if number % granule:
-                    raise CommandError(f"{file.path}: {option} must be a multiple of {format_size(granule)}")
-        fd = file.open(os.O_RDWR)
+        fd = file.open(os.O_RDWR)  # of a regular file only
         try:
+            if seals.F_SEAL_GUEST & seals.parse(file.get("user.memfs.seals")):
+                granule = _granule(file)
+                for option, number in (("--offset", arguments.offset), ("--length", arguments.length or 0)):
+                    if number % granule:
+                        raise CommandError(f"{file.path}: {option} must be a multiple of {format_size(granule)}")
             with naming(file.path):
                 populate.allocate(fd, ByteOffset(arguments.offset), arguments.length)
         finally:
