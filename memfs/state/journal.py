@@ -43,14 +43,9 @@ _NUMBER: Final = struct.Struct(">cQ")
 ValueOf = Callable[[bytes], bytes | None]
 
 
-def numbered(kind: bytes, number: int) -> bytes:
-    """Return the key of something that has a number."""
-    return _NUMBER.pack(kind, number)
-
-
-def inode_key(ino: int) -> bytes:
-    """Return the key of an inode."""
-    return numbered(INODE, ino)
+def numbered(kind: bytes, number: int, rest: bytes = b"") -> bytes:
+    """Return the key of something that has a number, or of the `rest` of what has that number."""
+    return _NUMBER.pack(kind, number) + rest
 
 
 def number_in(key: bytes) -> int:
@@ -72,8 +67,11 @@ class Journal(Protocol):
     def keeps(self, kind: bytes, value_of: ValueOf) -> None:
         """Have the values of all keys that begin with this byte be asked for there."""
 
-    def changed(self, key: bytes) -> None:
-        """Note that the value of a key has changed, or that there is none any more."""
+    def changed(self, kind: bytes, number: int | None = None, rest: bytes = b"") -> None:
+        """Note that the value of a key has changed, or that there is none any more.
+
+        The key is the kind itself, or `numbered`. It is put together here, for most mounts have no journal.
+        """
 
     def drop(self, keys: Iterator[bytes]) -> None:
         """Note keys that have no value any more, and that readers ignore.
@@ -103,7 +101,7 @@ class NoJournal:
     def keeps(self, kind: bytes, value_of: ValueOf) -> None:
         """Do nothing."""
 
-    def changed(self, key: bytes) -> None:
+    def changed(self, kind: bytes, number: int | None = None, rest: bytes = b"") -> None:
         """Do nothing."""
 
     def drop(self, keys: Iterator[bytes]) -> None:
@@ -155,9 +153,9 @@ class LogJournal:
         self._last = state.get(REPLY, b"")
         return state
 
-    def changed(self, key: bytes) -> None:
+    def changed(self, kind: bytes, number: int | None = None, rest: bytes = b"") -> None:
         """Note that the value of a key has changed."""
-        self.dirty[key] = None
+        self.dirty[kind if number is None else numbered(kind, number, rest)] = None
 
     def drop(self, keys: Iterator[bytes]) -> None:
         """Note keys that have no value any more, of which a few go with each commit."""
@@ -174,7 +172,7 @@ class LogJournal:
             self._intents.pop(key, None)
         else:
             self._intents[key] = value
-        self.changed(key)
+        self.dirty[key] = None
 
     def defer(self, action: Callable[[], None]) -> None:
         """Do something after the commit."""

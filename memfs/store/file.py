@@ -36,7 +36,7 @@ import trio
 from memfs.contract.aio.lock import Lock
 from memfs.contract.page_map import ABSENT, ALLOCATED, PageMap
 from memfs.contract.units import PAGE_SIZE, ByteOffset, PageIndex, PageRange, page_ceil, page_floor
-from memfs.state.journal import NO_JOURNAL, Journal, inode_key
+from memfs.state.journal import INODE, NO_JOURNAL, Journal
 from memfs.store import chunks, seals
 from memfs.store.accounting import Accounting
 from memfs.store.backing import Backing
@@ -234,7 +234,7 @@ class File:
         return self._image
 
     def _image_changed(self) -> None:
-        self._journal.changed(inode_key(self.number))
+        self._journal.changed(INODE, self.number)
 
     @property
     def image_state(self) -> bytes:

@@ -189,7 +189,7 @@ class OpenFiles:
         if Fh(fh) not in self._keys:
             key = Key(secrets.randbits(64))
             self._keys[Fh(fh)], self._by_key[key] = key, Fh(fh)
-            self._journal.changed(numbered(HANDLE, fh))
+            self._journal.changed(HANDLE, fh)
         return self._keys[Fh(fh)]
 
     def by_key(self, key: Key) -> OpenFile:
@@ -211,7 +211,7 @@ class OpenFiles:
         handle = self._open.pop(Fh(fh), None)
         if handle is None:
             raise OSError(errno.EBADF, f"no open handle {fh}")
-        self._journal.changed(numbered(HANDLE, fh))
+        self._journal.changed(HANDLE, fh)
         if (key := self._keys.pop(Fh(fh), None)) is not None:
             del self._by_key[key]
         if isinstance(handle, OpenFile):
@@ -246,7 +246,7 @@ class OpenFiles:
                 self._restore(fh, value)
             except OSError as error:
                 log.error("an open file is closed: %s", error)  # noqa: TRY400
-                self._journal.changed(key)
+                self._journal.changed(HANDLE, fh)
 
     def _restore(self, fh: Fh, value: bytes) -> None:
         ino, flags, access, backing_id, user = _HANDLE.unpack_from(value)
@@ -313,7 +313,7 @@ class OpenFiles:
         fh = self._next
         self._next = Fh(fh + 1)
         self._open[fh] = handle
-        self._journal.changed(numbered(HANDLE, fh))
+        self._journal.changed(HANDLE, fh)
         return fh
 
 

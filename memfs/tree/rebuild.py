@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-from memfs.state.journal import INODE, Journal, inode_key, number_in, rest_of
+from memfs.state.journal import INODE, Journal, number_in, numbered, rest_of
 from memfs.store.file import File
 from memfs.tree import records
 from memfs.tree.inode import Directory, Ino, Inode
@@ -82,7 +82,7 @@ def free_forgotten(tree: Tree) -> Iterator[Inode]:
 
 def keys_of(tree: Tree) -> set[bytes]:
     """Return the keys of all that a tree has."""
-    keys = {inode_key(ino) for ino in tree.inodes} | {records.TREE}
+    keys = {numbered(INODE, ino) for ino in tree.inodes} | {records.TREE}
     for inode in tree.inodes.values():
         keys |= {records.xattr_key(inode.ino, name) for name in inode.xattrs or ()}
         if isinstance(inode, Directory):

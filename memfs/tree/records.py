@@ -44,12 +44,12 @@ class Saved(NamedTuple):
 
 def entry_key(directory: int, name: bytes) -> bytes:
     """Return the key of a name in a directory."""
-    return numbered(ENTRY, directory) + name
+    return numbered(ENTRY, directory, name)
 
 
 def xattr_key(ino: int, name: bytes) -> bytes:
     """Return the key of an extended attribute of an inode."""
-    return numbered(XATTR, ino) + name
+    return numbered(XATTR, ino, name)
 
 
 def pack_tree(next_ino: int, nr_inodes: int) -> bytes:

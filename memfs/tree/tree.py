@@ -25,7 +25,7 @@ from typing import Final, NamedTuple
 
 from memfs.contract.sys.constants import XATTR_SIZE_MAX
 from memfs.contract.units import ByteOffset
-from memfs.state.journal import NO_JOURNAL, Journal, inode_key
+from memfs.state.journal import INODE, NO_JOURNAL, Journal
 from memfs.store.file import File
 from memfs.tree import acl, inode_flags, records
 from memfs.tree.inode import CAPABILITY, Directory, Ino, Inode, RegularFile, Special, Symlink
@@ -187,7 +187,7 @@ class Tree:
         inode.xattrs = xattrs or None
         self._add(inode)
         for name in xattrs:
-            self._journal.changed(records.xattr_key(inode.ino, name))
+            self._journal.changed(records.XATTR, inode.ino, name)
         return inode
 
     def _new_inode(self, parent: Directory, new: _New, mode: int, gid: int) -> Inode:
@@ -302,11 +302,11 @@ class Tree:
 
     def _enter(self, directory: Directory, name: bytes, inode: Inode) -> None:
         directory.add(name, inode)
-        self._journal.changed(records.entry_key(directory.ino, name))
+        self._journal.changed(records.ENTRY, directory.ino, name)
         self.changed(directory)
 
     def _leave(self, directory: Directory, name: bytes) -> Inode:
-        self._journal.changed(records.entry_key(directory.ino, name))
+        self._journal.changed(records.ENTRY, directory.ino, name)
         self.changed(directory)
         return directory.remove(name)
 
@@ -415,7 +415,7 @@ class Tree:
         self.space.change_xattr(name, xattrs.get(name), value)
         xattrs[name] = value
         inode.xattrs = xattrs
-        self._journal.changed(records.xattr_key(ino, name))
+        self._journal.changed(records.XATTR, ino, name)
         self._touch(inode)
 
     def getxattr(self, ino: int, name: bytes) -> bytes:
@@ -436,7 +436,7 @@ class Tree:
         self.space.change_xattr(name, value, None)
         assert inode.xattrs is not None
         del inode.xattrs[name]
-        self._journal.changed(records.xattr_key(inode.ino, name))
+        self._journal.changed(records.XATTR, inode.ino, name)
 
     def listxattr(self, ino: int) -> Iterable[bytes]:
         """Return the names of extended attributes, as listxattr(2)."""
@@ -446,7 +446,7 @@ class Tree:
         """Change the permission bits as chmod(2) does, and the access ACL with them."""
         inode.chmod(mode)
         if inode.xattrs is not None and acl.ACCESS in inode.xattrs:
-            self._journal.changed(records.xattr_key(inode.ino, acl.ACCESS))
+            self._journal.changed(records.XATTR, inode.ino, acl.ACCESS)
         self.changed(inode)
 
     def kill_suidgid(self, inode: Inode, *, in_group: bool) -> None:
@@ -463,7 +463,7 @@ class Tree:
 
     def changed(self, inode: Inode) -> None:
         """Note that an inode has changed, other than by a method of this class."""
-        self._journal.changed(inode_key(inode.ino))
+        self._journal.changed(INODE, inode.ino)
 
     def dropped(self, keys: Iterator[bytes]) -> None:
         """Note keys of what has gone with an inode: they may be many."""

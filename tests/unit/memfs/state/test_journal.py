@@ -67,6 +67,13 @@ def test_without_a_journal_things_are_freed_immediately() -> None:
     journal.commit(1, b"")
 
 
-def test_keys() -> None:
+def test_keys(root: int) -> None:
     key = numbered(b"e", 1 << 40) + b"a name"
     assert (key[:1], number_in(key), rest_of(key)) == (b"e", 1 << 40, b"a name")
+    assert numbered(b"e", 1 << 40, b"a name") == key
+    journal = LogJournal(root)
+    journal.changed(b"e", 1 << 40, b"a name")
+    journal.changed(b"e", 0)
+    journal.changed(b"e")
+    assert list(journal.dirty) == [key, numbered(b"e", 0), b"e"]
+    journal.close()
