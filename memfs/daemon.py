@@ -55,10 +55,10 @@ from memfs.owners.server import Server
 from memfs.service_manager import ServiceManager
 from memfs.signals import Meaning, receiving
 from memfs.state.journal import NO_JOURNAL, Journal
-from memfs.store.backing import TmpfsBacking
 from memfs.store.conversion import settle
 from memfs.store.file import File
 from memfs.store.seals import format_seals
+from memfs.store.tmpfs_backing import TmpfsBacking
 from memfs.tree.access_times import AccessTimes
 from memfs.tree.holdings import Holdings
 from memfs.tree.inode import Ino, RegularFile

@@ -17,8 +17,9 @@ from memfs.fuse.mount import FuseMount, mount_fuse
 from memfs.options import MountOptions, OptionError
 from memfs.owners.listener import Listener, listen
 from memfs.state.journal import LogJournal
-from memfs.store.backing import Backing, TmpfsBacking
+from memfs.store.backing import Backing
 from memfs.store.open_backing import open_backing
+from memfs.store.tmpfs_backing import TmpfsBacking
 
 _TOO_FEW_RIGHTS: Final = "files live on memfds, which end with the process"
 _TOO_OLD: Final = "before Linux 6.15 page maps are memfds, which end with the process"

@@ -13,7 +13,9 @@ from typing import Final
 from memfs.contract.sizes import format_size
 from memfs.contract.sys.hugetlb import Pool, pool_sizes
 from memfs.options import MountOptions, OptionError
-from memfs.store.backing import Backing, MemfdBacking, TmpfsBacking
+from memfs.store.backing import Backing
+from memfs.store.memfd_backing import MemfdBacking
+from memfs.store.tmpfs_backing import TmpfsBacking
 
 _SHMEM_ENABLED: Final = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 

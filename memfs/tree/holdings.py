@@ -5,7 +5,7 @@ does not keep it from being guest-sealed), may take a page map as well, which is
 charged for each file that it holds, once; a file that two users hold is charged to both, so that none of them pays
 when the other lets go. How much a user may have, store/shares.py says.
 
-Where a file takes a descriptor as long as it exists (memfds), half of the descriptors are for that (backing.py).
+Where a file takes a descriptor as long as it exists (memfds), half of the descriptors are for that (memfd_backing.py).
 """
 
 from __future__ import annotations

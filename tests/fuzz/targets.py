@@ -35,8 +35,8 @@ from memfs.fuse.passthrough import Passthrough, Wanted
 from memfs.fuse.xattrs import XattrHandlers
 from memfs.options import MountOptions, OptionError, RemountOptions
 from memfs.store import seals
-from memfs.store.backing import MemfdBacking
 from memfs.store.file import File
+from memfs.store.memfd_backing import MemfdBacking
 from memfs.tree.access_times import AccessTimes
 from memfs.tree.open_files import OpenFiles
 from memfs.tree.tree import ROOT_INO, Tree

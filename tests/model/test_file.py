@@ -19,8 +19,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from memfs.contract.sys.libc import fallocate, mount, umount
 from memfs.contract.units import PAGE_SIZE, ByteOffset
-from memfs.store.backing import Backing, MemfdBacking, TmpfsBacking
+from memfs.store.backing import Backing
 from memfs.store.file import File
+from memfs.store.memfd_backing import MemfdBacking
+from memfs.store.tmpfs_backing import TmpfsBacking
 
 LIMIT = 24 * PAGE_SIZE
 OFFSETS = st.integers(0, 20 * PAGE_SIZE) | st.integers(0, 30).map(lambda pages: pages * PAGE_SIZE)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from memfs.contract.sys.libc import mount, umount
-from memfs.store.backing import MemfdBacking, TmpfsBacking
+from memfs.store.memfd_backing import MemfdBacking
+from memfs.store.tmpfs_backing import TmpfsBacking
 from tests.helpers import new_backing
 
 from .tree.places import NR_INODES, SIZE, OnTmpfs, OnTree, Place

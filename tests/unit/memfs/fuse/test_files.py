@@ -29,9 +29,9 @@ from memfs.fuse.abi import (
 )
 from memfs.fuse.files import FileHandlers
 from memfs.fuse.page_cache import PageCache
-from memfs.store.backing import MemfdBacking
 from memfs.store.chunks import LONG
 from memfs.store.file import File
+from memfs.store.memfd_backing import MemfdBacking
 from memfs.store.seals import F_SEAL_GUEST
 from memfs.tree.inode import RegularFile
 from memfs.tree.open_files import OpenFiles

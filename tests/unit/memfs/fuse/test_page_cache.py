@@ -14,8 +14,8 @@ from memfs.contract.units import PAGE_SIZE, ByteOffset
 from memfs.fuse import page_cache
 from memfs.fuse.abi import IN_HEADER, NOTIFY_RETRIEVE_IN, Opcode, Request
 from memfs.fuse.page_cache import PageCache
-from memfs.store.backing import MemfdBacking
 from memfs.store.file import File
+from memfs.store.memfd_backing import MemfdBacking
 from memfs.tree.inode import RegularFile
 from memfs.tree.open_files import OpenFiles
 from memfs.tree.tree import ROOT_INO, Tree

@@ -11,8 +11,8 @@ import pytest
 
 from memfs.fuse.abi import FUSE_DEV_IOC_BACKING_OPEN
 from memfs.fuse.passthrough import Passthrough, Wanted
-from memfs.store.backing import MemfdBacking
 from memfs.store.file import File
+from memfs.store.memfd_backing import MemfdBacking
 from memfs.tree.open_files import Access, OpenFiles
 from memfs.tree.tree import ROOT_INO, Tree
 

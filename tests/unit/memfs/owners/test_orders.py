@@ -8,9 +8,11 @@ from contextlib import asynccontextmanager
 
 from memfs.contract.units import ORDER_2M, ORDER_4K, PAGE_SIZE, PageRange
 from memfs.owners.registry import Registration, Registry
-from memfs.store.backing import Backing, MemfdBacking, TmpfsBacking
+from memfs.store.backing import Backing
 from memfs.store.file import File
+from memfs.store.memfd_backing import MemfdBacking
 from memfs.store.seals import F_SEAL_GUEST
+from memfs.store.tmpfs_backing import TmpfsBacking
 from memfs.tree.inode import RegularFile
 from memfs.tree.tree import ROOT_INO, Tree
 from tests.helpers import at, new_backing, one, pages

@@ -32,9 +32,9 @@ from memfs.contract.protocol.peer import Incoming, PeerGone
 from memfs.contract.units import PAGE_SHIFT, PAGE_SIZE, PageRange
 from memfs.owners.owner import Answer, Owner
 from memfs.owners.registry import Registration, Registry
-from memfs.store.backing import MemfdBacking
 from memfs.store.conversion import convert
 from memfs.store.file import File
+from memfs.store.memfd_backing import MemfdBacking
 from memfs.store.seals import F_SEAL_GUEST
 from memfs.tree.inode import RegularFile
 from memfs.tree.tree import ROOT_INO, Tree

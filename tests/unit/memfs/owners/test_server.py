@@ -46,8 +46,9 @@ from memfs.owners.closer import Closer
 from memfs.owners.listener import listen
 from memfs.owners.registry import Registry
 from memfs.owners.server import Server
-from memfs.store.backing import MemfdBacking, TmpfsBacking
+from memfs.store.memfd_backing import MemfdBacking
 from memfs.store.seals import F_SEAL_GUEST, F_SEAL_WRITE
+from memfs.store.tmpfs_backing import TmpfsBacking
 from memfs.tree.inode import RegularFile
 from memfs.tree.inode_flags import FS_APPEND_FL, FS_IMMUTABLE_FL
 from memfs.tree.tree import ROOT_INO

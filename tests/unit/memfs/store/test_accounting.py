@@ -10,7 +10,7 @@ import pytest
 
 from memfs.contract.units import PAGE_SIZE, ByteOffset
 from memfs.store.accounting import Accounting
-from memfs.store.backing import MemfdBacking
+from memfs.store.memfd_backing import MemfdBacking
 from tests.helpers import at, one, pages
 
 LIMIT = 1 << 11  # pages

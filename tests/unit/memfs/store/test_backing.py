@@ -10,9 +10,10 @@ import trio
 from trio.testing import MockClock
 
 from memfs.contract.units import PAGE_SIZE
-from memfs.store.backing import Backing, TmpfsBacking
+from memfs.store.backing import Backing
 from memfs.store.file import File
 from memfs.store.seals import F_SEAL_GUEST
+from memfs.store.tmpfs_backing import TmpfsBacking
 from tests.helpers import at, new_backing, raises
 
 PLENTY = 300 << 20

@@ -19,10 +19,12 @@ from memfs.contract.sys.constants import F_SEAL_FUTURE_WRITE
 from memfs.contract.sys.libc import fallocate
 from memfs.contract.units import PAGE_SIZE, PageIndex, PageRange
 from memfs.store import seals
-from memfs.store.backing import Backing, MemfdBacking, TmpfsBacking
+from memfs.store.backing import Backing
 from memfs.store.conversion import convert
 from memfs.store.file import File
+from memfs.store.memfd_backing import MemfdBacking
 from memfs.store.seals import F_SEAL_GUEST
+from memfs.store.tmpfs_backing import TmpfsBacking
 from tests.helpers import at, new_backing, not_none, one, pages, raises
 
 SIZE = 16  # pages of each file

@@ -17,10 +17,12 @@ from memfs.contract.page_ranges import PageRanges
 from memfs.contract.protocol.messages import FileId
 from memfs.contract.sys.libc import fallocate
 from memfs.contract.units import PAGE_SIZE, ByteOffset, PageRange
-from memfs.store.backing import Backing, MemfdBacking, TmpfsBacking
+from memfs.store.backing import Backing
 from memfs.store.file import File
 from memfs.store.measurement import InitialImage
+from memfs.store.memfd_backing import MemfdBacking
 from memfs.store.seals import F_SEAL_GUEST, F_SEAL_SEAL
+from memfs.store.tmpfs_backing import TmpfsBacking
 from tests.helpers import at, new_backing, not_none, pages, raises
 
 LIMIT = 32 * PAGE_SIZE

@@ -10,9 +10,11 @@ from collections.abc import Iterator
 import pytest
 
 from memfs.contract.units import PAGE_SIZE, ByteOffset
-from memfs.store.backing import Backing, MemfdBacking, TmpfsBacking
+from memfs.store.backing import Backing
 from memfs.store.file import File
+from memfs.store.memfd_backing import MemfdBacking
 from memfs.store.seals import F_SEAL_EXEC, F_SEAL_GROW, F_SEAL_GUEST, F_SEAL_SHRINK
+from memfs.store.tmpfs_backing import TmpfsBacking
 from tests.helpers import at, new_backing, raises
 
 

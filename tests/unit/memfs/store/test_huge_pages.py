@@ -20,10 +20,10 @@ from memfs.contract.sys.libc import FALLOC_FL_PUNCH_HOLE, MAP_NORESERVE, falloca
 from memfs.contract.units import PAGE_SIZE, ByteOffset
 from memfs.owners.populate import populate
 from memfs.store import chunks
-from memfs.store.backing import TmpfsBacking
 from memfs.store.file import File
 from memfs.store.guest_mounts import GuestTmpfs
 from memfs.store.seals import F_SEAL_GUEST
+from memfs.store.tmpfs_backing import TmpfsBacking
 from tests.helpers import at, not_none, pages, raises
 from tests.huge_pages import SIZE_2M, huge_pages, taken_but
 

@@ -11,8 +11,8 @@ from trio.testing import wait_all_tasks_blocked
 from memfs.fuse.abi import IN_HEADER, STATFS_OUT, Opcode, Request
 from memfs.fuse.files import FileHandlers
 from memfs.fuse.page_cache import PageCache
-from memfs.store.backing import MemfdBacking
 from memfs.store.file import File
+from memfs.store.memfd_backing import MemfdBacking
 from memfs.store.reaper import Reaper
 from memfs.tree.open_files import OpenFiles
 from memfs.tree.tree import Tree

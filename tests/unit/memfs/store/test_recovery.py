@@ -13,9 +13,9 @@ from memfs.contract.units import PAGE_SIZE, PageIndex
 from memfs.state.journal import INTENT, LogJournal, numbered
 from memfs.store import conversion
 from memfs.store import pages as pages_module
-from memfs.store.backing import TmpfsBacking
 from memfs.store.file import File
 from memfs.store.seals import F_SEAL_GUEST
+from memfs.store.tmpfs_backing import TmpfsBacking
 from tests.helpers import at, new_backing, not_none, pages
 
 SIZE = 512  # pages of the file

@@ -7,7 +7,7 @@ import errno
 import pytest
 
 from memfs.contract.units import PAGE_SIZE
-from memfs.store.backing import MemfdBacking
+from memfs.store.memfd_backing import MemfdBacking
 from memfs.store.strays import Strays
 from tests.helpers import new_backing, raises
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memfs.store.backing import MemfdBacking
+from memfs.store.memfd_backing import MemfdBacking
 from memfs.tree import acl
 from tests.helpers import raises
 

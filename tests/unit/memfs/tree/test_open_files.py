@@ -14,7 +14,7 @@ import pytest
 import trio
 
 from memfs.contract.sys.constants import F_SEAL_FUTURE_WRITE
-from memfs.store.backing import MemfdBacking
+from memfs.store.memfd_backing import MemfdBacking
 from memfs.store.seals import F_SEAL_GROW, F_SEAL_GUEST, F_SEAL_SHRINK, F_SEAL_WRITE
 from memfs.store.shares import Pool
 from memfs.tree.holdings import Holdings

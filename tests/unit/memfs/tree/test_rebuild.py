@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from memfs.state import log
 from memfs.state.journal import LogJournal
-from memfs.store.backing import TmpfsBacking
 from memfs.store.file import File
 from memfs.store.shares import Pool
+from memfs.store.tmpfs_backing import TmpfsBacking
 from memfs.tree import acl
 from memfs.tree.holdings import Holdings
 from memfs.tree.inode import CAPABILITY, Directory, RegularFile, Symlink

@@ -10,7 +10,7 @@ from contextlib import suppress
 
 import pytest
 
-from memfs.store.backing import MemfdBacking
+from memfs.store.memfd_backing import MemfdBacking
 from memfs.store.seals import F_SEAL_GUEST, F_SEAL_SEAL
 from memfs.tree.inode import RegularFile
 from memfs.tree.tree import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT, ROOT_INO
