@@ -423,13 +423,13 @@ class File:
 
     def unlinked(self) -> None:
         """Prepare for being freed: the file has no name any more, and nobody has it open."""
-        if self.pages:
-            self._backing.reaper.expect(self)
+        if pages := self.pages:
+            self._backing.reaper.expect(self, pages)
 
     def free(self) -> None:
         """Free a file that nobody refers to any more; the memory of a large one later. No owner may be left."""
         pages = self.pages
-        if pages <= chunks.LONG_PAGES or not self._backing.reaper.take(self):
+        if pages <= chunks.LONG_PAGES or not self._backing.reaper.take(self, pages):
             self._backing.reaper.forget(self)
             chunks.count(pages * PAGE_SIZE)
             self.close()

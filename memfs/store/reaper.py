@@ -76,11 +76,10 @@ class Reaper:
         first, pages = self._files[0]
         return self._expected_pages + self._pages - pages + first.pages
 
-    def expect(self, file: Freeable) -> None:
-        """Expect a file to come soon, for a moment."""
+    def expect(self, file: Freeable, pages: int) -> None:
+        """Expect a file, which has so many pages, to come soon, for a moment."""
         if self._is_running:
             self.forget(file)
-            pages = file.pages
             self._expected[file] = trio.current_time() + _EXPECTED_WITHIN, pages
             self._expected_pages += pages
 
@@ -99,10 +98,9 @@ class Reaper:
                 return
             self.forget(file)
 
-    def take(self, file: Freeable) -> bool:
-        """Free a file from now on. Returns whether that is possible."""
+    def take(self, file: Freeable, pages: int) -> bool:
+        """Free a file, which has so many pages, from now on. Returns whether that is possible."""
         if self._is_running:
-            pages = file.pages
             self._files.append((file, pages))
             self._pages += pages
             self._arrival.unpark_all()

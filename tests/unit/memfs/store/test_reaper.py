@@ -56,11 +56,11 @@ async def test_waiting_ends_with_what_was_being_freed_when_it_began() -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(reaper.run)
         await wait_all_tasks_blocked()
-        assert reaper.take(first)
+        assert reaper.take(first, 4096)
         await wait_all_tasks_blocked()
         nursery.start_soon(drain)
         await wait_all_tasks_blocked()
-        assert reaper.take(second)  # while somebody waits for the first
+        assert reaper.take(second, 4096)  # while somebody waits for the first
         first.may_be_empty.set()
         await wait_all_tasks_blocked()
         assert (drained, first.closed, second.closed) == ([True], True, False)
@@ -80,16 +80,16 @@ async def test_a_file_that_is_expected_is_waited_for_and_not_for_long(autojump_c
     async with trio.open_nursery() as nursery:
         nursery.start_soon(reaper.run)
         await wait_all_tasks_blocked()
-        reaper.expect(file)
+        reaper.expect(file, 4096)
         began = trio.current_time()
         assert not await reaper.drain()  # somebody keeps it in a way that nobody hears of
         assert 0 < trio.current_time() - began < 1
 
         async def come() -> None:
             await trio.sleep(0.01)
-            assert reaper.take(file)
+            assert reaper.take(file, 4096)
 
-        reaper.expect(file)
+        reaper.expect(file, 4096)
         nursery.start_soon(come)
         assert await reaper.drain()
         assert file.closed
@@ -101,14 +101,14 @@ async def test_a_file_that_somebody_keeps_delays_others_once_only(autojump_clock
     async with trio.open_nursery() as nursery:
         nursery.start_soon(reaper.run)
         await wait_all_tasks_blocked()
-        reaper.expect(kept)
+        reaper.expect(kept, 4096)
         assert (reaper.is_idle, reaper.pages) == (False, 4096)
         await reaper.drain()
         began = trio.current_time()
         assert (reaper.is_idle, reaper.pages) == (True, 0)
         assert not await reaper.drain()
         assert trio.current_time() == began
-        assert reaper.take(kept)  # it comes after all
+        assert reaper.take(kept, 4096)  # it comes after all
         assert (reaper.is_idle, reaper.pages) == (False, 4096)
         nursery.cancel_scope.cancel()
 
@@ -119,10 +119,11 @@ async def test_to_ask_what_is_being_freed_costs_the_same_however_many_files_ther
         nursery.start_soon(reaper.run)
         await wait_all_tasks_blocked()
         for file in files:
-            reaper.take(file)
+            reaper.take(file, 4096)
         for file in expected:
-            reaper.expect(file)
+            reaper.expect(file, 4096)
         before = sum(file.asked for file in files + expected)
+        assert not before  # who hands a file over has looked already
         assert reaper.pages == 200 * 4096
         assert sum(file.asked for file in files + expected) - before <= 1
         nursery.cancel_scope.cancel()
@@ -136,8 +137,8 @@ async def test_statfs_counts_what_is_being_freed_and_does_not_wait() -> None:
         nursery.start_soon(backing.reaper.run)
         await wait_all_tasks_blocked()
         backing.reserve(5000)
-        backing.reaper.take(stuck)
-        backing.reaper.expect(Large())
+        backing.reaper.take(stuck, 4096)
+        backing.reaper.expect(Large(), 4096)
         request = Request.parse(memoryview(IN_HEADER.pack(IN_HEADER.size, Opcode.STATFS, 2, 1, 0, 0, 0, 0, 0)))
         with pytest.raises(StopIteration) as answered:  # immediately
             handlers.statfs(request).send(None)
@@ -157,7 +158,7 @@ async def test_what_cannot_be_freed_in_chunks_is_freed_all_the_same() -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(reaper.run)
         await wait_all_tasks_blocked()
-        assert reaper.take(file)
+        assert reaper.take(file, 4096)
         assert await reaper.drain()
         assert file.closed
         nursery.cancel_scope.cancel()
@@ -165,7 +166,7 @@ async def test_what_cannot_be_freed_in_chunks_is_freed_all_the_same() -> None:
 
 async def test_at_the_end_all_is_freed_and_nobody_waits() -> None:
     reaper, files = Reaper(), [Large(), Large()]
-    assert not reaper.take(files[0])  # it does not run yet
+    assert not reaper.take(files[0], 4096)  # it does not run yet
     async with trio.open_nursery() as nursery:
         running = trio.CancelScope()
 
@@ -175,9 +176,9 @@ async def test_at_the_end_all_is_freed_and_nobody_waits() -> None:
 
         nursery.start_soon(run)
         await wait_all_tasks_blocked()
-        assert all(reaper.take(file) for file in files)
+        assert all(reaper.take(file, 4096) for file in files)
         nursery.start_soon(reaper.drain)
         await wait_all_tasks_blocked()
         running.cancel()
     assert all(file.closed for file in files)
-    assert (reaper.is_idle, reaper.take(Large())) == (True, False)
+    assert (reaper.is_idle, reaper.take(Large(), 4096)) == (True, False)
