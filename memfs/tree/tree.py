@@ -1,4 +1,4 @@
-"""Names: inodes, directories, links, extended attributes, and how many inodes there may be. No FUSE in it.
+"""Names: inodes, directories, links, and how long an inode lives. No FUSE in it.
 
 The kernel asks permission questions itself (default_permissions) and has locked the directories involved before it
 asks us, so what is left is what tmpfs's own inode operations do (mm/shmem.c, fs/libfs.c): keep entries and link
@@ -19,11 +19,10 @@ from __future__ import annotations
 import errno
 import functools
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final, NamedTuple
 
-from memfs.contract.sys.constants import XATTR_SIZE_MAX
 from memfs.contract.units import ByteOffset
 from memfs.state.journal import INODE, NO_JOURNAL, Journal
 from memfs.store.file import File
@@ -31,10 +30,10 @@ from memfs.tree import acl, inode_flags, records
 from memfs.tree.inode import CAPABILITY, Directory, Ino, Inode, RegularFile, Special, Symlink
 from memfs.tree.inode_space import InodeSpace
 from memfs.tree.invariants import check_inodes
+from memfs.tree.stored_xattrs import StoredXattrs
 
 ROOT_INO: Final = Ino(1)
 NAME_MAX: Final = 255  # bytes
-MOST_XATTRS: Final = 8192  #: of an inode: to free them takes a millisecond
 UNSURE: Final = 1 << 48  #: look-ups of an inode from before; the kernel forgets fewer
 _SHORT_SYMLINK: Final = 128  # bytes, the final 0 among them (mm/shmem.c: SHORT_SYMLINK_LEN)
 RENAME_NOREPLACE: Final = 1
@@ -78,6 +77,7 @@ class Tree:
         self._journal: Final = journal
         self._is_known: Final = is_known
         self.space: Final = InodeSpace(nr_inodes, journal)
+        self.xattrs: Final = StoredXattrs(self.space, journal)
         self.next_ino = ROOT_INO  #: of the inode that comes next
         self._last_ino: Final = (1 << (32 if inode32 else 63)) - 1
         self.inodes: dict[Ino, Inode] = {}
@@ -187,7 +187,7 @@ class Tree:
         inode.xattrs = xattrs or None
         self._add(inode)
         for name in xattrs:
-            self._journal.changed(records.XATTR, inode.ino, name)
+            self.xattrs.changed(inode, name)
         return inode
 
     def _new_inode(self, parent: Directory, new: _New, mode: int, gid: int) -> Inode:
@@ -399,54 +399,13 @@ class Tree:
             _close(inode)
         self.inodes.clear()
 
-    # -- extended attributes ----------------------------------------------------------------------------------------
-
-    def setxattr(self, ino: int, name: bytes, value: bytes) -> None:
-        """Set an extended attribute, as setxattr(2). ENOSPC also if there are MOST_XATTRS already."""
-        inode = self.inode(ino)
-        inode_flags.check_change(inode)
-        if len(name) > NAME_MAX:
-            raise OSError(errno.ERANGE, "attribute name too long")
-        if len(value) > XATTR_SIZE_MAX:
-            raise OSError(errno.E2BIG, "attribute too large")
-        xattrs = inode.xattrs if inode.xattrs is not None else {}
-        if name not in xattrs and len(xattrs) >= MOST_XATTRS:
-            raise OSError(errno.ENOSPC, f"there are {MOST_XATTRS} attributes")
-        self.space.change_xattr(name, xattrs.get(name), value)
-        xattrs[name] = value
-        inode.xattrs = xattrs
-        self._journal.changed(records.XATTR, ino, name)
-        self._touch(inode)
-
-    def getxattr(self, ino: int, name: bytes) -> bytes:
-        """Return an extended attribute, as getxattr(2)."""
-        try:
-            return (self.inode(ino).xattrs or {})[name]
-        except KeyError:
-            raise OSError(errno.ENODATA, "no such attribute") from None
-
-    def removexattr(self, ino: int, name: bytes) -> None:
-        """Remove an extended attribute, as removexattr(2)."""
-        inode = self.inode(ino)
-        inode_flags.check_change(inode)
-        self._remove_xattr(inode, name, self.getxattr(ino, name))
-        self._touch(inode)
-
-    def _remove_xattr(self, inode: Inode, name: bytes, value: bytes) -> None:
-        self.space.change_xattr(name, value, None)
-        assert inode.xattrs is not None
-        del inode.xattrs[name]
-        self._journal.changed(records.XATTR, inode.ino, name)
-
-    def listxattr(self, ino: int) -> Iterable[bytes]:
-        """Return the names of extended attributes, as listxattr(2)."""
-        return self.inode(ino).xattrs or ()
+    # -- attributes ---------------------------------------------------------------------------------------------------
 
     def chmod(self, inode: Inode, mode: int) -> None:
         """Change the permission bits as chmod(2) does, and the access ACL with them."""
         inode.chmod(mode)
         if inode.xattrs is not None and acl.ACCESS in inode.xattrs:
-            self._journal.changed(records.XATTR, inode.ino, acl.ACCESS)
+            self.xattrs.changed(inode, acl.ACCESS)
         self.changed(inode)
 
     def kill_suidgid(self, inode: Inode, *, in_group: bool) -> None:
@@ -455,7 +414,7 @@ class Tree:
         inode.kill_suidgid(in_group=in_group)
         capability = None if inode.is_dir else (inode.xattrs or {}).get(CAPABILITY)
         if capability is not None:
-            self._remove_xattr(inode, CAPABILITY, capability)
+            self.xattrs.drop(inode, CAPABILITY, capability)
         if capability is not None or mode != inode.mode:
             self.changed(inode)
 

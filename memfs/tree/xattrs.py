@@ -94,15 +94,15 @@ class Xattrs:
             seals.parse(_text(value))
         elif name.startswith(_PREFIX):
             raise OSError(errno.EOPNOTSUPP, f"{_text(name)} cannot be set here")
-        self._tree.setxattr(ino, name, value)
+        self._tree.xattrs.set(inode, name, value)
 
     def _set_access_acl(self, inode: Inode, value: bytes, kill_sgid: bool) -> None:
         """Set the access ACL and the mode, which say the same; an ACL that says no more than the mode is not kept."""
         mode, kept = acl.mode_of(value, inode.mode)
         if kept is not None:
-            self._tree.setxattr(inode.ino, acl.ACCESS, kept)
+            self._tree.xattrs.set(inode, acl.ACCESS, kept)
         elif acl.ACCESS in (inode.xattrs or ()):
-            self._tree.removexattr(inode.ino, acl.ACCESS)
+            self._tree.xattrs.remove(inode, acl.ACCESS)
         inode.mode = mode & ~stat.S_ISGID if kill_sgid else mode
         inode.changed()
         self._tree.changed(inode)
@@ -121,7 +121,7 @@ class Xattrs:
             return os.fsencode(self._control.socket_path)
         if name == SEALS and isinstance(inode, RegularFile):
             return seals.format_seals(inode.file.seals).encode()
-        return self._tree.getxattr(ino, name)
+        return self._tree.xattrs.get(inode, name)
 
     async def describe(self, uid: int) -> bytes:
         """Return the state of the mount, for a user, whose turns that takes."""
@@ -133,7 +133,7 @@ class Xattrs:
         Only root is shown the trusted ones (simple_xattr_list() asks for CAP_SYS_ADMIN).
         """
         inode = self._tree.inode(ino)
-        names = list(self._tree.listxattr(ino))
+        names = list(self._tree.xattrs.names(inode))
         if any(name.startswith(_TRUSTED) for name in names) and uid() != 0:
             names = [name for name in names if not name.startswith(_TRUSTED)]
         return [SEALS, *names] if isinstance(inode, RegularFile) and inode.file.seals else names
@@ -141,9 +141,10 @@ class Xattrs:
     def remove(self, ino: int, name: bytes) -> None:
         """Remove an attribute, as removexattr(2). EPERM for seals: they are for good."""
         _check_name(name)
-        if name == SEALS and isinstance(self._tree.inode(ino), RegularFile):
+        inode = self._tree.inode(ino)
+        if name == SEALS and isinstance(inode, RegularFile):
             raise OSError(errno.EPERM, "seals cannot be removed")
-        self._tree.removexattr(ino, name)
+        self._tree.xattrs.remove(inode, name)
 
     def default_seals(self, parent: int) -> int:
         """Return the initial seals of a regular file that is created in a directory, as F_SEAL_* bits."""

@@ -169,11 +169,11 @@ async def test_a_directory_is_read_in_parts_that_fit_and_what_was_read_is_looked
 async def test_whether_an_attribute_may_be_there_is_heeded(
     mount: Mount, name: bytes, flags: int, error: int | None
 ) -> None:
-    mount.tree.setxattr(ROOT_INO, b"user.old", b"old")
+    mount.tree.xattrs.set(mount.tree.root, b"user.old", b"old")
     body = SETXATTR_IN.pack(5, flags) + name + b"\0" + b"value"
     if error is None:
         await mount.ask(Opcode.SETXATTR, ROOT_INO, body)
-        assert mount.tree.getxattr(ROOT_INO, name) == b"value"
+        assert mount.tree.xattrs.get(mount.tree.root, name) == b"value"
     else:
         with raises(error):
             await mount.ask(Opcode.SETXATTR, ROOT_INO, body)

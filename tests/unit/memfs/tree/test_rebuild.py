@@ -91,13 +91,13 @@ class World:
             case (("unlink" | "rmdir"), int(parent), bytes(name)):
                 getattr(tree, what)(parent, name)
             case "setxattr", int(parent), bytes(name), bytes(xattr), bytes(value):
-                tree.setxattr(tree.lookup(parent, name).ino, xattr, value)
+                tree.xattrs.set(tree.lookup(parent, name), xattr, value)
             case "chmod", int(parent), bytes(name), int(mode):
                 tree.chmod(tree.lookup(parent, name), mode)
             case "kill_suidgid", int(parent), bytes(name):
                 tree.kill_suidgid(tree.lookup(parent, name), in_group=False)
             case "removexattr", int(parent), bytes(name), bytes(xattr):
-                tree.removexattr(tree.lookup(parent, name).ino, xattr)
+                tree.xattrs.remove(tree.lookup(parent, name), xattr)
             case "tmpfile", int(parent):
                 made = tree.create_unlinked(parent, stat.S_IFREG | 0o600, 0, 0)
                 assert isinstance(made, RegularFile)
@@ -290,7 +290,7 @@ def test_a_change_of_an_inode_writes_none_of_its_attributes(world: World) -> Non
     """A chmod(2) of a file with megabytes of attributes costs as much as another one's."""
     inode = world.tree.create(ROOT_INO, b"a", stat.S_IFIFO, 0, 0)
     for number in range(16):
-        world.tree.setxattr(inode.ino, b"trusted.%d" % number, bytes(60_000))
+        world.tree.xattrs.set(inode, b"trusted.%d" % number, bytes(60_000))
     world.journal.commit()
     before = state_bytes(world)
     world.tree.chmod(inode, 0o600)
@@ -303,7 +303,7 @@ def test_attributes_of_an_inode_that_is_freed_go_little_by_little(world: World) 
     """And whoever takes over meanwhile does not see them."""
     inode = world.tree.create(ROOT_INO, b"a", stat.S_IFIFO, 0, 0)
     for number in range(1000):
-        world.tree.setxattr(inode.ino, b"trusted.%d" % number, b"")
+        world.tree.xattrs.set(inode, b"trusted.%d" % number, b"")
     world.journal.commit()
     before = state_bytes(world)
     world.tree.unlink(ROOT_INO, b"a")
@@ -324,7 +324,7 @@ def test_where_nothing_more_can_be_written_down_nothing_new_is_created(
 ) -> None:
     """What there is can still be changed, and removed."""
     inode = world.tree.create(ROOT_INO, b"a", stat.S_IFIFO, 0, 0)
-    world.tree.setxattr(inode.ino, b"trusted.a", b"12345")
+    world.tree.xattrs.set(inode, b"trusted.a", b"12345")
     world.journal.commit()
     monkeypatch.setattr(log, "_MOST_TRUE", 10)
     before = world.describe()
@@ -333,13 +333,13 @@ def test_where_nothing_more_can_be_written_down_nothing_new_is_created(
         lambda: world.tree.create_unlinked(ROOT_INO, stat.S_IFREG, 0, 0),
         lambda: world.tree.symlink(ROOT_INO, b"b", b"target", 0, 0),
         lambda: world.tree.link(inode.ino, ROOT_INO, b"b"),
-        lambda: world.tree.setxattr(inode.ino, b"trusted.b", b""),
-        lambda: world.tree.setxattr(inode.ino, b"trusted.a", b"123456"),
+        lambda: world.tree.xattrs.set(inode, b"trusted.b", b""),
+        lambda: world.tree.xattrs.set(inode, b"trusted.a", b"123456"),
     ):
         with pytest.raises(OSError, match="no space for what outlives"):
             create()
     assert world.describe() == before
-    world.tree.setxattr(inode.ino, b"trusted.a", b"54321")
+    world.tree.xattrs.set(inode, b"trusted.a", b"54321")
     world.tree.chmod(inode, 0o600)
     world.tree.rename(ROOT_INO, b"a", ROOT_INO, b"b")
     world.tree.unlink(ROOT_INO, b"b")
@@ -350,19 +350,19 @@ def test_attributes_that_tmpfs_does_not_count_have_a_limit_as_well(world: World)
     """Any user can set ACLs, and new directories inherit them."""
     tree, space = world.tree, world.tree.space
     directory = tree.create(ROOT_INO, b"a", stat.S_IFDIR, 0, 0)
-    tree.setxattr(directory.ino, acl.DEFAULT, NAMED)
+    tree.xattrs.set(directory, acl.DEFAULT, NAMED)
     for number in range(17):
-        tree.setxattr(directory.ino, b"trusted.%d" % number, bytes(60_000))
+        tree.xattrs.set(directory, b"trusted.%d" % number, bytes(60_000))
     with pytest.raises(OSError, match="no space for attributes"):
-        tree.setxattr(directory.ino, b"trusted.17", bytes(60_000))
-    tree.setxattr(directory.ino, b"trusted.17", bytes(space.free_other_bytes - 50))
+        tree.xattrs.set(directory, b"trusted.17", bytes(60_000))
+    tree.xattrs.set(directory, b"trusted.17", bytes(space.free_other_bytes - 50))
     assert space.free_other_bytes == 0
     world.journal.commit()
     before = world.describe()
     with pytest.raises(OSError, match="no space for ACLs"):
         tree.create(directory.ino, b"b", stat.S_IFDIR, 0, 0)
     assert world.describe() == before
-    tree.removexattr(directory.ino, b"trusted.0")
+    tree.xattrs.remove(directory, b"trusted.0")
     tree.create(directory.ino, b"b", stat.S_IFDIR, 0, 0)
     tree.check()
     world.journal.commit()

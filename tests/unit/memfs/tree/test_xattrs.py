@@ -16,7 +16,8 @@ from memfs.store.seals import F_SEAL_GROW, F_SEAL_GUEST, F_SEAL_SEAL
 from memfs.tree import acl
 from memfs.tree.inode import RegularFile
 from memfs.tree.inode_flags import FS_APPEND_FL, FS_IMMUTABLE_FL
-from memfs.tree.tree import MOST_XATTRS, ROOT_INO
+from memfs.tree.stored_xattrs import MOST_XATTRS
+from memfs.tree.tree import ROOT_INO
 from memfs.tree.xattrs import Control, Xattrs
 from tests.helpers import raises
 
@@ -239,14 +240,15 @@ def test_one_attribute_costs_the_same_however_many_there_are(tree_place: OnTree,
 def test_an_inode_has_a_bounded_number_of_attributes(tree_place: OnTree) -> None:
     tree_place.make("file")
     tree = tree_place.tree
+    file, xattrs = tree.inode(tree_place.number("file")), tree.xattrs
     tree.space.set_limit(100_000)
     for number in range(MOST_XATTRS):
-        tree.setxattr(tree_place.number("file"), b"user.%d" % number, b"")
+        xattrs.set(file, b"user.%d" % number, b"")
     with raises(errno.ENOSPC):
-        tree.setxattr(tree_place.number("file"), b"user.more", b"")
-    tree.setxattr(tree_place.number("file"), b"user.1", b"another value")
-    tree.removexattr(tree_place.number("file"), b"user.2")
-    tree.setxattr(tree_place.number("file"), b"user.more", b"")
+        xattrs.set(file, b"user.more", b"")
+    xattrs.set(file, b"user.1", b"another value")
+    xattrs.remove(file, b"user.2")
+    xattrs.set(file, b"user.more", b"")
     tree.check()
 
 
