@@ -21,8 +21,10 @@ a small change that is asked only when the next one is somewhere else: a page th
 otherwise have its map freed and allocated each time. A memfd that is sealed with F_SEAL_FUTURE_WRITE cannot be punched,
 so there all that was ever allocated costs memory, until the map is closed. Clearing, counting and finding pages in a
 large range asks the object for its data extents first, so no operation costs more than the pages that were ever
-touched. It never grows or shrinks, so an owner's mapping of it cannot fault. Address space has an end, too: a store has
-at most MOST_MAPS, and then there is no space for another map, rather than for anything at all.
+touched. To read a hole through a mapping of it would allocate that (shmem_fault()), and pages of map are memory that
+nobody pays for. So the methods that take ranges, which come from system calls of strangers, read holes by pread(2),
+which allocates nothing. It never grows or shrinks, so an owner's mapping of it cannot fault. Address space has an end,
+too: a store has at most MOST_MAPS, and then there is no space for another map, rather than for anything at all.
 
 Rejected: a bitmap (a byte can be stored without reading its neighbours, so no lock between pages, and numpy slices
 do everything); SEEK_DATA on the backing file (a system call for each look-up, and false for passthrough handles).
@@ -67,6 +69,7 @@ _SPARSE_FROM: Final = 1 << 16  # pages; for shorter ranges asking for the extent
 _AT_ONCE: Final = (
     1 << 16
 )  # pages whose runs are found at a time: a caller that needs only the first few does not pay for all
+_READ_AT_ONCE: Final = 1 << 16  # pages that are read around those asked for
 _PAIRED_AT_ONCE: Final = 512  # edges of runs, an even number
 _TRIES: Final = 10_000  # to read a map that is being changed, which takes the store microseconds
 
@@ -92,8 +95,8 @@ def _pairs(edges: npt.NDArray[np.int64]) -> Iterator[tuple[PageIndex, PageIndex]
             yield PageIndex(one), PageIndex(other)
 
 
-def _edges(states: _Bytes) -> npt.NDArray[np.int64]:
-    """Return where runs of ALLOCATED begin and end, in turn: int64, indexes into `states`, of shape (n,), n > 0."""
+def _edges(states: npt.NDArray[np.bool_] | _Bytes) -> npt.NDArray[np.int64]:
+    """Return where runs of ALLOCATED, or True, begin and end, in turn: int64, indexes, of shape (n,), n > 0."""
     inside = np.flatnonzero(states[1:] != states[:-1]) + 1
     begins, ends = [0] if states[0] else [], [len(states)] if states[-1] else []
     return np.concatenate((begins, inside, ends)).astype(np.int64, copy=False)
@@ -178,27 +181,51 @@ class PageMapView:
             return np.fromiter(map(self.count, ranges), np.int64, len(ranges))
         lengths = ranges.array[:, 1] - ranges.array[:, 0]
         first = np.cumsum(lengths) - lengths
-        counts: npt.NDArray[np.int64] = np.add.reduceat(
-            self.pages[ranges.indexes()] == ALLOCATED, first, dtype=np.int64
-        )
+        is_allocated = self._read_at(ranges.indexes()) == ALLOCATED
+        counts: npt.NDArray[np.int64] = np.add.reduceat(is_allocated, first, dtype=np.int64)
         return counts
+
+    def _read(self, pages: PageRange) -> _Bytes:
+        """Return the states of a range, of which holes of the object stay holes."""
+        return np.frombuffer(os.pread(self._fd, len(pages), _HEADER_BYTES + pages.start), np.uint8)
+
+    def _read_at(self, indexes: npt.NDArray[np.int64]) -> _Bytes:
+        """Return the states of pages, given in ascending order, of which holes of the object stay holes."""
+        if not len(indexes):
+            return np.empty(0, np.uint8)
+        first, last = int(indexes[0]), int(indexes[-1])
+        if os.lseek(self._fd, _HEADER_BYTES + first, os.SEEK_HOLE) > _HEADER_BYTES + last:
+            return self.pages[indexes]
+        starts = np.flatnonzero(np.diff(indexes // _READ_AT_ONCE, prepend=-1))
+        ends = np.append(starts[1:], len(indexes))
+        windows = np.stack((starts, ends, indexes[starts], indexes[ends - 1] + 1), axis=1).tolist()
+        states = list[bytes]()
+        for start, end, low, high in windows:
+            window = os.pread(self._fd, high - low, _HEADER_BYTES + low)
+            if end - start < high - low:
+                window = np.frombuffer(window, np.uint8)[indexes[start:end] - low].tobytes()
+            states.append(window)
+        return np.frombuffer(b"".join(states), np.uint8)
 
     def select(self, ranges: PageRanges, state: int) -> PageRanges:
         """Return the maximal runs of pages in ranges that are in one state."""
         if ranges.only is not None and self.count(ranges.only) == (len(ranges.only) if state == ALLOCATED else 0):
             return ranges
+        if ranges.only is not None and ranges.pages <= _AT_ONCE:
+            edges = _edges(self._read(ranges.only) == state) + ranges.only.start
+            return PageRanges(edges.reshape(-1, 2))
         if ranges.pages <= _AT_ONCE:
             indexes = ranges.indexes()
-            return PageRanges.of_indexes(indexes[self.pages[indexes] == state])
+            return PageRanges.of_indexes(indexes[self._read_at(indexes) == state])
         runs = [(run.start, run.end) for pages in ranges for run in self.runs(pages, state)]
         return PageRanges(np.array(runs, np.int64).reshape(-1, 2))
 
     def count(self, pages: PageRange) -> int:
         """Return how many pages of a range are allocated."""
         if pages.end - pages.start == 1:
-            return int(self.pages[pages.start] == ALLOCATED)
+            return int(os.pread(self._fd, 1, _HEADER_BYTES + pages.start) == _ALLOCATED_BYTE)
         if len(pages) < _SPARSE_FROM:
-            return int(np.count_nonzero(self.pages[pages.slice]))
+            return int(np.count_nonzero(self._read(pages)))
         return sum(int(np.count_nonzero(self.pages[part.slice])) for part in _extents(self._fd, pages))
 
     def runs(self, pages: PageRange, state: int = ALLOCATED) -> Iterator[PageRange]:
@@ -214,7 +241,7 @@ class PageMapView:
             return
         open_run: PageRange | None = None  # a run may continue in the next part
         for part in (part for extent in _extents(self._fd, pages) for part in extent.chunks(_AT_ONCE)):
-            for start, end in _pairs(_edges(self.pages[part.slice]) + part.start):
+            for start, end in _pairs(_edges(self._read(part)) + part.start):
                 if open_run is not None and open_run.end == start:
                     open_run = PageRange(open_run.start, end)
                     continue

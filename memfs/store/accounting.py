@@ -101,6 +101,8 @@ class Accounting:
     def enter(self, pages: PageRange | PageRanges, state: int) -> int:
         """Enter pages in the map as ALLOCATED or ABSENT. Returns how many more there are now."""
         before = self.count(pages)
+        if state == ABSENT and not before:  # to write so would allocate pages of map
+            return 0
         if isinstance(pages, PageRange):
             self.page_map.set(pages, state)
             size = len(pages)

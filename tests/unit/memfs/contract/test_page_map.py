@@ -89,6 +89,43 @@ def test_a_map_costs_what_was_touched(page_map: PageMap) -> None:
     assert os.fstat(page_map.fd).st_blocks * 512 == 2 * 4096
 
 
+def test_to_look_at_holes_costs_nothing(page_map: PageMap) -> None:
+    """The kernel allocates a hole that is read through a mapping, and whoever asks would not pay for that."""
+    page_map.set(pages(0, 2), ALLOCATED)
+    before = page_map.nbytes
+    for number in range(10):
+        first = number * (100 << 12)
+        asked = [pages(first, first + 1), pages(first + (3 << 12), first + (4 << 12)), pages(first + (9 << 20), MAX_PAGES)]
+        allocated = 1 if number == 0 else 0
+        for ranges in (PageRanges.of(asked[:2]), PageRanges.of(asked), *map(PageRanges.single, asked)):
+            there = allocated if ranges.array[0, 0] == first else 0
+            assert page_map.count_all(ranges) == there
+            assert page_map.select(ranges, ALLOCATED).pages == there
+            assert page_map.select(ranges, ABSENT).pages == ranges.pages - there
+            assert len(page_map.with_any(ranges, ALLOCATED)) == there
+            assert len(page_map.with_any(ranges, ABSENT)) == len(ranges) - (there and int(ranges.array[0, 1]) == first + 1)
+        for each in asked:
+            assert sum(map(len, page_map.runs(each))) == page_map.count(each)
+    assert page_map.nbytes == before
+
+
+@given(st.lists(st.integers(0, SPAN // 8 - 1), max_size=20), st.lists(st.integers(0, SPAN - 1), min_size=1, max_size=40))
+def test_it_says_of_many_ranges_what_an_array_says(allocated: list[int], asked: list[int]) -> None:
+    """In a map that has holes."""
+    page_map, model = MapMemfds().open("test"), np.zeros(SPAN, np.uint8)
+    for block in allocated:
+        page_map.set(pages(8 * block, 8 * block + 8), ALLOCATED)
+        model[8 * block : 8 * block + 8] = ALLOCATED
+    ranges = PageRanges.of_indexes(np.unique(np.array(asked)))
+    assert page_map.count_all(ranges) == np.count_nonzero(model[ranges.indexes()])
+    for state in (ALLOCATED, ABSENT):
+        wanted = ranges.indexes()[model[ranges.indexes()] == state]
+        assert page_map.select(ranges, state) == PageRanges.of_indexes(wanted)
+        with_any = [each for each in ranges if (model[each.slice] == state).any()]
+        assert list(page_map.with_any(ranges, state)) == with_any
+    page_map.close()
+
+
 def test_what_is_no_page_map_is_refused() -> None:
     fd = os.memfd_create("other")
     with pytest.raises(ValueError, match="not a page map"):

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from memfs.contract.page_ranges import PageRanges
 from memfs.contract.units import PAGE_SIZE, ByteOffset
 from memfs.store.accounting import Accounting
 from memfs.store.memfd_backing import MemfdBacking
@@ -70,6 +71,17 @@ def test_map_that_nobody_uses_is_kept_as_runs_if_they_are_few(backing: MemfdBack
     assert list(account.page_map.runs(pages(0, LIMIT))) == [one(2 * number) for number in range(runs)]
     account.close()
     assert backing.free_pages == LIMIT
+
+
+def test_to_free_holes_allocates_no_map(account: Accounting) -> None:
+    allocate(account, (0, 1))
+    before = account.page_map.nbytes
+    for number in range(1, 20):
+        account.forget(pages(number << 12, (number << 12) + 1))
+    account.forget(PageRanges.of([pages(number << 12, (number << 12) + 1) for number in range(20, 40)]))
+    assert account.page_map.nbytes == before
+    account.forget()
+    assert account.pages == 0
 
 
 def descriptors() -> int:
