@@ -63,6 +63,7 @@ log = logging.getLogger(__name__)
 
 _INTENT: Final = struct.Struct("=Q?7x")  # the file that pages come to, whether that is the private one; then the runs
 _CALLS: Final = 10  # system calls on a page each that count as a unit of work
+_LOOKED_AT: Final = 40  # ranges of a call, to look at which counts as a unit of work
 _BATCH: Final = 4  # units of work between looks at whose turn it is
 _COPIED_AT_ONCE: Final = 1 << 20  # bytes
 
@@ -71,6 +72,8 @@ async def convert(shared: File, private: File, ranges: PageRanges, *, to_private
     """Convert pages. Raises OSError as `memfs.contract.conversion.convert` says."""
     if shared is private or shared.guest or not private.guest:
         raise OSError(errno.EINVAL, "not an ordinary file and a guest-sealed one")
+    if len(ranges) >= _LOOKED_AT:
+        await Turns.here().take(current_user(), len(ranges) // _LOOKED_AT)
     first, second = (shared, private) if shared.number < private.number else (private, shared)
     async with first.locked(), second.locked():
         _check_ranges(shared, private, ranges)
@@ -147,7 +150,10 @@ class _Conversion:
                 for chunk in asked.chunks(self._chunk):
                     if self._done:
                         await trio.lowlevel.checkpoint_if_cancelled()
-                    await self._convert(self._private.page_map.select(chunk, self._changes), reservation)
+                        await self._turn()
+                    runs = self._private.page_map.select(chunk, self._changes)
+                    if len(runs):
+                        await self._convert(runs, reservation)
                     self._done = chunk.end
             finally:
                 await self._end(asked.before(self._done))
@@ -171,8 +177,13 @@ class _Conversion:
         """Return how many pages the shared file has of those that will leave it."""
         given = 0
         for chunk in asked.chunks(self._chunk):
+            await self._turn()
             given += await self._from.count(self._private.page_map.select(chunk, ABSENT))
         return given
+
+    async def _turn(self) -> None:
+        """Wait for the caller's turn to look at a chunk, of which there may be very many, and to make a few calls."""
+        await Turns.here().take(current_user(), _BATCH)
 
     async def _begin(self, asked: PageRanges) -> None:
         if self._vm is not None:

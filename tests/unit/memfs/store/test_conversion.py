@@ -12,6 +12,8 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
+from memfs.contract.aio.turns import Turns
+from memfs.contract.conversion import MAX_RANGES
 from memfs.contract.page_map import ALLOCATED
 from memfs.contract.page_ranges import NO_PAGES, PageRanges
 from memfs.contract.protocol.messages import NO_FILE, FileId
@@ -69,6 +71,16 @@ class Registered:
     async def invalidate_end(self, pages: PageRange) -> None: ...
 
     async def fallocate(self, pages: PageRange) -> None: ...
+
+
+class Iterations(trio.abc.Instrument):
+    """Counts those of the event loop, in each of which others have their turn."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def before_io_wait(self, timeout: float) -> None:
+        self.count += 1
 
 
 class Pair:
@@ -386,6 +398,33 @@ async def test_signal_between_chunks_leaves_a_part(
     await pair.convert(*ranges, to_private=to_private)
     changed = {*range(5), *range(8, 12)}
     assert set(pair.private_pages()) == (changed if to_private else set(range(SIZE)) - changed)
+
+
+@pytest.mark.parametrize("to_private", [True, False])
+@pytest.mark.parametrize("left", [SIZE, 1], ids=["all changes sides", "little does"])
+async def test_others_have_their_turn_between_chunks(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, to_private: bool, left: int
+) -> None:
+    """Also where no chunk is long: a range may be of tebibytes, with a page here and there."""
+    await pair.convert(pages(0, SIZE), to_private=not to_private)
+    if left < SIZE:
+        await pair.convert(pages(0, SIZE - left), to_private=to_private)
+    monkeypatch.setattr("memfs.store.chunks.CHUNK", 1)
+    iterations = Iterations()
+    trio.lowlevel.add_instrument(iterations)
+    await pair.convert(pages(0, SIZE), to_private=to_private)
+    assert iterations.count
+    trio.lowlevel.remove_instrument(iterations)
+
+
+async def test_many_ranges_are_more_work_than_one(pair: Pair) -> None:
+    for file in (pair.shared, pair.private):
+        await file.truncate(at(4 * MAX_RANGES))
+    before = Turns.here().total
+    await pair.convert(one(0), to_private=False)
+    assert Turns.here().total == before
+    await pair.convert(*(one(2 * number) for number in range(MAX_RANGES)), to_private=False)
+    assert Turns.here().total > before + 10
 
 
 async def test_opposite_calls_do_not_wait_for_each_other(pair: Pair) -> None:
