@@ -6,12 +6,15 @@ bounded by the number of groups; a file that would have more is `unknown`, and a
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from itertools import islice
 from typing import Final
 
 from memfs.contract.units import PageIndex, PageRange
 
 _GROUP: Final = 512  # pages
+_RUNS_AT_ONCE: Final = 256
 
 
 class CachedHoles:
@@ -29,16 +32,18 @@ class CachedHoles:
         """Return the number of groups, which is what the set takes of memory."""
         return len(self._groups)
 
-    def add(self, pages: PageRange) -> None:
-        """Add pages, or forget all of them and be `unknown`."""
+    def add(self, pages: PageRange, more_groups: int = sys.maxsize) -> None:
+        """Add pages, or forget all of them and be `unknown`: also if that would take more than `more_groups`."""
         self.changes += 1
         if self.unknown:
             return
+        most = min(self._most_groups, len(self._groups) + more_groups)
         for index, bits in _by_group(pages):
             self._groups[index] = self._groups.get(index, 0) | bits
-        if len(self._groups) > self._most_groups:
-            self._groups.clear()
-            self.unknown = True
+            if len(self._groups) > most:
+                self._groups.clear()
+                self.unknown = True
+                return
 
     def discard(self, pages: PageRange) -> None:
         """Remove pages that are no holes any more, or not in the cache."""
@@ -50,15 +55,17 @@ class CachedHoles:
             else:
                 self._groups.pop(index, None)
 
+    def count(self, pages: PageRange) -> int:
+        """Return how many pages of a range it has."""
+        return sum(bits.bit_count() for _, bits in self._groups_in(pages))
+
+    def first_runs(self, pages: PageRange) -> list[PageRange]:
+        """Return the first runs of the pages in a range: more than that would take too long at once."""
+        return list(islice(self.runs(pages), _RUNS_AT_ONCE))
+
     def runs(self, pages: PageRange) -> Iterator[PageRange]:
         """Generate runs of the pages in a range, in order, none longer than a group. Nothing may change meanwhile."""
-        if len(pages) // _GROUP < len(self._groups):
-            groups = [(index, self._groups[index] & bits) for index, bits in _by_group(pages) if index in self._groups]
-        else:
-            first, last = pages.start // _GROUP, (pages.end - 1) // _GROUP
-            indexes = sorted(index for index in self._groups if first <= index <= last)
-            groups = [(index, self._groups[index] & _bits_in(index, pages)) for index in indexes]
-        for index, bits in groups:
+        for index, bits in self._groups_in(pages):
             position = index * _GROUP
             while bits:
                 zeros = (bits & -bits).bit_length() - 1
@@ -67,6 +74,14 @@ class CachedHoles:
                 bits >>= ones
                 yield PageRange(PageIndex(position + zeros), PageIndex(position + zeros + ones))
                 position += zeros + ones
+
+    def _groups_in(self, pages: PageRange) -> list[tuple[int, int]]:
+        """Return the groups that overlap a range, in order, and the bits of those pages in each."""
+        if len(pages) // _GROUP < len(self._groups):
+            return [(index, self._groups[index] & bits) for index, bits in _by_group(pages) if index in self._groups]
+        first, last = pages.start // _GROUP, (pages.end - 1) // _GROUP
+        indexes = sorted(index for index in self._groups if first <= index <= last)
+        return [(index, self._groups[index] & _bits_in(index, pages)) for index in indexes]
 
 
 def _by_group(pages: PageRange) -> Iterator[tuple[int, int]]:

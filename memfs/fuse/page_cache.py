@@ -8,8 +8,9 @@ of those pages (FUSE_NOTIFY_RETRIEVE); what is there and is not all zeros is dat
 which reads the same.)
 
 Which pages may be like that is known: those that the kernel has read as holes and not written since, while somebody
-has the file open for writing. What is remembered of that is bounded, and so is how much stat(2) looks at. Beyond that
-a hole counts as data, which POSIX allows for every hole; so no copy is ever wrong, but it may be larger.
+has the file open for writing. What is remembered of that is bounded, and so is how much stat(2) looks at, in pages and
+in runs of them. Beyond that a hole counts as data, which POSIX allows for every hole; so no copy is ever wrong, but it
+may be larger.
 
 Rejected:
 - to have the kernel write the pages back, by FUSE_NOTIFY_INVAL_INODE: that also takes them out of the cache, even if
@@ -90,11 +91,12 @@ class PageCache:
         for hole in _between(data_pages(inode.file.fd, pages), pages):
             holes = self._files.get(inode.ino)
             if holes is None:
-                most = min(_MOST_GROUPS, max(0, _MOST_GROUPS_OF_ALL - self._groups))
-                holes = self._files[inode.ino] = CachedHoles(most)
+                holes = self._files[inode.ino] = CachedHoles(_MOST_GROUPS)
             before = len(holes)
-            holes.add(hole)
+            holes.add(hole, _MOST_GROUPS_OF_ALL - self._groups)
             self._groups += len(holes) - before
+            if holes.unknown:
+                return
 
     def has_written(self, inode: RegularFile, offset: ByteOffset, nbytes: int) -> None:
         """Note that a part of an open file was written to the backing, whether from the cache or around it."""
@@ -137,13 +139,14 @@ class PageCache:
         if holes is None:
             return 0
         everything = PageRange(PageIndex(0), max(PageIndex(1), page_ceil(ByteOffset(inode.file.size))))
-        count = len(everything)
-        if not holes.unknown:
-            dirty, left = list[PageRange](), _MOST_PAGES
-            for run in list(holes.runs(everything)):
-                dirty += await self._look(inode, holes, run) if left > 0 else [run]
-                left -= len(run)
-            count = sum(len(run) for each in dirty for run in holes.runs(each))  # the others were written meanwhile
+        runs, dirty, left = holes.first_runs(everything), list[PageRange](), _MOST_PAGES
+        for run in runs:
+            dirty += await self._look(inode, holes, run) if left > 0 else [run]
+            left -= len(run)
+        if runs and runs[-1].end < everything.end:
+            dirty.append(PageRange(runs[-1].end, everything.end))
+        # What was written meanwhile is not among the holes any more.
+        count = len(everything) if holes.unknown else sum(map(holes.count, dirty))
         status = inode.file.stat()
         room = page_ceil(ByteOffset(status.st_size)) * SECTORS_PER_PAGE - status.st_blocks
         return max(0, min(count * SECTORS_PER_PAGE, room))
@@ -161,10 +164,13 @@ class PageCache:
         data = await _data_or(ByteOffset(inode.file.size), seek, offset)
         if data == offset or holes.unknown:
             return offset
-        for run in list(holes.runs(PageRange.covering(offset, data - offset))):
-            found = await self._look(inode, holes, run)
-            if found:
-                return max(offset, found[0].offset)
+        rest: PageRange | None = PageRange.covering(offset, data - offset)
+        while rest is not None and (runs := holes.first_runs(rest)):
+            for run in runs:
+                found = await self._look(inode, holes, run)
+                if found:
+                    return max(offset, found[0].offset)
+            rest = PageRange(run.end, rest.end) if run.end < rest.end else None
         return await seek(offset, os.SEEK_DATA)  # again: some may have been written meanwhile
 
     async def _seek_hole(self, inode: RegularFile, holes: CachedHoles, offset: ByteOffset, seek: Seek) -> ByteOffset:

@@ -31,6 +31,8 @@ def test_it_is_a_set_of_pages() -> None:
         assert [page for run in runs for page in range(run.start, run.end)] == sorted(
             page for page in model if page in asked
         )
+        assert holes.first_runs(asked) == runs[:256]
+        assert holes.count(asked) == sum(map(len, runs))
         assert len(holes) == len({page // 512 for page in model})
 
 
@@ -50,3 +52,27 @@ def test_beyond_its_limit_it_remembers_nothing() -> None:
     assert len(holes) == 0
     holes.add(one(1))
     assert len(holes) == 0
+
+
+def test_a_range_of_which_too_much_is_to_be_remembered_costs_no_more_than_that() -> None:
+    """A sparse file of exbibytes, which was open when memfs was killed: all of it may be in the cache."""
+    holes = CachedHoles(1 << 10)
+    holes.add(pages(0, 1 << 51))
+    assert holes.unknown
+
+
+def test_what_all_have_together_has_a_limit_as_well() -> None:
+    holes = CachedHoles(1 << 10)
+    holes.add(pages(0, 1024), 2)
+    holes.add(pages(100, 200), 0)
+    assert not holes.unknown
+    holes.add(one(1024), 0)
+    assert holes.unknown
+
+
+def test_only_the_first_runs_are_asked_for_at_once() -> None:
+    holes = CachedHoles(1 << 10)
+    for page in range(0, 2000, 2):
+        holes.add(one(page))
+    assert holes.first_runs(pages(1, 1 << 20)) == [one(page) for page in range(2, 514, 2)]
+    assert holes.count(pages(1, 1 << 20)) == 999

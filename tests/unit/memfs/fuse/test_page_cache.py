@@ -103,6 +103,54 @@ async def test_all_files_together_are_bounded(kernel: Kernel, monkeypatch: pytes
     kernel.cache.check()
 
 
+async def test_all_files_together_are_bounded_also_if_each_begins_small(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page_cache, "_MOST_GROUPS_OF_ALL", 5)
+    files = [kernel.file(b"%d" % number, 100 * GROUP * PAGE_SIZE) for number in range(3)]
+    for group in range(3):
+        for inode in files:
+            kernel.cache.has_read(inode, at(group * GROUP), PAGE_SIZE)
+            kernel.cache.check()
+
+
+async def test_of_very_many_holes_the_kernel_is_asked_about_some(kernel: Kernel) -> None:
+    """The others count as data, or a call would take as long as there are holes."""
+    most = 256
+    inode = kernel.file(b"file", 1000 * PAGE_SIZE)
+    for page in range(0, 1000, 2):
+        kernel.cache.has_read(inode, at(page), PAGE_SIZE)
+    blocks: list[int] = []
+
+    async def ask() -> None:
+        blocks.append(await kernel.cache.blocks(inode))
+
+    with trio.fail_after(5):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask)
+            for number in range(most):
+                await trio.testing.wait_all_tasks_blocked()
+                await kernel.answer(b"x" * PAGE_SIZE if number % 4 == 0 else bytes(PAGE_SIZE))
+    assert blocks == [(most // 4 + 500 - most) * PAGE_SIZE // 512]
+
+
+async def test_data_is_found_behind_very_many_holes(kernel: Kernel) -> None:
+    inode = kernel.file(b"file", 1000 * PAGE_SIZE)
+    for page in range(0, 1000, 2):
+        kernel.cache.has_read(inode, at(page), PAGE_SIZE)
+    found: list[int] = []
+
+    async def ask() -> None:
+        found.append(await kernel.cache.seek(inode, at(1), os.SEEK_DATA, seek))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ask)
+        for page in range(2, 902, 2):
+            await trio.testing.wait_all_tasks_blocked()
+            await kernel.answer(b"x" * PAGE_SIZE if page == 900 else bytes(PAGE_SIZE))
+    assert found == [at(900)]
+
+
 async def test_an_answer_that_nobody_waits_for_is_nothing(kernel: Kernel) -> None:
     kernel.asked.append(1 << 63)
     await kernel.answer(b"x" * PAGE_SIZE)
