@@ -185,6 +185,7 @@ async def _run_selftest(vmm: Vmm, choice: Choice, socket: str, elf: Elf, what: s
                 code = exit_.code if isinstance(exit_, HaltExit) else -1
                 why = _FAILURES.get(code, "it ended with {code}").format(b=registers.rbx, c=registers.rcx, code=code)
                 failure = IntegrityError if code in _WRONG_BYTE else CommandError
+                await vm.catch_up()  # if memfs has taken the memory meanwhile, that is why
                 raise failure(f"selftest {what} failed: {why}")
             taken.append(registers.rbx)
 

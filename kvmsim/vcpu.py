@@ -32,6 +32,9 @@ class VirtualMachine(Protocol):
     def check_alive(self) -> None:
         """Raise StoreGone if its memory is gone."""
 
+    async def catch_up(self) -> None:
+        """Act on all that memfs has said by now. Raises StoreGone if it has cut the VM off."""
+
     async def launch(self) -> None:
         """Make the initial content of its private memory final."""
 
@@ -70,14 +73,22 @@ class VCPU:
         self._is_kicked = False
 
     async def run(self) -> Exit:
-        """Run until an exit (KVM_RUN). Raises OSError(EFAULT, ENOSPC), StoreGone if memfs is gone."""
+        """Run until an exit (KVM_RUN).
+
+        Raises OSError(EFAULT, ENOSPC), and what the engine raises; StoreGone, whatever came of that, if memfs is gone.
+        """
         self.vm.check_alive()
         exit_: Exit | None = None
         if not self._is_kicked:
-            with trio.CancelScope() as self._running:
-                await self.vm.launch()
-                exit_ = await self._engine.run(self)
-            self._running = None
+            try:
+                with trio.CancelScope() as self._running:
+                    await self.vm.launch()
+                    exit_ = await self._engine.run(self)
+            except Exception:
+                await self.vm.catch_up()  # if memfs has taken the memory meanwhile, that is why
+                raise
+            finally:
+                self._running = None
         if exit_ is None:
             self._is_kicked, exit_ = False, INTERRUPTED
         self.exits[exit_.name] += 1

@@ -22,7 +22,7 @@ import dataclasses
 import errno
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -55,7 +55,7 @@ from kvmsim.vcpu import VCPU, Engine
 from kvmsim.vm_type import VmType
 from memfs.contract.aio.nurseries import open_flat_nursery
 from memfs.contract.protocol.messages import ConvertBegin, ConvertEnd, Fallocate, InvalidateBegin, InvalidateEnd
-from memfs.contract.units import Gfn, GfnRange, Gpa, PageRange, gpa_to_gfn
+from memfs.contract.units import Gfn, GfnRange, Gpa, PageIndex, PageRange, gpa_to_gfn
 
 #: Called with each notification, slot by slot, after it has been acted upon, and the side of memory that it is about
 Listener = Callable[[Notification, Memslot, GfnRange, Side], None]
@@ -231,6 +231,17 @@ class VM:
         """Raise StoreGone if the connection to memfs, and with it all memory, is gone."""
         if self.backing.gone is not None:
             raise StoreGone(self.backing.gone)
+
+    async def catch_up(self) -> None:
+        """Wait until all that memfs has said by now has been acted upon. Raises StoreGone if it has cut us off.
+
+        It takes memory from who is cut off without waiting, so that comes before any conclusion from what memory holds.
+        """
+        self.check_alive()
+        for file in self.backing.files.values():  # an answer of any kind comes after what was said before
+            with suppress(OSError):
+                await self.backing.get_pfn(file, PageRange(PageIndex(0), PageIndex(1)), alloc=False)
+            return
 
     @property
     def type(self) -> VmType:

@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 import trio
 
-from kvmsim.backing import Notification
+from kvmsim.backing import Notification, StoreGone
 from kvmsim.engines.kvm.machine import KvmMachine, open_kvm_machine
 from kvmsim.engines.user_mode import IDT, tables
 from kvmsim.exits import HaltExit, InterruptExit, MemoryErrorExit, MmioExit, ShutdownExit
 from kvmsim.side import Side
 from kvmsim.slots.memslots import Memslot
-from kvmsim.vm import create_vm
+from kvmsim.vm import VM, create_vm
 from kvmsim.vm_type import VmType
 from memfs.contract.protocol.messages import InvalidateBegin
 from memfs.contract.units import PAGE_SIZE, Gfn, GfnRange, Gpa
 from tests.helpers import raises
 
-from .conftest import Memfs, run
+from .conftest import Memfs, MountMemfs, run
 from .native import AREA, AREA_GFN, SIZE, NewGuest, beside, choice_or_skip, kvm_guest, machine_of
 from .tools import needs
 
@@ -37,6 +37,31 @@ async def test_pages_are_projected_in_blocks(kvm_guest: NewGuest, pages_a_fault:
         before = machine.events
         assert (await guest.run("w", AREA + 512 * PAGE_SIZE, 1024, 1, 2)).rbx == 3 * 1024
         assert machine.events - before <= 1024 // pages_a_fault + 8  # and the program's own pages
+
+
+async def test_cut_off_before_it_misses_a_page_it_says_so(
+    mount_memfs: MountMemfs, kvm_guest: NewGuest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if it had been stopped: what memfs says is not read before the guest has missed its page."""
+    memfs = mount_memfs("size=64m,notify_timeout=1")
+    memfs.expected.append("fenced")
+    punch = ("fallocate", "--punch-hole", "--offset", str(AREA), "--length", "4K")
+    async with kvm_guest(on=memfs) as guest:
+        await guest.run("w", AREA, 1, 1, 5)
+        peer, asked = guest.vm.backing._client._peer, list[bool]()
+
+        async def catch_up() -> None:
+            asked.append(True)
+            peer._read_on()
+            await VM.catch_up(guest.vm)
+
+        monkeypatch.setattr(guest.vm, "catch_up", catch_up)
+        peer._datagrams.pause()
+        result = await trio.to_thread.run_sync(memfs.run, *punch, guest.private)
+        assert result.returncode == 0, result.stderr
+        with pytest.raises(StoreGone, match="memfs has cut us off: "):
+            await guest.run("w", AREA, 1, 1, 5)
+        assert asked
 
 
 # -- stopping it -----------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -167,7 +168,11 @@ class KvmEngine:
         if mine is not None and mine.window is parked.window and mine.access == parked.access:
             return  # a kick has it ask again and again
         self._parked = parked
-        if self._is_run and not self._thread.is_out and self._machine.project(parked):
+        is_mapped = False
+        if self._is_run and not self._thread.is_out:
+            with suppress(OSError):  # `_fault` raises it where `run` can say why
+                is_mapped = self._machine.project(parked)
+        if is_mapped:
             self._machine.wake(parked)
         else:
             self._thread.notify()

@@ -196,7 +196,11 @@ class KvmMachine:
         """Take events as they come, for ever."""
         while True:
             await trio.lowlevel.wait_readable(self._uffd.fd)
-            self.take_events()
+            try:
+                self.take_events()
+            except OSError:
+                await self.vm.catch_up()  # if memfs has taken the memory meanwhile, that is why
+                raise
 
     def take_events(self) -> None:
         """Take the events that are there. Does not await."""
