@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from .conftest import memfs_command, run
+from .tools import mount_namespace, skip_without_mount_namespace
 
 
 @contextmanager
@@ -63,6 +64,20 @@ def test_umask_of_who_mounts_is_theirs(can_mount: None, tmp_path: Path) -> None:
         assert result.returncode == 0, result.stderr
         (mountpoint / "file").write_text("content")
         assert (mountpoint / "file").stat().st_mode & 0o777 == 0o666 & ~_umask()
+
+
+def test_run_directory_is_for_all_whatever_the_umask(can_mount: None, tmp_path: Path) -> None:
+    """In a mount namespace with an empty /run, so that the directory is made, and is nobody else's."""
+    if os.geteuid():
+        pytest.skip("needs root")
+    skip_without_mount_namespace()
+    mountpoint = tmp_path / "mnt"
+    mountpoint.mkdir()
+    script = """mount -t tmpfs tmpfs /run; umask 777; "$@" && stat --format %a /run/memfs; umount "$0" """
+    command = memfs_command("mount", mountpoint, "-o", "size=4m")
+    result = run(*mount_namespace(tmp_path), "sh", "-c", script, mountpoint, *command)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "755"
 
 
 def _umask() -> int:

@@ -43,7 +43,6 @@ def churn(directory: Path, rounds: int) -> None:
             os.rmdir(path)
 
 
-@pytest.mark.timeout(3600)
 def when_forgotten(path: Path) -> os.statvfs_result:
     """Return statvfs(3) when there is no inode but the root's; the kernel forgets a file a moment after it is gone."""
     deadline = time.monotonic() + 5
@@ -52,6 +51,7 @@ def when_forgotten(path: Path) -> os.statvfs_result:
     return usage
 
 
+@pytest.mark.timeout(3600)
 def test_nothing_is_left_of_files_that_are_gone(memfs: Memfs) -> None:
     descriptors = Path(f"/proc/{memfs.process.pid}/fd")
     churn(memfs.path, 1000)  # what is allocated once

@@ -15,6 +15,7 @@ import pytest
 from tests.helpers import raises
 
 from .conftest import Memfs, MountMemfs, run
+from .test_mount import until
 from .tools import skip_without
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="acts as several users, so it needs root")
@@ -116,6 +117,9 @@ print(len(held))
 """
     scarce.socket.parent.chmod(0o711)
     command = [sys.executable, "-c", connect, str(scarce.socket)]
+    before = state(scarce)["descriptors_used"]
+    assert 20 < int(run(*command, str(ALICE)).stdout) < FEW / 2
+    until(lambda: state(scarce)["descriptors_used"] == before)  # connections of who has ended are closed a bit later
     with opening(scarce, ALICE):
         assert run(*command, str(ALICE)).stdout == "0\n"
         assert 20 < int(run(*command, str(BOB)).stdout) < FEW / 2
