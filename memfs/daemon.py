@@ -14,9 +14,7 @@ import contextlib
 import json
 import logging
 import os
-import struct
 import sys
-import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any, Final, TypeVar
@@ -31,10 +29,10 @@ from memfs.contract.aio.threads import NoThread
 from memfs.contract.logs import fields
 from memfs.contract.sizes import shown_bytes
 from memfs.contract.sys.mount_changes import mount_changes
-from memfs.contract.units import SECTORS_PER_PAGE, ByteOffset, pages_to_bytes
-from memfs.fuse.channel import Before, Channel
+from memfs.contract.units import SECTORS_PER_PAGE, pages_to_bytes
+from memfs.fuse.channel import Channel
 from memfs.fuse.files import FileHandlers
-from memfs.fuse.init import INIT, Init
+from memfs.fuse.init import Init
 from memfs.fuse.ioctl import IoctlHandlers
 from memfs.fuse.mount import MountError
 from memfs.fuse.names import NameHandlers
@@ -43,8 +41,7 @@ from memfs.fuse.operations import Operations
 from memfs.fuse.page_cache import PageCache
 from memfs.fuse.passthrough import Passthrough, Wanted
 from memfs.fuse.xattrs import XattrHandlers
-from memfs.keeper import Worker
-from memfs.keeper import keep as keep_alive
+from memfs.keeper import Worker, keep
 from memfs.opening import Opened, Settings, open_mount
 from memfs.options import RemountOptions
 from memfs.owners import closer_process
@@ -55,15 +52,14 @@ from memfs.owners.server import Server
 from memfs.service_manager import ServiceManager
 from memfs.signals import Meaning, receiving
 from memfs.state.journal import NO_JOURNAL, Journal
-from memfs.store.conversion import settle
 from memfs.store.file import File
 from memfs.store.seals import format_seals
-from memfs.store.tmpfs_backing import TmpfsBacking
+from memfs.survival import Survival, dying
 from memfs.tree.access_times import AccessTimes
 from memfs.tree.holdings import Holdings
-from memfs.tree.inode import Ino, RegularFile
+from memfs.tree.inode import Ino
 from memfs.tree.open_files import OpenFiles
-from memfs.tree.rebuild import free_forgotten, keep, keys_of, rebuild
+from memfs.tree.rebuild import keys_of
 from memfs.tree.tree import Tree
 from memfs.tree.xattrs import Control, Xattrs
 
@@ -74,10 +70,6 @@ state_log.setLevel(logging.INFO)
 
 _T = TypeVar("_T")
 
-SIZE: Final = b"s"  #: the key of the limit, in pages
-_SIZE: Final = struct.Struct("=Q")
-_FORGOTTEN_AFTER: Final = 1.0  # seconds: what the kernel has forgotten it has said by then, or to the predecessor
-_AT_ONCE: Final = 16  # inodes that it is asked about
 _RETRY: Final = 0.5  # seconds, after there was no descriptor or no thread
 _MOST_FILES: Final = 1000  # in the log; the rest is only counted
 
@@ -92,7 +84,7 @@ def run(settings: Settings, ready: Callable[[list[str]], None], not_kept: Iterab
     forker = closer_process.start()
     opened = open_mount(settings)
     garbage.collect_no_more(young=not settings.check)
-    worker = keep_alive(opened, not_kept) if opened.no_survival is None else Worker()
+    worker = keep(opened, not_kept) if opened.no_survival is None else Worker()
     closer = Closer(forker)
     trio.run(_serve, opened, worker, closer, ready)
 
@@ -100,10 +92,10 @@ def run(settings: Settings, ready: Callable[[list[str]], None], not_kept: Iterab
 async def _serve(opened: Opened, worker: Worker, closer: Closer, ready: Callable[[list[str]], None]) -> None:
     with receiving(logs_to_file=logs.is_to_file()) as received:
         try:
-            with _dying(opened, worker):
+            with dying(opened, worker):
                 memfs = _Memfs(opened, worker, closer)
             try:
-                with _dying(opened, worker):
+                with dying(opened, worker):
                     await memfs.run(lambda: ready(memfs.notes(opened.notes)), received)
             finally:
                 opened.listener.close()  # before files are freed: that may take long, and the name may be wanted
@@ -116,18 +108,6 @@ async def _serve(opened: Opened, worker: Worker, closer: Closer, ready: Callable
         finally:
             opened.listener.close()
             closer.stop()
-
-
-@contextlib.contextmanager
-def _dying(opened: Opened, worker: Worker) -> Iterator[None]:
-    """Have an exception be the death of this process, with nothing taken apart, if another one will go on with it."""
-    try:
-        yield
-    except Exception:
-        if worker.is_followed and opened.no_survival is None and opened.mount.is_connected:
-            log.critical("a bug in memfs ends the process that serves the mount", exc_info=True)
-            os._exit(1)
-        raise
 
 
 class _Memfs:
@@ -167,18 +147,16 @@ class _Memfs:
         )
         self._manager: Final = ServiceManager()
         self._clients: Final = Clients(options.socket_mode, options.socket_group, self._holdings.descriptors)
-        self._remove_others: Callable[[], None] = lambda: None  # that a predecessor was about to free; may take long
-        self._outage: float | None = None  # seconds in which nobody served, before this worker did
-        keep(self._tree, self._journal)
-        self._journal.keeps(SIZE, lambda key: _SIZE.pack(self._backing.total_pages))
-        self._journal.changed(SIZE)
+        self._survival: Final = Survival(
+            *(opened, worker, self._kept, self._tree, self._open_files, self._page_cache, self._access_times)
+        )
 
     def _new_file(self, ino: Ino, seals: int) -> File:
         return File(self._backing, ino, seals, journal=self._journal)
 
     async def run(self, ready: Callable[[], None], received: AsyncIterator[tuple[Meaning, str]]) -> None:
         """Serve the mount and the socket, until either the mount or we are to end."""
-        before = self._take_over()
+        before = self._survival.take_over()
         initialized, unmounted = trio.Event(), trio.Event()
         files = FileHandlers(self._tree, self._open_files, self._backing, self._page_cache)
         xattrs = XattrHandlers(self._xattrs)
@@ -203,7 +181,7 @@ class _Memfs:
             self._mount.device,
         )
         try:
-            with _dying(self._opened, self._worker):
+            with dying(self._opened, self._worker):
                 async with open_flat_nursery() as nursery:
                     nursery.start_soon(pyfuse3.main)
                     nursery.start_soon(channel.run, unmounted.set, before)
@@ -225,9 +203,8 @@ class _Memfs:
                     if before is None:
                         ready()
                     else:
-                        nursery.start_soon(self._clear_up)
-                    if self._worker.keeper is not None:
-                        nursery.start_soon(self._watch_keeper, self._worker.keeper)
+                        nursery.start_soon(self._survival.clear_up)
+                    nursery.start_soon(self._survival.watch_keeper)
         finally:
             self._mount.unmount()
             self._passthrough.end()
@@ -239,57 +216,6 @@ class _Memfs:
         """Return what people are to be told when it is mounted: what could not be had, and what it means."""
         limit = memory_limit.warning(self._memory_limit.lowest, pages_to_bytes(self._backing.total_pages))
         return [note for note in (*so_far, self._passthrough.note, limit) if note]
-
-    # -- survival -----------------------------------------------------------------------------------------------------
-
-    def _take_over(self) -> Before | None:
-        """Become what a predecessor was, if there was one."""
-        if self._kept is None or self._worker.predecessor_died is None:
-            return None
-        state = self._kept.load()
-        self._journal.dirty.clear()  # a new tree, in the place of which comes another
-        with garbage.no_collection():  # all of it stays
-            rebuild(self._tree, state, self._old_file)
-            (total_pages,) = _SIZE.unpack(state[SIZE])
-            self._backing.recovered(total_pages, sum(inode.file.tracked_pages for inode in self._tree.files()))
-            settle(state, self._file, self._journal)
-            self._open_files.restore(state)
-            if (said := self._mount.access_times()) is not None:
-                self._access_times.atime, self._access_times.diratime = said
-            for inode in self._open_files.cached:  # nobody knows which of its holes the kernel has read
-                self._page_cache.has_read(inode, ByteOffset(0), inode.file.size)
-            assert isinstance(self._backing, TmpfsBacking)
-            inodes = self._tree.inodes.values()
-            guests: dict[int, bool] = {
-                inode.ino: isinstance(inode, RegularFile) and inode.file.guest for inode in inodes
-            }
-            self._remove_others = self._backing.remove_others(guests, self._tree.next_ino)
-        self._journal.commit()
-        self._outage = time.monotonic() - self._worker.predecessor_died
-        more = fields(restarts=self._worker.restarts, outage=self._outage)
-        log.warning("%s: going on", self._worker.death, extra=more)
-        return Before(state, state[INIT])
-
-    def _file(self, number: int) -> File | None:
-        inode = self._tree.inodes.get(Ino(number))
-        return inode.file if isinstance(inode, RegularFile) else None
-
-    def _old_file(self, ino: Ino, seals: int) -> File:
-        return File(self._backing, ino, seals, journal=self._journal, exists=True)
-
-    async def _clear_up(self) -> None:
-        """Free what a predecessor was about to free, and inodes that the kernel has forgotten meanwhile."""
-        await trio.to_thread.run_sync(self._remove_others)
-        await trio.sleep(_FORGOTTEN_AFTER)
-        for number, _ in enumerate(free_forgotten(self._tree)):
-            self._journal.commit()
-            if number % _AT_ONCE == 0:
-                await trio.lowlevel.checkpoint()
-
-    async def _watch_keeper(self, keeper: int) -> None:
-        await trio.lowlevel.wait_readable(keeper)
-        log.error("the keeper is gone: if this process is killed, the mount ends")
-        self._opened.no_survival = "its keeper is gone"
 
     def describe(self) -> dict[str, Any]:
         """Return the state of the mount, for `memfs stat`: sizes in bytes, the rest numbers and names."""
@@ -314,7 +240,7 @@ class _Memfs:
             "no_survival_because": self._opened.no_survival,
             "generation": self._worker.generation,
             "restarts": self._worker.restarts,
-            "last_outage": self._outage,
+            "last_outage": self._survival.outage,
             "nr_inodes": self._tree.space.nr_inodes,
             "inodes_used": len(self._tree.inodes),
             "open_handles": len(self._open_files),
@@ -373,7 +299,7 @@ class _Memfs:
             self._tree.space.check_limit(options.nr_inodes)
         if options.size is not None:
             self._backing.resize(options.size)
-            self._journal.changed(SIZE)
+            self._survival.size_changed()
         if options.nr_inodes is not None:
             self._tree.set_limit(min(options.nr_inodes, self._backing.most_files))
 

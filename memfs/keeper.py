@@ -5,14 +5,14 @@ r"""The keeper: a process that does nothing but hold what a mount is made of, an
 
 A FUSE connection lives as long as anybody has its descriptor of /dev/fuse, and so does a tmpfs that is mounted nowhere
 as long as anybody has its root. So nothing has to be handed on: a worker is a fork of the keeper, with all the code
-loaded, and reads in the log what the last one knew. How it takes over is said in daemon.py.
+loaded, and reads in the log what the last one knew. How it takes over is said in survival.py.
 
 The keeper must not have a descriptor of its own mount, for it would wait for an answer of the worker that it is about
 to start. It has that of the root until the mount is attached, which the first worker says. A worker that dies before is
 not followed by another.
 
 A worker that is killed has died, and so has one that a bug ends: it says in the log what it was, and exits without
-taking anything apart (`dying` in daemon.py). If one after the other dies, there is a bug that each runs into: after
+taking anything apart (`dying` in survival.py). If one after the other dies, there is a bug that each runs into: after
 five restarts in ten seconds the mount is unmounted.
 
 A log that was moved away (logrotate(8)) is opened anew when a worker has died and nobody else has it open.
