@@ -19,6 +19,7 @@ from typing import Any, ClassVar, NewType, Protocol
 
 from memfs.contract.page_map import PageMaps
 from memfs.contract.units import ByteOffset
+from memfs.store.converted import Converted
 from memfs.store.guest_mounts import Step
 from memfs.store.reaper import Reaper
 from memfs.store.strays import Watched
@@ -32,6 +33,7 @@ class Backing(Protocol):
     kind: ClassVar[str]  #: for people: "tmpfs", "memfd"
     accounted: ClassVar[bool]  #: whether pages of ordinary files must be reserved, too
     reaper: Reaper  #: large files that nobody refers to any more
+    converted: Converted  #: of guest-sealed files
 
     @property
     def most_files(self) -> int:

@@ -81,7 +81,8 @@ async def convert(shared: File, private: File, ranges: PageRanges, *, to_private
         left = private.page_map.with_any(ranges, _changing(to_private=to_private))
         if len(left):
             _check(shared, private, to_private=to_private, preserve=preserve)
-            await _Conversion(shared, private, to_private=to_private, preserve=preserve).run(left)
+            with private.converting():
+                await _Conversion(shared, private, to_private=to_private, preserve=preserve).run(left)
 
 
 def _changing(*, to_private: bool) -> int:

@@ -28,7 +28,7 @@ import fcntl
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Final
 
 import trio
@@ -41,6 +41,7 @@ from memfs.store import chunks, seals
 from memfs.store.accounting import Accounting
 from memfs.store.backing import Backing
 from memfs.store.backing_file import BackingFile
+from memfs.store.converted import NO_CONVERSION
 from memfs.store.measurement import InitialImage
 from memfs.store.opens import Opens
 from memfs.store.pages import GuestOps, Pages
@@ -312,7 +313,8 @@ class File:
             self._check_alignment(offset, length)
             if self.seals & seals.F_SEAL_GROW and offset + length > self.size:
                 seals.check(self.seals, Operation.EXTEND)
-            await self._pages().allocate(offset, length, keep_size=keep_size)
+            with self.converting():
+                await self._pages().allocate(offset, length, keep_size=keep_size)
 
     async def punch(self, offset: ByteOffset, length: int) -> None:
         """Free whole pages and zero partial ones: fallocate(2), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE.
@@ -322,7 +324,8 @@ class File:
         async with self.locked():
             self._check_alignment(offset, length)
             seals.check(self.seals, Operation.PUNCH)
-            await self._pages().punch(offset, length)
+            with self.converting():
+                await self._pages().punch(offset, length)
 
     async def truncate(self, size: int, *, by_path: bool = False) -> None:
         """Set the size in bytes: ftruncate(2), or truncate(2), which leaves the times alone if the size stays.
@@ -336,6 +339,13 @@ class File:
                 seals.check(self.seals, Operation.GROW if size > old else Operation.SHRINK)
             with trio.CancelScope(shield=True):
                 await self._pages().truncate(size, by_path=by_path)
+
+    def converting(self) -> AbstractContextManager[None]:
+        """Count what changes sides within a with statement, if the file is guest-sealed. Call within `locked`."""
+        if not self.guest:
+            return NO_CONVERSION
+        assert self._accounting is not None
+        return self._backing.converted.during(self._accounting)
 
     def _check_alignment(self, offset: ByteOffset, length: int) -> None:
         if self.guest and (offset % self.granule or length % self.granule):

@@ -80,7 +80,7 @@ class GuestMount(Protocol):
     def recovered(self) -> None:
         """Go on where another process was killed."""
 
-    def describe(self, accounted: int) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         """Return its state for `memfs stat`, numbers in bytes."""
 
     def close(self) -> None:
@@ -159,7 +159,7 @@ class GuestTmpfs:
         if self._huge is not None:
             self._remount({"huge": self._huge})
 
-    def describe(self, accounted: int) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         """Return nothing: it is as the ordinary tmpfs."""
         return {}
 
@@ -228,13 +228,12 @@ class GuestHugetlb:
     def recovered(self) -> None:
         """Do nothing."""
 
-    def describe(self, accounted: int) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         """Return what the pool has, and what this mount has of it."""
         size, pool = self.granule, self._pool
         of_the_pool = {"pool": pool.pages, "pool_free": pool.free, "pool_reserved": pool.reserved}
         return {
             "min_size": pages_to_bytes(self.least_pages),
-            "guest_used": pages_to_bytes(self.used_pages(accounted)),
             **{name: pages * size for name, pages in of_the_pool.items()},
         }
 

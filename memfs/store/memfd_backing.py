@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Final
 from memfs.contract.page_map import MapMemfds
 from memfs.contract.units import PAGE_SIZE, ByteOffset, bytes_to_pages
 from memfs.store.backing import Content
+from memfs.store.converted import Converted
 from memfs.store.guest_mounts import Step
 from memfs.store.reaper import Reaper
 from memfs.store.strays import Strays, Watched
@@ -35,6 +36,7 @@ class MemfdBacking:
         self._reserved = 0  # pages that files have, or are about to have, by memfs
         self._strays: Final = Strays()
         self.reaper = Reaper()
+        self.converted = Converted()
         self.page_maps: Final = MapMemfds()
 
     @property

@@ -36,6 +36,7 @@ from memfs.contract.sys.libc import (
 )
 from memfs.contract.units import ByteOffset, bytes_to_pages, pages_to_bytes
 from memfs.store.backing import Content
+from memfs.store.converted import Converted
 from memfs.store.guest_mounts import (
     GuestHugetlb,
     GuestMount,
@@ -91,6 +92,7 @@ class TmpfsBacking:
         self._is_running = False
         self._freed: Final = ParkingLot()  # `_return_freed` waits for guests to free pages
         self.reaper = Reaper()
+        self.converted = Converted()
         self._root: Final = mount_tmpfs(pages_to_bytes(self._total + _BALLAST), options or {})
         try:
             self._guests: Final[GuestMount] = (
@@ -325,7 +327,8 @@ class TmpfsBacking:
     def describe(self) -> dict[str, Any]:
         """Return how huge pages are used, and the state of what guest-sealed files lie on."""
         ordinary = describe_huge(self._huge) if self._huge is not None else {}
-        return {**ordinary, **self._guests.describe(self._guest_reserved)}
+        of_guests = {"guest_used": pages_to_bytes(self._guest_pages), **self._guests.describe()}
+        return {**ordinary, **of_guests}
 
     def resize(self, size: int) -> None:
         """Change the limits of both filesystems."""
