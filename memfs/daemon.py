@@ -57,7 +57,7 @@ from memfs.store.seals import format_seals
 from memfs.survival import Survival, dying
 from memfs.tree.access_times import AccessTimes
 from memfs.tree.holdings import Holdings
-from memfs.tree.inode import Ino
+from memfs.tree.inode import Ino, RegularFile
 from memfs.tree.open_files import OpenFiles
 from memfs.tree.rebuild import keys_of
 from memfs.tree.tree import Tree
@@ -138,7 +138,7 @@ class _Memfs:
         self._holdings: Final = Holdings.of_process(self._backing.most_files if self._backing.accounted else 0)
         self._open_files: Final = OpenFiles(self._tree, self._passthrough, self._holdings, self._journal)
         self._page_cache: Final = PageCache(self._mount.notify)
-        control = Control(self._socket_path, self.describe_in, self.remount, options.pagesize)
+        control = Control(self._socket_path, self.describe_in, self.remount, self._locks, options.pagesize)
         self._access_times: Final = AccessTimes()
         self._memory_limit: Final = memory_limit.MemoryLimit.of_this_process()
         self._xattrs: Final = Xattrs(self._tree, control)
@@ -256,6 +256,8 @@ class _Memfs:
             "acknowledged": sum(owner.acknowledged for owner in owners),
             "pending": len(self._registry.outstanding),
             "notifications": self._registry.outstanding.describe(),
+            "conversions": self._backing.converted.describe(),
+            "freed_backlog": pages_to_bytes(self._backing.reaper.pages),
         }
 
     def _status(self) -> str:
@@ -264,11 +266,19 @@ class _Memfs:
         return f"{shown_bytes(used)} of {shown_bytes(size)} in use, {len(self._registry.owners)} owners"
 
     async def describe_in(self, most_bytes: int, user: int) -> str:
-        """Return the state as JSON for a user, with as many owners, files and notifications as fit."""
+        """Return the state as JSON for a user, with as many owners, files and notifications as fit.
+
+        Whose connection an owner is sees it; root and the user that mounted see all of them.
+        """
         pools = self._holdings.descriptors, self._holdings.page_maps
         state = {**self.describe(), **{f"your_{pool.what.replace(' ', '_')}": pool.of(user) for pool in pools}}
         left = most_bytes - len(json.dumps({**state, "registry": []}))
-        return json.dumps({**state, "registry": await self._registry.describe(left, user)})
+        sees_all = user in (0, os.geteuid())
+        registry = await self._registry.describe(left, user, lambda owner: sees_all or owner.user == user)
+        return json.dumps({**state, "registry": registry})
+
+    def _locks(self, inode: RegularFile) -> str:
+        return json.dumps(self._registry.describe_locks(inode))
 
     async def _log_state(self) -> None:
         state_log.info("state", extra=fields(**self.describe()))

@@ -131,13 +131,17 @@ def _stat(arguments: argparse.Namespace) -> None:
         print(json.dumps(state))
         return
     registry, notifications = state.pop("registry"), state.pop("notifications")
+    conversions = state.pop("conversions")
     said = {name.replace("_", " "): value for name, value in state.items() if value is not None}
     width = max(map(len, said))
     for name, value in said.items():
         print(f"{printable(name):{width}}  {_words(value)}")
+    for side, count in conversions.items():
+        print(f"conversions to {printable(side)}: {count['count']} of {count['pages']} pages")
     for kind, tally in notifications.items():
-        mean = tally["seconds"] / tally["count"]
-        print(f"{printable(kind)}: {tally['count']} of {tally['pages']} pages, {1000 * mean:.3f} ms each")
+        mean, longest = 1000 * tally["seconds"] / tally["count"], 1000 * tally["longest"]
+        of = f"{tally['count']} of {tally['pages']} pages"
+        print(f"{printable(kind)}: {of}, {mean:.3f} ms each, {longest:.3f} ms at most")
     for owner in registry:
         files, pending = owner.pop("files"), owner.pop("pending")
         print("", _line(owner), *(f"  {_line(each)}" for each in (*files, *pending)), sep="\n")

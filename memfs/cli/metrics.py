@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 _GAUGES: Final = {
     "memfs_size_bytes": ("size", "Limit of what files may take."),
     "memfs_used_bytes": ("used", "What files take."),
+    "memfs_freed_backlog_bytes": ("freed_backlog", "What removed files still take while they are being freed."),
+    "memfs_pool_bytes": ("pool", "The machine's pool of huge pages that guest-sealed files lie on."),
+    "memfs_pool_free_bytes": ("pool_free", "What is free of that pool."),
     "memfs_inodes": ("nr_inodes", "Limit of files and directories."),
     "memfs_inodes_used": ("inodes_used", "Files and directories."),
     "memfs_open_handles": ("open_handles", "Open files."),
@@ -39,6 +42,7 @@ _GAUGES: Final = {
 _COUNTERS: Final = {
     "memfs_owners_fenced": ("owners_fenced", "Owners that were cut off for not answering."),
     "memfs_connections_rejected": ("rejected", "Connections that were refused."),
+    "memfs_restarts": ("restarts", "How often a daemon was followed by another (survive=)."),
 }
 
 
@@ -134,7 +138,37 @@ class _Collector:
                     if isinstance(value, int | float):
                         family.add_metric([printable(answer.mountpoint)], float(value))
                 yield family
+        yield from _of_kinds(answers)
+        yield from _of_conversions(answers)
         yield from _of_notifications(answers)
+
+
+def _of_kinds(answers: Sequence[Answer]) -> Iterator[Metric]:
+    from prometheus_client.core import GaugeMetricFamily
+
+    labels = ["mountpoint", "kind"]
+    used = GaugeMetricFamily("memfs_file_bytes", "What files take, guest-sealed (private) or ordinary.", labels=labels)
+    for answer in answers:
+        total, private = ((answer.state or {}).get(name) for name in ("used", "guest_used"))
+        if isinstance(total, int) and isinstance(private, int):  # where all lie on memfds, nobody counts by kind
+            used.add_metric([printable(answer.mountpoint), "private"], float(private))
+            used.add_metric([printable(answer.mountpoint), "ordinary"], float(max(0, total - private)))
+    yield used
+
+
+def _of_conversions(answers: Sequence[Answer]) -> Iterator[Metric]:
+    from prometheus_client.core import CounterMetricFamily
+
+    labels = ["mountpoint", "direction"]
+    calls = CounterMetricFamily("memfs_conversions", "Calls by which memory became private, or shared.", labels=labels)
+    pages = CounterMetricFamily("memfs_converted_pages", "Pages that became private, or shared.", labels=labels)
+    for answer in answers:
+        for side, count in (answer.state or {}).get("conversions", {}).items():
+            of = [printable(answer.mountpoint), side]
+            calls.add_metric(of, float(count["count"]))
+            pages.add_metric(of, float(count["pages"]))
+    yield calls
+    yield pages
 
 
 def _of_notifications(answers: Sequence[Answer]) -> Iterator[Metric]:

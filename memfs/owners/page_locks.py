@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import bisect
 import errno
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import trio
@@ -77,6 +77,16 @@ class PageLocks:
             elif not count and start is not None:
                 return PageRange(PageIndex(start), PageIndex(edge))
         return None if start is None else PageRange(PageIndex(start), pages.end)
+
+    def runs(self) -> Iterator[PageRange]:
+        """Return the runs of locked pages, in order."""
+        start: int | None = None
+        for edge, count in zip(self._edges, self._counts, strict=True):
+            if count and start is None:
+                start = edge
+            elif not count and start is not None:
+                yield PageRange(PageIndex(start), PageIndex(edge))
+                start = None
 
     async def wait_unlocked(self, pages: PageRange) -> None:
         """Wait until no page of a range is locked."""

@@ -56,6 +56,7 @@ from memfs.tree.tree import Tree
 log = logging.getLogger(__name__)
 
 _MOST_RUNS: Final = 128  # in one reply: a share of work
+_MOST_SHOWN: Final = 512  # runs of locked pages
 _MOST_PAGES: Final = 1 << 20  # looked at for one reply: a quarter of a share
 
 
@@ -302,16 +303,20 @@ class Registry:
         self._holdings.release(registration.owner.user, registration.inode.ino)
         self._tree.release(registration.inode)
 
-    async def describe(self, most_bytes: int, user: Hashable) -> list[dict[str, Any]]:
+    async def describe(
+        self, most_bytes: int, user: Hashable, sees: Callable[[Owner], bool] = lambda owner: True
+    ) -> list[dict[str, Any]]:
         """Return owners, what they have not acknowledged and their files, as many as fit into so many bytes of JSON.
 
-        Takes as many turns of a user's as there is to describe.
+        Takes as many turns of a user's as there is to describe. `sees` says which owners are shown.
         """
         turns, left, owners = Turns.here(), most_bytes, list[dict[str, Any]]()
         for owner in list(self.owners.values()):
             await turns.take(user)
+            if not sees(owner):
+                continue
             files, pending = list[dict[str, Any]](), list[dict[str, Any]]()
-            about = {"owner": owner.number, "name": owner.name, "acknowledged": owner.acknowledged}
+            about = {"owner": owner.number, "name": owner.name, "uid": owner.user, "acknowledged": owner.acknowledged}
             described = {**about, "files": files, "pending": pending}
             left -= _json_bytes(described)
             if left < 0:
@@ -327,6 +332,14 @@ class Registry:
                     return owners
                 (files if isinstance(each, Registration) else pending).append(one)
         return owners
+
+    def describe_locks(self, inode: RegularFile) -> dict[str, Any]:
+        """Return who has a file, and which of its pages are locked: the first so many runs of them."""
+        registration = inode.file.owner
+        if not isinstance(registration, Registration):
+            return {"owner": None, "locked": 0, "runs": []}
+        runs = [[run.start, run.end] for run in islice(registration.locks.runs(), _MOST_SHOWN)]
+        return {"owner": registration.owner.number, "locked": len(registration.locks), "runs": runs}
 
     def check(self) -> None:
         """Raise AssertionError on the first broken invariant."""

@@ -4,6 +4,7 @@
     user.memfs.default_seals  of a directory: initial seals of regular files created in it
     user.memfs.socket         of anything, read-only: the socket on which owners talk to this memfs
     user.memfs.stat           of anything, read-only: the state of the mount, as JSON (`memfs stat`)
+    user.memfs.locks          of a regular file, read-only: pages that its owner has locked, as JSON (`memfs map`)
     trusted.memfs.remount     of anything, write-only: options to change (`memfs remount`), for CAP_SYS_ADMIN
     user.memfs.remount        the same, for the user that mounted it without being root
 
@@ -38,6 +39,7 @@ SEALS: Final = b"user.memfs.seals"
 DEFAULT_SEALS: Final = b"user.memfs.default_seals"
 SOCKET: Final = SOCKET_XATTR.encode()
 STAT: Final = b"user.memfs.stat"
+LOCKS: Final = b"user.memfs.locks"
 REMOUNT: Final = b"user.memfs.remount"
 PRIVILEGED_REMOUNT: Final = b"trusted.memfs.remount"
 _PREFIX: Final = b"user.memfs."
@@ -52,6 +54,7 @@ class Control:
     socket_path: str
     describe: Callable[[int, int], Awaitable[str]]  #: as JSON, of at most so many bytes, for a user
     remount: Callable[[RemountOptions], None]
+    locks: Callable[[RegularFile], str]  #: as JSON, of a file
     pagesize: int | None = None  #: as it was mounted with
 
 
@@ -121,6 +124,8 @@ class Xattrs:
             return os.fsencode(self._control.socket_path)
         if name == SEALS and isinstance(inode, RegularFile):
             return seals.format_seals(inode.file.seals).encode()
+        if name == LOCKS and isinstance(inode, RegularFile):
+            return self._control.locks(inode).encode()
         return self._tree.xattrs.get(inode, name)
 
     async def describe(self, uid: int) -> bytes:

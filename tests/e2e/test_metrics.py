@@ -35,7 +35,7 @@ def samples(text: str, memfs: Memfs) -> dict[str, float]:
     for family in parse(text):
         for sample in family.samples:
             if sample.labels.get("mountpoint") == str(memfs.path):
-                kind = sample.labels.get("kind", "")
+                kind = sample.labels.get("kind", "") or sample.labels.get("direction", "")
                 found[" ".join(filter(None, (sample.name, kind, sample.labels.get("le", ""))))] = sample.value
     return found
 
@@ -60,6 +60,28 @@ def test_metrics_are_the_state(converted: Memfs) -> None:
         assert found[f"memfs_notified_pages_total {kind}"] == tally["pages"] > 0
         assert found[f"memfs_notification_duration_seconds_count {kind}"] == tally["count"] > 0
         assert found[f"memfs_notification_duration_seconds_bucket {kind} +Inf"] == tally["count"]
+
+
+def test_conversions_are_counted_by_direction_with_and_without_an_owner(memfs: Memfs) -> None:
+    assert memfs.run("truncate", "-s", "1M", "shared").returncode == 0
+    assert memfs.run(*memfs_command("create", "--seals", "guest", "--size", "1M", "private")).returncode == 0
+    for command in (["fallocate", "-l", "64K", "private"], ["fallocate", "-p", "-l", "16K", "private"]):
+        assert memfs.run(*command).returncode == 0
+    assert memfs.run("fallocate", "-l", "64K", "shared").returncode == 0  # which is none
+    converted = memfs.run(*memfs_command("convert", "--to", "private", "shared", "private", "0:64k", "512k:4k"))
+    if converted.returncode:
+        assert "not supported" in converted.stderr  # without passthrough
+        assert memfs.run("fallocate", "-l", "64K", "private").returncode == 0
+        assert memfs.run("fallocate", "-o", "512K", "-l", "4K", "private").returncode == 0
+    found = samples(run(*memfs_command("metrics", memfs.path)).stdout, memfs)
+    assert found["memfs_converted_pages_total private"] == 16 + 4 + 1
+    assert found["memfs_converted_pages_total shared"] == 4
+    assert found["memfs_conversions_total private"] in (2, 3)
+    assert found["memfs_conversions_total shared"] == 1
+    if "memfs_file_bytes private" in found:  # not on memfds
+        assert found["memfs_file_bytes private"] == 17 * 4096
+        assert found["memfs_file_bytes private"] + found["memfs_file_bytes ordinary"] == found["memfs_used_bytes"]
+    assert (found["memfs_restarts_total"], found["memfs_freed_backlog_bytes"]) == (0, 0)
 
 
 @needs("promtool")

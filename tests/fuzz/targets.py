@@ -103,7 +103,7 @@ class _Mount:
         for ino in (2, 3):  # fh 1 and 2
             self.handles.open_file(self.tree.regular(ino), os.O_RDWR)
         self.tree.regular(2).file.write(ByteOffset(0), b"content")
-        xattrs = Xattrs(self.tree, Control("/socket", describe_nothing, lambda options: None))
+        xattrs = Xattrs(self.tree, Control("/socket", describe_nothing, lambda options: None, lambda inode: "{}"))
         handlers = XattrHandlers(xattrs)
         files = FileHandlers(self.tree, self.handles, self.backing, PageCache(notify_nobody))
         self.table = who_answers(

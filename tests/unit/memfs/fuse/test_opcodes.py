@@ -57,7 +57,7 @@ class Mount:
         self.backing = MemfdBacking(1 << 20)
         self.tree = Tree(lambda ino, seals: File(self.backing, ino, seals), 100, 0o1777, 0, 0)
         self.open_files = OpenFiles(self.tree)
-        xattrs = Xattrs(self.tree, Control("/socket", describe_nothing, lambda options: None))
+        xattrs = Xattrs(self.tree, Control("/socket", describe_nothing, lambda options: None, lambda inode: "{}"))
         handlers = XattrHandlers(xattrs)
         files = FileHandlers(self.tree, self.open_files, self.backing, PageCache(notify_nobody))
         self.table: dict[int, Handler | Pyfuse3] = who_answers(

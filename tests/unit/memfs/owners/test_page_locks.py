@@ -47,6 +47,9 @@ def test_locks_are_counted_page_by_page(steps: list[tuple[bool, PageRange]]) -> 
                     locks.unlock(span)
             assert len(locks) == counts.sum()
             assert locks.first_of(pages(2, SPAN - 2)) == first_locked(counts, 2, SPAN - 2)
+            assert [page for run in locks.runs() for page in range(run.start, run.end)] == np.flatnonzero(
+                counts
+            ).tolist()
             for page in range(SPAN):
                 with trio.CancelScope() as scope:
                     scope.cancel()

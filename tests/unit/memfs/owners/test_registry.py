@@ -547,6 +547,7 @@ async def test_to_describe_much_takes_many_turns(registry: Registry, tree: Tree)
     assert iterations >= 90 // SHARE
     assert Turns.here().total - begun >= 90
     assert [each["file"] for each in described[0]["files"]] == list(guest.registrations)
+    assert await registry.describe(1 << 16, "user", lambda owner: owner is not guest) == []
     [short] = await registry.describe(500, "user")
     assert 0 < len(short["files"]) < 20
     assert len(json.dumps(short)) <= 500

@@ -21,8 +21,9 @@ def test_each_is_in_the_buckets_of_all_bounds_that_it_is_within() -> None:
         tally.add(2, seconds)
         tally.check()
     said = tally.describe()
-    assert said["buckets"] == {"0.0001": 2, "0.001": 3, "0.01": 4, "0.1": 5, "1.0": 6, "10.0": 7}
-    assert (said["count"], said["pages"], said["seconds"]) == (8, 16, round(sum(BOUNDS) + 11, 6))
+    assert said["buckets"] == {str(bound): number for number, bound in enumerate(BOUNDS, 2)}
+    assert (said["count"], said["pages"]) == (len(BOUNDS) + 2, 2 * len(BOUNDS) + 4)
+    assert (said["seconds"], said["longest"]) == (round(sum(BOUNDS) + 11, 6), 11.0)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +47,8 @@ async def test_it_is_counted_when_it_is_acknowledged(
             "count": 1,
             "pages": pages,
             "seconds": 0.5,
-            "buckets": {"0.0001": 0, "0.001": 0, "0.01": 0, "0.1": 0, "1.0": 1, "10.0": 1},
+            "longest": 0.5,
+            "buckets": {str(bound): int(bound >= 0.5) for bound in BOUNDS},
         }
     }
     outstanding.check()

@@ -190,7 +190,9 @@ class OnTree(Place):
     def __init__(self, backing: Backing) -> None:
         self.backing: Final = backing
         self.tree: Final = Tree(lambda ino, seals: File(self.backing, ino, seals), NR_INODES, 0o755, 0, 0)
-        self.xattrs: Final = Xattrs(self.tree, Control("/socket", describe_nothing, lambda options: None))
+        self.xattrs: Final = Xattrs(
+            self.tree, Control("/socket", describe_nothing, lambda options: None, lambda inode: "{}")
+        )
         self._open: Final[dict[int, Inode]] = {}
 
     def inode(self, path: str) -> Inode:

@@ -271,7 +271,9 @@ class Mount:
     def __init__(self, place: OnTree) -> None:
         self.asked: list[object] = []
         self.refuses = False
-        self.xattrs = Xattrs(place.tree, Control("/run/socket", self._describe, self._remount))
+        self.xattrs = Xattrs(
+            place.tree, Control("/run/socket", self._describe, self._remount, lambda inode: '{"locked": 1}')
+        )
 
     async def _describe(self, limit: int, user: int) -> str:
         self.asked.append(limit)
@@ -307,7 +309,14 @@ def test_any_inode_says_where_owners_connect_and_how_the_mount_is(tree_place: On
     assert mount.asked == [65536, 65536]
 
 
-@pytest.mark.parametrize("name", ["socket", "stat", "nonsense", ""])
+def test_regular_file_says_which_pages_its_owner_has_locked(tree_place: OnTree, mount: Mount) -> None:
+    tree_place.make("file")
+    assert mount.xattrs.get(tree_place.number("file"), b"user.memfs.locks") == b'{"locked": 1}'
+    with raises(errno.ENODATA):
+        mount.xattrs.get(ROOT_INO, b"user.memfs.locks")
+
+
+@pytest.mark.parametrize("name", ["socket", "stat", "locks", "nonsense", ""])
 def test_others_of_memfs_cannot_be_set(tree_place: OnTree, name: str) -> None:
     tree_place.make("file")
     for path in ("file", "."):
