@@ -125,7 +125,8 @@ class MountOptions:
     dev: bool = False
     exec: bool = True
     symfollow: bool = True  #: symbolic links are followed
-    fsname: str = "memfs"  #: what stands in /proc/mounts in the place of a device
+    #: what stands in /proc/mounts in the place of a device; mount(8) takes it for a path, if there is one of that name
+    fsname: str = "none"
     default_permissions: bool = True  #: the kernel checks permissions; memfs is never mounted otherwise
     allow_other: bool = False  #: let users in other than the one who mounted it
     socket: str | None = None  #: where owners connect

@@ -52,6 +52,12 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+def test_mount_shows_no_path_for_a_source(memfs: Memfs, tmp_path: Path) -> None:
+    """mount(8) takes a source for a path where there is one of that name, such as memfs in a clone of this project."""
+    (tmp_path / "memfs").mkdir()
+    assert f"none on {memfs.path} type fuse.memfs " in run("mount", cwd=tmp_path).stdout
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_unmounts(memfs: Memfs, number: signal.Signals) -> None:
     (memfs.path / "file").write_bytes(b"x" * 100000)
