@@ -146,7 +146,8 @@ class _Memfs:
             self._tree, options.notify_timeout, self._mount.invalidate_attributes, self._holdings
         )
         self._manager: Final = ServiceManager()
-        self._clients: Final = Clients(options.socket_mode, options.socket_group, self._holdings.descriptors)
+        listener = opened.listener
+        self._clients: Final = Clients(listener.mode, listener.group, self._holdings.descriptors)
         self._survival: Final = Survival(
             *(opened, worker, self._kept, self._tree, self._open_files, self._page_cache, self._access_times)
         )

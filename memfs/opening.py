@@ -15,7 +15,7 @@ from memfs import privileges
 from memfs.contract import logs
 from memfs.fuse.mount import FuseMount, mount_fuse
 from memfs.options import MountOptions, OptionError
-from memfs.owners.listener import Listener, listen
+from memfs.owners.listener import Listener, listen, listen_on
 from memfs.state.journal import LogJournal
 from memfs.store.backing import Backing
 from memfs.store.open_backing import open_backing
@@ -32,6 +32,7 @@ class Settings:
     mountpoint: str
     socket_paths: Sequence[str]  #: the first that can be had counts
     options: MountOptions
+    handed_over: int | None = None  #: a descriptor of the socket, if there is one already
     log_beside_socket: bool = False  #: whether the log's name goes by the socket's
     check: bool = False  #: verify every invariant before the end (for tests)
 
@@ -69,7 +70,10 @@ def open_mount(settings: Settings) -> Opened:
     options = settings.options
     backing, about_backing = open_backing(options)
     no_survival = _no_survival(options, backing)
-    listener = listen(settings.socket_paths, options.socket_mode, options.socket_group)
+    if settings.handed_over is None:
+        listener = listen(settings.socket_paths, options.socket_mode, options.socket_group)
+    else:
+        listener = listen_on(settings.handed_over)
     try:
         if settings.log_beside_socket:
             logs.prefer(f"{os.path.splitext(listener.path)[0]}.log")

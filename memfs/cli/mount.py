@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 from memfs.cli.command import CommandError, Commands
@@ -20,6 +20,7 @@ from memfs.cli.remount import remount
 from memfs.contract import logs
 from memfs.contract.sys.mountinfo import real_mountpoint
 from memfs.contract.terminal import printable, quoted
+from memfs.handed_over import handed_over
 from memfs.inherited import InheritedError, leave_behind, raise_limits
 from memfs.options import REMOUNT, MountOptions, OptionError
 
@@ -68,6 +69,7 @@ class Mount:
     options: MountOptions
     socket: str | None = None
     log_file: str | None = None
+    handed_over: int | None = None  #: a descriptor of the socket, from a service manager
     foreground: bool = False
     verbose: bool = False
     check: bool = False
@@ -117,9 +119,29 @@ def _mount(arguments: argparse.Namespace) -> None:
     if REMOUNT in options.split(","):
         remount(arguments.mountpoint, options)
         return
-    mount = Mount.parse(arguments)
+    mount = replace(Mount.parse(arguments), handed_over=_handed_over())
+    if mount.handed_over is not None and (said := _about_the_socket(mount)):
+        raise CommandError(f"{said}: the socket was handed over (LISTEN_FDS), so its unit says that, and not we")
     with _directory(mount.mountpoint, arguments.mkdir):
         print_notes(start(mount))
+
+
+def _handed_over() -> int | None:
+    """Return the socket for owners that a service manager hands over, if it does. Raises CommandError."""
+    match handed_over():
+        case []:
+            return None
+        case [(_, fd)]:
+            return fd
+        case several:
+            names = ", ".join(name for name, _ in several)
+            raise CommandError(f"{len(several)} descriptors were handed over ({names}); there is one socket for owners")
+
+
+def _about_the_socket(mount: Mount) -> str:
+    """Return what is said of where the socket is and who may connect, as it was written."""
+    said = [each for each in mount.options.said.split(",") if each.startswith("socket")]
+    return ", ".join(["--socket"] * (mount.socket is not None) + [f"option {each}" for each in said])
 
 
 def start(mount: Mount) -> list[str]:
@@ -127,19 +149,20 @@ def start(mount: Mount) -> list[str]:
 
     Raises CommandError.
     """
+    keep = [] if mount.handed_over is None else [mount.handed_over]
     if mount.foreground:
 
         def ready(notes: list[str]) -> None:
             print_notes(notes)
             print(f"memfs: {quoted(mount.mountpoint)} is mounted", flush=True)
 
-        leave_behind()
+        leave_behind(keep)
         _serve(mount, ready)
         return []
     reader, writer = os.pipe()
     sys.stdout.flush()
     if os.fork() == 0:
-        leave_behind([writer])
+        leave_behind([writer, *keep])
         _detach()
         _serve_and_report(mount, writer)
     os.close(writer)
@@ -215,7 +238,8 @@ def _serve(mount: Mount, ready: Callable[[list[str]], None], not_kept: Sequence[
             mount.mountpoint,
             socket_paths,
             mount.options,
-            log_beside_socket=by_default and not asked_for,
+            handed_over=mount.handed_over,
+            log_beside_socket=by_default and not asked_for and mount.handed_over is None,
             check=mount.check,
         )
         run(settings, ready, not_kept)

@@ -4,6 +4,9 @@ It is bound with mode 0600 and only then given its group and mode, so there is n
 for. What lies there already is replaced or stays as socket_name.py says; and so does, in the end, a socket that is
 another's by then. The directory it lies in must not be one where somebody else could put another socket in its place.
 
+A socket that was handed over (systemd.socket(5)) is its manager's: it has the mode and the group that it has, and stays
+when we end, so that owners who connect meanwhile wait for whoever is started next.
+
 In a user namespace everybody whom it does not know has the same uid, so that / does not seem to be root's. Directories
 of those are taken for the system's: the default paths lie in no other, and whoever names another path knows whose it
 is.
@@ -36,16 +39,21 @@ class ListenError(Exception):
 class Listener:
     """A socket that owners connect to. `close` removes it; the next one to ask for its name has it immediately."""
 
-    def __init__(self, path: str, sock: socket.socket) -> None:
+    def __init__(self, path: str, sock: socket.socket, *, handed_over: bool = False) -> None:
         self.path: Final = path
         self.socket: Final = sock  #: non-blocking
         self._status: Final = os.lstat(path)
+        self.mode: Final = stat.S_IMODE(self._status.st_mode)
+        self.group: Final = self._status.st_gid
+        self._handed_over: Final = handed_over
 
     def close(self) -> None:
         """Stop listening. What lies at the path stays if it is another's by then."""
         if self.socket.fileno() < 0:
             return
         self.socket.close()
+        if self._handed_over:
+            return
         try:
             if os.path.samestat(os.lstat(self.path), self._status):
                 os.unlink(self.path)
@@ -70,6 +78,32 @@ def listen(paths: Sequence[str], mode: int, group: int | None) -> Listener:
             if error.errno != errno.EADDRINUSE or path == paths[-1]:
                 raise ListenError(f"cannot listen on {path}: {error.strerror or error}") from error
     raise AssertionError("a socket has a path")
+
+
+def listen_on(fd: int) -> Listener:
+    """Listen on a socket that was handed over. Raises ListenError."""
+    try:
+        sock = socket.socket(fileno=fd)
+    except OSError as error:
+        raise ListenError(f"descriptor {fd} was handed over, and is no socket: {error.strerror}") from error
+    address = sock.getsockname()
+    if (
+        (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        or not os.path.isabs(address)
+    ):
+        raise ListenError(
+            f"the socket that was handed over as descriptor {fd} is none for owners; in the unit, say "
+            "ListenSequentialPacket= with an absolute path"
+        )
+    try:
+        real = os.path.join(_checked_directory(os.path.dirname(address)), os.path.basename(address))
+        if not stat.S_ISSOCK(os.lstat(real).st_mode):
+            raise OSError(errno.EEXIST, "something that is not a socket lies there")
+    except OSError as error:
+        raise ListenError(f"cannot listen on {address}, which was handed over: {error.strerror}") from error
+    sock.setblocking(False)
+    return Listener(real, sock, handed_over=True)
 
 
 def _bind(path: str, mode: int, group: int | None) -> socket.socket:

@@ -84,7 +84,7 @@ trap 'systemctl status --no-pager memfs@mnt-guest memfs-metrics mnt-guest.mount 
 absent() { if grep "$@"; then exit 1; fi; }
 echo MEMFS_OPTIONS=size=64m >/etc/memfs/mnt-guest.conf
 systemctl start memfs@mnt-guest
-grep 'memfs /mnt/guest fuse.memfs' /proc/mounts
+grep 'none /mnt/guest fuse.memfs' /proc/mounts
 systemctl show --property=StatusText memfs@mnt-guest | grep '0 of 64.0M in use, 0 owners'
 echo MEMFS_METRICS_LISTEN=127.0.0.1:19753 >/etc/memfs/metrics.conf
 systemctl start memfs-metrics
@@ -115,6 +115,23 @@ test ! -e /mnt/guest/shared
 systemctl kill --signal=KILL memfs@mnt-guest
 systemctl stop memfs@mnt-guest
 absent fuse.memfs /proc/mounts
+systemctl start memfs@mnt-guest.socket
+absent fuse.memfs /proc/mounts
+python3 -I - <<END
+import socket, sys
+sys.path.insert(0, "/usr/lib/memfs")
+from memfs.contract.protocol.connection import Connection, Role
+from memfs.contract.protocol.messages import Hello
+owner = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+owner.connect("/run/memfs/mnt-guest.sock")
+connection = Connection(Role.OWNER)
+owner.send(connection.send(Hello(name="early"))[1])
+print(connection.receive(owner.recv(1024)).message)
+END
+grep 'none /mnt/guest fuse.memfs' /proc/mounts
+systemctl stop memfs@mnt-guest.socket memfs@mnt-guest
+absent fuse.memfs /proc/mounts
+test ! -e /run/memfs/mnt-guest.sock
 cp /usr/share/doc/memfs/examples/mnt-guest.mount /etc/systemd/system/
 sed -i s/16g/64m/ /etc/systemd/system/mnt-guest.mount
 systemctl daemon-reload

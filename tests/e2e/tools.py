@@ -32,6 +32,7 @@ PACKAGES: Final = {
     "promtool": "prometheus",
     "setpriv": "util-linux",
     "systemd-analyze": "systemd",
+    "systemd-socket-activate": "systemd",
     "unshare": "util-linux",
     "valgrind": "valgrind",
 }
