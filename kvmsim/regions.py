@@ -3,12 +3,16 @@
 A slot holds one registration of each of its files, and so does each window of a classic slot on a file behind it; the
 last one to go unregisters the file. A file is registered before the slot is there, and unregistered when nothing of it
 is mapped any more (RFC patches 04 to 06).
+
+Native code runs on a copy of the slots, in another KVM (engines/native.py). Its vCPUs are stopped while that is changed
+as well: the other KVM waits until none of them is inside, and one that waits for a page may be there for ever.
 """
 
 from __future__ import annotations
 
 import errno
-from typing import Final
+from contextlib import AbstractAsyncContextManager, nullcontext
+from typing import Final, Protocol
 
 import trio
 
@@ -23,6 +27,19 @@ from memfs.contract.protocol.messages import FileId
 from memfs.contract.units import Gfn, gfn_to_gpa
 
 
+class SlotCopy(Protocol):
+    """What has the slots as well, and runs vCPUs on them."""
+
+    def stopped(self) -> AbstractAsyncContextManager[None]:
+        """Have none of its vCPUs execute anything, or wait for memory, within an async with statement.
+
+        Raises OSError(EBUSY) for one that cannot be stopped where it is.
+        """
+
+    def replace(self, old: Memslot | None, new: Memslot | None) -> None:
+        """Have a slot in the place of another, while the vCPUs are stopped. All or nothing. Raises OSError."""
+
+
 class Regions:
     """The memory regions of one VM, which become its slots. One is set at a time."""
 
@@ -30,8 +47,7 @@ class Regions:
         self._mmu: Final = mmu
         self._type: Final = vm_type
         self._lock: Final = trio.Lock()  # setting a slot waits for memfs
-        #: why no slot may come, move or go any more
-        self.fixed: str | None = None
+        self.copy: SlotCopy | None = None  #: which is kept in step
         self._to_launch: dict[FileId, GuestFile] = {}  # private files, until a vCPU runs
 
     async def set(self, region: UserspaceMemoryRegion) -> None:
@@ -41,23 +57,36 @@ class Regions:
         """
         async with self._lock:
             change = check_region(self._mmu.slots, region)
-            if self.fixed is not None and change not in (Change.FLAGS_ONLY, Change.NONE):
-                raise OSError(errno.EBUSY, self.fixed)
             await self._mmu.invalidations.wait_idle()  # slots do not change under an invalidation (RFC patch 10)
             old = self._mmu.slots.get(region.slot)
             if change is Change.DELETE:
                 assert old is not None
-                await self.release(self._take_out(old))
+                async with self._stopped():
+                    held = self._take_out(old)
+                    self._copy(old, None)
+                await self.release(held)
                 return
             shared, private = await self._register(region, old) if region.flags & KVM_MEM_FD else (None, None)
             held = [file for file in (shared, private) if file is not None]
             try:
                 if change in (Change.CREATE, Change.MOVE):
                     check_reach(region, min(gfn_to_gpa(Gfn(self._mmu.table.max_gfn)), self._type.max_gpa))
-                if change is not Change.NONE:
-                    held = self._replace(region, old, shared, private)
+                new = _slot_of(region, old, shared, private)
+                if change is Change.FLAGS_ONLY:
+                    held = self._replace(old, new)
+                elif change is not Change.NONE:
+                    async with self._stopped():
+                        self._copy(old, new)
+                        held = self._replace(old, new)
             finally:
                 await self.release(held)
+
+    def _stopped(self) -> AbstractAsyncContextManager[None]:
+        return nullcontext() if self.copy is None else self.copy.stopped()
+
+    def _copy(self, old: Memslot | None, new: Memslot | None) -> None:
+        if self.copy is not None:
+            self.copy.replace(old, new)
 
     async def _register(self, region: UserspaceMemoryRegion, old: Memslot | None) -> tuple[GuestFile, GuestFile | None]:
         """Register the files of a region, both or none."""
@@ -77,20 +106,13 @@ class Regions:
             raise
         return shared, private
 
-    def _replace(
-        self, region: UserspaceMemoryRegion, old: Memslot | None, shared: GuestFile | None, private: GuestFile | None
-    ) -> list[GuestFile]:
+    def _replace(self, old: Memslot | None, slot: Memslot) -> list[GuestFile]:
         """Insert a slot in the place of its former self. Returns the files to be unregistered then."""
-        gfns = gfn_range(region)
-        log: DirtyLog | None = None
-        if region.flags & KVM_MEM_LOG_DIRTY_PAGES:
-            log = old.dirty if old is not None and old.dirty is not None else DirtyLog(len(gfns))
-        slot = Memslot(region.slot, region.flags, gfns, region.userspace_addr, shared, private, log)
-        stays = old is not None and old.gfns == gfns
+        stays = old is not None and old.gfns == slot.gfns
         held = [] if old is None else self._take_out(old, unmap=not stays)
         self._mmu.add_slot(slot)
         if stays and slot.logs_dirty:
-            self._mmu.write_protect(gfns)
+            self._mmu.write_protect(slot.gfns)
         return held
 
     def _take_out(self, slot: Memslot, *, unmap: bool = True) -> list[GuestFile]:
@@ -125,3 +147,13 @@ class Regions:
                 if file_id in self._mmu.backing.files:
                     raise
             self._to_launch.pop(file_id, None)
+
+
+def _slot_of(
+    region: UserspaceMemoryRegion, old: Memslot | None, shared: GuestFile | None, private: GuestFile | None
+) -> Memslot:
+    gfns = gfn_range(region)
+    log: DirtyLog | None = None
+    if region.flags & KVM_MEM_LOG_DIRTY_PAGES:
+        log = old.dirty if old is not None and old.dirty is not None else DirtyLog(len(gfns))
+    return Memslot(region.slot, region.flags, gfns, region.userspace_addr, shared, private, log)

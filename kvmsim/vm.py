@@ -42,7 +42,7 @@ from kvmsim.mmu.ownership import OwnershipTable
 from kvmsim.mmu.page_fault import Access
 from kvmsim.mmu.page_table import PageTable
 from kvmsim.mmu.pte import level_pages, pte_pfn, side_of
-from kvmsim.regions import Regions
+from kvmsim.regions import Regions, SlotCopy
 from kvmsim.side import Side
 from kvmsim.slots.dirty import Bitmap, DirtyLog, pages_in
 from kvmsim.slots.memslots import AddressSpace, Memslot, Space
@@ -107,9 +107,11 @@ class VM:
         """
         await self._regions.set(region)
 
-    def fix_slots(self, why: str) -> None:
-        """Have no slot come, move or go from now on: it would be EBUSY, with these words. Flags may change."""
-        self._regions.fixed = why
+    def keep_in_step(self, copy: SlotCopy | None) -> None:
+        """Have all slots elsewhere as well from now on; None: no more. Raises OSError(EBUSY) if somebody has them."""
+        if copy is not None and self._regions.copy is not None:
+            raise OSError(errno.EBUSY, "this VM runs native code already")
+        self._regions.copy = copy
 
     def _slot_with_log(self, slot_id: int) -> tuple[Memslot, DirtyLog]:
         if not 0 <= slot_id < KVM_USER_MEM_SLOTS:

@@ -15,7 +15,8 @@ Memory-mapped devices cannot be, since a fill that is refused does not say what 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any, Final
 
 import trio
@@ -25,12 +26,14 @@ from unicorn import x86_const as x86
 
 from kvmsim.engines.ports import PORT_HALT, PORT_HYPERCALL
 from kvmsim.engines.registers import Registers
+from kvmsim.engines.slot_files import files_of
 from kvmsim.engines.user_mode import PORT_SYSCALL, STUBS_END, leads_to
 from kvmsim.exits import ExceptionExit, Exit, HaltExit, HypercallExit, InternalErrorExit, IoExit, MmioExit
 from kvmsim.mmu.page_fault import Access
 from kvmsim.mmu.pte import PTE_A, PTE_D, PTE_W, side_of
 from kvmsim.mmu.radix import Radix
 from kvmsim.side import Side
+from kvmsim.slots.memslots import Memslot
 from kvmsim.uapi import KVM_INTERNAL_ERROR_EMULATION
 from kvmsim.vcpu import VCPU
 from kvmsim.vm import VM
@@ -55,12 +58,26 @@ Port = Callable[[bytes], None]
 
 
 class UnicornMachine:
-    """A VM of the emulator. Its slots must lie on files."""
+    """A VM of the emulator. Raises OSError(EINVAL) if a slot does not lie on files."""
 
     def __init__(self, vm: VM) -> None:
         self.vm: Final = vm
         self._engines: list[UnicornEngine] = []
-        vm.fix_slots("memslots are as they are once an emulator has them")
+        for slot in vm.mmu.slots:
+            list(files_of(slot))
+        vm.keep_in_step(self)
+
+    @asynccontextmanager
+    async def stopped(self) -> AsyncIterator[None]:
+        """Do nothing: what does not await is between two slices."""
+        yield
+
+    def replace(self, old: Memslot | None, new: Memslot | None) -> None:
+        """Map a slot in the place of another. Raises OSError(EINVAL), changing nothing."""
+        if new is not None:
+            list(files_of(new))
+        for engine in self._engines:
+            engine.replace(old, new)
 
     def create(self, vcpu_id: int, ports: dict[int, Port] | None = None) -> UnicornEngine:
         """Create the engine of a vCPU; `ports` are those that it answers while it runs."""
@@ -80,6 +97,7 @@ class UnicornMachine:
 
     def close(self) -> None:
         """Flush no more of it."""
+        self.vm.keep_in_step(None)
         for engine in self._engines:
             self.vm.mmu.tlbs.remove(engine)
 
@@ -91,8 +109,10 @@ class UnicornEngine:
         self._vm: Final = vm
         self._ports: Final = ports or {}
         self._uc: Final[Any] = unicorn.Uc(uc.UC_ARCH_X86, uc.UC_MODE_64)
-        self._memory_size: Final = max(slot.gfns.end for slot in vm.mmu.slots) * PAGE_SIZE
-        self._views: Final = list(self._map_memory())  # the emulator has bare pointers
+        self._memory_size = 0
+        self._mapped: Final[dict[GfnRange, list[Any]]] = {}  # views: the emulator has bare pointers
+        for slot in vm.mmu.slots:
+            self.replace(None, slot)
         self._uc.ctl_set_tlb_mode(uc.UC_TLB_VIRTUAL)
         self._uc.hook_add(uc.UC_HOOK_TLB_FILL, self._fill)
         self._uc.hook_add(uc.UC_HOOK_INTR, self._interrupt)
@@ -106,15 +126,20 @@ class UnicornEngine:
         self._failure: BaseException | None = None
         self._rip = 0
 
-    def _map_memory(self) -> Any:
-        for slot in self._vm.mmu.slots:
-            for side, base in ((Side.PRIVATE, 0), (Side.SHARED, _SHARED)):
-                file = slot.file(side)
-                if file is not None:
-                    view = (ctypes.c_char * (len(slot.gfns) * PAGE_SIZE)).from_buffer(file.memory, slot.pages.offset)
-                    at = base + gfn_to_gpa(slot.gfns.start)
-                    self._uc.mem_map_ptr(at, len(view), uc.UC_PROT_ALL, ctypes.addressof(view))
-                    yield view
+    def replace(self, old: Memslot | None, new: Memslot | None) -> None:
+        """Map a slot in the place of another."""
+        if old is not None:
+            for base, view in self._mapped.pop(old.gfns):
+                self._uc.mem_unmap(base + gfn_to_gpa(old.gfns.start), len(view))
+        if new is not None:
+            views = self._mapped[new.gfns] = []
+            for side, file in files_of(new):
+                view = (ctypes.c_char * (len(new.gfns) * PAGE_SIZE)).from_buffer(file.memory, new.pages.offset)
+                base = 0 if side is Side.PRIVATE else _SHARED
+                at = base + gfn_to_gpa(new.gfns.start)
+                self._uc.mem_map_ptr(at, len(view), uc.UC_PROT_ALL, ctypes.addressof(view))
+                views.append((base, view))
+        self._memory_size = max((gfns.end for gfns in self._mapped), default=0) * PAGE_SIZE
 
     # -- registers ----------------------------------------------------------------------------------------------------
 

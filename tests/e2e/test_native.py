@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import mmap
 import random
 import signal
 import struct
@@ -12,10 +14,10 @@ import trio
 
 from kvmsim.backing import StoreGone
 from kvmsim.engines.user_mode import tables
-from kvmsim.exits import ExceptionExit, HaltExit, HypercallExit, InterruptExit
+from kvmsim.exits import ExceptionExit, HaltExit, HypercallExit, InternalErrorExit, InterruptExit, MmioExit
 from kvmsim.side import Side
 from kvmsim.slots.dirty import pages_in
-from kvmsim.uapi import UserspaceMemoryRegion
+from kvmsim.uapi import KVM_MEM_FD, UserspaceMemoryRegion
 from memfs.contract.units import PAGE_SIZE, ByteOffset, Gfn, GfnRange, Gpa
 from tests.helpers import raises
 
@@ -157,8 +159,48 @@ async def test_dirty_log_has_what_the_guest_stored_to(native_guest: NewGuest) ->
         guest.vm.check()
         await guest.run("w", SIZE + 5 * PAGE_SIZE, 1, 0, 2)
         assert dirty(guest) == [5]
-        with raises(errno.EBUSY):
-            await guest.vm.set_user_memory_region(UserspaceMemoryRegion(10, 0, Gpa(0), 0, ByteOffset(0)))
+
+
+async def test_slots_come_move_and_go_while_the_guest_runs(native_guest: NewGuest) -> None:
+    """A guest sees memory where its slot is now, and nothing where it was; one of another vCPU runs all the time."""
+
+    def shared(guest: NativeGuest, gpa: int, size: int = 1 << 20) -> UserspaceMemoryRegion:
+        return UserspaceMemoryRegion(7, KVM_MEM_FD, Gpa(gpa), size, ByteOffset(0), guest.vmm.shared)
+
+    # The emulator does not know what was stored, and of page tables only how much memory there is.
+    nothing = MmioExit | InternalErrorExit | ExceptionExit
+    async with native_guest() as guest:
+        await guest.memory.write(Gpa(0x1000), tables(2 * SIZE, guest.vm.type.shared_bit)[0x1000:])
+        await guest.to_shared(1, 1)
+        spinning = guest.create("s")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(guest.vmm.run, spinning)
+            for value, gpa in enumerate((SIZE, SIZE + PAGE_SIZE, SIZE + (2 << 20)), start=1):  # the second overlaps
+                await guest.vm.set_user_memory_region(shared(guest, gpa))
+                assert (await guest.run("w", gpa + 3 * PAGE_SIZE, 1, 0, 1)).rbx == value
+                guest.vm.check()
+                guest.check_windows()
+            exit_ = await guest.create("w", SIZE + 3 * PAGE_SIZE, 1, 0, 1).run()
+            assert isinstance(exit_, nothing)
+            await guest.vm.set_user_memory_region(shared(guest, gpa, 0))
+            exit_ = await guest.create("w", gpa, 1, 0, 1).run()
+            assert isinstance(exit_, nothing)
+            count = await guest.load_page(0)
+            while await guest.load_page(0) < count + 2:  # noqa: ASYNC110 - the guest sets no events
+                await trio.sleep(0.001)
+            spinning.kick()
+
+
+async def test_slot_that_native_code_cannot_have_changes_nothing(native_guest: NewGuest) -> None:
+    async with native_guest() as guest:
+        memory = mmap.mmap(-1, PAGE_SIZE)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        with raises(errno.EINVAL, match="slot 7 lies on host virtual addresses"):
+            await guest.vm.set_user_memory_region(
+                UserspaceMemoryRegion(7, 0, Gpa(SIZE), PAGE_SIZE, ByteOffset(address))
+            )
+        assert [slot.id for slot in guest.vm.mmu.slots] == [0]
+        await guest.run("c")
 
 
 async def test_memfs_that_dies_ends_the_run(memfs: Memfs, native_guest: NewGuest) -> None:

@@ -12,14 +12,15 @@ import trio
 
 from kvmsim.backing import Notification, StoreGone
 from kvmsim.engines.kvm.machine import KvmMachine, open_kvm_machine
-from kvmsim.engines.user_mode import IDT, tables
+from kvmsim.engines.user_mode import IDT, PML4, tables
 from kvmsim.exits import HaltExit, InterruptExit, MemoryErrorExit, MmioExit, ShutdownExit
 from kvmsim.side import Side
 from kvmsim.slots.memslots import Memslot
+from kvmsim.uapi import KVM_MEM_FD, UserspaceMemoryRegion
 from kvmsim.vm import VM, create_vm
 from kvmsim.vm_type import VmType
 from memfs.contract.protocol.messages import InvalidateBegin
-from memfs.contract.units import PAGE_SIZE, Gfn, GfnRange, Gpa
+from memfs.contract.units import PAGE_SIZE, ByteOffset, Gfn, GfnRange, Gpa
 from tests.helpers import raises
 
 from .conftest import Memfs, MountMemfs, run
@@ -121,6 +122,44 @@ async def test_projection_of_a_neighbour_wakes_nobody(kvm_guest: NewGuest) -> No
         assert await guest.load_page(0) == 0, "it went on although nobody ran it"
         assert await guest.vmm.run(vcpus[0]) == HaltExit(0)
         assert await guest.load_page(0) == 1
+
+
+async def test_slot_comes_and_goes_while_vcpus_are_parked(kvm_guest: NewGuest) -> None:
+    """The one that waits for its page touches it again, and has exited with nothing in between."""
+    async with kvm_guest() as guest:
+        await guest.to_shared(0, 1)
+        vcpu = guest.create("w", AREA, 1, 1, 5)
+        exit_ = await vcpu.run()
+        assert isinstance(exit_, MemoryErrorExit)
+        for size in (1 << 20, 0):
+            region = UserspaceMemoryRegion(7, KVM_MEM_FD, Gpa(SIZE), size, ByteOffset(0), guest.vmm.shared)
+            await guest.vm.set_user_memory_region(region)
+        await guest.vmm.answer(exit_)
+        assert await guest.vmm.run(vcpu) == HaltExit(0)
+        assert await guest.load_page(0) == 5
+        assert vcpu.exits == {"MAP_PRIVATE": 1, "HLT": 1}
+
+
+async def test_slot_does_not_change_while_kvm_itself_waits_for_guest_memory(kvm_guest: NewGuest) -> None:
+    """Page tables are read by KVM; where a signal gets it out of that, the change is made instead."""
+    async with kvm_guest() as guest:
+        await guest.vmm.convert(Gpa(PML4), PAGE_SIZE, Side.SHARED)
+        vcpu = guest.create("w", AREA, 1, 1, 5)
+        exit_ = await vcpu.run()
+        assert isinstance(exit_, MemoryErrorExit)
+        region = UserspaceMemoryRegion(7, KVM_MEM_FD, Gpa(SIZE), 1 << 20, ByteOffset(0), guest.vmm.shared)
+        refused: list[str] = []
+        try:
+            await guest.vm.set_user_memory_region(region)
+        except OSError as error:
+            refused.append(str(error))
+        await guest.vmm.answer(exit_)
+        await guest.memory.write(Gpa(PML4), tables(SIZE, guest.vm.type.shared_bit)[PML4 : PML4 + PAGE_SIZE])
+        assert await guest.vmm.run(vcpu) == HaltExit(0)
+        if refused:
+            assert "convert it, and run the vCPU first" in refused[0]
+            assert [slot.id for slot in guest.vm.mmu.slots] == [0]
+            await guest.vm.set_user_memory_region(region)
 
 
 # -- memory ----------------------------------------------------------------------------------------------------------

@@ -54,6 +54,8 @@ if TYPE_CHECKING:
 
 _PAGE_FAULT: Final = 14
 _STOPPED_SOON: Final = 0.005  # seconds between two looks at a vCPU that has been kicked
+_LEAVES_SOON: Final = 0.0005
+_LEAVES_LATEST: Final = 1.0
 
 
 class KvmEngine:
@@ -119,6 +121,7 @@ class KvmEngine:
                     exit_ = await self._fault(vcpu, self._parked)
                 else:
                     if not self._is_inside:
+                        await self._machine.wait_until_allowed()
                         self._is_inside = True
                         self._thread.enter()
                     await self._something()
@@ -159,6 +162,21 @@ class KvmEngine:
     @property
     def _is_stopped(self) -> bool:
         return self._thread.is_out or self._parked is not None
+
+    async def leave(self) -> None:
+        """Have its thread out of KVM_RUN, whoever runs it; what it is parked at, it touches again when it is run.
+
+        Raises OSError(EBUSY) if it is parked where KVM itself reads guest memory, and a signal does not get it out.
+        """
+        with trio.move_on_after(_LEAVES_LATEST):
+            while not self._thread.is_out:
+                self._thread.kick()
+                await trio.sleep(_LEAVES_SOON)
+        if not self._thread.is_out:
+            raise OSError(
+                errno.EBUSY, "a vCPU waits for a page that KVM itself reads: convert it, and run the vCPU first"
+            )
+        self._parked = None
 
     # -- called by the machine ----------------------------------------------------------------------------------------
 

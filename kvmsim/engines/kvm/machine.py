@@ -17,6 +17,9 @@ Mapping never wakes. A neighbour that is projected along may be what another vCP
 since; it goes on when its engine is run. Two that are parked at one page cannot be woken apart, so that one that nobody
 runs is kicked as well: it leaves without having executed anything.
 
+Slots come and go with the VM's while no thread is in KVM_RUN, since KVM waits for that (SRCU), and so would the event
+loop. One that is parked at a page is kicked out, and comes back to it later.
+
 Events are read by a task, or by an engine that is being cancelled; both do the same, which does not await.
 """
 
@@ -27,21 +30,25 @@ import errno
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager
 from functools import partial
+from itertools import count
 from typing import Final
 
 import numpy as np
 import trio
 
+from kvmsim.backing import GuestFile
 from kvmsim.engines.kvm.engine import KvmEngine
 from kvmsim.engines.kvm.sregs import user_mode
 from kvmsim.engines.kvm.thread import Bus, handle_kicks
 from kvmsim.engines.kvm.uapi import Kvm
 from kvmsim.engines.kvm.userfaultfd import FaultEvent, Userfaultfd
 from kvmsim.engines.kvm.window import ParkedAt, Window
+from kvmsim.engines.slot_files import files_of
 from kvmsim.mmu.page_fault import Access
 from kvmsim.mmu.pte import PTE_A, PTE_D, PTE_PRIVATE, PTE_R, PTE_W, side_of
 from kvmsim.mmu.radix import Radix
 from kvmsim.side import Side
+from kvmsim.slots.memslots import Memslot
 from kvmsim.vm import VM
 from memfs.contract.aio.nurseries import open_flat_nursery
 from memfs.contract.units import PAGE_SIZE, Gfn, GfnRange, gfn_to_gpa
@@ -68,34 +75,88 @@ class KvmMachine:
         self._engines: dict[int, KvmEngine] = {}  # by native thread id
         self.windows: list[Window] = []  #: by address
         self._by_gfn: list[Window] = []
+        self._of_slot: dict[int, list[Window]] = {}  # by slot id
+        self._numbers: Final = count()  # of KVM memslots
+        self._free_numbers: list[int] = []
+        self._may_run = trio.Event()  # another one while no vCPU may
+        self._may_run.set()
         with ExitStack() as undo:
             self.kvm: Final = Kvm()
             undo.callback(self.kvm.close)
+            shared_bit = vm.type.shared_bit
+            if not shared_bit or shared_bit >> self.kvm.address_bits:
+                kind = f"tdx-{self.kvm.address_bits}"
+                raise OSError(errno.EINVAL, f"VM type {vm.type.name}: on this KVM a gpa says its side as {kind} does")
             self._uffd: Final = Userfaultfd()
             undo.callback(self._uffd.close)
             undo.callback(self._close_windows)
-            self._add_windows()
-            vm.fix_slots("memslots are as they are once the real KVM has them")
+            for slot in vm.mmu.slots:
+                self.replace(None, slot)
+            vm.keep_in_step(self)
             vm.mmu.tlbs.append(self)
             undo.pop_all()
 
-    def _add_windows(self) -> None:
-        shared_bit = self.vm.type.shared_bit
-        if not shared_bit or shared_bit >> self.kvm.address_bits:
-            kind = f"tdx-{self.kvm.address_bits}"
-            raise OSError(errno.EINVAL, f"VM type {self.vm.type.name}: on this KVM a gpa says its side as {kind} does")
-        for slot in self.vm.mmu.slots:
-            if slot.is_classic:
-                raise OSError(errno.EINVAL, f"slot {slot.id} lies on host virtual addresses, not on files")
-            for side in (Side.PRIVATE, Side.SHARED):
-                file = slot.file(side)
-                if file is not None:
-                    window = Window(slot, side, file, self._uffd)
-                    self._by_gfn.append(window)
-                    gpa = gfn_to_gpa(slot.gfns.start) | (shared_bit if side is Side.SHARED else 0)
-                    number = len(self._by_gfn) - 1
-                    self.kvm.set_memory(number, gpa, window.size, window.address, readonly=slot.readonly)
-        self.windows = sorted(self._by_gfn, key=lambda window: window.address)
+    # -- memslots -----------------------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def stopped(self) -> AsyncIterator[None]:
+        """Have no thread in KVM_RUN within an async with statement. Raises OSError(EBUSY) as `KvmEngine.leave` does."""
+        self._may_run = trio.Event()
+        try:
+            for engine in list(self._engines.values()):
+                await engine.leave()
+            yield
+        finally:
+            self._may_run.set()
+
+    async def wait_until_allowed(self) -> None:
+        """Wait while no vCPU may enter KVM_RUN."""
+        while not self._may_run.is_set():
+            await self._may_run.wait()
+
+    def replace(self, old: Memslot | None, new: Memslot | None) -> None:
+        """Have the windows of a slot in the place of another's. All or nothing. Raises OSError."""
+        gone = [] if old is None else self._of_slot[old.id]
+        come: list[Window] = []
+        with ExitStack() as undo:
+            if new is not None:
+                for side, file in files_of(new):
+                    come.append(window := self._open_window(new, side, file))
+                    undo.callback(self._close_window, window)
+            for window in gone:
+                self._set_memory(window, 0)
+                undo.callback(self._set_memory, window, window.size)
+            for window in come:
+                self._set_memory(window, window.size)
+                undo.callback(self._set_memory, window, 0)
+            undo.pop_all()
+        for window in gone:
+            self._close_window(window)
+        if old is not None:
+            del self._of_slot[old.id]
+        if new is not None:
+            self._of_slot[new.id] = come
+        windows = [window for each in self._of_slot.values() for window in each]
+        self.windows = sorted(windows, key=lambda window: window.address)
+        self._by_gfn = sorted(windows, key=lambda window: window.gfns.start)
+
+    def _open_window(self, slot: Memslot, side: Side, file: GuestFile) -> Window:
+        number = self._free_numbers.pop() if self._free_numbers else next(self._numbers)
+        try:
+            return Window(number, slot, side, file, self._uffd)
+        except BaseException:
+            self._free_numbers.append(number)
+            raise
+
+    def _close_window(self, window: Window) -> None:
+        window.close()
+        self._free_numbers.append(window.number)
+
+    def _set_memory(self, window: Window, size: int) -> None:
+        """Have a window be a KVM memslot of so many bytes; 0: none."""
+        shared_bit = self.vm.type.shared_bit if window.side is Side.SHARED else 0
+        gpa = gfn_to_gpa(window.gfns.start) | shared_bit
+        self.kvm.set_memory(window.number, gpa, size, window.address, readonly=window.readonly)
 
     def create(self, vcpu_id: int, ports: dict[int, Port] | None = None) -> KvmEngine:
         """Create the engine of a vCPU at CPL 3 (user_mode.py). Raises OSError.
@@ -221,6 +282,7 @@ class KvmMachine:
 
     def close(self) -> None:
         """End all threads, wherever they are, and unmap the windows. Nothing is allocated for one that is parked."""
+        self.vm.keep_in_step(None)
         self.vm.mmu.tlbs.remove(self)
         for engine in self._engines.values():
             engine.refuse_to_run()

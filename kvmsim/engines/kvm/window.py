@@ -39,10 +39,11 @@ _PAGEMAP_WRITE_PROTECTED: Final = 1 << 57
 
 
 class Window:
-    """The window of `slot` on its file of one side. Raises OSError."""
+    """The window of `slot` on its file of one side; `number`: its KVM memslot's. Raises OSError."""
 
-    def __init__(self, slot: Memslot, side: Side, file: GuestFile, uffd: Userfaultfd) -> None:
-        self.slot: Final = slot
+    def __init__(self, number: int, slot: Memslot, side: Side, file: GuestFile, uffd: Userfaultfd) -> None:
+        self.number: Final = number
+        self.readonly: Final = slot.readonly
         self.side: Final = side
         self.gfns: Final = slot.gfns
         self.size: Final = len(slot.gfns) << PAGE_SHIFT  #: bytes

@@ -14,7 +14,7 @@ from kvmsim.engines.program import Hypercall, Load, Program, ProgramEngine, Stor
 from kvmsim.exits import HALT, INTERRUPTED, HypercallExit, MemoryErrorExit, MmioExit
 from kvmsim.mmu.page_fault import Access
 from kvmsim.side import Side
-from kvmsim.uapi import KVM_MEM_FD, KVM_MEM_LOG_DIRTY_PAGES
+from kvmsim.uapi import KVM_MEM_FD
 from kvmsim.vm import VM
 from kvmsim.vmm.vmm import Vmm
 from memfs.contract.protocol.messages import InvalidateBegin, InvalidateEnd, Launch, Unregister
@@ -239,23 +239,6 @@ async def test_vcpu_that_is_kicked_in_its_first_run_is_launched_in_its_second(ne
         assert not any(isinstance(each, Launch) for each in store.requests)
         await vcpu.run()
         assert sum(isinstance(each, Launch) for each in store.requests) == 1
-
-
-async def test_fixed_slots_stay_and_their_flags_may_change(new_vm: NewVm) -> None:
-    async with new_vm() as (vm, store):
-        shared = store.file()
-        await vm.set_user_memory_region(region(shared))
-        vm.fix_slots("somebody else has them")
-        for change in (
-            region(shared, size=0),
-            region(shared, gpa=SECOND << 12),
-            region(shared, slot=1, gpa=SECOND << 12),
-        ):
-            with raises(errno.EBUSY, match="somebody else has them"):
-                await vm.set_user_memory_region(change)
-        await vm.set_user_memory_region(region(shared, flags=KVM_MEM_FD | KVM_MEM_LOG_DIRTY_PAGES))
-        assert not vm.get_dirty_log(0).any()
-        assert [slot.id for slot in vm.mmu.slots] == [0]
 
 
 async def test_vcpu_that_does_nothing_but_exit_can_be_kicked(new_vm: NewVm) -> None:
