@@ -66,6 +66,12 @@ class Leaves:
     gfns: GfnRange
     ptes: Ptes
 
+    def part(self, first: int, last: int) -> GfnRange:
+        """Return the gfns of some of the leaves, ptes[first:last]."""
+        pages = level_pages(self.level)
+        start, base = self.gfns.start, self.gfns.start & -pages
+        return GfnRange(Gfn(max(start, base + first * pages)), Gfn(min(self.gfns.end, base + last * pages)))
+
 
 class Radix:
     """The tree, and all that can be asked of it. `levels`: 4 or 5. Raises ValueError for what no table can hold."""

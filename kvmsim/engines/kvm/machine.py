@@ -30,7 +30,7 @@ import errno
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager
 from functools import partial
-from itertools import count
+from itertools import count, pairwise
 from typing import Final
 
 import numpy as np
@@ -50,12 +50,14 @@ from kvmsim.mmu.radix import Radix
 from kvmsim.side import Side
 from kvmsim.slots.memslots import Memslot
 from kvmsim.vm import VM
+from memfs.contract.aio.busy_poll import BusyPoll
 from memfs.contract.aio.nurseries import open_flat_nursery
 from memfs.contract.units import PAGE_SIZE, Gfn, GfnRange, gfn_to_gpa
 
 #: What `out` to some port does, given the bytes
 Port = Callable[[bytes], None]
 
+_LONGEST_POLL: Final = 100e-6  # seconds; a guest that goes through memory touches the next block as soon as that
 PAGES_A_FAULT: Final = 64  #: as large as the aligned block that is projected around a page, by default
 
 
@@ -210,13 +212,13 @@ class KvmMachine:
         pte = self.vm.mmu.table.lookup(access.gfn)
         if not pte or side_of(pte) is not access.side or (access.write and not pte & PTE_W):
             return False
-        window.project(access.gfn, writable=bool(pte & PTE_W))
+        is_new = window.is_absent(access.gfn)
         start = access.gfn & -self._block
         block = GfnRange(Gfn(start), Gfn(start + self._block)).intersect(window.gfns)
         assert block is not None
-        if self._block > 1:
-            self._project(window, block)
-        self._mark(block if self._block > 1 else GfnRange(access.gfn, Gfn(access.gfn + 1)), access.side)
+        self._project(window, block)
+        if not is_new or window.is_absent(access.gfn):
+            window.project(access.gfn, writable=bool(pte & PTE_W))
         return True
 
     def project_range(self, gfns: GfnRange) -> None:
@@ -225,24 +227,21 @@ class KvmMachine:
             part = window.gfns.intersect(gfns)
             if part is not None:
                 self._project(window, part)
-                self._mark(part, window.side)
 
     def _project(self, window: Window, gfns: GfnRange) -> None:
-        wanted = PTE_R | PTE_PRIVATE if window.side is Side.PRIVATE else PTE_R
-        ptes = self.vm.mmu.table.translate(np.arange(gfns.start, gfns.end))
-        kinds = np.where((ptes & (PTE_R | PTE_PRIVATE)) == wanted, 1 + ((ptes & PTE_W) != 0), 0)
-        edges = np.flatnonzero(np.diff(kinds, prepend=0, append=0)) + gfns.start
-        for first, last in zip(edges.tolist(), edges[1:].tolist(), strict=False):
-            kind = kinds[first - gfns.start]
-            if kind:
-                window.project_range(GfnRange(Gfn(first), Gfn(last)), writable=kind == 2)
+        """Map what the page table maps of a range of a window.
 
-    def _mark(self, gfns: GfnRange, side: Side) -> None:
-        """Count what was projected as accessed, and dirty where it can be: nobody sees what the guest does with it."""
+        It counts as accessed, and as dirty where it can be: nobody sees what the guest does with it.
+        """
+        wanted = PTE_R | PTE_PRIVATE if window.side is Side.PRIVATE else PTE_R
         for leaves in self.vm.mmu.table.leaves(gfns):
-            ptes = leaves.ptes
-            mine = (ptes != 0) & (((ptes & PTE_PRIVATE) != 0) == (side is Side.PRIVATE))
-            ptes[mine] |= np.where(ptes[mine] & PTE_W, PTE_A | PTE_D, PTE_A)
+            kinds = leaves.ptes & (PTE_R | PTE_W | PTE_PRIVATE)
+            edges = [0, *(np.flatnonzero(kinds[1:] != kinds[:-1]) + 1).tolist(), len(kinds)]
+            for first, last in pairwise(edges):
+                kind, writable = int(kinds[first]) & ~PTE_W, bool(kinds[first] & PTE_W)
+                if kind == wanted:
+                    window.project_range(leaves.part(first, last), writable=writable)
+                    leaves.ptes[first:last] |= PTE_A | PTE_D if writable else PTE_A
 
     def wake(self, parked: ParkedAt) -> None:
         """Let those go on that are parked at a page."""
@@ -255,24 +254,32 @@ class KvmMachine:
 
     async def serve(self) -> None:
         """Take events as they come, for ever."""
-        while True:
-            await trio.lowlevel.wait_readable(self._uffd.fd)
-            try:
-                self.take_events()
-            except OSError:
-                await self.vm.catch_up()  # if memfs has taken the memory meanwhile, that is why
-                raise
+        poll = BusyPoll(_LONGEST_POLL)
+        try:
+            while True:
+                poll.start()
+                while not self.take_events():
+                    if not poll.goes_on():
+                        await trio.lowlevel.wait_readable(self._uffd.fd)
+                poll.stop()
+                await trio.lowlevel.checkpoint()
+        except OSError:
+            await self.vm.catch_up()  # if memfs has taken the memory meanwhile, that is why
+            raise
 
-    def take_events(self) -> None:
-        """Take the events that are there. Does not await."""
+    def take_events(self) -> int:
+        """Take the events that are there, and return how many. Does not await."""
+        taken = 0
         for event in self._uffd.events():
-            self.events += 1
+            taken += 1
             parked = self._where(event)
             engine = self._engines.get(event.thread)
             if engine is not None:
                 engine.parked(parked)
             elif self.project(parked):  # no vCPU's thread, but it is the guest that waits for it
                 self.wake(parked)
+        self.events += taken
+        return taken
 
     def _where(self, event: FaultEvent) -> ParkedAt:
         window = self.windows[bisect.bisect_right(self.windows, event.address, key=lambda each: each.address) - 1]

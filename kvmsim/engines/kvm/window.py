@@ -63,6 +63,10 @@ class Window:
         """Return the gfn whose page lies at an address of the window."""
         return Gfn(self.gfns.start + ((address - self.address) >> PAGE_SHIFT))
 
+    def is_absent(self, gfn: Gfn) -> bool:
+        """Return whether the page of a gfn has not been mapped, as far as is known: the kernel may unmap what is."""
+        return bool(self._pages[gfn - self.gfns.start] == _ABSENT)
+
     def project(self, gfn: Gfn, *, writable: bool) -> None:
         """Map the page of a gfn, or allow stores to it. Raises OSError(EFAULT) if the file does not have it."""
         index = gfn - self.gfns.start
@@ -77,9 +81,12 @@ class Window:
     def project_range(self, gfns: GfnRange, *, writable: bool) -> None:
         """Map those pages of a range that are not mapped yet. Stops at one that the file does not have."""
         start, end = gfns.start - self.gfns.start, gfns.end - self.gfns.start
-        absent = self._pages[start:end] == _ABSENT
-        edges = np.flatnonzero(np.diff(absent, prepend=False, append=False)) + start
-        for first, last in edges.reshape(-1, 2).tolist():
+        if not self._pages[start:end].any():
+            absent = [[start, end]]
+        else:
+            edges = np.flatnonzero(np.diff(self._pages[start:end] == _ABSENT, prepend=False, append=False)) + start
+            absent = edges.reshape(-1, 2).tolist()
+        for first, last in absent:
             at = self.address + (first << PAGE_SHIFT)
             done, number = self._uffd.map_pages(at, (last - first) << PAGE_SHIFT, writable=writable)
             self._pages[first : first + (done >> PAGE_SHIFT)] = _WRITABLE if writable else _READABLE
