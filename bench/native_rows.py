@@ -1,7 +1,9 @@
 """What native code costs on the real KVM with kvmsim's memory below it, beside a VM that has plain memory of a tmpfs.
 
 The reference runs the same guest (kvmsim/guests/selftest.c) on one KVM memslot over a mapped file, without userfaultfd,
-page tables of ours or an event loop: what a VMM does that knows nothing of private memory.
+page tables of ours or an event loop: what a VMM does that knows nothing of private memory. Its memory is allocated when
+the guest touches it first; private memory before that, when it becomes private, so there is a row with that as well.
+Memory that is there and is only mapped again is a third.
 """
 
 from __future__ import annotations
@@ -19,10 +21,10 @@ import trio
 
 from bench.harness import BenchError, Row, Run, Sample, alone, compare, measure, memfs, now, placements, tmpfs
 from bench.uffd import Unavailable, pages_per_second
-from kvmsim.engines.kvm.machine import KvmMachine, open_kvm_machine
+from kvmsim.engines.kvm.machine import KvmMachine
 from kvmsim.engines.kvm.sregs import MSRS, user_mode
 from kvmsim.engines.kvm.uapi import Kvm
-from kvmsim.engines.native import Choice, EngineUnavailable, choose
+from kvmsim.engines.native import Choice, EngineUnavailable, NativeMachine, choose, open_machine
 from kvmsim.engines.ports import PORT_HALT
 from kvmsim.engines.registers import Registers
 from kvmsim.engines.user_mode import tables
@@ -97,7 +99,12 @@ class Plain:
                 return now() - started
 
     def touch(self) -> float:
-        """Have the guest touch pages that KVM does not know any more; return microseconds a page."""
+        """Have the guest touch pages that are not there; return microseconds a page."""
+        self._memory.madvise(mmap.MADV_REMOVE, _AREA, _PAGES * PAGE_SIZE)
+        return self.run("w", _AREA, _PAGES, 1, 1) / _PAGES * 1e6
+
+    def touch_again(self) -> float:
+        """Have it touch pages that are there, but mapped nowhere."""
         self._memory.madvise(mmap.MADV_DONTNEED, _AREA, _PAGES * PAGE_SIZE)
         return self.run("w", _AREA, _PAGES, 1, 1) / _PAGES * 1e6
 
@@ -114,9 +121,10 @@ class Plain:
 class _Guest:
     """The same guest on kvmsim's memory."""
 
-    def __init__(self, vm: VM, vmm: Vmm, machine: KvmMachine, elf: Elf) -> None:
+    def __init__(self, vm: VM, vmm: Vmm, machine: NativeMachine, elf: Elf) -> None:
         self._vmm, self._machine, self._elf = vmm, machine, elf
         self._engine: Final = machine.create(0)
+        self.allocations: list[float] = []  # microseconds a page, for each `touch`
         self.vcpu: Final = vm.create_vcpu(0, self._engine)
 
     async def run(self, what: str, *arguments: int) -> float:
@@ -127,6 +135,15 @@ class _Guest:
         return now() - started
 
     async def touch(self) -> float:
+        """Have the guest touch pages that have just become private; return microseconds a page."""
+        await self._vmm.convert(Gpa(_AREA), _PAGES * PAGE_SIZE, Side.SHARED)
+        started = now()
+        await self._vmm.convert(Gpa(_AREA), _PAGES * PAGE_SIZE, Side.PRIVATE)
+        self.allocations.append((now() - started) / _PAGES * 1e6)
+        return await self.run("w", _AREA, _PAGES, 1, 1) / _PAGES * 1e6
+
+    async def touch_again(self) -> float:
+        assert isinstance(self._machine, KvmMachine)
         self._machine.flush(_TOUCH)
         return await self.run("w", _AREA, _PAGES, 1, 1) / _PAGES * 1e6
 
@@ -137,6 +154,19 @@ class _Guest:
         pages = _PAGES // 16
         await self._vmm.convert(Gpa(_AREA), pages * PAGE_SIZE, Side.SHARED)
         return await self.run("w", _AREA, pages, 1, 1) / pages * 1e6
+
+    async def instructions(self) -> float:
+        """Return how many millions of instructions the emulator does in a second of a guest that spins."""
+        from kvmsim.engines.unicorn import SLICE, UnicornEngine  # an optional dependency
+
+        assert isinstance(self._engine, UnicornEngine)
+        self._engine.registers = _registers(self._elf, "s")
+        with trio.move_on_after(0.2):  # what it converts, and the emulator translates
+            await self._vmm.run(self.vcpu)
+        before, started = self._engine.slices, now()
+        with trio.move_on_after(0.5):
+            await self._vmm.run(self.vcpu)
+        return (self._engine.slices - before) * SLICE / (now() - started) / 1e6
 
     async def kick(self) -> float:
         """Return microseconds from a kick of a guest that spins to the end of its run."""
@@ -173,7 +203,7 @@ async def _guest(path: Path, choice: Choice, elf: Elf, block: int) -> AsyncItera
                 pass
 
             vmm.add_port(_PORT, nothing)
-            async with open_kvm_machine(vm, block) as machine:
+            async with open_machine(vm, choice, block) as machine:
                 yield _Guest(vm, vmm, machine, elf)
     finally:
         await trio.to_thread.run_sync(opened.__exit__, None, None, None)
@@ -196,6 +226,12 @@ async def _measure(run: Run, path: Path, choice: Choice, elf: Elf, plain: Plain)
             ours, theirs = await _repeat(run, plain.touch, guest.touch)
             name = f"native guest, private page touched first, {block} projected a fault"
             found.append(compare(name, _WHERE, ours, "us/page", against, theirs, at_least=targets.get(block)))
+            with_allocation = Sample([sum(each) for each in zip(ours.values, guest.allocations[1:], strict=True)])
+            name = f"native guest, private page allocated and touched, {block} projected a fault"
+            found.append(compare(name, _WHERE, with_allocation, "us/page", against, theirs))
+            ours, theirs = await _repeat(run, plain.touch_again, guest.touch_again)
+            name = f"native guest, private page mapped again, {block} projected a fault"
+            found.append(compare(name, _WHERE, ours, "us/page", against, theirs))
             if block == 64:
                 ours, theirs = await _repeat(run, plain.exits, guest.exits)
                 found.append(compare("native guest, out to a port of the VMM's", _WHERE, ours, "us", against, theirs))
@@ -206,6 +242,7 @@ async def _measure(run: Run, path: Path, choice: Choice, elf: Elf, plain: Plain)
                     found.append(
                         alone(name, _WHERE, Sample([await what() for _ in range(min(run.repetitions, 3))]), "us")
                     )
+    found += await _emulated(run, path, elf)
     try:
         cpu = list(placements().values())[-1][1]
         rates = measure({"uffd": lambda: 1e6 / pages_per_second(_PAGES, cpu)}, run.repetitions)
@@ -213,3 +250,14 @@ async def _measure(run: Run, path: Path, choice: Choice, elf: Elf, plain: Plain)
     except Unavailable:
         pass  # kvm's engine opens it in another way
     return found
+
+
+async def _emulated(run: Run, path: Path, elf: Elf) -> list[Row]:
+    """Measure the emulator on a guest that counts in memory, and say nothing where there is none."""
+    try:
+        choice = choose("unicorn")
+    except EngineUnavailable:
+        return []
+    async with _guest(path, choice, elf, 64) as guest:
+        rates = [await guest.instructions() for _ in range(run.repetitions + 1)][1:]
+    return [alone("native guest on unicorn, instructions with memory", _WHERE, Sample(rates), "M/s")]

@@ -39,7 +39,7 @@ from kvmsim.vcpu import VCPU
 from kvmsim.vm import VM
 from memfs.contract.units import PAGE_SIZE, Gfn, GfnRange, Gpa, gfn_to_gpa, gpa_to_gfn
 
-_SLICE: Final = 20_000  # instructions: half a millisecond
+SLICE: Final = 20_000  #: instructions: half a millisecond
 _UNTIL: Final = STUBS_END - 8  # where a run would stop; its page must be there, and at CPL 3 nobody gets to it
 _SHARED: Final = 1 << 44  # physical address, in the emulator, of shared memory of gpa 0
 _PAGE_FAULT: Final = 14
@@ -125,6 +125,7 @@ class UnicornEngine:
         self._exit: Exit | None = None  # which the VMM is answering
         self._failure: BaseException | None = None
         self._rip = 0
+        self.slices = 0  #: how many it has done to their end
 
     def replace(self, old: Memslot | None, new: Memslot | None) -> None:
         """Map a slot in the place of another."""
@@ -220,7 +221,7 @@ class UnicornEngine:
         """Run some instructions. Returns the exit that they end with, if one; `_refused` says whether one faulted."""
         self._refused, self._left = None, None
         try:
-            self._uc.emu_start(self._rip, _UNTIL, count=_SLICE)
+            self._uc.emu_start(self._rip, _UNTIL, count=SLICE)
         except unicorn.UcError as error:
             self._rip = self._uc.reg_read(x86.UC_X86_REG_RIP)
             if self._refused is not None or self._left is not None:
@@ -232,6 +233,7 @@ class UnicornEngine:
         if self._rip == _UNTIL:
             return ExceptionExit(_PAGE_FAULT, self._rip, self._rip)
         self._refused = None  # a fill ahead of what was executed
+        self.slices += self._left is None
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
