@@ -7,15 +7,14 @@ and nothing else, so that its graphs break off and do not stand still. prometheu
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from memfs.cli.command import CommandError, Commands
+from memfs.cli.replacing import replace
 from memfs.cli.states import Answer, ask, mountpoints
 from memfs.contract.terminal import printable
 
@@ -86,23 +85,9 @@ def _run(arguments: argparse.Namespace) -> None:
         print(f"memfs: http://{address}:{port}/metrics", file=sys.stderr, flush=True)
         threading.Event().wait()
     elif arguments.textfile is not None:
-        _replace(arguments.textfile, exposition.generate_latest(registry))  # node_exporter reads the older format
+        replace(arguments.textfile, exposition.generate_latest(registry))  # node_exporter reads the older format
     else:
         sys.stdout.write(generate_latest(registry).decode())
-
-
-def _replace(path: str, content: bytes) -> None:
-    """Have a file be this, at once: who reads it sees the one before, or all of it."""
-    directory, name = os.path.split(os.path.abspath(path))
-    with tempfile.NamedTemporaryFile(dir=directory, prefix=f".{name}.", delete=False) as file:
-        try:
-            file.write(content)
-            os.fchmod(file.fileno(), 0o644)
-            file.flush()
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
 
 
 class _Collector:
