@@ -21,6 +21,8 @@ from memfs.cli import doctor, metrics, mount, mounts, remount
 from memfs.cli.command import CommandError
 from memfs.cli.page_range import page_range
 from memfs.cli.states import state_of
+from memfs.cli.watch import map as map_command
+from memfs.cli.watch import top
 from memfs.contract.on_memfs import OnMemfs, locate, naming
 from memfs.contract.sizes import format_size, parse_bytes
 from memfs.contract.sys.standard_descriptors import fill_standard_descriptors
@@ -58,6 +60,8 @@ def build_parser() -> argparse.ArgumentParser:
     mounts.add_to(commands)
     metrics.add_to(commands)
     doctor.add_to(commands)
+    map_command.add_to(commands)
+    top.add_to(commands)
 
     state = commands.add_parser("stat", help="show the state of a mounted memfs", description=_stat.__doc__)
     state.add_argument("path", metavar="PATH", help="the mountpoint, or anything on it")

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 
 from memfs.contract.protocol.messages import Registered
 from memfs.contract.units import PageIndex, PageRange
 
-from .conftest import Memfs, MountMemfs, memfs_command
+from .conftest import Memfs, MountMemfs, memfs_command, run
 from .owner import connected, shell
+from .terminal import Terminal
 from .tools import skip_without
 
 ALICE = 12001
@@ -73,3 +79,155 @@ async def test_locked_pages_are_seen_by_who_may_read_the_file(shared_mount: Memf
         refused = await shell(*alice(*ask), cwd=shared_mount.path)
     assert refused.returncode != 0
     assert b"Permission denied" in refused.stderr
+
+
+# -- memfs map --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def guest(mount_memfs: MountMemfs) -> Memfs:
+    """A memfs with the two files of a guest of 4 MiB, of which 2 MiB are private and 64 KiB shared."""
+    memfs = mount_memfs("size=64m")
+    for command in (
+        memfs_command("create", "--size", "4M", "shared"),
+        memfs_command("create", "--seals", "guest", "--size", "4M", "private"),
+        ["fallocate", "--length", "2M", "private"],
+    ):
+        assert memfs.run(*command).returncode == 0
+    with (memfs.path / "shared").open("r+b") as file:
+        file.seek(3 << 20)
+        file.write(b"x" * (64 << 10))
+    return memfs
+
+
+def test_map_shows_both_sides(guest: Memfs) -> None:
+    result = guest.run(*memfs_command("map", "shared", "private"))
+    assert (result.returncode, result.stderr) == (0, "")
+    *rows, legend, summary = result.stdout.splitlines()
+    assert len(rows) == 16
+    assert [row.split()[1] for row in rows[:8]] == ["█" * 64] * 8
+    assert [row.split()[1] for row in (rows[8], rows[12])] == ["·" * 64, "░" * 16 + "·" * 48]
+    assert legend.strip() == "█ private huge ░ shared · absent"
+    assert summary.strip().startswith("2.0M private, 64.0K shared, 1.9M absent, 2.0M huge, 0 locked")
+    zoomed = guest.run(*memfs_command("map", "--offset", "2044k", "--length", "8k", "private")).stdout
+    assert zoomed.splitlines()[0].split() == ["2044K", "▓·"]
+
+
+async def test_map_shows_locked_pages(guest: Memfs) -> None:
+    async with connected(guest.socket) as owner:
+        registered = await owner.register(guest.path / "private")
+        assert isinstance(registered, Registered)
+        await owner.client.get_pfn(registered.file, PageRange(PageIndex(2), PageIndex(4)), alloc=False, lock=True)
+        shown = await shell(*memfs_command("map", "--length", "32k", "private"), cwd=guest.path)
+    assert shown.stdout.decode().splitlines()[0].split() == ["0", "▓▓◆◆▓▓▓▓"]
+
+
+def test_map_writes_pictures(guest: Memfs, tmp_path: Path) -> None:
+    assert guest.run(*memfs_command("map", "private", "--output", tmp_path / "map.svg")).returncode == 0
+    assert ElementTree.parse(tmp_path / "map.svg").getroot().tag.endswith("svg")
+    pytest.importorskip("PIL", reason="Pillow is not installed")
+    assert guest.run(*memfs_command("map", "private", "--output", tmp_path / "map.png")).returncode == 0
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["map.png", "map.svg"]
+
+
+def test_map_follows_what_changes(guest: Memfs) -> None:
+    command = memfs_command("map", "--follow", "shared", "private")
+    with subprocess.Popen(command, cwd=guest.path, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+
+            def until(words: str) -> None:
+                assert any(words in line for line in process.stdout or ())
+
+            until("2.0M private, 64.0K shared")
+            assert guest.run("fallocate", "--offset", "3M", "--length", "32K", "private").returncode == 0
+            until("2.0M private, 32.0K shared")
+            assert guest.run("umount", guest.path).returncode != 0  # it is where the command works
+        finally:
+            process.send_signal(signal.SIGTERM)
+
+
+def test_following_keeps_nobody_from_sealing_or_unmounting(mount_memfs: MountMemfs) -> None:
+    memfs = mount_memfs("size=16m")
+    file = memfs.path / "file"
+    file.write_bytes(b"x")
+    with subprocess.Popen(memfs_command("map", "--follow", file), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline()
+            os.truncate(file, 0)
+            assert run(*memfs_command("seal", file, "guest")).returncode == 0
+            memfs.stop()
+            process.wait(20)
+        finally:
+            process.kill()
+
+
+REFUSED = [
+    (["empty"], "empty: the file is empty"),
+    (["private", "private"], "both files are guest-sealed"),
+    (["shared", "private", "empty"], "one file, or two"),
+    (["--offset", "1g", "private"], "it ends before that"),
+    (["."], ".: not a regular file"),
+    (["fifo"], "fifo: not a regular file"),
+    (["/dev/null"], "/dev/null: does not lie on a memfs"),
+    (["link"], "link: a symbolic link"),
+    (["--output", "/nonexistent/a.svg", "private"], "/nonexistent/a.svg: No such file or directory"),
+]
+
+
+def test_what_map_cannot_show_is_said(guest: Memfs) -> None:
+    guest.run("sh", "-c", "touch empty; mkfifo fifo; ln -s private link")
+    for arguments, words in REFUSED:
+        result = guest.run(*memfs_command("map", *arguments))
+        assert (result.returncode, result.stdout, result.stderr.count("\n")) == (1, "", 1)
+        assert words in result.stderr
+
+
+def test_map_is_for_those_who_may_use_the_file(shared_mount: Memfs) -> None:
+    skip_without("setpriv")
+    (shared_mount.path / "of-root").write_bytes(b"x")
+    os.chmod(shared_mount.path / "of-root", 0o644)
+    result = shared_mount.run(*alice(*memfs_command("map", "of-root")))
+    assert (result.returncode, "Permission denied" in result.stderr) == (1, True), result.stderr
+
+
+# -- memfs top --------------------------------------------------------------------------------------------------------
+
+EVIL = "\x1b]0;x\x07<b>"
+
+
+async def test_top_on_a_terminal(guest: Memfs) -> None:
+    (guest.path / EVIL).write_bytes(b"x")
+
+    def watch() -> bytes:
+        with Terminal(memfs_command("top", "--interval", "0.2", str(guest.path))) as terminal:
+            terminal.wait_for("test")  # the owner's name
+            terminal.press("\t")
+            terminal.wait_for("<b>")
+            terminal.press("q")
+            assert terminal.end() == 0
+            return terminal.shown
+
+    async with connected(guest.socket) as owner:
+        assert isinstance(await owner.register(guest.path / EVIL), Registered)
+        shown = await trio.to_thread.run_sync(watch)
+    assert b"\x1b]0;" not in shown
+    assert b"\\u001b]0;x\\u0007<b>" in shown
+
+
+def test_top_without_a_terminal_is_one_snapshot_and_waits_for_nobody_long(
+    guest: Memfs, mount_memfs: MountMemfs
+) -> None:
+    stopped = mount_memfs("size=8m")
+    stopped.process.send_signal(signal.SIGSTOP)
+    try:
+        result = run(*memfs_command("top", guest.path, stopped.path), timeout=15)
+    finally:
+        stopped.process.send_signal(signal.SIGCONT)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert f"{stopped.path}: does not answer" in result.stdout.replace("\n", "")
+    assert "64.0M" in result.stdout
+    assert "2.0M" in result.stdout
+    assert "\x1b" not in result.stdout

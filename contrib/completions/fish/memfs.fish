@@ -50,8 +50,8 @@ function _shtab_memfs_using
   test "$_shtab_memfs_cmdpath" = "$argv"
 end
 
-set -g _shtab_memfs_commands mount remount list umount metrics doctor stat seal seals create allocate convert populate
-set -g _shtab_memfs_opts_with_value --length --listen --log-file --offset --seals --size --socket --textfile --to -o
+set -g _shtab_memfs_commands mount remount list umount metrics doctor map top stat seal seals create allocate convert populate
+set -g _shtab_memfs_opts_with_value --interval --length --listen --log-file --offset --output --seals --size --socket --textfile --to -o
 
 complete -c memfs -e
 complete -c memfs -f
@@ -86,6 +86,17 @@ complete -c memfs -n '_shtab_memfs_using metrics' -l textfile -xka "(__fish_comp
 complete -c memfs -n '_shtab_memfs_using metrics; and test $_shtab_memfs_npos -ge 0' -ka "(__fish_complete_path (commandline -ct))" -d 'mountpoints (default: all memfs'"'"'s that are mounted)'
 complete -c memfs -n '_shtab_memfs_using; and test $_shtab_memfs_npos -eq 0' -a doctor -d 'Say what memfs can do on this machine, for this user, and what is missing. Exit code 1: it cannot mount.'
 complete -c memfs -n '_shtab_memfs_using doctor' -s h -l help -d 'show this help message and exit'
+complete -c memfs -n '_shtab_memfs_using; and test $_shtab_memfs_npos -eq 0' -a map -d 'Show which pages of guest memory are private, shared or absent, which are locked, and which make up huge pages. It takes permission to read and write the files. Pages of an ordinary file that were allocated and never written count as absent.'
+complete -c memfs -n '_shtab_memfs_using map' -s h -l help -d 'show this help message and exit'
+complete -c memfs -n '_shtab_memfs_using map' -l offset -x -d 'where to begin (default 0)'
+complete -c memfs -n '_shtab_memfs_using map' -l length -x -d 'how much to show (default: to the end)'
+complete -c memfs -n '_shtab_memfs_using map' -l follow -d 'go on to show it as it changes, until a signal'
+complete -c memfs -n '_shtab_memfs_using map' -l output -xka "(__fish_complete_path (commandline -ct))" -d 'write a picture, .png or .svg, instead'
+complete -c memfs -n '_shtab_memfs_using map; and test $_shtab_memfs_npos -ge 0' -ka "(__fish_complete_path (commandline -ct))" -d 'a file, or the ordinary and the guest-sealed file of one guest'
+complete -c memfs -n '_shtab_memfs_using; and test $_shtab_memfs_npos -eq 0' -a top -d 'Show mounts, owners and their files, conversions a second, and which notifications are pending for how long. Root and who mounted a memfs see all of its owners, others their own. Without a terminal it prints one snapshot.'
+complete -c memfs -n '_shtab_memfs_using top' -s h -l help -d 'show this help message and exit'
+complete -c memfs -n '_shtab_memfs_using top' -l interval -x -d 'between two looks, from 0.1 on (default 1)'
+complete -c memfs -n '_shtab_memfs_using top; and test $_shtab_memfs_npos -ge 0' -ka "(__fish_complete_path (commandline -ct))" -d 'mountpoints (default: all memfs'"'"'s that are mounted)'
 complete -c memfs -n '_shtab_memfs_using; and test $_shtab_memfs_npos -eq 0' -a stat -d 'Show the state of a mounted memfs: its options, what is in use, and whether it is in passthrough mode.'
 complete -c memfs -n '_shtab_memfs_using stat' -s h -l help -d 'show this help message and exit'
 complete -c memfs -n '_shtab_memfs_using stat' -l json -d 'as JSON'

@@ -1,0 +1,132 @@
+"""`memfs map`: which pages of a file there are, as a picture in the terminal, or as PNG or SVG."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from memfs.cli.command import CommandError, Commands
+from memfs.cli.replacing import replace
+from memfs.cli.watch.background import Background
+from memfs.cli.watch.memory import GuestMemory
+from memfs.contract.picture import Picture
+from memfs.contract.sizes import parse_bytes
+from memfs.contract.terminal import printable
+from memfs.contract.units import ByteOffset, PageRange
+
+_INTERVAL = 0.5  # seconds
+_FORMATS = (".png", ".svg")
+
+
+def add_to(commands: Commands) -> None:
+    """Add the command to those of `memfs`."""
+    parser = commands.add_parser("map", help="show which pages of a file there are", description=_run.__doc__)
+    parser.add_argument(
+        "files", metavar="FILE", nargs="+", help="a file, or the ordinary and the guest-sealed file of one guest"
+    )
+    parser.add_argument("--offset", metavar="SIZE", type=_bytes, default=0, help="where to begin (default 0)")
+    parser.add_argument("--length", metavar="SIZE", type=_bytes, help="how much to show (default: to the end)")
+    parser.add_argument("--follow", action="store_true", help="go on to show it as it changes, until a signal")
+    parser.add_argument("--output", metavar="FILE", type=_output, help="write a picture, .png or .svg, instead")
+    parser.set_defaults(run=_run)
+
+
+def _bytes(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from error
+
+
+def _output(text: str) -> str:
+    if os.path.splitext(text)[1] not in _FORMATS:
+        raise argparse.ArgumentTypeError(f"{text}: not a name that ends in .png or .svg")
+    return text
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    """Show which pages of guest memory are private, shared or absent, which are locked, and which make up huge pages.
+
+    It takes permission to read and write the files. Pages of an ordinary file that were allocated and never written
+    count as absent.
+    """
+    if len(arguments.files) > 2:
+        raise CommandError("map: one file, or two of one guest")
+    if arguments.length == 0:
+        raise CommandError("map: --length is 0")
+    window = None
+    if arguments.offset or arguments.length is not None:
+        window = PageRange.covering(ByteOffset(arguments.offset), arguments.length or (1 << 62) - arguments.offset)
+    memory = GuestMemory(arguments.files, window)
+    title = " and ".join(arguments.files)
+    if arguments.output is not None and arguments.output.endswith(".png"):
+        check_png()
+    if not arguments.follow:
+        picture = Background(title, memory.look_at_all).call().picture()
+        if arguments.output is not None:
+            replace(arguments.output, rendered(picture, title, arguments.output))
+        else:
+            console = _console()
+            console.print(_text(picture, console), soft_wrap=True)
+    elif arguments.output is not None:
+        for picture in _changes(memory, title):
+            replace(arguments.output, rendered(picture, title, arguments.output))
+    else:
+        _follow(memory, title)
+
+
+def check_png() -> None:
+    """Raise CommandError unless PNGs can be made."""
+    try:
+        import PIL  # noqa: F401
+    except ImportError as error:
+        raise CommandError(
+            "PNG takes Pillow, which is not installed (pip install 'memfs-kvmsim[plot]'; Debian: python3-pil); "
+            "--output FILE.svg takes nothing"
+        ) from error
+
+
+def rendered(picture: Picture, title: str, path: str) -> bytes:
+    """Return a picture in the format that a file's name says."""
+    return picture.png(title) if path.endswith(".png") else picture.svg(title).encode()
+
+
+def _changes(memory: GuestMemory, title: str) -> Iterator[Picture]:
+    """Generate pictures, each as soon as it is another one than before."""
+    look = Background(title, lambda: memory.look()[0])
+    shown: bytes | None = None
+    while True:
+        picture = look.call().picture()
+        now = picture.cells.tobytes() + picture.summary.encode()
+        if now != shown:
+            yield picture
+        shown = now
+        time.sleep(_INTERVAL)
+
+
+def _follow(memory: GuestMemory, title: str) -> None:
+    console = _console()
+    if not console.is_terminal:
+        for picture in _changes(memory, title):
+            console.print(_text(picture, console), soft_wrap=True)
+            sys.stdout.flush()
+        return
+    with Live(console=console, auto_refresh=False) as live:
+        for picture in _changes(memory, title):
+            live.update(Text(printable(title) + "\n").append_text(_text(picture, console)), refresh=True)
+
+
+def _console() -> Console:
+    return Console(highlight=False, markup=False, emoji=False)
+
+
+def _text(picture: Picture, console: Console) -> Text:
+    lines = picture.lines(ascii_only=console.options.ascii_only)
+    return Text("\n").join(Text.assemble(*line) for line in lines)

@@ -1,0 +1,160 @@
+"""What memfs's did between two looks at their states: rates and latencies, for `memfs top` and `memfs web`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Any, Final
+
+from memfs.cli.command import CommandError
+from memfs.cli.states import mountpoints, state_of
+from memfs.cli.watch.background import NO_ANSWER, TIMEOUT, Background
+from memfs.cli.watch.names import Names
+from memfs.contract.on_memfs import locate
+
+SIDES: Final = ("private", "shared")
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """How long owners took to acknowledge, in seconds; of the buckets of a histogram, so as finely as those go."""
+
+    count: int
+    p50: float
+    p99: float
+    longest: float
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A mount at one moment. Rates are since the sample before; None in the first."""
+
+    mountpoint: str
+    state: dict[str, Any] | None = None
+    why_not: str = NO_ANSWER
+    at: float = 0.0  #: monotonic seconds
+    conversions: dict[str, float] | None = None  #: calls a second, by the side that memory comes to
+    pages: dict[str, float] | None = None  #: likewise
+    latency: Latency | None = None
+    paths: dict[int, str] = field(default_factory=dict)  #: of files with an owner, by inode number
+
+    @property
+    def owners(self) -> list[dict[str, Any]]:
+        """The owners that we may see (docs/stat.schema.json)."""
+        found = (self.state or {}).get("registry", [])
+        return [each for each in found if isinstance(each, dict)]
+
+    @property
+    def oldest_pending(self) -> float:
+        """For how long the oldest notification has been pending that we may see, in seconds; 0: there is none."""
+        return max((oldest(owner) for owner in self.owners), default=0.0)
+
+
+def oldest(owner: Mapping[str, Any]) -> float:
+    """Return for how long an owner has owed an acknowledgement, in seconds; 0: it owes none."""
+    return max((float(each["age"]) for each in owner["pending"]), default=0.0)
+
+
+class Watcher:
+    """Looks at mounts, again and again; those that do not answer are not waited for twice. `paths`: default: all."""
+
+    def __init__(self, paths: Sequence[str] = (), *, names: bool = True) -> None:
+        self._paths: Final = paths
+        self._names: Final = names
+        self._mounts: Final[dict[str, _Mount]] = {}
+
+    def look(self) -> list[Sample]:
+        """Return what each mount says, after a few seconds at most."""
+        paths = list(self._paths) or mountpoints()
+        for gone in self._mounts.keys() - set(paths):
+            del self._mounts[gone]
+        mounts = [self._mounts.setdefault(path, _Mount(path, names=self._names)) for path in paths]
+        for mount in mounts:
+            mount.background.start()
+        deadline = monotonic() + TIMEOUT
+        return [mount.sample(deadline) for mount in mounts]
+
+
+class _Mount:
+    def __init__(self, mountpoint: str, *, names: bool) -> None:
+        self._mountpoint: Final = mountpoint
+        self._names: Final = Names(mountpoint) if names else None
+        self._before: Sample | None = None
+        self.background: Final = Background(mountpoint, self._ask)
+
+    def _ask(self) -> Sample:
+        with locate(self._mountpoint, last_link=True) as mount:
+            state = state_of(mount)
+        sample = Sample(self._mountpoint, state, "", monotonic())
+        inos = {int(each["ino"]) for owner in sample.owners for each in owner["files"]}
+        paths = self._names.look(inos) if self._names is not None else {}
+        return Sample(self._mountpoint, state, "", sample.at, **_since(self._before, sample), paths=paths)
+
+    def sample(self, deadline: float) -> Sample:
+        """Return what it says."""
+        try:
+            sample = self.background.result(deadline)
+        except OSError as error:
+            return Sample(self._mountpoint, why_not=str(error.strerror))
+        except CommandError:
+            return Sample(self._mountpoint)
+        self._before = sample
+        return sample
+
+
+def _since(before: Sample | None, now: Sample) -> dict[str, Any]:
+    """Return the rates between two samples; none if the daemon has begun to count anew."""
+    if before is None or before.state is None or now.state is None or now.at <= before.at:
+        return {}
+    if before.state.get("generation") != now.state.get("generation") or before.state.get("pid") != now.state.get("pid"):
+        return {}
+    seconds = now.at - before.at
+    old, new = (sample.state["conversions"] for sample in (before, now) if sample.state is not None)
+    return {
+        "conversions": {side: (new[side]["count"] - old[side]["count"]) / seconds for side in SIDES},
+        "pages": {side: (new[side]["pages"] - old[side]["pages"]) / seconds for side in SIDES},
+        "latency": latency(before.state["notifications"], now.state["notifications"]),
+    }
+
+
+def latency(before: Mapping[str, Any], now: Mapping[str, Any]) -> Latency | None:
+    """Return how long owners took between two states, from their `notifications`; None if nothing was acknowledged."""
+    longest, counts = 0.0, dict[float, int]()
+    for kind, tally in now.items():
+        old = before.get(kind, {"buckets": {}, "count": 0})
+        last = 0
+        for bound, value in [*tally["buckets"].items(), ("inf", tally["count"])]:
+            total = value - (old["count"] if bound == "inf" else old["buckets"].get(bound, 0))
+            if total > last:
+                counts[float(bound)] = counts.get(float(bound), 0) + total - last
+                longest = max(longest, min(float(bound), tally["longest"]))
+            last = total
+    if not counts:
+        return None
+    in_order = sorted((min(bound, longest), count) for bound, count in counts.items())
+    return Latency(sum(counts.values()), _quantile(in_order, 0.5), _quantile(in_order, 0.99), longest)
+
+
+def _quantile(buckets: Sequence[tuple[float, int]], share: float) -> float:
+    """Return the bound of the bucket in which a share of all lies."""
+    left = share * sum(count for _, count in buckets)
+    for bound, count in buckets:
+        left -= count
+        if left <= 0:
+            return bound
+    return buckets[-1][0]
+
+
+def pairs(owner: Mapping[str, Any]) -> Iterator[list[dict[str, Any]]]:
+    """Return the files of an owner that are one memory: each guest-sealed one with an ordinary one of its size.
+
+    What is left over is by itself.
+    """
+    ordinary = [each for each in owner["files"] if not each["guest"]]
+    for private in (each for each in owner["files"] if each["guest"]):
+        shared = next((each for each in ordinary if each["size"] == private["size"]), None)
+        if shared is not None:
+            ordinary.remove(shared)
+        yield [private] if shared is None else [shared, private]
+    yield from ([each] for each in ordinary)

@@ -1,0 +1,66 @@
+"""A file's extents, found bit by bit, and those of one that has as many holes as pages."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from memfs.cli.watch.extents import Extents
+from memfs.contract.units import PAGE_SIZE
+from tests.helpers import pages
+
+
+@pytest.fixture
+def fd() -> Iterator[int]:
+    fd = os.memfd_create("sparse")
+    os.ftruncate(fd, 1000 * PAGE_SIZE)
+    yield fd
+    os.close(fd)
+
+
+def fill(fd: int, *numbers: int) -> None:
+    for number in numbers:
+        os.pwrite(fd, b"x", number * PAGE_SIZE)
+
+
+def test_extents_are_found_whatever_the_number_of_calls(fd: int) -> None:
+    fill(fd, 0, 1, 2, 10, 500, 501, 999)
+    for most_calls in (2, 3, 8, 100):
+        extents = Extents()
+        while not extents.look(fd, pages(0, 1000), 1, most_calls):
+            pass
+        assert extents.runs.tolist() == [[0, 3], [10, 11], [500, 502], [999, 1000]]
+
+
+def test_what_has_changed_is_seen_and_what_lies_outside_is_not(fd: int) -> None:
+    fill(fd, 0, 10, 20)
+    extents = Extents()
+    assert extents.look(fd, pages(5, 1000), 1, 100)
+    assert extents.runs.tolist() == [[10, 11], [20, 21]]
+    os.ftruncate(fd, 15 * PAGE_SIZE)
+    fill(fd, 11)
+    assert extents.look(fd, pages(5, 1000), 1, 100)
+    assert extents.runs.tolist() == [[10, 12]]
+    assert extents.look(fd, pages(0, 15), 1, 100)
+    assert extents.runs.tolist() == [[0, 1], [10, 12]]
+
+
+def test_look_makes_few_calls_and_passes_over_what_is_mixed_anyway(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(fd, *range(0, 1000, 2))
+    calls, lseek = 0, os.lseek
+
+    def counted(*arguments: int) -> int:
+        nonlocal calls
+        calls += 1
+        return lseek(*arguments)
+
+    monkeypatch.setattr("memfs.cli.watch.extents.os.lseek", counted)
+    extents, looks = Extents(), 1
+    while not extents.look(fd, pages(0, 1000), 100, 32):
+        assert calls <= 32 * looks
+        looks += 1
+    assert calls <= 10 * 2 * 20  # of ten cells with fifty extents each
+    for cell in range(0, 1000, 100):
+        assert any(cell <= start < cell + 100 for start, _ in extents.runs.tolist())
