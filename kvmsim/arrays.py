@@ -9,8 +9,11 @@ from typing import Any, Final, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from memfs.contract.units import Gfn, GfnRange
+
 Numbers = npt.NDArray[np.int64]
 Pairs = npt.NDArray[np.int64]  #: of shape (n, 2): half-open ranges of numbers
+Gfns = GfnRange | Pairs  #: one range, for which numpy would take longer than all else, or many
 _T = TypeVar("_T", bound=np.generic)
 
 
@@ -23,6 +26,7 @@ class _Range(Protocol):
 
 _MANY: Final = 8  # so many ranges
 _SHORT: Final = 64  # of less than so many numbers are worth an array
+_NONE: Final = np.empty(0, np.int64)
 _SPARSE: Final = 64  # numbers are sorted, and not marked in a table, if their span exceeds this many times their count
 
 
@@ -85,6 +89,15 @@ def pairs(ranges: Iterable[_Range]) -> Pairs:
     return np.array([(each.start, each.end) for each in ranges], np.int64).reshape(-1, 2)
 
 
+def each_of(gfns: Gfns) -> Iterator[GfnRange]:
+    """Generate ranges of gfns."""
+    if isinstance(gfns, GfnRange):
+        yield gfns
+        return
+    for start, end in gfns.tolist():
+        yield GfnRange(Gfn(start), Gfn(end))
+
+
 def expand(ranges: Pairs) -> Numbers:
     """Return each number in ranges, in their order.
 
@@ -97,16 +110,18 @@ def expand(ranges: Pairs) -> Numbers:
     return numbers
 
 
-def divide(ranges: Pairs) -> tuple[list[list[int]], Numbers]:
-    """Return the ranges that are each worth a step, and all numbers of the others, which together are worth an array.
+def divide(gfns: Gfns) -> tuple[list[GfnRange], Numbers]:
+    """Return the ranges that are each worth a step, and all gfns of the others, which together are worth an array.
 
     >>> divide(np.array([[0, 900], *[[number, number + 1] for number in range(1000, 1020, 2)]]))[0]
-    [[0, 900]]
+    [GfnRange(start=0, end=900)]
     """
-    if len(ranges) < _MANY:
-        return ranges.tolist(), np.empty(0, np.int64)
-    is_short = ranges[:, 1] - ranges[:, 0] < _SHORT
-    return ranges[~is_short].tolist(), expand(ranges[is_short])
+    if isinstance(gfns, GfnRange):
+        return [gfns], _NONE
+    if len(gfns) < _MANY:
+        return list(each_of(gfns)), _NONE
+    is_short = gfns[:, 1] - gfns[:, 0] < _SHORT
+    return list(each_of(gfns[~is_short])), expand(gfns[is_short])
 
 
 def at_numbers(ordered: Numbers, values: npt.NDArray[_T], numbers: npt.NDArray[np.integer[Any]]) -> npt.NDArray[_T]:

@@ -146,7 +146,8 @@ class GuestFile:
     def allocated(self, pages: PageRange, order: int = ORDER_4K) -> PfnReply | None:
         """Return what the store would say of a range that is known to be allocated, if its frames are cached."""
         runs = []
-        for part in cut_at(pages, ORDER_1G):
+        parts = [pages] if pages.start >> ORDER_1G == pages.end - 1 >> ORDER_1G else cut_at(pages, ORDER_1G)
+        for part in parts:
             shift = self._extents.get(part.start >> ORDER_1G)
             if shift is None:
                 return None

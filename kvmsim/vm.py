@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 import trio
 
-from kvmsim.arrays import Pairs, pairs, runs
+from kvmsim.arrays import Gfns, each_of, runs
 from kvmsim.backing import Backing, Notification, StoreGone, connect
 from kvmsim.exits import Exit
 from kvmsim.mmu.allocated import map_allocated, map_asking
@@ -266,8 +266,7 @@ class VM:
         touched = self.mmu.slots.touching(message.file, message.pages)
         key = (message.file, message.pages)
         if isinstance(message, InvalidateBegin):
-            gfns_of_all = pairs(gfns for _, gfns in touched)
-            self.mmu.invalidations.begin(key, gfns_of_all, (message.file, (message.pages,)))
+            self.mmu.invalidations.begin(key, [gfns for _, gfns in touched], (message.file, (message.pages,)))
         elif isinstance(message, InvalidateEnd):
             self.mmu.invalidations.end(key)
         for window, gfns in touched:
@@ -276,31 +275,37 @@ class VM:
             elif isinstance(message, Fallocate) and window.side is Side.PRIVATE:
                 self.mmu.unmap(gfns, Side.SHARED)
                 self.mmu.invalidations.conversion()
-                self._allocated(window.slot, window.side, pairs([gfns]))
+                self._allocated(window.slot, window.side, gfns)
             for listener in self.listeners:
                 listener(message, window.slot, gfns, window.side)
 
     def _converting(self, message: ConvertBegin | ConvertEnd) -> None:
         """Act as on InvalidateBegin of the file that pages leave and Fallocate of the other, as one invalidation."""
-        left = message.shared if message.to_private else message.private
-        key = (message.shared, message.private)
-        touched = [each for file in key for each in self.mmu.slots.touching_all(file, message.ranges)]
+        slots, ranges, key = self.mmu.slots, message.ranges, (message.shared, message.private)
+        left, other = key if message.to_private else (message.private, message.shared)
+        leaving, coming = slots.windows_at(left, ranges), slots.windows_at(other, ranges)
         if isinstance(message, ConvertBegin):
-            gfns_of_all = np.concatenate([gfns for _, gfns in touched] or [pairs(())])
-            self.mmu.invalidations.begin(key, gfns_of_all, *((file, message.ranges) for file in key))
+            # Of a slot on both files one window says all: which gfns, and that what leaves is unmapped.
+            rest = [window for window in coming if all(file.id != left for file in window.slot.files)]
+            self.mmu.invalidations.begin(
+                key, [window.gfns_of_all(ranges) for window in (*leaving, *rest)], (left, ranges), (other, ranges)
+            )
+            for window in leaving:
+                self.mmu.unmap_ranges(window.gfns_of_all(ranges), window.side)
+            for window in rest:
+                if window.side is Side.PRIVATE:
+                    self.mmu.unmap_ranges(window.gfns_of_all(ranges), Side.SHARED)
         else:
             self.mmu.invalidations.end(key)
-        for window, gfns in touched:
-            becomes_private = window.space != left and window.side is Side.PRIVATE
-            if isinstance(message, ConvertBegin) and (window.space == left or becomes_private):
-                self.mmu.unmap_ranges(gfns, Side.SHARED if becomes_private else window.side)
-            elif isinstance(message, ConvertEnd) and window.space != left and not window.slot.is_classic:
-                self._allocated(window.slot, window.side, gfns)
-            for listener in self.listeners:
-                for start, end in gfns.tolist():
-                    listener(message, window.slot, GfnRange(Gfn(start), Gfn(end)), window.side)
+            for window in coming:
+                if not window.slot.is_classic:
+                    self._allocated(window.slot, window.side, window.gfns_of_all(ranges))
+        for listener in self.listeners:
+            for window in (*leaving, *coming):
+                for gfns in each_of(window.gfns_of_all(ranges)):
+                    listener(message, window.slot, gfns, window.side)
 
-    def _allocated(self, slot: Memslot, side: Side, gfns: Pairs) -> None:
+    def _allocated(self, slot: Memslot, side: Side, gfns: Gfns) -> None:
         """Map memory that has been allocated, if that is the policy."""
         if self.config.map_on_fallocate and not map_allocated(self.mmu, slot, side, gfns):
             self._nursery.start_soon(map_asking, self.mmu, slot, gfns)

@@ -14,7 +14,7 @@ from contextlib import suppress
 
 import numpy as np
 
-from kvmsim.arrays import Numbers, Pairs, divide, firsts
+from kvmsim.arrays import Gfns, Numbers, divide, each_of, firsts
 from kvmsim.backing import StoreGone
 from kvmsim.mmu.batch import fault_in_private
 from kvmsim.mmu.fault import map_converted, map_gfns, map_known
@@ -25,10 +25,10 @@ from kvmsim.side import Side
 from kvmsim.slots.memslots import Memslot
 from memfs.contract.page_map import ABSENT
 from memfs.contract.protocol.messages import PfnRun
-from memfs.contract.units import ORDER_1G, Gfn, GfnRange, PageIndex, PageRange, Pfn
+from memfs.contract.units import ORDER_1G, GfnRange, PageIndex, PageRange, Pfn
 
 
-def map_allocated(mmu: Mmu, slot: Memslot, side: Side, gfns: Pairs) -> bool:
+def map_allocated(mmu: Mmu, slot: Memslot, side: Side, gfns: Gfns) -> bool:
     """Map ranges of gfns that lie on memory of a side which the store has just said is allocated.
 
     Called under the MMU lock. Returns whether that is all that can be done: False if frames could be asked for.
@@ -36,8 +36,8 @@ def map_allocated(mmu: Mmu, slot: Memslot, side: Side, gfns: Pairs) -> bool:
     steps, pages = divide(gfns)
     is_done = True
     with suppress(OwnershipViolation):
-        for start, end in steps:
-            fault = _fault(mmu, slot, side, GfnRange(Gfn(start), Gfn(end)))
+        for each in steps:
+            fault = _fault(mmu, slot, side, each)
             if side is Side.SHARED:
                 map_converted(mmu, fault)
             else:
@@ -49,11 +49,11 @@ def map_allocated(mmu: Mmu, slot: Memslot, side: Side, gfns: Pairs) -> bool:
     return is_done
 
 
-async def map_asking(mmu: Mmu, slot: Memslot, gfns: Pairs) -> None:
+async def map_asking(mmu: Mmu, slot: Memslot, gfns: Gfns) -> None:
     """Do the same with private memory, asking for frames. What comes in between is left to faults."""
     with suppress(OSError, StoreGone, OwnershipViolation):
-        for start, end in gfns.tolist():
-            rest: GfnRange | None = GfnRange(Gfn(start), Gfn(end))
+        for each in each_of(gfns):
+            rest: GfnRange | None = each
             while rest is not None:
                 fault = _fault(mmu, slot, Side.PRIVATE, rest)
                 done = rest if map_known(mmu, fault) else await map_gfns(mmu, fault)

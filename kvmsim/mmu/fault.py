@@ -174,19 +174,20 @@ def _install(mmu: Mmu, fault: PageFault, file: GuestFile, reply: PfnReply) -> bo
 def _largest(mmu: Mmu, fault: PageFault, gfn: Gfn, run: PfnRun) -> tuple[GfnRange, int]:
     """Return the largest block around a gfn that one leaf may map, and its order."""
     assert run.pfn is not None
-    slot = fault.slot
+    slot, within = fault.slot, fault.slot.gfns
     for order in (ORDER_1G, ORDER_2M):
         pages = 1 << order
         start = gfn & -pages
-        block = GfnRange(Gfn(start), Gfn(start + pages))
         if (
-            order <= run.order
-            and not slot.logs_dirty
-            and (gfn - run.pfn) % pages == 0
-            and slot.gfns.intersect(block) == block
-            and not mmu.invalidations.is_active(block)
-            and mmu.is_uniform(slot, block, fault.side)
+            order > run.order
+            or (gfn - run.pfn) % pages
+            or start < within.start
+            or start + pages > within.end
+            or slot.logs_dirty
         ):
+            continue
+        block = GfnRange(Gfn(start), Gfn(start + pages))
+        if not mmu.invalidations.is_active(block) and mmu.is_uniform(slot, block, fault.side):
             return block, order
     return GfnRange(gfn, Gfn(gfn + 1)), ORDER_4K
 

@@ -37,11 +37,10 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 
-import numpy as np
 import trio
 
-from kvmsim.arrays import Pairs, pairs
-from memfs.contract.units import Gfn, GfnRange, PageRange
+from kvmsim.arrays import Gfns, each_of, pairs
+from memfs.contract.units import GfnRange, PageRange
 
 #: pages of a space (a file, or the VMM's address space: slots/memslots.py)
 Concerned = tuple[Hashable, Iterable[PageRange]]
@@ -51,7 +50,7 @@ Concerned = tuple[Hashable, Iterable[PageRange]]
 class _Active:
     """An invalidation in progress."""
 
-    gfns: Pairs
+    gfns: list[Gfns]
     concerned: tuple[Concerned, ...]
 
 
@@ -72,14 +71,14 @@ class InvalidationState:
         """Return what a fault must remember before it decides anything."""
         return self.seq
 
-    def begin(self, key: Hashable, gfns: Pairs, *concerned: Concerned) -> None:
+    def begin(self, key: Hashable, gfns: Iterable[Gfns], *concerned: Concerned) -> None:
         """Begin: pages that serve these gfns are about to go; the caller unmaps them before it does anything else.
 
         `key` names the invalidation until its end: which gfns it concerns may look different by then, since slots come
         and go. `concerned` are the pages.
         """
         assert key not in self._active, f"{key} has begun already"
-        self._active[key] = _Active(gfns, concerned)
+        self._active[key] = _Active(list(gfns), concerned)
 
     def take_over(self, gfns_of: Callable[[Hashable, PageRange], Iterable[GfnRange]]) -> None:
         """Have what is in progress concern new gfns, too, of which nothing is mapped yet: a slot has been added.
@@ -89,8 +88,7 @@ class InvalidationState:
         """
         for active in self._active.values():
             for space, ranges in active.concerned:
-                new = pairs(part for pages in ranges for part in gfns_of(space, pages))
-                active.gfns = np.concatenate((active.gfns, new))
+                active.gfns.append(pairs(part for pages in ranges for part in gfns_of(space, pages)))
 
     def end(self, key: Hashable) -> None:
         """End: the pages are gone."""
@@ -119,10 +117,12 @@ class InvalidationState:
 
     def active(self, gfns: GfnRange) -> list[GfnRange]:
         """Return what is being invalidated and overlaps a range."""
-        found = []
-        for active in self._active.values():
-            overlapping = (active.gfns[:, 0] < gfns.end) & (active.gfns[:, 1] > gfns.start)
-            found += [GfnRange(Gfn(start), Gfn(end)) for start, end in active.gfns[overlapping].tolist()]
+        found = list[GfnRange]()
+        for each in (each for active in self._active.values() for each in active.gfns):
+            if not isinstance(each, GfnRange):
+                found += each_of(each[(each[:, 0] < gfns.end) & (each[:, 1] > gfns.start)])
+            elif each.overlaps(gfns):
+                found.append(each)
         return found
 
     def is_active(self, gfns: GfnRange) -> bool:

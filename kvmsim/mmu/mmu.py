@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
-from kvmsim.arrays import Numbers, Pairs, divide, runs
+from kvmsim.arrays import Gfns, Numbers, divide, runs
 from kvmsim.backing import Backing
 from kvmsim.mmu.fault_around import FaultAround
 from kvmsim.mmu.frame_map import FrameMap
@@ -21,7 +21,7 @@ from kvmsim.mmu.pte import PTE_PRIVATE, PTE_R, PTE_W, PTE_X, is_private, level_p
 from kvmsim.mmu.tlb import Translations
 from kvmsim.side import Side
 from kvmsim.slots.memslots import Memslot, Memslots, Window
-from memfs.contract.units import Gfn, GfnRange, PageRange, Pfn
+from memfs.contract.units import Gfn, GfnRange, PageIndex, PageRange, Pfn
 
 
 @dataclass(slots=True)
@@ -113,11 +113,11 @@ class Mmu:
             self.flush_tlbs(gfns)
         return count
 
-    def unmap_ranges(self, ranges: Pairs, side: Side = Side.BOTH) -> None:
+    def unmap_ranges(self, ranges: Gfns, side: Side = Side.BOTH) -> None:
         """Unmap what ranges of gfns, in order, map of a side: many short ones as an array of pages."""
         steps, gfns = divide(ranges)
-        for start, end in steps:
-            self.unmap(GfnRange(Gfn(start), Gfn(end)), side)
+        for each in steps:
+            self.unmap(each, side)
         if self.table.mapped and len(gfns):
             ptes = self.table.unmap_pages(gfns, side)
             self.ownership.release_frames(pte_pfns(ptes[select(ptes, Side.PRIVATE)]))
@@ -156,6 +156,8 @@ class Mmu:
         """Return whether all pages that serve a range are on one side now, by the page map, and can be mapped."""
         if slot.private is None or slot.private.page_map is None:
             return side is Side.SHARED
-        pages = slot.pages_of(gfns)
-        allocated = slot.private.page_map.count(pages)
-        return allocated == len(gfns) and slot.private.reaches(pages.end) if side is Side.PRIVATE else not allocated
+        pages, page_map, is_private = slot.pages_of(gfns), slot.private.page_map, side is Side.PRIVATE
+        if page_map.is_allocated(PageIndex(pages.end - 1)) is not is_private:  # as in most blocks of both sides
+            return False
+        allocated = page_map.count(pages) if len(gfns) > 1 else int(is_private)
+        return allocated == len(gfns) and slot.private.reaches(pages.end) if is_private else not allocated

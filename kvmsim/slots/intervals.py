@@ -13,7 +13,6 @@ Rejected: one list with a running maximum of ends (one large interval makes ever
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator
 from typing import Generic, TypeVar
 
 _T = TypeVar("_T")
@@ -57,9 +56,11 @@ class IntervalIndex(Generic[_T]):
                 return
         raise KeyError((start, end))
 
-    def touching(self, start: int, end: int) -> Iterator[_T]:
-        """Generate the values whose intervals overlap with [start, end)."""
+    def touching(self, start: int, end: int) -> list[_T]:
+        """Return the values whose intervals overlap with [start, end)."""
+        found = list[_T]()
         for size, (starts, rest) in self._classes.items():
             low = bisect.bisect(starts, start - (1 << size))
             high = bisect.bisect_left(starts, end)
-            yield from (value for its_end, value in rest[low:high] if its_end > start)
+            found += [value for its_end, value in rest[low:high] if its_end > start]
+        return found

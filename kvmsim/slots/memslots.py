@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from kvmsim.arrays import Pairs, pairs
+from kvmsim.arrays import Gfns, Pairs
 from kvmsim.backing import GuestFile
 from kvmsim.side import Side
 from kvmsim.slots.dirty import DirtyLog
@@ -134,10 +134,13 @@ class Window:
         start, end = max(pages.start, mine.start), min(pages.end, mine.end)
         return GfnRange(Gfn(start + shift), Gfn(end + shift))
 
-    def gfns_of_all(self, ranges: PageRanges) -> Pairs:
-        """Return the gfns that ranges of pages of the space serve through this window, which not all need to touch."""
-        if ranges.only is not None and ranges.only.overlaps(self.pages):
-            return pairs([self.gfns_of(ranges.only)])
+    def gfns_of_all(self, ranges: PageRanges) -> Gfns:
+        """Return the gfns that ranges of pages of the space serve through this window, which not all need to touch.
+
+        If there is but one range, it touches the window.
+        """
+        if ranges.only is not None:
+            return self.gfns_of(ranges.only)
         mine, shift = self.pages, self.gfn - self.pages.start
         clipped = np.clip(ranges.array, mine.start, mine.end)
         gfns: Pairs = clipped[clipped[:, 0] < clipped[:, 1]] + shift
@@ -210,13 +213,10 @@ class Memslots:
             return []
         return [(window, window.gfns_of(pages)) for window in index.touching(pages.start, pages.end)]
 
-    def touching_all(self, space: Space, ranges: PageRanges) -> list[tuple[Window, Pairs]]:
-        """Do the same for many ranges at once."""
+    def windows_at(self, space: Space, ranges: PageRanges) -> list[Window]:
+        """Return the windows that lie on pages of a space between the first and the last of some ranges."""
         index = self._spaces.get(space)
-        if index is None or not len(ranges):
-            return []
-        windows = index.touching(int(ranges.array[0, 0]), ranges.end)
-        return [(window, window.gfns_of_all(ranges)) for window in windows]
+        return index.touching(ranges.start, ranges.end) if index is not None and len(ranges) else []
 
     def windows_of(self, slot: Memslot) -> list[Window]:
         """Return all windows of a slot."""

@@ -115,6 +115,13 @@ class PageRanges:
         return int((self.array[:, 1] - self.array[:, 0]).sum())
 
     @property
+    def start(self) -> PageIndex:
+        """Where the first range begins; 0 if there is none."""
+        if self.only is not None:
+            return self.only.start
+        return PageIndex(int(self.array[0, 0]) if len(self.array) else 0)
+
+    @property
     def end(self) -> PageIndex:
         """Where the last range ends; 0 if there is none."""
         if self.only is not None:

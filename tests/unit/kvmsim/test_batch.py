@@ -8,7 +8,6 @@ import random
 import numpy as np
 import pytest
 
-from kvmsim.arrays import pairs
 from kvmsim.mmu.ownership import OwnershipViolation
 from kvmsim.mmu.page_fault import Access
 from kvmsim.mmu.pte import PTE_A, PTE_D, is_private, pte_pfn
@@ -75,7 +74,7 @@ async def test_what_needs_a_decision_is_left_alone(new_vm: NewVm) -> None:
     async with new_vm() as (vm, store):
         await with_memory(vm, store, [PageRange(PageIndex(0), PageIndex(PAGES))])
         private = next(slot.private for slot in vm.mmu.slots)
-        vm.mmu.invalidations.begin("test", pairs([GfnRange(Gfn(600), Gfn(601))]))
+        vm.mmu.invalidations.begin("test", [GfnRange(Gfn(600), Gfn(601))])
         gfns = np.array([PAGES + 5, 600, 5, 700, 5])
         assert vm.fault_in(gfns).tolist() == [False, False, True, True, True]
         assert vm.mmu.table.lookup(Gfn(600)) == 0

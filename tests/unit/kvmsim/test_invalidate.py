@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from kvmsim.arrays import pairs
 from kvmsim.mmu.invalidate import InvalidationState
 from memfs.contract.units import Gfn, GfnRange
 
@@ -14,7 +13,7 @@ def gfns(start: int, end: int) -> GfnRange:
 def test_fault_must_retry_from_the_begin_on_and_after_the_end() -> None:
     state = InvalidationState()
     early = state.sample()
-    state.begin("a", pairs([gfns(4, 8)]))
+    state.begin("a", [gfns(4, 8)])
     assert state.must_retry(early, gfns(7, 9))
     assert not state.must_retry(early, gfns(8, 9)), "an invalidation elsewhere disturbs nobody while it runs"
     during = state.sample()
@@ -26,8 +25,8 @@ def test_fault_must_retry_from_the_begin_on_and_after_the_end() -> None:
 
 def test_invalidations_may_overlap() -> None:
     state = InvalidationState()
-    state.begin("a", pairs([gfns(0, 8)]))
-    state.begin("b", pairs([gfns(4, 12)]))
+    state.begin("a", [gfns(0, 8)])
+    state.begin("b", [gfns(4, 12)])
     state.end("a")
     assert state.must_retry(state.sample(), gfns(4, 5))
     assert not state.must_retry(state.sample(), gfns(0, 4))
