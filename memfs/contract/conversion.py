@@ -54,6 +54,7 @@ KEY: Final = struct.Struct("=Q")  #: what MEMFS_IOC_GET_KEY writes
 _HEADER: Final = struct.Struct("=QQQ")
 _RANGE: Final = struct.Struct("=QQ")
 _CONVERT: Final = 0x43
+_OF_NO_SIZE: Final = ioc(IOC_WRITE, _CONVERT, 0)
 
 MEMFS_IOC_GET_KEY: Final = ioc(IOC_READ, 0x42, KEY.size)  #: on the shared file; EBADF: not open for writing
 
@@ -65,7 +66,7 @@ def MEMFS_IOC_CONVERT(ranges: int) -> int:
 
 def is_convert(command: int) -> bool:
     """Return whether an ioctl command is MEMFS_IOC_CONVERT, with however many bytes."""
-    return without_size(command) == ioc(IOC_WRITE, _CONVERT, 0)
+    return without_size(command) == _OF_NO_SIZE
 
 
 @dataclass(frozen=True, slots=True)

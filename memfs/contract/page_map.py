@@ -165,16 +165,18 @@ class PageMapView:
             return self.count(ranges.only)
         return int(self._counts(ranges).sum())
 
-    def with_any(self, ranges: PageRanges, state: int) -> PageRanges:
-        """Return those of some ranges that have a page in one state."""
+    def with_any(self, ranges: PageRanges, state: int) -> tuple[PageRanges, int]:
+        """Return those of some ranges that have a page in one state, and how many such pages there are."""
         if ranges.only is not None:
             count = self.count(ranges.only)
-            return (
-                ranges if (count and state == ALLOCATED) or (count < len(ranges.only) and state == ABSENT) else NO_PAGES
-            )
+            if state == ABSENT:
+                count = len(ranges.only) - count
+            return (ranges if count else NO_PAGES), count
         counts = self._counts(ranges)
-        has_any = counts > 0 if state == ALLOCATED else counts < ranges.array[:, 1] - ranges.array[:, 0]
-        return ranges if has_any.all() else PageRanges(ranges.array[has_any])
+        if state == ABSENT:
+            counts = ranges.array[:, 1] - ranges.array[:, 0] - counts
+        has_any = counts > 0
+        return (ranges if has_any.all() else PageRanges(ranges.array[has_any])), int(counts.sum())
 
     def _counts(self, ranges: PageRanges) -> npt.NDArray[np.int64]:
         if not len(ranges) or ranges.pages >= _SPARSE_FROM:

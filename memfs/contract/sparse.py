@@ -6,8 +6,9 @@ import errno
 import os
 from collections.abc import Iterator
 
+from memfs.contract.page_ranges import PageRanges
 from memfs.contract.sys.libc import cachestat
-from memfs.contract.units import ByteOffset, PageRange, page_offset
+from memfs.contract.units import PAGE_SHIFT, ByteOffset, PageRange, page_offset
 
 
 def data_extents(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
@@ -34,12 +35,20 @@ def allocated_pages(fd: int, pages: PageRange) -> int:
 
     Before Linux 6.5, only how many hold data.
     """
+    return allocated_in_each(fd, PageRanges.single(pages))[0]
+
+
+def allocated_in_each(fd: int, ranges: PageRanges) -> list[int]:
+    """Return the same for each of some ranges. Time goes with their pages, and not with what lies between them.
+
+    So much does lseek(2) not promise: SEEK_DATA walks over all that was allocated and never written.
+    """
     try:
-        return cachestat(fd, pages.offset, pages.nbytes)
+        return cachestat(fd, [(start << PAGE_SHIFT, (end - start) << PAGE_SHIFT) for start, end in ranges.pairs()])
     except OSError as error:
         if error.errno != errno.ENOSYS:
             raise
-        return sum(map(len, data_pages(fd, pages)))
+        return [sum(map(len, data_pages(fd, pages))) for pages in ranges]
 
 
 def data_pages(fd: int, pages: PageRange) -> Iterator[PageRange]:

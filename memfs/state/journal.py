@@ -63,6 +63,7 @@ class Journal(Protocol):
     """Where changes are noted."""
 
     dirty: dict[bytes, None]  #: keys that have changed since the last commit
+    is_kept: bool  #: whether anything that is noted is ever read
 
     def keeps(self, kind: bytes, value_of: ValueOf) -> None:
         """Have the values of all keys that begin with this byte be asked for there."""
@@ -95,6 +96,8 @@ class Journal(Protocol):
 class NoJournal:
     """The journal of a memfs that does not outlive its process."""
 
+    is_kept = False
+
     def __init__(self) -> None:
         self.dirty: dict[bytes, None] = {}
 
@@ -126,6 +129,8 @@ NO_JOURNAL: Final = NoJournal()
 
 class LogJournal:
     """A journal in a log, in the directory of which `root` is a descriptor. Raises UnreadableState."""
+
+    is_kept = True
 
     def __init__(self, root: int) -> None:
         self.dirty: dict[bytes, None] = {}

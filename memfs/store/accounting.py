@@ -82,13 +82,13 @@ class Accounting:
         if not self.pages:
             maps.remove(self._name)
 
-    def reserve(self, pages: PageRange | PageRanges, given: int = 0) -> Reservation:
-        """Reserve space for the absent ones of some pages, within a with statement. Raises OSError(ENOSPC).
-
-        `given` as for `Backing.reserve`.
-        """
+    def reserve(self, pages: PageRange) -> Reservation:
+        """Reserve space for the absent ones of some pages, within a with statement. Raises OSError(ENOSPC)."""
         self.check_size(pages.end)
-        absent = (pages.pages if isinstance(pages, PageRanges) else len(pages)) - self.count(pages)
+        return self.reserve_absent(len(pages) - self.count(pages))
+
+    def reserve_absent(self, absent: int, given: int = 0) -> Reservation:
+        """Reserve space for so many pages that are absent, likewise; `given` as for `Backing.reserve`."""
         self._backing.reserve(absent, given)
         return Reservation(self, self._backing, absent)
 
@@ -98,28 +98,30 @@ class Accounting:
             return self.page_map.count(pages)
         return self.page_map.count_all(pages)
 
-    def enter(self, pages: PageRange | PageRanges, state: int) -> int:
-        """Enter pages in the map as ALLOCATED or ABSENT. Returns how many more there are now."""
-        before = self.count(pages)
+    def enter(self, pages: PageRange | PageRanges, state: int, *, all_change: bool = False) -> int:
+        """Enter pages in the map as ALLOCATED or ABSENT. Returns how many more there are now.
+
+        `all_change`: the caller knows that none of them is in that state.
+        """
+        size = len(pages) if isinstance(pages, PageRange) else pages.pages
+        before = self.count(pages) if not all_change else size if state == ABSENT else 0
         if state == ABSENT and not before:  # to write so would allocate pages of map
             return 0
         if isinstance(pages, PageRange):
             self.page_map.set(pages, state)
-            size = len(pages)
         else:
             self.page_map.set_all(pages, state)
-            size = pages.pages
         more = size - before if state == ALLOCATED else -before
         self.pages += more
         return more
 
-    def forget(self, pages: PageRange | PageRanges = _WHOLE) -> None:
-        """Account for pages that were freed."""
+    def forget(self, pages: PageRange | PageRanges = _WHOLE, *, all_change: bool = False) -> None:
+        """Account for pages that were freed. `all_change` as for `enter`."""
         tracked = pages.intersect(_WHOLE) if isinstance(pages, PageRange) else pages
         if not self.pages:
             self._backing.unreserve(0)
         elif tracked is not None:
-            self._backing.unreserve(-self.enter(tracked, ABSENT))
+            self._backing.unreserve(-self.enter(tracked, ABSENT, all_change=all_change))
 
     def space_for(self, offset: ByteOffset, length: int) -> int:
         """Return how many of `length` bytes (at least one) from `offset` on can be written before memory runs out."""
@@ -173,9 +175,14 @@ class Reservation:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._backing.unreserve(self._left)
+        self.end()
 
-    def commit(self, pages: PageRange | PageRanges) -> None:
-        """Account for some of the pages, which are allocated now."""
+    def end(self) -> None:
+        """Unreserve what was not committed."""
+        if self._left:
+            self._backing.unreserve(self._left)
+
+    def commit(self, pages: PageRange | PageRanges, *, all_change: bool = False) -> None:
+        """Account for some of the pages, which are allocated now. `all_change` as for `Accounting.enter`."""
         # A write may have come first to some of them while the call ran in a thread.
-        self._left -= self._accounting.enter(pages, ALLOCATED)
+        self._left -= self._accounting.enter(pages, ALLOCATED, all_change=all_change)

@@ -51,6 +51,10 @@ class Backing(Protocol):
     def guest_granule(self) -> int:
         """In what multiples, in bytes, guest-sealed files get and lose pages, at offsets that are such multiples."""
 
+    @property
+    def guest_needs_steps(self) -> bool:
+        """Whether a single call would allocate pages besides those that were asked for."""
+
     def guest_steps(self, offset: ByteOffset, length: int) -> Iterator[Step]:
         """Generate in which calls to allocate bytes of a guest-sealed file, so that no page is allocated besides."""
 

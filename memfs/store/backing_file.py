@@ -37,6 +37,8 @@ class BackingFile:
     @property
     def size(self) -> int:
         """The file's size in bytes."""
+        if self.fd != _CLOSED:
+            return os.lseek(self.fd, 0, os.SEEK_END)  # a quarter of fstat(2), and nobody uses the position
         return self.stat().st_size
 
     @property

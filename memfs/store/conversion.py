@@ -38,7 +38,6 @@ import logging
 import os
 import struct
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from typing import Final
 
 import numpy as np
@@ -77,107 +76,126 @@ async def convert(shared: File, private: File, ranges: PageRanges, *, to_private
     first, second = (shared, private) if shared.number < private.number else (private, shared)
     async with first.locked(), second.locked():
         _check_ranges(shared, private, ranges)
-        assert private.page_map is not None, "a guest-sealed file without a page map"
-        left = private.page_map.with_any(ranges, _changing(to_private=to_private))
-        if len(left):
-            _check(shared, private, to_private=to_private, preserve=preserve)
+        page_map = private.page_map
+        assert page_map is not None, "a guest-sealed file without a page map"
+        left, changing = page_map.with_any(ranges, ABSENT if to_private else ALLOCATED)
+        if changing:
+            vm = _check(shared, private, to_private=to_private, preserve=preserve)
             with private.converting():
-                await _Conversion(shared, private, to_private=to_private, preserve=preserve).run(left)
-
-
-def _changing(*, to_private: bool) -> int:
-    """Return the state, in the page map of the private file, of pages that change sides."""
-    return ABSENT if to_private else ALLOCATED
+                await _Conversion(shared, private, vm, to_private=to_private, preserve=preserve).run(left, changing)
 
 
 def _check_ranges(shared: File, private: File, ranges: PageRanges) -> None:
     if ranges.end > page_ceil(ByteOffset(min(shared.size, private.size))):
         raise OSError(errno.EINVAL, "past the end of a file")
-    if private.granule > PAGE_SIZE and (ranges.array % bytes_to_pages(private.granule)).any():
-        raise OSError(errno.EINVAL, f"not a multiple of {private.granule} bytes")
+    granule = private.granule
+    if granule > PAGE_SIZE and (ranges.array % bytes_to_pages(granule)).any():
+        raise OSError(errno.EINVAL, f"not a multiple of {granule} bytes")
 
 
-def _check(shared: File, private: File, *, to_private: bool, preserve: bool) -> None:
-    """Raise OSError if pages may not change sides."""
+def _check(shared: File, private: File, *, to_private: bool, preserve: bool) -> Vm | None:
+    """Return who owns the files. Raises OSError if pages may not change sides."""
     seals.check((shared if to_private else private).seals, Operation.PUNCH)
     if not to_private:  # what is there of the shared file is zeroed
         seals.check(shared.seals & ~seals.F_SEAL_GUEST, Operation.WRITE)
     vm = _vm(shared, private)
     if vm is not None and not vm.has_conversions:
         raise OSError(errno.EOPNOTSUPP, "the owner speaks a version of the protocol that has no conversions")
-    if preserve and to_private and private.granule > PAGE_SIZE:
+    if preserve:
+        _check_preserve(private, to_private=to_private)
+    return vm
+
+
+def _check_preserve(private: File, *, to_private: bool) -> None:
+    """Raise OSError if content may not be kept."""
+    if to_private and private.granule > PAGE_SIZE:
         raise OSError(errno.EOPNOTSUPP, "hugetlbfs has no write(2)")
-    if preserve and not (private.owner is not None and private.owner.preserves):
+    if not (private.owner is not None and private.owner.preserves):
         raise OSError(errno.EPERM, "the private file has no owner that lets content be preserved")
-    if preserve and to_private and not private.initial_image().launched:
+    if to_private and not private.initial_image().launched:
         raise OSError(errno.EBUSY, "the guest has not been launched")
 
 
 def _vm(shared: File, private: File) -> Vm | None:
     """Return who owns the files. Raises OSError(EPERM) if two do."""
-    if shared.owner is None or private.owner is None:
-        owner = shared.owner or private.owner
+    of_shared, of_private = shared.owner, private.owner
+    if of_shared is None or of_private is None:
+        owner = of_shared or of_private
         return owner.owner if owner is not None else None
-    if shared.owner.owner is not private.owner.owner:
+    if of_shared.owner is not of_private.owner:
         raise OSError(errno.EPERM, "the files have different owners")
-    return private.owner.owner
+    return of_private.owner
 
 
 class _Conversion:
     """One call, once both files are locked and it may be done."""
 
-    def __init__(self, shared: File, private: File, *, to_private: bool, preserve: bool) -> None:
+    def __init__(self, shared: File, private: File, vm: Vm | None, *, to_private: bool, preserve: bool) -> None:
         self._to_private: Final = to_private
         self._preserve: Final = preserve
         in_shared, in_private = shared.operations(), private.operations()
         self._from, self._to = (in_shared, in_private) if to_private else (in_private, in_shared)
         assert in_private.accounting is not None, "a guest-sealed file without a page map"
         self._private: Final = in_private.accounting
-        self._changes: Final = _changing(to_private=to_private)
-        self._vm: Final = _vm(shared, private)
-        self._shared_id: Final = shared.owner.id if shared.owner is not None else NO_FILE
-        self._private_id: Final = private.owner.id if private.owner is not None else NO_FILE
-        self._chunk: Final = max(chunks.CHUNK, bytes_to_pages(private.granule))  # pages
+        self._vm: Final = vm
+        of_shared, of_private = shared.owner, private.owner
+        self._shared_id: Final = of_shared.id if of_shared is not None else NO_FILE
+        self._private_id: Final = of_private.id if of_private is not None else NO_FILE
+        self._guest: Final = private
+        self._given = 0  # pages that the private file was promised of those that the shared one gives
         self._journal: Final = shared.journal
-        self._intent: Final = numbered(INTENT, (shared if to_private else private).number)
-        self._other: Final = (private if to_private else shared).number
+        self._leaving, self._coming = (shared, private) if to_private else (private, shared)
         self._done = PageIndex(0)  # all that was asked for before it is on the wanted side
 
-    async def run(self, asked: PageRanges) -> None:
-        """Convert ranges, each of which has pages that are not on the wanted side yet."""
-        with await self._reserve(asked) if self._to_private else nullcontext() as reservation:
+    async def run(self, asked: PageRanges, changing: int) -> None:
+        """Convert ranges, each of which has pages that are not on the wanted side yet: `changing` pages in all."""
+        reservation = await self._reserve(asked, changing) if self._to_private else None
+        try:
             await self._begin(asked)
             try:
-                for chunk in asked.chunks(self._chunk):
-                    if self._done:
-                        await trio.lowlevel.checkpoint_if_cancelled()
-                        await self._turn()
-                    runs = self._private.page_map.select(chunk, self._changes)
-                    if len(runs):
-                        await self._convert(runs, reservation)
-                    self._done = chunk.end
+                if changing <= chunks.CHUNK and changing == asked.pages:
+                    await self._convert(asked, reservation)
+                    self._done = asked.end
+                else:
+                    await self._convert_in_chunks(asked, reservation)
             finally:
                 await self._end(asked.before(self._done))
+        finally:
+            if reservation is not None:
+                reservation.end()
 
-    async def _reserve(self, asked: PageRanges) -> Reservation:
-        """Reserve space in the private file, but for what the shared one gives. Raises OSError(ENOSPC)."""
+    async def _convert_in_chunks(self, asked: PageRanges, reservation: Reservation | None) -> None:
+        for chunk in asked.chunks(max(chunks.CHUNK, bytes_to_pages(self._guest.granule))):
+            if self._done:
+                await trio.lowlevel.checkpoint_if_cancelled()
+                await self._turn()
+            runs = self._private.page_map.select(chunk, ABSENT if self._to_private else ALLOCATED)
+            if len(runs):
+                await self._convert(runs, reservation)
+            self._done = chunk.end
+
+    async def _reserve(self, asked: PageRanges, pages: int) -> Reservation:
+        """Reserve space in the private file for so many pages, but for what the shared one gives.
+
+        Raises OSError(ENOSPC).
+        """
         try:
-            return self._private.reserve(asked)
+            return self._private.reserve_absent(pages)
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
-        given = await self._given(asked)
+        self._given = await self._gives(asked)
         try:
-            return self._private.reserve(asked, given)
+            return self._private.reserve_absent(pages, self._given)
         except OSError as error:
             if error.errno != errno.ENOSPC or not await self._to.drain():
                 raise
-        return self._private.reserve(asked, given)
+        return self._private.reserve_absent(pages, self._given)
 
-    async def _given(self, asked: PageRanges) -> int:
+    async def _gives(self, asked: PageRanges) -> int:
         """Return how many pages the shared file has of those that will leave it."""
         given = 0
-        for chunk in asked.chunks(self._chunk):
+        for chunk in asked.chunks(chunks.CHUNK):
             await self._turn()
             given += await self._from.count(self._private.page_map.select(chunk, ABSENT))
         return given
@@ -202,21 +220,24 @@ class _Conversion:
         before = await self._to.present(runs) if not self._to_private else NO_PAGES
         try:
             await self._allocate(runs, before, reservation)
-            with trio.CancelScope(shield=True) if self._waits(runs) else nullcontext():
+            if len(runs) > _BATCH * _CALLS or runs.pages > chunks.SHORT_PAGES:  # it may have to wait
+                with trio.CancelScope(shield=True):
+                    await self._free(runs)
+            else:
                 await self._free(runs)
         except BaseException:
             with trio.CancelScope(shield=True):
                 await self._undo(runs.without(runs.before(self._done)).without(before))
             raise
         finally:
-            self._journal.note(self._intent, None)
+            self._intend(None)
 
     # -- the side that pages come to --------------------------------------------------------------------------------
 
     async def _allocate(self, runs: PageRanges, before: PageRanges, reservation: Reservation | None) -> None:
         """Allocate pages and account for them. Those that were there `before` are zeroed."""
         if self._to.accounting is not None and reservation is None:
-            with self._to.accounting.reserve(runs, given=runs.pages) as reservation:
+            with self._to.accounting.reserve_absent(runs.pages - before.pages, given=runs.pages) as reservation:
                 await self._fill(runs, before)
                 self._intend(runs)
                 self._account_allocated(runs, reservation)
@@ -238,14 +259,23 @@ class _Conversion:
         if self._preserve:
             await Threads.here().run(functools.partial(_copy, self._from.fd, self._to.fd, runs))
 
-    def _intend(self, runs: PageRanges) -> None:
-        """Write down that pages are to go from the side that they leave, as far as they have come to the other one."""
-        self._journal.note(self._intent, _INTENT.pack(self._other, self._to_private) + runs.array.tobytes())
-        self._journal.commit()
+    def _intend(self, runs: PageRanges | None) -> None:
+        """Write down that pages are to go from the side that they leave, as far as they have come to the other one.
+
+        None: they have gone.
+        """
+        if not self._journal.is_kept:
+            return
+        intent = numbered(INTENT, self._leaving.number)
+        if runs is None:
+            self._journal.note(intent, None)
+        else:
+            self._journal.note(intent, _INTENT.pack(self._coming.number, self._to_private) + runs.array.tobytes())
+            self._journal.commit()
 
     def _account_allocated(self, runs: PageRanges, reservation: Reservation | None) -> None:
         if reservation is not None:
-            reservation.commit(runs)
+            reservation.commit(runs, all_change=self._to_private)
 
     async def _undo(self, runs: PageRanges) -> None:
         """Free pages that have been allocated, or were about to be."""
@@ -263,27 +293,32 @@ class _Conversion:
             self._account_freed(runs.before(self._done))
 
     def _account_freed(self, runs: PageRanges) -> None:
-        self._from.account_freed(runs)
-
-    def _waits(self, runs: PageRanges) -> bool:
-        """Return whether `_call` may wait."""
-        return len(runs) > _BATCH * _CALLS or runs.pages > chunks.SHORT_PAGES
+        if self._from.accounting is not None or self._given:  # else it makes no difference to anybody
+            self._from.account_freed(runs, all_change=not self._to_private)
 
     async def _call(self, runs: PageRanges, pages: Pages, mode: int, *, is_done: bool = False) -> None:
         """Call fallocate(2) for each run: what is long in a thread, what is many in turns with what others want.
 
         `is_done`: then what was asked for before the end of the run is on the wanted side.
         """
-        for number, (start, end) in enumerate(runs.pairs(), 1):
-            offset, nbytes = start << PAGE_SHIFT, (end - start) << PAGE_SHIFT
-            if end - start <= chunks.SHORT_PAGES:
-                pages.fallocate_now(mode, offset, nbytes)
-            else:
-                await chunks.system_call(functools.partial(pages.fallocate_now, mode, offset, nbytes), nbytes)
+        only = runs.only
+        if only is not None and only.end - only.start <= chunks.SHORT_PAGES:
+            pages.fallocate_now(mode, only.start << PAGE_SHIFT, (only.end - only.start) << PAGE_SHIFT)
             if is_done:
-                self._done = PageIndex(end)
-            if number % (_BATCH * _CALLS) == 0:
+                self._done = only.end
+            return
+        call, pairs, at_once = pages.fallocate_now, runs.pairs(), _BATCH * _CALLS
+        for first in range(0, len(pairs), at_once):
+            if first:
                 await Turns.here().take(current_user(), _BATCH)
+            for start, end in pairs[first : first + at_once]:
+                offset, nbytes = start << PAGE_SHIFT, (end - start) << PAGE_SHIFT
+                if end - start <= chunks.SHORT_PAGES:
+                    call(mode, offset, nbytes)
+                else:
+                    await chunks.system_call(functools.partial(call, mode, offset, nbytes), nbytes)
+                if is_done:
+                    self._done = PageIndex(end)
 
 
 def settle(state: Mapping[bytes, bytes], files: Callable[[int], File | None], journal: Journal) -> None:

@@ -49,6 +49,11 @@ class MemfdBacking:
         """A page."""
         return PAGE_SIZE
 
+    @property
+    def guest_needs_steps(self) -> bool:
+        """No."""
+        return False
+
     def guest_steps(self, offset: ByteOffset, length: int) -> Iterator[Step]:
         """Generate one step."""
         yield offset, length, nullcontext()

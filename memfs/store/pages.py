@@ -34,9 +34,9 @@ import trio
 
 from memfs.contract.aio.threads import Threads
 from memfs.contract.page_map import ABSENT, ALLOCATED, PageMap
-from memfs.contract.page_ranges import PageRanges
+from memfs.contract.page_ranges import NO_PAGES, PageRanges
 from memfs.contract.protocol.messages import FileId
-from memfs.contract.sparse import allocated_pages, data_pages
+from memfs.contract.sparse import allocated_in_each, allocated_pages, data_pages
 from memfs.contract.sys.libc import FALLOC_FL_KEEP_SIZE, PUNCH_HOLE, fallocate
 from memfs.contract.units import ByteOffset, PageIndex, PageRange, bytes_to_pages, page_ceil, page_offset
 from memfs.store import chunks
@@ -165,6 +165,8 @@ class Pages:
         if self._page_map is not None:
             return self._page_map.select(ranges, ALLOCATED)
         counts = await self._counts(ranges)
+        if not any(counts):
+            return NO_PAGES
         return PageRanges.of(pages for pages, count in zip(ranges, counts, strict=True) if count)
 
     async def count(self, ranges: PageRanges) -> int:
@@ -172,11 +174,9 @@ class Pages:
         return self._accounting.count(ranges) if self._accounting is not None else sum(await self._counts(ranges))
 
     async def _counts(self, ranges: PageRanges) -> list[int]:
-        def look() -> list[int]:
-            return [allocated_pages(self._file.fd, pages) for pages in ranges]
-
-        is_short = len(ranges) == 1 and ranges.pages <= chunks.LONG_PAGES
-        return look() if is_short else await Threads.here().run(look)
+        if ranges.pages <= chunks.LONG_PAGES:
+            return allocated_in_each(self._file.fd, ranges)
+        return await Threads.here().run(functools.partial(allocated_in_each, self._file.fd, ranges))
 
     def borrowed(self, pages: int) -> AbstractContextManager[None]:
         """Have space for pages of an untracked file that a guest-sealed file will free after the block."""
@@ -191,10 +191,10 @@ class Pages:
         for pages in ranges if self._image is not None else ():
             self._measure_removal(pages)
 
-    def account_freed(self, ranges: PageRanges) -> None:
-        """Account for pages that were freed."""
+    def account_freed(self, ranges: PageRanges, *, all_change: bool = False) -> None:
+        """Account for pages that were freed. `all_change` as for `Accounting.enter`."""
         if self._accounting is not None:
-            self._accounting.forget(ranges)
+            self._accounting.forget(ranges, all_change=all_change)
         else:
             self._backing.unreserve(0)  # what others may have now
 
@@ -338,7 +338,7 @@ class Pages:
 
     def _fallocate(self, mode: int, offset: ByteOffset, length: int) -> None:
         """Allocate what [offset, offset + length) touches, and nothing besides."""
-        if not self._guest:
+        if not self._guest or not self._backing.guest_needs_steps:
             fallocate(self._file.fd, mode, offset, length)
             return
         for start, nbytes, within in self._backing.guest_steps(offset, length):

@@ -90,6 +90,7 @@ class TmpfsBacking:
         self._earmarked = 0  # pages that are being allocated
         self._lent = 0  # pages of guest-sealed files that are about to be freed, and count as free already
         self._is_running = False
+        self._is_returning = False  # what guests have freed goes back in a moment
         self._freed: Final = ParkingLot()  # `_return_freed` waits for guests to free pages
         self.reaper = Reaper()
         self.converted = Converted()
@@ -122,6 +123,11 @@ class TmpfsBacking:
     def guest_granule(self) -> int:
         """A page of the filesystem that they lie on."""
         return self._guests.granule
+
+    @property
+    def guest_needs_steps(self) -> bool:
+        """Whether it has huge pages, some of which would be allocated for less."""
+        return self._huge is not None
 
     def guest_steps(self, offset: ByteOffset, length: int) -> Iterator[Step]:
         """Generate the steps of the filesystem that they lie on."""
@@ -232,10 +238,11 @@ class TmpfsBacking:
         """Undo `reserve`, and make the ordinary tmpfs larger."""
         assert pages <= self._guest_reserved, f"{pages} pages unreserved, {self._guest_reserved} in use"
         self._guest_reserved -= pages
-        if self._is_running and os.fstatvfs(self._root).f_bfree > _PLENTY:
-            self._freed.unpark_all()
-        else:
+        if not self._is_running or not (self._is_returning or os.fstatvfs(self._root).f_bfree > _PLENTY):
             self._adjust_guest_share()
+        elif not self._is_returning:
+            self._is_returning = True  # there was plenty a moment ago, so until then nobody has to look again
+            self._freed.unpark_all()
 
     async def run(self) -> None:
         """Free large files, and return to ordinary files what guests have freed."""
@@ -247,8 +254,10 @@ class TmpfsBacking:
         self._is_running = True
         try:
             while True:
-                await self._freed.park()
+                if not self._is_returning:
+                    await self._freed.park()
                 await trio.sleep(_MOMENT)
+                self._is_returning = False
                 self._adjust_guest_share()
         finally:
             self._is_running = False

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import os
 import struct
+from collections.abc import Iterable
 from typing import Any, Final
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -53,7 +55,6 @@ _AT_STATX_DONT_SYNC: Final = 0x4000
 _STATX_MNT_ID: Final = 0x1000
 _STATX: Final = struct.Struct("=136xIIQ104x")  # of struct statx: stx_dev_major, stx_dev_minor, stx_mnt_id
 
-_CACHESTAT: Final = struct.Struct("=Q16xQ8x")  # struct cachestat: nr_cache, nr_dirty, nr_writeback, nr_evicted, recent
 
 _MOUNT_ATTR: Final = struct.Struct("=QQQQ")  # struct mount_attr: attr_set, attr_clr, propagation, userns_fd
 
@@ -90,15 +91,18 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
         _checked(-1)
 
 
-def cachestat(fd: int, offset: int, length: int) -> int:
-    """Return how many pages of a range of bytes are in the page cache, or swapped out (cachestat(2)).
+def cachestat(fd: int, ranges: Iterable[tuple[int, int]]) -> list[int]:
+    """Return how many pages of each range, offset and length in bytes, are in the page cache, or swapped out.
 
-    Raises OSError: ENOSYS before Linux 6.5.
+    cachestat(2). Raises OSError: ENOSYS before Linux 6.5.
     """
-    where, found = struct.pack("=QQ", offset, length), ctypes.create_string_buffer(_CACHESTAT.size)
-    _checked(_libc.syscall(_SYS_CACHESTAT, fd, where, found, 0))
-    cached, evicted = _CACHESTAT.unpack(found.raw)
-    return int(cached + evicted)
+    where, found, counts = (ctypes.c_uint64 * 2)(), (ctypes.c_uint64 * 5)(), list[int]()
+    call = functools.partial(_libc.syscall, _SYS_CACHESTAT, fd, where, found, 0)
+    for where[0], where[1] in ranges:
+        if call():
+            _checked(-1)
+        counts.append(found[0] + found[3])  # nr_cache, nr_evicted
+    return counts
 
 
 def prctl(option: int, argument: int) -> None:

@@ -54,7 +54,7 @@ def recovered(backing: TmpfsBacking) -> File:
 
 def what_is_there(file: File) -> set[int]:
     with file.held():
-        return {page for page in range(SIZE) if cachestat(file.fd, at(page), PAGE_SIZE)}
+        return {page for page in range(SIZE) if cachestat(file.fd, [(at(page), PAGE_SIZE)]) == [1]}
 
 
 def what_is_shown(file: File) -> set[int]:
