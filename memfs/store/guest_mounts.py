@@ -93,18 +93,19 @@ def mount_tmpfs(size: int, options: dict[str, str | None]) -> int:
     return mount_detached("tmpfs", {"size": str(size), "nr_inodes": "0", **options}, attributes=MOUNT_ATTR_NOATIME)
 
 
+#: A filesystem that another process has mounted: a descriptor of its root, and whether it is never swapped
+Mounted = tuple[int, bool]
+
+
 class GuestTmpfs:
-    """A tmpfs that may become `size` bytes large. Raises OSError as `mount_tmpfs`."""
+    """A tmpfs that may become `size` bytes large, which may be `mounted`. Raises OSError as `mount_tmpfs`."""
 
     granule = PAGE_SIZE
     least_pages = 0
 
-    def __init__(self, size: int, options: dict[str, str | None]) -> None:
+    def __init__(self, size: int, options: dict[str, str | None], mounted: Mounted | None = None) -> None:
         self._huge: Final = options.get("huge")
-        try:
-            self.root, self.pinned = mount_tmpfs(size, {**options, "noswap": None}), True
-        except OSError:  # before Linux 6.4
-            self.root, self.pinned = mount_tmpfs(size, options), False
+        self.root, self.pinned = mounted or _mount_pinned(size, options)
         self._remount = Remount(self.root)
         self._switching: Final = threading.Lock()
 
@@ -169,8 +170,15 @@ class GuestTmpfs:
         os.close(self.root)
 
 
+def _mount_pinned(size: int, options: dict[str, str | None]) -> Mounted:
+    try:
+        return mount_tmpfs(size, {**options, "noswap": None}), True
+    except OSError:  # before Linux 6.4
+        return mount_tmpfs(size, options), False
+
+
 class GuestHugetlb:
-    """A hugetlbfs with pages of `pagesize` bytes, of which `min_size` bytes are reserved.
+    """A hugetlbfs with pages of `pagesize` bytes, of which `min_size` bytes are reserved; it may be `mounted`.
 
     Raises OSError: EPERM without CAP_SYS_ADMIN; filename "pagesize" if the kernel has no such pages; ENOMEM (filename:
     "min_size") if the pool has not so many.
@@ -178,7 +186,7 @@ class GuestHugetlb:
 
     pinned = True  # it is never swapped
 
-    def __init__(self, pagesize: int, min_size: int = 0) -> None:
+    def __init__(self, pagesize: int, min_size: int = 0, mounted: Mounted | None = None) -> None:
         self.granule: Final = pagesize
         reserved = -(-min_size // pagesize) * pagesize
         self.least_pages: Final = bytes_to_pages(reserved)
@@ -187,8 +195,11 @@ class GuestHugetlb:
         options: dict[str, str | None] = {"pagesize": str(pagesize)}
         if reserved:
             options["min_size"] = str(reserved)
+        if mounted is not None:
+            self.root, _ = mounted
+            return
         try:
-            self.root: int = mount_detached("hugetlbfs", options, attributes=MOUNT_ATTR_NOATIME)
+            self.root = mount_detached("hugetlbfs", options, attributes=MOUNT_ATTR_NOATIME)
         except OSError as error:
             if error.errno == errno.ENOMEM and reserved:
                 error.filename = "min_size"

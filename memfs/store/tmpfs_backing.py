@@ -64,13 +64,23 @@ class State:
     read_only: int
 
 
+@dataclass(frozen=True, slots=True)
+class Roots:
+    """What a backing consists of that does not end with its process: descriptors of the roots of its filesystems."""
+
+    ordinary: int
+    guests: int
+    state: State
+    guest_pinned: bool  #: whether the guests' is never swapped
+
+
 class TmpfsBacking:
     """A tmpfs for ordinary files, and what guest-sealed ones lie on, mounted nowhere and seen by nobody.
 
     `size` in bytes, for both together; `options` go to each tmpfs. With a `pagesize`, guest-sealed files lie on huge
     pages of so many bytes, of which `min_size` bytes are reserved. Raises OSError: EPERM without CAP_SYS_ADMIN, ENOSYS
     before Linux 5.2, EINVAL (filename: the option) for an option that this kernel's tmpfs does not take, and as
-    `GuestHugetlb`.
+    `GuestHugetlb`. With `roots`, it is one that another process has made with the same arguments, and is `recovered`.
     """
 
     kind: ClassVar[str] = "tmpfs"
@@ -83,6 +93,7 @@ class TmpfsBacking:
         options: dict[str, str | None] | None = None,
         pagesize: int | None = None,
         min_size: int = 0,
+        roots: Roots | None = None,
     ) -> None:
         self._total = bytes_to_pages(size)
         self._guest_reserved = 0  # pages that guest-sealed files have, or are about to have
@@ -94,20 +105,30 @@ class TmpfsBacking:
         self._freed: Final = ParkingLot()  # `_return_freed` waits for guests to free pages
         self.reaper = Reaper()
         self.converted = Converted()
-        self._root: Final = mount_tmpfs(pages_to_bytes(self._total + _BALLAST), options or {})
+        self._huge: Final = (options or {}).get("huge")
+        limit = pages_to_bytes(self._total + _BALLAST)
+        self._root: Final = mount_tmpfs(limit, options or {}) if roots is None else roots.ordinary
+        mounted = (roots.guests, roots.guest_pinned) if roots is not None else None
         try:
             self._guests: Final[GuestMount] = (
-                GuestHugetlb(pagesize, min_size) if pagesize else GuestTmpfs(size, options or {})
+                GuestHugetlb(pagesize, min_size, mounted) if pagesize else GuestTmpfs(size, options or {}, mounted)
             )
         except OSError:
             os.close(self._root)
             raise
-        self._huge: Final = (options or {}).get("huge")
         self._remount = Remount(self._root)
-        self._load_ballast()
-        self._set_guest_share(self._guest_claim)
-        self.state = _open_state()
+        if roots is None:
+            self._load_ballast()
+            self._set_guest_share(self._guest_claim)
+        self.state = _open_state() if roots is None else roots.state
         self.page_maps: Final = MapMemfds() if self.state is None else MapFiles(self.state.root, self.state.read_only)
+
+    @property
+    def roots(self) -> Roots | None:
+        """What another process can go on with; None if there are page maps that end with this one."""
+        if self.state is None:
+            return None
+        return Roots(self._root, self._guests.root, self.state, self._guests.pinned)
 
     def _load_ballast(self) -> None:
         # To tmpfs a size of 0 is no limit, so where guests have all there is, one page must be allowed and taken.
