@@ -223,6 +223,10 @@ class LogJournal:
             now = self.value_of(key)
             assert now == value, f"{key!r} is {now!r}, and the log says {value!r}"
 
+    def own(self) -> None:
+        """Note that from now on what is written is of our version."""
+        self._log.own()
+
     def close(self) -> None:
         """Unmap the log, which stays."""
         self._log.close()

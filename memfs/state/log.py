@@ -34,8 +34,11 @@ from collections.abc import Iterator
 from typing import Final
 
 _MAGIC: Final = int.from_bytes(b"memfslog", "little")
-VERSION: Final = 1
+VERSION: Final = 1  #: of what is written from now on, keys and values among that
+READABLE: Final = frozenset({VERSION})  #: which can be gone on with
 _HEADER: Final = struct.Struct("=QIIQQ")
+_VERSION: Final = struct.Struct("=I")
+_VERSION_AT: Final = 8  # where the version lies
 _FIRST: Final = 64  # where the records begin
 _COMPLETE: Final = 12  # where the flag lies
 _END: Final = 2  # which u64 of the header is the end
@@ -60,7 +63,7 @@ class UnreadableState(Exception):
 class _LogFile:
     """One log, mapped. Positions in it begin at `base`, so that those of two logs differ."""
 
-    def __init__(self, root: int, serial: int, *, create: bool) -> None:
+    def __init__(self, root: int, serial: int, *, create: bool, version: int = VERSION) -> None:
         self._root: Final = root
         self.serial: Final = serial
         self.base: Final = serial * _CAPACITY
@@ -81,14 +84,17 @@ class _LogFile:
         self.bytes = memoryview(self._map)
         self._numbers = self.bytes[: _HEADER.size].cast("Q")
         if create:
-            _HEADER.pack_into(self.bytes, 0, _MAGIC, VERSION, 0, _FIRST, serial)
+            _HEADER.pack_into(self.bytes, 0, _MAGIC, version, 0, _FIRST, serial)
         self.end = self._numbers[_END]
 
     @property
     def version(self) -> int:
         """The version of what is written in it; 0 if it is no log."""
-        magic, version, *_ = _HEADER.unpack_from(self.bytes)
-        return version if magic == _MAGIC else 0
+        return _version_in(self.bytes)
+
+    def own(self) -> None:
+        """Note that what is written in it is of our version."""
+        _VERSION.pack_into(self.bytes, _VERSION_AT, VERSION)
 
     @property
     def is_complete(self) -> bool:
@@ -147,6 +153,32 @@ class _LogFile:
         os.unlink(self.name, dir_fd=self._root)
 
 
+def _version_in(header: bytes | memoryview) -> int:
+    magic, version, *_ = _HEADER.unpack_from(header)
+    return int(version) if magic == _MAGIC else 0
+
+
+def _serials(root: int) -> list[int]:
+    return [int(name[4:]) for name in os.listdir(f"/proc/self/fd/{root}") if name.startswith("log-")]
+
+
+def check_readable(root: int) -> None:
+    """Raise UnreadableState if the log in a directory is of a version that cannot be gone on with. Changes nothing."""
+    for serial in _serials(root):
+        try:
+            fd = os.open(f"log-{serial}", os.O_RDONLY | os.O_CLOEXEC, dir_fd=root)
+        except FileNotFoundError:  # it was compacted at that moment
+            continue
+        try:
+            header = os.pread(fd, _HEADER.size, 0)
+        finally:
+            os.close(fd)
+        version = _version_in(header) if len(header) == _HEADER.size else 0
+        if version and version not in READABLE:
+            readable = ", ".join(map(str, sorted(READABLE)))
+            raise UnreadableState(f"the state has version {version}; this memfs reads version {readable}")
+
+
 class Log:
     """The log in a directory, of which `root` is a descriptor. One process at a time may have it.
 
@@ -177,13 +209,8 @@ class Log:
         self._position = self._file.base + self._file.end  # of the next record, in the newest log
 
     def _open(self) -> _LogFile:
-        serials = [int(name[4:]) for name in os.listdir(f"/proc/self/fd/{self._root}") if name.startswith("log-")]
-        files = [_LogFile(self._root, serial, create=False) for serial in sorted(serials)]
-        if any(file.version not in (0, VERSION) for file in files):
-            versions = ", ".join(str(file.version) for file in files)
-            for file in files:
-                file.close()
-            raise UnreadableState(f"the state has version {versions}; this memfs reads version {VERSION}")
+        check_readable(self._root)
+        files = [_LogFile(self._root, serial, create=False) for serial in sorted(_serials(self._root))]
         complete = [file for file in files if file.version and file.is_complete]
         for file in files:
             if file not in complete[-1:]:
@@ -222,6 +249,12 @@ class Log:
     def is_full(self) -> bool:
         """Whether nothing that is new should be put: what changes or goes can be, always."""
         return self._true > _MOST_TRUE or self._file.end > _CAPACITY // 2
+
+    def own(self) -> None:
+        """Note that from now on what is written is of our version. Until then who wrote it before can go on with it."""
+        for file in (self._file, self._next):
+            if file is not None:
+                file.own()
 
     def load(self) -> dict[bytes, bytes]:
         """Return what was committed."""
@@ -280,7 +313,7 @@ class Log:
     def _begin(self) -> None:
         """Begin to compact the log."""
         try:
-            self._next = _LogFile(self._root, self._file.serial + 1, create=True)
+            self._next = _LogFile(self._root, self._file.serial + 1, create=True, version=self._file.version)
         except OSError:  # no descriptor, no memory: nothing is wrong yet, and the next commit tries again
             return
         self._cursor, self._last = _FIRST, self._file.end
