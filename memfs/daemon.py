@@ -42,7 +42,7 @@ from memfs.fuse.page_cache import PageCache
 from memfs.fuse.passthrough import Passthrough, Wanted
 from memfs.fuse.xattrs import XattrHandlers
 from memfs.keeper import Worker, keep
-from memfs.opening import Opened, Settings, open_mount
+from memfs.opening import Opened
 from memfs.options import RemountOptions
 from memfs.owners import closer_process
 from memfs.owners.admission import Clients
@@ -74,16 +74,16 @@ _RETRY: Final = 0.5  # seconds, after there was no descriptor or no thread
 _MOST_FILES: Final = 1000  # in the log; the rest is only counted
 
 
-def run(settings: Settings, ready: Callable[[list[str]], None], not_kept: Iterable[int] = ()) -> None:
-    """Mount, and serve until unmounted, or until a signal asks for the end.
+def run(open_it: Callable[[], Opened], ready: Callable[[list[str]], None], not_kept: Iterable[int] = ()) -> None:
+    """Open a mount, and serve it until unmounted, or until a signal asks for the end.
 
     `ready` is called when the mount answers, with sentences about what could not be had. The descriptors that are
-    `not_kept` are for that. Raises MountError, ListenError or OptionError if it cannot be mounted; then nothing is left
-    behind. If the mount is to survive, this process becomes the keeper, and exits in the end.
+    `not_kept` are for that. Raises what `open_it` raises, UpgradeError, and MountError if it cannot be mounted as asked
+    for; then nothing is left behind. If the mount is to survive, this process becomes the keeper, and exits in the end.
     """
     forker = closer_process.start()
-    opened = open_mount(settings)
-    garbage.collect_no_more(young=not settings.check)
+    opened = open_it()
+    garbage.collect_no_more(young=not opened.settings.check)
     worker = keep(opened, not_kept) if opened.no_survival is None else Worker()
     closer = Closer(forker)
     trio.run(_serve, opened, worker, closer, ready)
@@ -166,6 +166,7 @@ class _Memfs:
         def negotiated() -> None:
             if before is not None:
                 self._passthrough.try_it(self._open_files.backing_ids)
+                self._survival.serves()
             initialized.set()
 
         table = who_answers(
@@ -201,10 +202,10 @@ class _Memfs:
                     await nursery.start(self._follow_access_times)
                     nursery.start_soon(server.run)
                     nursery.start_soon(self._manager.run, self._status)
-                    if before is None:
-                        ready()
-                    else:
+                    if before is not None:
                         nursery.start_soon(self._survival.clear_up)
+                    if self._worker.is_first:
+                        ready()
                     nursery.start_soon(self._survival.watch_keeper)
         finally:
             self._mount.unmount()
@@ -239,9 +240,10 @@ class _Memfs:
             "memory_limit": self._memory_limit.lowest,
             "survives": self._opened.no_survival is None,
             "no_survival_because": self._opened.no_survival,
-            "generation": self._worker.generation,
-            "restarts": self._worker.restarts,
+            "generation": self._survival.generation,
+            "restarts": self._survival.restarts,
             "last_outage": self._survival.outage,
+            "keeper_socket": self._opened.successors.path if self._opened.successors is not None else None,
             "nr_inodes": self._tree.space.nr_inodes,
             "inodes_used": len(self._tree.inodes),
             "open_handles": len(self._open_files),
@@ -325,6 +327,7 @@ class _Memfs:
                     logs.reopen()
                     self._manager.reloaded()
                 case Meaning.END:
+                    self._survival.leave_to_next_keeper()
                     log.info("%s: unmounting", name)
                     await server.end()  # so that nothing waits for an owner any more
                     with contextlib.suppress(NoThread):  # then it is done here, at the end of `run`

@@ -4,6 +4,9 @@ LISTEN_PID says that they are meant for this process and not for the one that it
 there are, from 3 on, and LISTEN_FDNAMES what each is called. The variables are taken from the environment, so that no
 child takes them for its own.
 
+They are the socket for owners (systemd.socket(5)), or what was kept of a mount whose processes have died
+(FileDescriptorStoreMax= in systemd.service(5), and memfs/adoption.py).
+
 Rejected: systemd's Python bindings (C, for twenty lines).
 """
 
@@ -12,6 +15,8 @@ from __future__ import annotations
 import os
 from typing import Final
 
+#: what the descriptors are called that a mount consists of
+KEPT: Final = ("memfs-fuse", "memfs-files", "memfs-guests", "memfs-state", "memfs-state-ro", "memfs-listener")
 _FIRST: Final = 3  # SD_LISTEN_FDS_START
 _UNNAMED: Final = "unknown"  # as sd_listen_fds_with_names(3) says
 

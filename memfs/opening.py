@@ -6,6 +6,7 @@ after the other serves the same.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,11 +16,15 @@ from memfs import privileges
 from memfs.contract import logs
 from memfs.fuse.mount import FuseMount, mount_fuse
 from memfs.options import MountOptions, OptionError
-from memfs.owners.listener import Listener, listen, listen_on
+from memfs.owners.listener import Listener, ListenError, listen, listen_on, prepare_directory
+from memfs.run_files import default_paths
 from memfs.state.journal import LogJournal
 from memfs.store.backing import Backing
 from memfs.store.open_backing import open_backing
 from memfs.store.tmpfs_backing import TmpfsBacking
+from memfs.upgrade import Predecessor
+
+log = logging.getLogger(__name__)
 
 _TOO_FEW_RIGHTS: Final = "files live on memfds, which end with the process"
 _TOO_OLD: Final = "before Linux 6.15 page maps are memfds, which end with the process"
@@ -47,6 +52,10 @@ class Opened:
     mount: FuseMount
     no_survival: str | None  #: why it does not survive its process, a sentence for people; None if it does
     notes: list[str] = field(default_factory=list)  #: what could not be had
+    successors: Listener | None = None  #: where a keeper of other code may ask for it
+    predecessor: Predecessor | None = None  #: the keeper that is to hand it over
+    was_served: bool = False  #: whether other processes have served it
+    is_stored: bool = False  #: whether a service manager has it as well, and goes on with it when all processes die
 
     def journal(self) -> LogJournal | None:
         """Open the journal in which the state is; None if it does not survive. Raises UnreadableState."""
@@ -57,8 +66,10 @@ class Opened:
         return LogJournal(self.backing.state.root)
 
     def close(self) -> None:
-        """Unmount, and remove the socket."""
+        """Unmount, and remove the sockets."""
         self.listener.close()
+        if self.successors is not None:
+            self.successors.close()
         self.mount.unmount()
 
 
@@ -82,8 +93,20 @@ def open_mount(settings: Settings) -> Opened:
         listener.close()
         raise
     notes = [*([mount.note] if mount.note else []), *about_backing]
+    successors = listen_to_successors(settings.mountpoint) if no_survival is None else None
     privileges.drop(setuid_helper=mount.note is not None)
-    return Opened(settings, backing, listener, mount, no_survival, notes)
+    return Opened(settings, backing, listener, mount, no_survival, notes, successors)
+
+
+def listen_to_successors(mountpoint: str) -> Listener | None:
+    """Listen for keepers of other code, which only root may be. None, which is logged: there can be no upgrade."""
+    paths = default_paths(mountpoint, "keeper")
+    try:
+        prepare_directory(os.path.dirname(paths[0]))
+        return listen(paths, 0o600, None)
+    except (ListenError, OSError) as error:
+        log.warning("no upgrade while it is mounted: %s", error)
+        return None
 
 
 def _no_survival(options: MountOptions, backing: Backing) -> str | None:

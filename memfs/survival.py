@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import select
 import struct
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -42,6 +43,8 @@ log = logging.getLogger(__name__)
 
 _SIZE: Final = b"s"  # the key of the limit, in pages
 _PAGES: Final = struct.Struct("=Q")
+_GENERATION: Final = b"g"  # the key of how many processes have served, and of those how many have died
+_COUNTS: Final = struct.Struct("=II")
 _FORGOTTEN_AFTER: Final = 1.0  # seconds: what the kernel has forgotten it has said by then, or to the predecessor
 _AT_ONCE: Final = 16  # inodes that it is asked about
 
@@ -82,10 +85,14 @@ class Survival:
         self._page_cache: Final = page_cache
         self._access_times: Final = access_times
         self.outage: float | None = None  #: seconds in which nobody served, before this worker did
+        self.generation = 1  #: of the process that serves
+        self.restarts = 0  #: how many of those before it have died
         self._remove_others: Callable[[], None] = lambda: None  # that a predecessor was about to free; may take long
         if journal is not None:
             keep(tree, journal)
             journal.keeps(_SIZE, lambda key: _PAGES.pack(opened.backing.total_pages))
+            journal.keeps(_GENERATION, lambda key: _COUNTS.pack(self.generation, self.restarts))
+            journal.changed(_GENERATION)
             self.size_changed()
 
     def size_changed(self) -> None:
@@ -100,11 +107,14 @@ class Survival:
             return None
         state = journal.load()
         journal.dirty.clear()  # a new tree, in the place of which comes another
+        generation, restarts = _COUNTS.unpack(state[_GENERATION])
+        self.generation, self.restarts = generation + 1, restarts + (not self._worker.is_upgrade)
+        journal.changed(_GENERATION)
         with garbage.no_collection():  # all of it stays
             self._rebuild(journal, state)
         journal.commit()
         self.outage = time.monotonic() - died
-        more = fields(restarts=self._worker.restarts, outage=self.outage)
+        more = fields(restarts=self.restarts, outage=self.outage)
         log.warning("%s: going on", self._worker.death, extra=more)
         return Before(state, state[INIT])
 
@@ -128,6 +138,12 @@ class Survival:
         guests: dict[int, bool] = {inode.ino: isinstance(inode, RegularFile) and inode.file.guest for inode in inodes}
         self._remove_others = backing.remove_others(guests, self._tree.next_ino)
 
+    def serves(self) -> None:
+        """Take note that from now on this process serves, and no other one will go on from what was there before."""
+        assert self._journal is not None
+        self._worker.serves()
+        self._journal.own()
+
     def _file(self, number: int) -> File | None:
         inode = self._tree.inodes.get(Ino(number))
         return inode.file if isinstance(inode, RegularFile) else None
@@ -142,8 +158,20 @@ class Survival:
                 await trio.lowlevel.checkpoint()
 
     async def watch_keeper(self) -> None:
-        """Say it when the keeper is gone, if there is one."""
+        """Say it when the keeper is gone, if there is one, or leave the mount to the next keeper."""
         if self._worker.keeper is not None:
             await trio.lowlevel.wait_readable(self._worker.keeper)
+            self.leave_to_next_keeper()
             log.error("the keeper is gone: if this process is killed, the mount ends")
             self._opened.no_survival = "its keeper is gone"
+            self._opened.listener.renew()
+
+    def leave_to_next_keeper(self) -> None:
+        """End this process, with nothing taken apart, if the keeper is gone and a service manager starts another.
+
+        It ends us then, too, by a signal that asks for the end of the mount otherwise.
+        """
+        keeper = self._worker.keeper
+        if keeper is not None and self._opened.is_stored and select.select([keeper], [], [], 0)[0]:
+            log.critical("the keeper is gone: the service manager starts another")
+            os._exit(1)

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from memfs import __version__
-from memfs.cli import doctor, metrics, mount, mounts, remount
+from memfs.cli import doctor, metrics, mount, mounts, remount, upgrade
 from memfs.cli.command import CommandError
 from memfs.cli.page_range import page_range
 from memfs.cli.states import state_of
@@ -58,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     mount.add_to(commands)
     remount.add_to(commands)
     mounts.add_to(commands)
+    upgrade.add_to(commands)
     metrics.add_to(commands)
     doctor.add_to(commands)
     map_command.add_to(commands)

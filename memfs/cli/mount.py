@@ -1,30 +1,32 @@
 """`memfs mount`.
 
-It returns when the mount answers. What serves it is forked off before anything heavy is imported, and
-reports over a pipe: that it is ready and what could not be had, or why it cannot mount.
+It returns when the mount answers. What serves it is forked off (background.py) before anything heavy is imported.
+
+A service manager may start it anew after all processes of a mount have died, and give it the descriptors that were kept
+of that; then it goes on with them.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
-from typing import NoReturn
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+from memfs.cli.background import prepare, serve_in_background
 from memfs.cli.command import CommandError, Commands
 from memfs.cli.remount import remount
 from memfs.contract import logs
 from memfs.contract.sys.mountinfo import real_mountpoint
 from memfs.contract.terminal import printable, quoted
-from memfs.handed_over import handed_over
+from memfs.handed_over import KEPT, handed_over
 from memfs.inherited import InheritedError, leave_behind, raise_limits
 from memfs.options import REMOUNT, MountOptions, OptionError
-
-log = logging.getLogger(__name__)
 
 
 def add_to(commands: Commands) -> None:
@@ -70,6 +72,7 @@ class Mount:
     socket: str | None = None
     log_file: str | None = None
     handed_over: int | None = None  #: a descriptor of the socket, from a service manager
+    kept: Mapping[str, int] = field(default_factory=dict)  #: descriptors that one has kept of a mount, by name
     foreground: bool = False
     verbose: bool = False
     check: bool = False
@@ -119,23 +122,25 @@ def _mount(arguments: argparse.Namespace) -> None:
     if REMOUNT in options.split(","):
         remount(arguments.mountpoint, options)
         return
-    mount = replace(Mount.parse(arguments), handed_over=_handed_over())
+    mount = replace(Mount.parse(arguments), **_handed_over())
     if mount.handed_over is not None and (said := _about_the_socket(mount)):
         raise CommandError(f"{said}: the socket was handed over (LISTEN_FDS), so its unit says that, and not we")
+    if mount.kept:  # it is mounted, and answers nobody: nothing on the way there may be asked
+        start(mount)
+        return
     with _directory(mount.mountpoint, arguments.mkdir):
         print_notes(start(mount))
 
 
-def _handed_over() -> int | None:
-    """Return the socket for owners that a service manager hands over, if it does. Raises CommandError."""
-    match handed_over():
-        case []:
-            return None
-        case [(_, fd)]:
-            return fd
-        case several:
-            names = ", ".join(name for name, _ in several)
-            raise CommandError(f"{len(several)} descriptors were handed over ({names}); there is one socket for owners")
+def _handed_over() -> dict[str, Any]:
+    """Return the fields of Mount that a service manager has handed over. Raises CommandError."""
+    given = handed_over()
+    kept = {name: fd for name, fd in given if name in KEPT}
+    sockets = [(name, fd) for name, fd in given if name not in KEPT]
+    if len(sockets) > 1:
+        names = ", ".join(name for name, _ in sockets)
+        raise CommandError(f"{len(sockets)} descriptors were handed over ({names}); there is one socket for owners")
+    return {"kept": kept, "handed_over": sockets[0][1] if sockets else None}
 
 
 def _about_the_socket(mount: Mount) -> str:
@@ -149,7 +154,7 @@ def start(mount: Mount) -> list[str]:
 
     Raises CommandError.
     """
-    keep = [] if mount.handed_over is None else [mount.handed_over]
+    keep = [*mount.kept.values(), *([] if mount.handed_over is None else [mount.handed_over])]
     if mount.foreground:
 
         def ready(notes: list[str]) -> None:
@@ -159,66 +164,16 @@ def start(mount: Mount) -> list[str]:
         leave_behind(keep)
         _serve(mount, ready)
         return []
-    reader, writer = os.pipe()
-    sys.stdout.flush()
-    if os.fork() == 0:
-        leave_behind([writer, *keep])
-        _detach()
-        _serve_and_report(mount, writer)
-    os.close(writer)
-    with os.fdopen(reader, errors="surrogateescape") as report:
-        outcome, *lines = report.read().split("\n")
-    if outcome != "ready":
-        raise CommandError(lines[0] if lines else "the daemon died while mounting; --foreground shows why")
-    return [line for line in lines if line]
-
-
-def _serve_and_report(mount: Mount, report: int) -> NoReturn:
-    """Serve as the daemon of `memfs mount`, and tell the parent over a pipe how mounting went.
-
-    When it has been told that all is well, the pipe is gone, and what ends the daemon is only in the log.
-    """
-    pipe = os.fstat(report)
-
-    def is_awaited() -> bool:
-        try:
-            return os.path.samestat(os.fstat(report), pipe)
-        except OSError:  # and the keeper closes it for workers to come
-            return False
-
-    def tell(outcome: str, lines: list[str]) -> None:
-        try:
-            os.write(report, os.fsencode("\n".join([outcome, *lines])))
-        except BrokenPipeError:
-            raise CommandError("who was mounting it is gone") from None
-        finally:
-            os.close(report)
-
-    try:
-        _serve(mount, lambda notes: tell("ready", notes), [report])
-    except Exception as error:
-        is_known = isinstance(error, CommandError | OSError)
-        why = _sentence(error) if is_known else f"a bug in memfs: {_sentence(error)}; --foreground shows more"
-        if is_awaited():
-            tell("failed", [why])
-        else:
-            log.critical("memfs has ended: %s", why, exc_info=not is_known)
-        os._exit(1)
-    os._exit(0)
-
-
-def _sentence(error: Exception) -> str:
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    return str(error) or type(error).__name__
+    return serve_in_background(functools.partial(_serve, mount), keep=keep)
 
 
 def _serve(mount: Mount, ready: Callable[[list[str]], None], not_kept: Sequence[int] = ()) -> None:
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy would start a thread a CPU for nothing
+    prepare()
     from memfs import fault_points
+    from memfs.adoption import AdoptionError, adopt_kept
     from memfs.daemon import run
     from memfs.fuse.mount import MountError
-    from memfs.opening import Settings
+    from memfs.opening import Settings, open_mount
     from memfs.owners.listener import ListenError, prepare_directory
     from memfs.run_files import default_paths
 
@@ -242,18 +197,9 @@ def _serve(mount: Mount, ready: Callable[[list[str]], None], not_kept: Sequence[
             log_beside_socket=by_default and not asked_for and mount.handed_over is None,
             check=mount.check,
         )
-        run(settings, ready, not_kept)
-    except (InheritedError, ListenError, MountError, OptionError) as error:
+        run(lambda: adopt_kept(mount.kept) or open_mount(settings), ready, not_kept)
+    except (AdoptionError, InheritedError, ListenError, MountError, OptionError) as error:
         raise CommandError(str(error)) from error
-
-
-def _detach() -> None:
-    """Leave the terminal that the command was started from (daemon(7))."""
-    os.setsid()
-    null = os.open(os.devnull, os.O_RDWR)
-    for fd in (0, 1, 2):
-        os.dup2(null, fd)
-    os.close(null)
 
 
 def print_notes(notes: list[str]) -> None:

@@ -179,6 +179,11 @@ class _LogFile(logging.FileHandler):
         """Take this name if it can be had, the next time that the file is opened."""
         self._names = [name, *(each for each in self._names if each != name)]
 
+    @property
+    def where(self) -> str:
+        """The file that is logged to, or will be."""
+        return self.stream.name if self.stream is not None else self._names[0]
+
     def reopen(self) -> None:
         """Open the file anew, if it has been moved away. If that cannot be, the log goes on where it was."""
         self.acquire()
@@ -221,6 +226,11 @@ def _log_files() -> Iterator[_LogFile]:
 def is_to_file() -> bool:
     """Return whether the log goes to a file."""
     return any(True for _ in _log_files())
+
+
+def files() -> list[str]:
+    """Return the files that are logged to; none if that is standard error."""
+    return [file.where for file in _log_files()]
 
 
 def prefer(name: str) -> None:

@@ -92,7 +92,7 @@ class FuseMount:
     @property
     def is_connected(self) -> bool:
         """Whether the filesystem is still there: mounted somewhere, or in use."""
-        return _is_connected(self.fuse_fd)
+        return is_connected(self.fuse_fd)
 
     def is_known(self, nodeid: int) -> bool:
         """Return whether the kernel has an inode: told that its attributes have changed, it says if it has not."""
@@ -171,7 +171,7 @@ class FuseMount:
     def _unmount(self, path: str, root: int) -> None:
         if mount_of(root) != (self.mount_id, self.device):
             log.warning("%s stays: another filesystem is mounted on it", path)
-        elif _is_connected(self.fuse_fd):
+        elif is_connected(self.fuse_fd):
             if self.note is None:
                 _detach(root)
             else:
@@ -266,7 +266,7 @@ def _opened(path: str) -> Iterator[int]:
         os.close(fd)
 
 
-def _is_connected(fuse_fd: int) -> bool:
+def is_connected(fuse_fd: int) -> bool:
     """Return whether the filesystem that a descriptor of /dev/fuse serves is still there."""
     poll = select.poll()
     poll.register(fuse_fd, 0)

@@ -45,14 +45,25 @@ class Listener:
         self._status: Final = os.lstat(path)
         self.mode: Final = stat.S_IMODE(self._status.st_mode)
         self.group: Final = self._status.st_gid
-        self._handed_over: Final = handed_over
+        self.handed_over: Final = handed_over  #: whether it is a service manager's
+
+    @classmethod
+    def of_descriptor(cls, path: str, fd: int, *, handed_over: bool = False) -> Listener:
+        """Return the one that another process has had at a path. Raises OSError(ENOENT) if its name is gone."""
+        sock = socket.socket(fileno=fd)
+        sock.setblocking(False)
+        return cls(path, sock, handed_over=handed_over)
+
+    def renew(self) -> None:
+        """Have those that connect find this process behind it, and not the one that began to listen (SO_PEERCRED)."""
+        self.socket.listen(_BACKLOG)
 
     def close(self) -> None:
         """Stop listening. What lies at the path stays if it is another's by then."""
         if self.socket.fileno() < 0:
             return
         self.socket.close()
-        if self._handed_over:
+        if self.handed_over:
             return
         try:
             if os.path.samestat(os.lstat(self.path), self._status):

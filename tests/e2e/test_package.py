@@ -132,6 +132,24 @@ grep 'none /mnt/guest fuse.memfs' /proc/mounts
 systemctl stop memfs@mnt-guest.socket memfs@mnt-guest
 absent fuse.memfs /proc/mounts
 test ! -e /run/memfs/mnt-guest.sock
+echo MEMFS_OPTIONS=size=64m,survive=on >/etc/memfs/mnt-guest.conf
+systemctl start memfs@mnt-guest
+echo content >/mnt/guest/file
+pid=$(systemctl show --property=MainPID --value memfs@mnt-guest)
+systemctl kill --signal=KILL memfs@mnt-guest
+grep content /mnt/guest/file
+until restarted; do sleep 0.1; done
+pid=$(systemctl show --property=MainPID --value memfs@mnt-guest)
+kill -KILL "$pid"
+grep content /mnt/guest/file
+until restarted; do sleep 0.1; done
+pid=$(systemctl show --property=MainPID --value memfs@mnt-guest)
+memfs upgrade /mnt/guest
+until restarted; do sleep 0.1; done
+grep memfs@mnt-guest "/proc/$(systemctl show --property=MainPID --value memfs@mnt-guest)/cgroup"
+grep content /mnt/guest/file
+systemctl stop memfs@mnt-guest
+absent fuse.memfs /proc/mounts
 cp /usr/share/doc/memfs/examples/mnt-guest.mount /etc/systemd/system/
 sed -i s/16g/64m/ /etc/systemd/system/mnt-guest.mount
 systemctl daemon-reload

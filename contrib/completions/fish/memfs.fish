@@ -50,7 +50,7 @@ function _shtab_memfs_using
   test "$_shtab_memfs_cmdpath" = "$argv"
 end
 
-set -g _shtab_memfs_commands mount remount list umount metrics doctor map top stat seal seals create allocate convert populate
+set -g _shtab_memfs_commands mount remount list umount upgrade metrics doctor map top stat seal seals create allocate convert populate
 set -g _shtab_memfs_opts_with_value --interval --length --listen --log-file --offset --output --seals --size --socket --textfile --to -o
 
 complete -c memfs -e
@@ -79,6 +79,9 @@ complete -c memfs -n '_shtab_memfs_using; and test $_shtab_memfs_npos -eq 0' -a 
 complete -c memfs -n '_shtab_memfs_using umount' -s h -l help -d 'show this help message and exit'
 complete -c memfs -n '_shtab_memfs_using umount' -s l -l lazy -d 'also if it is in use: it vanishes now, and ends with its last user'
 complete -c memfs -n '_shtab_memfs_using umount; and test $_shtab_memfs_npos -eq 0' -ka "(__fish_complete_directories)" -d MOUNTPOINT
+complete -c memfs -n '_shtab_memfs_using; and test $_shtab_memfs_npos -eq 0' -a upgrade -d 'Have a memfs that was mounted with survive=on served by this version of the program, older or newer. Who uses it waits for a moment. If this version cannot take over, nothing changes.'
+complete -c memfs -n '_shtab_memfs_using upgrade' -s h -l help -d 'show this help message and exit'
+complete -c memfs -n '_shtab_memfs_using upgrade; and test $_shtab_memfs_npos -eq 0' -ka "(__fish_complete_directories)" -d MOUNTPOINT
 complete -c memfs -n '_shtab_memfs_using; and test $_shtab_memfs_npos -eq 0' -a metrics -d 'Print the metrics of mounted memfs'"'"'s in OpenMetrics, or answer scrapes of them, or write them to a file.'
 complete -c memfs -n '_shtab_memfs_using metrics' -s h -l help -d 'show this help message and exit'
 complete -c memfs -n '_shtab_memfs_using metrics' -l listen -x -d 'answer scrapes until a signal'
