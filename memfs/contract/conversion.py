@@ -145,9 +145,8 @@ def convert(private: int, key: Key, ranges: Iterable[PageRange], *, to_private: 
     EBUSY       with `preserve`, to private: the guest has not been launched, and what it begins with is measured
     ENOSPC      there would be more memory in use than may be
     EINTR       a signal came: a part has been converted, and to ask again converts the rest
-    EOPNOTSUPP  the shared file is open through the kernel's page cache (there is no passthrough), or an owner speaks a
-                version of the protocol that has no conversions: there, fallocate(2) of both files converts; with
-                `preserve`, to private: the private file lies on huge pages
+    EOPNOTSUPP  the shared file is open through the kernel's page cache (there is no passthrough): there, fallocate(2)
+                of both files converts; with `preserve`, to private: the private file lies on huge pages
     """
     try:
         conversion = Conversion(key, PageRanges.of(ranges), to_private, preserve)

@@ -86,11 +86,6 @@ class Owner(ABC):
     def notify(self, message: Notification) -> Answer:
         """Send a notification, without waiting. Raises PeerGone, OSError."""
 
-    @property
-    @abstractmethod
-    def has_conversions(self) -> bool:
-        """Whether it speaks a version of the protocol that has them."""
-
     @abstractmethod
     async def cut_off(self, reason: str) -> None:
         """Tell it why, if that can be done soon, and end the connection, which calls `Registry.end`."""

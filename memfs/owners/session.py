@@ -31,10 +31,8 @@ from memfs.contract.aio.threads import working_for
 from memfs.contract.aio.turns import Turns
 from memfs.contract.protocol.connection import LocalProtocolError, RemoteProtocolError, Role
 from memfs.contract.protocol.messages import (
-    MIN_VERSION,
     VERSION,
     AllowPreserve,
-    ConvertBegin,
     Done,
     Failed,
     Fenced,
@@ -110,11 +108,6 @@ class Session(Owner):
         """Send a notification, without waiting. Raises PeerGone."""
         return self._peer.post(message)
 
-    @property
-    def has_conversions(self) -> bool:
-        """Whether it speaks a version of the protocol that has them."""
-        return self._peer.protocol.version >= ConvertBegin.SINCE
-
     async def cut_off(self, reason: str) -> None:
         """Say why, if that can be sent soon, and end the connection."""
         await self.send_final(errno.ETIMEDOUT, reason)
@@ -173,12 +166,10 @@ class Session(Owner):
         message = request.message
         match message:
             case Hello():
-                version = min(message.max_version, VERSION)
-                if version < max(message.min_version, MIN_VERSION):
-                    raise OSError(errno.EPROTONOSUPPORT, f"memfs speaks protocol versions {MIN_VERSION} to {VERSION}")
+                _check_version(message)
                 self.name = message.name
                 self._client.greeted()
-                return HelloReply(version, PAGE_SIZE), ()
+                return HelloReply(VERSION, PAGE_SIZE), ()
             case Register():
                 return await self._register(request)
             case Unregister(file):
@@ -244,6 +235,18 @@ class Session(Owner):
             raise OSError(errno.EACCES, "not open for reading and writing")
         inode_flags.check_own(inode)
         return self._tree.regular(inode.ino)
+
+
+def _check_version(hello: Hello) -> None:
+    """Raise OSError(EPROTONOSUPPORT) unless an owner speaks our version of the protocol."""
+    if not hello.min_version <= VERSION <= hello.max_version:
+        low, high = hello.min_version, hello.max_version
+        theirs = f"version {low}" if low == high else f"versions {low} to {high}"
+        older = "the owner's program" if high < VERSION else "memfs"
+        raise OSError(
+            errno.EPROTONOSUPPORT,
+            f"memfs speaks version {VERSION} of the protocol, and this owner {theirs}; update {older}",
+        )
 
 
 def _for_owner(file: File) -> tuple[int, ...]:

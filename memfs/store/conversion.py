@@ -99,8 +99,6 @@ def _check(shared: File, private: File, *, to_private: bool, preserve: bool) -> 
     if not to_private:  # what is there of the shared file is zeroed
         seals.check(shared.seals & ~seals.F_SEAL_GUEST, Operation.WRITE)
     vm = _vm(shared, private)
-    if vm is not None and not vm.has_conversions:
-        raise OSError(errno.EOPNOTSUPP, "the owner speaks a version of the protocol that has no conversions")
     if preserve:
         _check_preserve(private, to_private=to_private)
     return vm

@@ -51,10 +51,6 @@ log = logging.getLogger(__name__)
 class Vm(Protocol):
     """An owner, as the owner of both files of a conversion. Methods as those of GuestOps."""
 
-    @property
-    def has_conversions(self) -> bool:
-        """Whether it can be notified of conversions."""
-
     async def convert_begin(self, shared: FileId, private: FileId, ranges: PageRanges, *, to_private: bool) -> None:
         """Have it unmap pages that leave one of its files for the other, map none until the end, and lock none."""
 

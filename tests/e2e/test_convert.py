@@ -23,19 +23,14 @@ import trio
 from kvmsim.vmm import by_fallocate
 from memfs.contract.conversion import MEMFS_IOC_CONVERT, MEMFS_IOC_GET_KEY, Key, convert, key_of
 from memfs.contract.page_ranges import PageRanges
-from memfs.contract.protocol.connection import Role
 from memfs.contract.protocol.messages import (
     NO_FILE,
     AllowPreserve,
     ConvertBegin,
     ConvertEnd,
     Done,
-    Hello,
-    HelloReply,
-    Register,
     Registered,
 )
-from memfs.contract.protocol.peer import Incoming, Peer, close_all, open_connection
 from memfs.contract.sys.libc import PUNCH_HOLE, fallocate
 from memfs.contract.units import PAGE_SIZE, PageRange
 from tests.helpers import one, pages, raises
@@ -379,7 +374,7 @@ async def test_owner_hears_two_messages(memfs: Memfs, own: str) -> None:
 
 
 async def test_other_owners(memfs: Memfs) -> None:
-    """Two owners are no pair; an owner of the first version hears of no conversions; a slow one is fenced."""
+    """Two owners are no pair; a slow one is fenced."""
     memfs.expected += ["is fenced"]
     async with open_pair(memfs) as pair:
         before = await trio.to_thread.run_sync(lambda: pair.state)
@@ -390,9 +385,6 @@ async def test_other_owners(memfs: Memfs) -> None:
             assert (code, b"Operation not permitted" in said) == (1, True), said
             assert not one_owner.heard
             assert not other.heard
-        async with old_owner(memfs, pair):
-            code, said = await ended(asked(pair, one(0), to_private=True))
-            assert (code, b"not supported" in said) == (1, True), said
         assert await trio.to_thread.run_sync(lambda: pair.state) == before
         async with connected(memfs.socket) as owner:
             await owner.register(pair.private)
@@ -400,27 +392,6 @@ async def test_other_owners(memfs: Memfs) -> None:
             with trio.fail_after(20):
                 assert await ended(asked(pair, one(0), to_private=True)) == (0, b"")
                 await owner.gone.wait()
-
-
-@contextlib.asynccontextmanager
-async def old_owner(memfs: Memfs, pair: Pair) -> AsyncIterator[None]:
-    """An owner of the private file that speaks version 1."""
-    peer = Peer(await open_connection(str(memfs.socket)), Role.OWNER)
-
-    async def hear(request: Incoming) -> None:
-        raise AssertionError(request.message)
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(peer.serve, hear)
-        hello = await peer.call(Hello(1, 1, "old"))
-        assert isinstance(hello.message, HelloReply)
-        assert hello.message.version == 1
-        registered = await peer.call(Register(), [pair.private_fd])
-        assert isinstance(registered.message, Registered)
-        close_all(registered.fds)
-        yield
-        peer.close()
-        nursery.cancel_scope.cancel()
 
 
 async def test_owner_that_dies_meanwhile(memfs: Memfs) -> None:

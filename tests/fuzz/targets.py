@@ -84,7 +84,7 @@ def protocol(data: bytes) -> None:
 
 def _state(end: Connection) -> tuple[Any, ...]:
     sides = [(side.last_id, repr(side.unanswered), side.may_say) for side in (end._ours, end._theirs)]
-    return end.state, end.version, end.unanswered, sides, end.invalidations, end.conversions
+    return end.state, end.unanswered, sides, end.invalidations, end.conversions
 
 
 class _Mount:

@@ -146,10 +146,8 @@ class Client:
     async def allow_preserve(self, file: FileId) -> None:
         """Let conversions of a guest-sealed file keep the content of pages. Not for a guest whose memory is encrypted.
 
-        Raises OSError: EINVAL if it is not guest-sealed, EOPNOTSUPP if this memfs has no conversions.
+        Raises OSError(EINVAL) if it is not guest-sealed.
         """
-        if self._peer.protocol.version < AllowPreserve.SINCE:
-            raise OSError(errno.EOPNOTSUPP, "this memfs has no conversions")
         _expect(Done, await self._request(AllowPreserve(file)))
 
     async def request(self, message: Request, fds: Sequence[int] = (), late: LateReply | None = None) -> Incoming:

@@ -18,19 +18,17 @@ Fenced is the final message of a connection.
 One connection is one owner, that is, one virtual machine. When it ends, by whatever cause, everything that it
 registered or locked ends with it; the protocol therefore needs no goodbye.
 
-`Connection` holds what both ends must agree on and nothing else: the state (below), which version is spoken, which
-requests are still unanswered in each direction, and which invalidations and conversions have begun and not ended.
-`send` and `receive` check a message against all of that *before* they change anything, so an illegal message raises and
-leaves the connection as it was. The exception tells whose fault it is: LocalProtocolError is ours, RemoteProtocolError
-is the peer's, and after the latter the connection must be closed, since nothing that a broken peer says can be
-believed.
+`Connection` holds what both ends must agree on and nothing else: the state (below), which requests are still unanswered
+in each direction, and which invalidations and conversions have begun and not ended. `send` and `receive` check a
+message against all of that *before* they change anything, so an illegal message raises and leaves the connection as it
+was. The exception tells whose fault it is: LocalProtocolError is ours, RemoteProtocolError is the peer's, and after the
+latter the connection must be closed, since nothing that a broken peer says can be believed.
 
     START --Hello--> GREETED --HelloReply--> OPEN --Fenced--> CLOSED
                         \---------Failed-----------------------/
 
-Hello says which versions of the protocol an owner speaks, HelloReply which one is spoken from then on: the newest that
-both know. A message that came with a later one does not exist on that connection; who would need it has to do without.
-The header is the same in all versions.
+Hello says which versions of the protocol an owner speaks, HelloReply which one is spoken from then on. There is one,
+version 2; others are refused. The header, and the first fields of Hello, are the same in all versions.
 
 Requests are numbered by their sender, each number larger than the one before, so that a replayed or duplicated
 message is recognised. A reply carries the number of its request. Both directions are pipelined up to
@@ -59,7 +57,6 @@ from typing import Final, NewType
 
 from memfs.contract.protocol.messages import (
     MESSAGES,
-    MIN_VERSION,
     Ack,
     AllowPreserve,
     ConvertBegin,
@@ -201,7 +198,7 @@ class Connection:
     >>> owner, store = Connection(Role.OWNER), Connection(Role.STORE)
     >>> number, data = owner.send(Hello(name="vm-1"))
     >>> store.receive(data).message
-    Hello(min_version=1, max_version=2, name='vm-1')
+    Hello(min_version=2, max_version=2, name='vm-1')
     >>> _, data = store.send(HelloReply(version=2, page_size=4096), answers=number)
     >>> owner.receive(data).message, owner.state
     (HelloReply(version=2, page_size=4096), <State.OPEN: 'open'>)
@@ -209,13 +206,12 @@ class Connection:
     Not thread-safe; does no I/O.
     """
 
-    __slots__ = ("_conversions", "_invalidations", "_ours", "_theirs", "role", "state", "version")
+    __slots__ = ("_conversions", "_invalidations", "_ours", "_theirs", "role", "state")
 
     def __init__(self, role: Role) -> None:
         self.role: Final = role
         self._ours: Final = _Side(role)
         self._theirs: Final = _Side(role.peer)
-        self.version = MIN_VERSION  #: of the protocol that is spoken
         self._invalidations: list[tuple[FileId, PageRange]] = []  # begun by the store and not ended
         self._conversions: list[tuple[FileId, FileId]] = []  # of which files: begun by the store and not ended
         self._enter(State.START)
@@ -279,8 +275,6 @@ class Connection:
         kind = type(message)
         if kind not in sender.may_say:
             raise Malformed(f"{kind.__name__} from the {sender.role.value} while {self.state.value}")
-        if self.version < kind.SINCE:
-            raise Malformed(f"{kind.__name__} in version {self.version} of the protocol")
         if descriptors is not None and descriptors not in kind.DESCRIPTORS:
             raise Malformed(f"{kind.__name__} with {descriptors} file descriptors")
         if kind in _IS_REPLY:
@@ -306,8 +300,6 @@ class Connection:
         state = sender.may_say[kind]
         if state is not self.state:
             self._enter(state)
-        if isinstance(message, HelloReply):
-            self.version = message.version
         if kind in _IS_REPLY:
             return other.unanswered.pop(number)
         sender.last_id = number

@@ -1,4 +1,4 @@
-"""The messages about conversions (memfs/contract/conversion.py), since version 2 of the protocol.
+"""The messages about conversions (memfs/contract/conversion.py).
 
 One message begins a conversion, for both files and all ranges, and one ends it: while an owner is asked to unmap and
 waits for frames that change sides, each message more would be a round trip of its vCPUs.
@@ -23,7 +23,6 @@ class AllowPreserve(Message):
     """
 
     TYPE = 19
-    SINCE = 2
     _BODY = struct.Struct("<Q")
     file: FileId
 
@@ -38,7 +37,6 @@ class _Conversion(Message):
     One of the two files may be NO_FILE: it has no owner.
     """
 
-    SINCE = 2
     _BODY = struct.Struct("<QQBQ")
     _RANGE: ClassVar[int] = 16  # bytes
     MAX_RANGES: ClassVar[int] = MAX_RANGES

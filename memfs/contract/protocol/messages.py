@@ -17,7 +17,6 @@ from memfs.contract.protocol.conversion_messages import AllowPreserve, ConvertBe
 from memfs.contract.protocol.wire import (
     MAX_ERRNO,
     MAX_TEXT,
-    MIN_VERSION,
     NO_FILE,
     SOCKET_XATTR,
     VERSION,
@@ -46,7 +45,6 @@ __all__ = [
     "MAX_ERRNO",
     "MAX_TEXT",
     "MESSAGES",
-    "MIN_VERSION",
     "NO_FILE",
     "SOCKET_XATTR",
     "VERSION",
@@ -88,7 +86,7 @@ class Hello(Message):
 
     TYPE = 1
     _BODY = struct.Struct("<HH")
-    min_version: int = MIN_VERSION
+    min_version: int = VERSION
     max_version: int = VERSION
     name: str = ""
 

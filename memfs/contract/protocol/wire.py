@@ -11,8 +11,7 @@ from typing import Any, ClassVar, Final, NewType, Self
 
 from memfs.contract.units import MAX_OFFSET, ByteOffset, PageIndex, PageRange, page_floor
 
-VERSION: Final = 2  #: of the protocol: the newest
-MIN_VERSION: Final = 1  #: the oldest that is spoken
+VERSION: Final = 2  #: of the protocol
 MAX_TEXT: Final = 512  #: bytes of UTF-8 in Hello, Failed and Fenced
 MAX_ERRNO: Final = 4095  #: linux/err.h
 SOCKET_XATTR: Final = "user.memfs.socket"  #: of everything on a mount: the path of the socket to connect to
@@ -34,7 +33,6 @@ class Message:
     TYPE: ClassVar[int]
     _BODY: ClassVar[struct.Struct]
     DESCRIPTORS: ClassVar[frozenset[int]] = frozenset({0})  #: how many may travel beside it
-    SINCE: ClassVar[int] = MIN_VERSION  #: the first version of the protocol that has it
 
     def pack(self) -> bytes:
         """Return the body as it travels."""

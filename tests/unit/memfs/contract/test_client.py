@@ -151,7 +151,7 @@ async def test_nobody_listens(tmp_path: Path) -> None:
             raise AssertionError
 
 
-@pytest.mark.parametrize("answer", [Failed(errno.EPROTONOSUPPORT, "version 2 only"), HelloReply(1, 16384)])
+@pytest.mark.parametrize("answer", [Failed(errno.EPROTONOSUPPORT, "version 2 only"), HelloReply(2, 16384)])
 async def test_store_that_does_not_suit_is_left(tmp_path: Path, answer: Message) -> None:
     async with store_at(tmp_path / "socket") as store:
         store.answers[Hello] = answer

@@ -92,7 +92,7 @@ async def two_ends() -> AsyncIterator[tuple[End, End]]:
         nursery.start_soon(store.run)
         nursery.start_soon(owner.peer.call, Hello())
         hello = await store.request()
-        await store.peer.reply(hello.id, HelloReply(1, 4096))
+        await store.peer.reply(hello.id, HelloReply(2, 4096))
         await wait_all_tasks_blocked()  # it has arrived
         store.requests.clear()
         yield owner, store
@@ -247,7 +247,7 @@ def datagram(kind: int, body: bytes = b"", number: int = 1, length: int | None =
     return struct.pack("<HHIQ", 1, kind, 16 + len(body) if length is None else length, number) + body
 
 
-HELLO = datagram(Hello.TYPE, struct.pack("<HH", 1, 1))
+HELLO = datagram(Hello.TYPE, struct.pack("<HH", 2, 2))
 
 
 @pytest.mark.parametrize(
@@ -281,7 +281,7 @@ async def test_broken_message_later_on_ends_the_connection_too() -> None:
     async with raw_end() as (ours, store):
         await ours.send(HELLO)
         request = await store.request()
-        await store.peer.reply(request.id, HelloReply(1, 4096))
+        await store.peer.reply(request.id, HelloReply(2, 4096))
         await ours.send(HELLO)
         await store.ended.wait()
         assert isinstance(store.error, RemoteProtocolError)
@@ -290,7 +290,7 @@ async def test_broken_message_later_on_ends_the_connection_too() -> None:
 async def test_peer_that_does_not_read_can_be_given_up() -> None:
     async with raw_end() as (ours, store):
         await ours.send(HELLO)
-        await store.peer.reply((await store.request()).id, HelloReply(1, 4096))
+        await store.peer.reply((await store.request()).id, HelloReply(2, 4096))
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
 
         async def notify() -> None:
@@ -309,7 +309,7 @@ async def test_who_does_not_read_the_answers_is_asked_no_more_questions() -> Non
     """Or its answers would fill our memory; and when it does read, they are all there, in order."""
     async with raw_end() as (ours, store):
         await ours.send(HELLO)
-        await store.peer.reply((await store.request()).id, HelloReply(1, 4096))
+        await store.peer.reply((await store.request()).id, HelloReply(2, 4096))
         assert len(await ours.recv(64)) > 0
         large = Failed(errno.EINVAL, "x" * 500)
         store.handle = lambda request: store.peer.reply(request.id, large)
@@ -332,7 +332,7 @@ async def test_who_does_not_read_the_answers_is_asked_no_more_questions() -> Non
 async def test_messages_that_are_not_taken_at_once_keep_their_order() -> None:
     async with raw_end(room=1) as (ours, store):
         await ours.send(HELLO)
-        await store.peer.reply((await store.request()).id, HelloReply(1, 4096))
+        await store.peer.reply((await store.request()).id, HelloReply(2, 4096))
         await ours.recv(64)
         async with trio.open_nursery() as nursery:
             for _ in range(50):
@@ -382,7 +382,7 @@ async def store_of(answers: Callable[[Connection, int], list[bytes]], patience: 
             nursery.start_soon(store.run)
             while not store.requests:  # noqa: ASYNC110
                 await trio.sleep(0.001)
-            await store.peer.reply(store.requests.pop().id, HelloReply(1, 4096))
+            await store.peer.reply(store.requests.pop().id, HelloReply(2, 4096))
             yield store
             nursery.cancel_scope.cancel()
 
@@ -501,7 +501,7 @@ async def test_handlers_end_when_serving_is_cancelled() -> None:
         store.scope.cancel()
         await store.ended.wait()
         assert len(ended) == 1
-        await other.peer.reply(other.requests[0].id, HelloReply(1, 4096))  # another connection is unharmed
+        await other.peer.reply(other.requests[0].id, HelloReply(2, 4096))  # another connection is unharmed
         await ours.send(datagram(Unregister.TYPE, struct.pack("<Q", 1), number=2))
         assert (await other.request(1)).message == Unregister(FileId(1))
 
@@ -543,7 +543,7 @@ async def test_answer_to_what_has_not_been_sent_breaks_the_protocol() -> None:
     """Or whoever guesses the numbers could have us keep what it never reads."""
     async with raw_end(room=1) as (ours, store):
         await ours.send(HELLO)
-        await store.peer.reply((await store.request()).id, HelloReply(1, 4096))
+        await store.peer.reply((await store.request()).id, HelloReply(2, 4096))
         await ours.recv(64)
         calls = [store.peer.post(Fallocate(FileId(1), RANGE)) for _ in range(50)]
         assert not calls[-1].is_sent

@@ -24,7 +24,6 @@ from memfs.contract.protocol.connection import (
 from memfs.contract.protocol.messages import (
     MAX_ERRNO,
     MESSAGES,
-    MIN_VERSION,
     NO_FILE,
     VERSION,
     Ack,
@@ -136,11 +135,11 @@ def test_what_is_packed_is_unpacked(message: Message) -> None:
     assert type(message).unpack(memoryview(message.pack())) == message
 
 
-def opened(version: int = VERSION) -> tuple[Connection, Connection]:
+def opened() -> tuple[Connection, Connection]:
     owner, store = Connection(Role.OWNER), Connection(Role.STORE)
     number, data = owner.send(Hello())
     store.receive(data)
-    _, data = store.send(HelloReply(version, 4096), answers=number)
+    _, data = store.send(HelloReply(VERSION, 4096), answers=number)
     owner.receive(data)
     return owner, store
 
@@ -151,7 +150,6 @@ def snapshot(connection: Connection) -> tuple[Any, ...]:
         *((side.last_id, dict(side.unanswered)) for side in (connection._ours, connection._theirs)),
         connection.invalidations,
         connection.conversions,
-        connection.version,
     )
 
 
@@ -180,7 +178,7 @@ def illegal() -> list[tuple[str, Connection, Message, RequestId | None, int]]:
     """Each message where it may not be said: by an end, in a state, as an answer, or with descriptors."""
     some: dict[type[Message], Message] = {
         Hello: Hello(),
-        HelloReply: HelloReply(1, 4096),
+        HelloReply: HelloReply(2, 4096),
         Register: Register(),
         Registered: Registered(FILE, 1, 1, 0),
         Unregister: Unregister(FILE),
@@ -334,20 +332,7 @@ def test_a_conversion(end: PageRanges) -> None:
     assert owner.unanswered == store.unanswered == 0
 
 
-def test_the_newest_version_that_both_speak_is_spoken(subtests: pytest.Subtests) -> None:
-    """Messages that came later do not exist then, neither to be sent nor to be received."""
-    assert MIN_VERSION < VERSION
-    owner, store = opened(MIN_VERSION)
-    assert owner.version == store.version == MIN_VERSION
-    for message in (AllowPreserve(FILE), ConvertBegin(FILE, OTHER, True, RANGES)):
-        sender, receiver = (owner, store) if isinstance(message, AllowPreserve) else (store, owner)
-        before = snapshot(sender), snapshot(receiver)
-        with subtests.test(type(message).__name__):
-            with pytest.raises(LocalProtocolError, match="version 1"):
-                sender.send(message)
-            with pytest.raises(RemoteProtocolError, match="version 1"):
-                receiver.receive(datagram(message))
-            assert (snapshot(sender), snapshot(receiver)) == before
+def test_only_a_version_that_the_owner_speaks_can_be_the_answer(subtests: pytest.Subtests) -> None:
     for low, high, answer in ((1, 1, 2), (2, 2, 1), (1, 2, 3)):
         owner, store = Connection(Role.OWNER), Connection(Role.STORE)
         number, data = owner.send(Hello(low, high))

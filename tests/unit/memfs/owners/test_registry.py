@@ -71,7 +71,6 @@ class Guest(Owner):
     """An owner that writes down what it hears, answers when it may, and can die."""
 
     at_once = False  # whether it is not even waited for, if it may answer
-    has_conversions = True
 
     def __init__(self, registry: Registry) -> None:
         super().__init__(registry)

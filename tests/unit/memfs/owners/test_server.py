@@ -457,13 +457,19 @@ async def nobody_asks(request: Incoming) -> None:
     raise AssertionError(request.message)
 
 
-async def test_owner_of_another_version_is_told(mount: Mount) -> None:
+@pytest.mark.parametrize(
+    ("low", "high", "theirs"),
+    [(1, 1, "version 1; update the owner's program"), (99, 100, "versions 99 to 100; update memfs")],
+)
+async def test_owner_of_another_version_is_told(mount: Mount, low: int, high: int, theirs: str) -> None:
     peer = Peer(await open_connection(mount.path), Role.OWNER)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(peer.serve, nobody_asks)
         with trio.fail_after(10):
-            reply = await peer.call(Hello(min_version=99, max_version=100))
-        assert reply.message == Failed(errno.EPROTONOSUPPORT, "memfs speaks protocol versions 1 to 2")
+            reply = await peer.call(Hello(low, high))
+        assert reply.message == Failed(
+            errno.EPROTONOSUPPORT, f"memfs speaks version 2 of the protocol, and this owner {theirs}"
+        )
         peer.close()
         nursery.cancel_scope.cancel()
 

@@ -38,8 +38,6 @@ CONTENT = b"content".ljust(PAGE_SIZE, b".")
 class Machine:
     """An owner of both files."""
 
-    has_conversions = True
-
     def __init__(self) -> None:
         self.heard: list[tuple[FileId, FileId, PageRanges, bool]] = []
         self.ends: list[PageRanges] = []
@@ -524,7 +522,7 @@ async def test_files_that_are_no_pair(pair: Pair) -> None:
 
 @pytest.mark.parametrize("to_private", [True, False])
 async def test_owners(pair: Pair, to_private: bool) -> None:
-    """Of one file only: it hears of that one. Two owners, or one that knows no conversions: nothing happens."""
+    """Of one file only: it hears of that one. Two owners: nothing happens."""
     pair.write(*range(4))
     await pair.private.allocate(at(8), at(4), keep_size=True)
     await pair.convert(one(0), one(8), to_private=to_private)
@@ -534,12 +532,6 @@ async def test_owners(pair: Pair, to_private: bool) -> None:
         bound.bind(Registered(pair.machine, number))
         await pair.convert(one(number), one(number + 8), to_private=to_private)
         assert pair.machine.heard[-1][:2] == ids
-        pair.machine.has_conversions = False
-        before = pair.state
-        with raises(errno.EOPNOTSUPP):
-            await pair.convert(one(3), one(11), to_private=to_private)
-        assert pair.state == before
-        pair.machine.has_conversions = True
         bound.unbind()
     pair.shared.bind(Registered(pair.machine, SHARED))
     pair.private.bind(Registered(other, PRIVATE))

@@ -40,7 +40,6 @@ class Recorder:
 
     id = FileId(1)
     preserves = False
-    has_conversions = False
 
     def __init__(self, file: File) -> None:
         self.file = file
