@@ -143,13 +143,14 @@ class _Memfs:
         self._memory_limit: Final = memory_limit.MemoryLimit.of_this_process()
         self._xattrs: Final = Xattrs(self._tree, control)
         self._registry: Final = Registry(
-            self._tree, options.notify_timeout, self._mount.invalidate_attributes, self._holdings
+            *(self._tree, options.notify_timeout, self._mount.invalidate_attributes, self._holdings, self._journal)
         )
         self._manager: Final = ServiceManager()
         listener = opened.listener
         self._clients: Final = Clients(listener.mode, listener.group, self._holdings.descriptors)
         self._survival: Final = Survival(
-            *(opened, worker, self._kept, self._tree, self._open_files, self._page_cache, self._access_times)
+            *(opened, worker, self._kept, self._tree, self._open_files, self._page_cache, self._access_times),
+            self._registry.coming_back,
         )
 
     def _new_file(self, ino: Ino, seals: int) -> File:
@@ -204,6 +205,7 @@ class _Memfs:
                     nursery.start_soon(self._manager.run, self._status)
                     if before is not None:
                         nursery.start_soon(self._survival.clear_up)
+                        nursery.start_soon(self._registry.coming_back.wait)
                     if self._worker.is_first:
                         ready()
                     nursery.start_soon(self._survival.watch_keeper)
@@ -380,7 +382,7 @@ class _Memfs:
         self._open_files.check()
         self._page_cache.check()
         if self._kept is not None:
-            self._kept.check(keys_of(self._tree) | self._open_files.keys)
+            self._kept.check(keys_of(self._tree) | self._open_files.keys | self._registry.coming_back.keys)
         self._registry.check()
         self._holdings.check()
         # A program that has a file open in passthrough mode may write while we count, even after the end of the mount.

@@ -5,7 +5,7 @@ What its predecessor knew it reads in the log (state/): inodes and names, what i
 limit. With that it builds the parts of the mount again, before it reads the first request. Files of the backing that
 the log does not name nobody was told of, and they are removed.
 
-Connections of owners have ended with the predecessor, which to them is the death of memfs.
+Connections of owners have ended with the predecessor; they have some seconds to come back (owners/coming_back.py).
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from memfs.fuse.init import INIT
 from memfs.fuse.page_cache import PageCache
 from memfs.keeper import Worker
 from memfs.opening import Opened
+from memfs.owners.coming_back import ComingBack
 from memfs.state.journal import LogJournal
 from memfs.store.conversion import settle
 from memfs.store.file import File
@@ -76,6 +77,7 @@ class Survival:
         open_files: OpenFiles,
         page_cache: PageCache,
         access_times: AccessTimes,
+        owners: ComingBack,
     ) -> None:
         self._opened: Final = opened
         self._worker: Final = worker
@@ -84,6 +86,7 @@ class Survival:
         self._open_files: Final = open_files
         self._page_cache: Final = page_cache
         self._access_times: Final = access_times
+        self._owners: Final = owners
         self.outage: float | None = None  #: seconds in which nobody served, before this worker did
         self.generation = 1  #: of the process that serves
         self.restarts = 0  #: how many of those before it have died
@@ -130,6 +133,7 @@ class Survival:
         backing.recovered(total_pages, sum(inode.file.tracked_pages for inode in self._tree.files()))
         settle(state, self._file, journal)
         self._open_files.restore(state)
+        self._owners.restore(state)
         if (said := self._opened.mount.access_times()) is not None:
             self._access_times.atime, self._access_times.diratime = said
         for inode in self._open_files.cached:  # nobody knows which of its holes the kernel has read

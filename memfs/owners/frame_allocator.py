@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import heapq
+from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
 from memfs.contract.frame_numbers import EXTENT_PAGES, MAX_EXTENTS
@@ -26,6 +27,12 @@ class FrameAllocator:
         self._next += 1
         return self._next - 1
 
+    def restore(self, extents: Iterable[int]) -> None:
+        """Allocate just these extents. None is allocated yet."""
+        taken = set(extents)
+        self._next = max(taken, default=0) + 1
+        self._free = [extent for extent in range(1, self._next) if extent not in taken]
+
     def free(self, extent: int) -> None:
         """Free an extent."""
         heapq.heappush(self._free, extent)
@@ -37,11 +44,17 @@ class FrameAllocator:
 
 
 class FileFrames:
-    """The extents of one registration."""
+    """The extents of one registration, perhaps such as are allocated already. `changed` hears of each that comes."""
 
-    def __init__(self, allocator: FrameAllocator) -> None:
+    def __init__(
+        self,
+        allocator: FrameAllocator,
+        extents: Mapping[int, int] | None = None,
+        changed: Callable[[int], None] = lambda gibibyte: None,
+    ) -> None:
         self._allocator: Final = allocator
-        self._extents: dict[int, int] = {}  # by the page's gibibyte in the file
+        self._changed: Final = changed
+        self.extents: Final[dict[int, int]] = dict(extents or {})  #: by the page's gibibyte in the file
 
     def pfn(self, index: PageIndex) -> Pfn:
         """Return the frame of a page. Raises OSError(ENOMEM).
@@ -49,13 +62,14 @@ class FileFrames:
         An extent is allocated with the first page of a gibibyte.
         """
         gibibyte, within = divmod(index, EXTENT_PAGES)
-        extent = self._extents.get(gibibyte)
+        extent = self.extents.get(gibibyte)
         if extent is None:
-            extent = self._extents[gibibyte] = self._allocator.allocate()
+            extent = self.extents[gibibyte] = self._allocator.allocate()
+            self._changed(gibibyte)
         return Pfn(extent * EXTENT_PAGES + within)
 
     def close(self) -> None:
         """Free all extents."""
-        for extent in self._extents.values():
+        for extent in self.extents.values():
             self._allocator.free(extent)
-        self._extents.clear()
+        self.extents.clear()

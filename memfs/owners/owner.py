@@ -19,15 +19,17 @@ import trio
 from memfs.contract.aio.deadlines import Deadlines
 from memfs.contract.logs import current_caller, current_request, fields
 from memfs.contract.page_ranges import PageRanges
+from memfs.contract.protocol.call import Incoming, PeerGone
 from memfs.contract.protocol.connection import is_answered
-from memfs.contract.protocol.messages import Ack, ConvertBegin, ConvertEnd, FileId, Notification
-from memfs.contract.protocol.peer import Incoming, PeerGone
+from memfs.contract.protocol.messages import NO_TOKEN, Ack, ConvertBegin, ConvertEnd, FileId, Notification
 from memfs.contract.units import PageRange
+from memfs.owners.answers import Answers
 from memfs.owners.outstanding import Outstanding, Pending
 from memfs.owners.page_locks import PageLocks
 
 if TYPE_CHECKING:
-    from memfs.owners.registry import Registration, Registry
+    from memfs.owners.registration import Registration
+    from memfs.owners.registry import Registry
 
 log = logging.getLogger(__name__)
 
@@ -72,11 +74,16 @@ class Answer(Protocol):
 
 
 class Owner(ABC):
-    """A virtual machine's connection: its registrations, and how to talk to it."""
+    """A virtual machine's connection: its registrations, and how to talk to it.
 
-    def __init__(self, registry: Registry) -> None:
+    One that had a number before, and so is known by that, gets it.
+    """
+
+    def __init__(self, registry: Registry, number: int | None = None) -> None:
         self._registry: Final = registry
-        self.number: Final = registry.enrol(self)
+        self.number = registry.enrol(self, number)
+        self.token = NO_TOKEN  #: with which it can come back; never shown to anybody else
+        self.last_answers: Answers | None = None  #: what it is to be told again if it asks again
         self.name = ""  #: what it calls itself, for logs
         self.user: Hashable = None  #: whose turn it takes
         self.registrations: dict[FileId, Registration] = {}
@@ -116,6 +123,11 @@ class Owner(ABC):
     def is_connected(self) -> bool:
         """Whether it has not ended."""
         return self.number in self._registry.owners
+
+    @property
+    def is_absent(self) -> bool:
+        """Whether it has yet to come back."""
+        return False
 
     @property
     def notify_timeout(self) -> float:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import bisect
 import errno
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Final
 
 import trio
@@ -21,11 +22,12 @@ MOST_RANGES: Final = 1 << 11  #: of pages that are locked equally often, in one 
 
 
 class PageLocks:
-    """The locked pages of one registration."""
+    """The locked pages of one registration. `changed` hears of each edge that comes, goes or gets another count."""
 
-    __slots__ = ("_counts", "_edges", "_held", "_waiting")
+    __slots__ = ("_changed", "_counts", "_edges", "_held", "_waiting")
 
-    def __init__(self) -> None:
+    def __init__(self, changed: Callable[[int], None] = lambda edge: None) -> None:
+        self._changed: Final = changed
         self._edges = [0]  # pages, ascending: between two neighbours all are locked equally often
         self._counts = [0]  # how often, from that edge on; neighbours differ, and the last is 0
         self._held = 0  # page locks
@@ -34,6 +36,27 @@ class PageLocks:
     def __len__(self) -> int:
         """How many page locks are held."""
         return self._held
+
+    @property
+    def edges(self) -> Mapping[int, int]:
+        """How often pages are locked, from a page on up to the next that is named; none before the first."""
+        counts = dict(zip(self._edges, self._counts, strict=True))
+        if not counts[0]:
+            del counts[0]
+        return counts
+
+    def count_at(self, edge: int) -> int | None:
+        """Return what `edges` has of a page; None if it does not name it."""
+        at = bisect.bisect_left(self._edges, edge)
+        is_edge = at < len(self._edges) and self._edges[at] == edge and (at or self._counts[0])
+        return self._counts[at] if is_edge else None
+
+    def restore(self, edges: Mapping[int, int]) -> None:
+        """Lock what `edges` said. Nothing is locked yet."""
+        both = sorted(({0: 0} | dict(edges)).items())
+        self._edges, self._counts = [edge for edge, _ in both], [count for _, count in both]
+        lengths = [end - start for start, end in pairwise(self._edges)]
+        self._held = sum(length * count for length, count in zip(lengths, self._counts, strict=False))
 
     @property
     def headroom(self) -> int:
@@ -122,5 +145,8 @@ class PageLocks:
         if count_after != before:
             edges_now.append(end)
             counts_now.append(count_after)
+        before_it = set(zip(self._edges[first:last], self._counts[first:last], strict=True))
+        for edge, _ in before_it ^ set(zip(edges_now, counts_now, strict=True)):
+            self._changed(edge)
         self._edges[first:last], self._counts[first:last] = edges_now, counts_now
         self._held += more * sum(map(len, ranges))

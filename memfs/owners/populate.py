@@ -37,9 +37,9 @@ async def populate(file: File, pages: PageRange, source: int, start: ByteOffset)
                 copy = functools.partial(image.copy_in, pages, file.fd, source, start, file.granule)
                 await Threads.here().run(copy)
             finally:  # they are there
-                image.populated()
                 if file.owner is not None:
                     await file.owner.fallocate(allocated)
+                image.populated()  # in the step in which it is answered
         return image.measurement
 
 

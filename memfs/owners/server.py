@@ -62,6 +62,7 @@ class Server:
 
     async def end(self) -> None:
         """Admit nobody any more, send all owners the final message, and end them. Nothing waits for them then."""
+        self._registry.coming_back.give_up()
         if self._scope is not None:
             async with trio.open_nursery() as nursery:
                 for session in self._sessions.values():

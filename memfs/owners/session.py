@@ -29,8 +29,10 @@ import trio
 
 from memfs.contract.aio.threads import working_for
 from memfs.contract.aio.turns import Turns
-from memfs.contract.protocol.connection import LocalProtocolError, RemoteProtocolError, Role
+from memfs.contract.protocol.call import Call, Incoming, PeerGone
+from memfs.contract.protocol.connection import REPEATED, LocalProtocolError, RemoteProtocolError, RequestId, Role
 from memfs.contract.protocol.messages import (
+    NO_TOKEN,
     VERSION,
     AllowPreserve,
     Done,
@@ -49,14 +51,16 @@ from memfs.contract.protocol.messages import (
     Registered,
     Unregister,
 )
-from memfs.contract.protocol.peer import Call, Incoming, Peer, PeerGone, close_all
+from memfs.contract.protocol.peer import Peer, close_all
 from memfs.contract.units import PAGE_SIZE
 from memfs.owners.admission import Client
+from memfs.owners.answers import must_not_be_repeated
 from memfs.owners.closer import Closer
 from memfs.owners.liveness import is_dying, is_stopped
 from memfs.owners.owner import Owner
 from memfs.owners.populate import launch, populate
-from memfs.owners.registry import Registration, Registry
+from memfs.owners.registration import Registration
+from memfs.owners.registry import Registry
 from memfs.owners.sent import Sent
 from memfs.store import seals
 from memfs.store.file import File
@@ -151,7 +155,7 @@ class Session(Owner):
         try:
             try:
                 with self._client.request(), working_for(lambda: self.user):
-                    reply, fds = await self._act(request)
+                    reply, fds = await self._act_once(request)
             except OSError as error:
                 reply = Failed(error.errno or errno.EIO, str(error.strerror))
             finally:
@@ -162,20 +166,41 @@ class Session(Owner):
         finally:
             close_all(fds)
 
+    async def _act_once(self, request: Incoming) -> tuple[Message, tuple[int, ...]]:
+        """Act on a request, or answer it as a predecessor has that had acted on it and was killed."""
+        number, answers = RequestId(request.id & ~REPEATED), self.last_answers
+        if request.id & REPEATED and answers is not None and (answer := answers.of(number)) is not None:
+            return answer, self._descriptors_for(answer)
+        reply, fds = await self._act(request)
+        if self.last_answers is not None and must_not_be_repeated(request.message):
+            self.last_answers.add(number, reply)  # in the step in which it was done
+        return reply, fds
+
+    def _descriptors_for(self, answer: Message) -> tuple[int, ...]:
+        """Return the descriptors that travel with an answer. Raises OSError."""
+        if not isinstance(answer, Registered):
+            return ()
+        return _for_owner(self.registration(answer.file).file)
+
     async def _act(self, request: Incoming) -> tuple[Message, tuple[int, ...]]:
         message = request.message
         match message:
             case Hello():
                 _check_version(message)
                 self.name = message.name
+                if message.token == NO_TOKEN:
+                    self._registry.coming_back.greet(self)
+                else:
+                    self._registry.coming_back.resume(self, message.token)
                 self._client.greeted()
-                return HelloReply(VERSION, PAGE_SIZE), ()
+                return HelloReply(VERSION, PAGE_SIZE, self.token), ()
             case Register():
                 return await self._register(request)
             case Unregister(file):
                 self._registry.unregister(self, file)
             case GetPfn(file, pages, alloc, lock):
-                return await self.registration(file).get_pfn(pages, alloc=alloc, lock=lock), ()
+                again = bool(request.id & REPEATED)
+                return await self.registration(file).get_pfn(pages, alloc=alloc, lock=lock, again=again), ()
             case PutPfn(file, pages):
                 self.registration(file).put_pfn(pages)
             case Populate():

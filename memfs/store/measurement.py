@@ -66,8 +66,9 @@ class InitialImage:
     """One file's initial content, and whether that is final. `File.initial_image` has it."""
 
     def __init__(self, changed: Callable[[], None] = lambda: None) -> None:
-        self._changed: Final = changed
+        self._tell_change: Final = changed
         self._hash = hashlib.sha384()
+        self._last = self._hash.digest()  # what is known of it when this process has ended: nothing half copied
         self._launched = False
 
     @classmethod
@@ -78,12 +79,17 @@ class InitialImage:
         if not image.launched:
             image._hash.update(_EVENT.pack(_RESTARTED, 0, 0))
         image._hash.update(state[1:])
+        image._last = image.measurement
         return image
 
     @property
     def state(self) -> bytes:
         """What is to be known of it when this process has ended."""
-        return (_LAUNCHED if self._launched else _OPEN) + self.measurement
+        return (_LAUNCHED if self._launched else _OPEN) + self._last
+
+    def _changed(self) -> None:
+        self._last = self.measurement
+        self._tell_change()
 
     @property
     def launched(self) -> bool:

@@ -72,7 +72,11 @@ class Owner:
 async def connected(path: Path) -> AsyncIterator[Owner]:
     """An owner, connected to a memfs's socket."""
     owner = Owner()
-    async with connect_client(str(path), "test", owner.hear) as owner.client, trio.open_nursery() as nursery:
+
+    async def hear(message: Notification) -> None:
+        await owner.hear(message)
+
+    async with connect_client(str(path), "test", hear) as owner.client, trio.open_nursery() as nursery:
         nursery.start_soon(owner.hear_the_end)
         yield owner
         nursery.cancel_scope.cancel()

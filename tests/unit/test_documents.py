@@ -161,7 +161,7 @@ def test_manual_names_every_mount_option() -> None:
 
 
 #: types of the tables of layouts, as struct(3) of Python spells them
-TYPES: Final = {"u8": "B", "u16": "H", "u32": "I", "u64": "Q", "u8[48]": "48s"}
+TYPES: Final = {"u8": "B", "u16": "H", "u32": "I", "u64": "Q", "u8[16]": "16s", "u8[48]": "48s"}
 
 
 def test_protocol_says_the_layout_of_every_message() -> None:

@@ -15,6 +15,12 @@ A descriptor is sent only to those who may have it (memfs/contract/on_memfs.py):
 RFC patch 01 calls these functions guest_mem_ops, and the notifications guest_ops. Errors are what the system calls
 would say: OSError with the errno that memfs gave. When the connection has ended, everything raises StoreGone: the guest
 has no memory any more.
+
+If memfs is killed and another one goes on in its place (survive=), the client connects to that one by itself, as the
+same owner: registrations, locks and frames are as they were, what is asked meanwhile waits, and what was asked and not
+answered is asked again. What has begun ends then, with nothing done: for each InvalidateBegin and ConvertBegin the end
+is made up, and memfs begins anew what it has still to do. `on_resumed` is awaited next. Whoever maps shared pages of a
+file with a page map unmaps there those that are private by now, for their Fallocate may have been lost.
 """
 
 from __future__ import annotations
@@ -32,8 +38,10 @@ from memfs.contract import on_memfs
 from memfs.contract.aio.nurseries import open_flat_nursery
 from memfs.contract.aio.poller import Poller
 from memfs.contract.logs import fields, working_on
+from memfs.contract.protocol.call import Incoming, LateReply, PeerGone
 from memfs.contract.protocol.connection import RemoteProtocolError, Role, is_answered
 from memfs.contract.protocol.messages import (
+    NO_TOKEN,
     SOCKET_XATTR,
     Ack,
     AllowPreserve,
@@ -56,7 +64,7 @@ from memfs.contract.protocol.messages import (
     Request,
     Unregister,
 )
-from memfs.contract.protocol.peer import Incoming, LateReply, Peer, PeerGone, close_all, open_connection
+from memfs.contract.protocol.peer import Peer, close_all, open_connection
 from memfs.contract.sys.peer_credentials import PeerCredentials
 from memfs.contract.units import PAGE_SIZE, ByteOffset, PageRange
 
@@ -65,6 +73,13 @@ log = logging.getLogger(__name__)
 #: Acts on a notification, which is acknowledged when it returns. It may wait; other notifications are acted upon
 #: meanwhile. OSError: it could not, and the connection ends, for memfs must not believe that it did
 OnNotification = Callable[[Notification], Awaitable[object]]
+
+#: Called when the owner has come back to the memfs that follows one which was killed
+OnResumed = Callable[[], Awaitable[object]]
+
+_RETURN_TIMEOUT: Final = 60.0  #: seconds: a mount with very many files is back after some of them
+_RETRY: Final = 0.02  # seconds
+_TRIES: Final = 3
 
 _Reply = TypeVar("_Reply", bound=Message)
 
@@ -76,10 +91,16 @@ class StoreGone(Exception):
 class Client:
     """A connection to memfs. Use `connect`."""
 
-    def __init__(self, peer: Peer, listening_user: int, on_notification: OnNotification) -> None:
-        self._peer: Final = peer
-        self._listening_user: Final = listening_user
+    def __init__(self, path: str, name: str, on_notification: OnNotification, on_resumed: OnResumed) -> None:
+        self._path: Final = path
+        self._name: Final = name
         self._on_notification: Final = on_notification
+        self._on_resumed: Final = on_resumed
+        self._peer: Peer
+        self._listening_user: int
+        self._token = NO_TOKEN
+        self._is_closed = False
+        self.resumed = 0  #: how often it came back to another memfs
         self._poller: Final = Poller.here()
         self.fenced: Fenced | None = None  #: memfs's final message, if it sent one
         self.gone: str | None = None  #: why the connection has ended; None while it has not
@@ -175,25 +196,93 @@ class Client:
             raise OSError(reply.message.errno, reply.message.text)
         return reply
 
-    async def greet(self, name: str) -> None:
-        """Agree on the protocol version. Raises OSError(EPROTONOSUPPORT) if that cannot be."""
-        reply = _expect(HelloReply, await self._request(Hello(name=name)))
-        if reply.page_size != PAGE_SIZE:
-            raise OSError(errno.EPROTONOSUPPORT, f"memfs has pages of {reply.page_size} bytes, not {PAGE_SIZE}")
+    async def open(self) -> None:
+        """Connect, and agree on the protocol version. Raises OSError(EPROTONOSUPPORT) if that cannot be."""
+        for is_last in (*(False,) * _TRIES, True):
+            try:
+                self._peer = await self._connected_peer()
+            except (PeerGone, RemoteProtocolError) as error:  # killed just now, or it does not want us
+                if is_last:
+                    raise OSError(errno.ECONNRESET, f"memfs did not answer: {error}") from error
+            else:
+                return
+
+    async def _connected_peer(self) -> Peer:
+        """Connect, and say who we are. Raises PeerGone, RemoteProtocolError, OSError.
+
+        ESTALE: memfs does not know us any more. EPERM: somebody else listens there now, who must not get the token.
+        """
+        sock = await open_connection(self._path)
+        peer = Peer(sock, Role.OWNER, outlived=True)
+        try:
+            user = PeerCredentials.of(sock).uid
+            if self._token != NO_TOKEN and user != self._listening_user:
+                raise OSError(errno.EPERM, f"user {user} listens on its socket")
+            self._listening_user = user
+            reply = await peer.exchange(Hello(name=self._name, token=self._token))
+            if isinstance(reply.message, Failed):
+                raise OSError(reply.message.errno, reply.message.text)
+            hello = _expect(HelloReply, reply)
+            if hello.page_size != PAGE_SIZE:
+                raise OSError(errno.EPROTONOSUPPORT, f"memfs has pages of {hello.page_size} bytes, not {PAGE_SIZE}")
+        except BaseException:
+            peer.close()
+            peer.end_calls()
+            raise
+        self._token = hello.token
+        return peer
 
     async def serve(self) -> None:
-        """Act on notifications until the connection ends."""
+        """Act on notifications until the connection ends and there is no memfs to come back to."""
         try:
-            await self._peer.serve(self._act)
-            self.gone = self.gone or "memfs has closed the connection"
-        except RemoteProtocolError as error:
-            self.gone = f"memfs broke the protocol: {error}"
-        except PeerGone as error:
-            self.gone = self.gone or f"memfs has gone: {error}"
-        except OSError as error:  # then memfs must not believe that we have unmapped anything
-            self.gone = f"memfs was left: a notification could not be acted upon: {error.strerror}"
+            while True:
+                try:
+                    await self._peer.serve(self._act)
+                    if self.gone is not None or not await self._come_back():
+                        return
+                except RemoteProtocolError as error:
+                    self.gone = f"memfs broke the protocol: {error}"
+                    return
+                except PeerGone as error:
+                    self.gone = self.gone or f"memfs has gone: {error}"
+                    return
+                except OSError as error:  # then memfs must not believe that we have unmapped anything
+                    self.gone = f"memfs was left: a notification could not be acted upon: {error.strerror}"
+                    return
         finally:
+            self.gone = self.gone or "memfs has closed the connection"
+            self._peer.end_calls()
             self.ended.set()
+
+    async def _come_back(self) -> bool:
+        """Go on with the memfs that goes on where the last one was killed. Returns whether there is one."""
+        if self._token == NO_TOKEN or self._is_closed:
+            return False
+        log.info("memfs has gone, the next is waited for")
+        try:
+            with trio.fail_after(_RETURN_TIMEOUT):
+                peer = await self._connected_again()
+        except (OSError, trio.TooSlowError) as error:
+            why = error.strerror if isinstance(error, OSError) else f"none came within {_RETURN_TIMEOUT:g} s"
+            self.gone = f"memfs has gone, and there is no other to come back to: {why}"
+            return False
+        before, self._peer = self._peer, peer
+        try:
+            for message in before.protocol.ends:
+                await self._on_notification(message)
+            await self._on_resumed()
+        finally:
+            peer.take_calls(before)
+        self.resumed += 1
+        log.info("back at memfs")
+        return True
+
+    async def _connected_again(self) -> Peer:
+        while True:
+            try:
+                return await self._connected_peer()
+            except (PeerGone, RemoteProtocolError):  # that one was killed as well
+                await trio.sleep(_RETRY)
 
     async def _act(self, request: Incoming) -> None:
         message = request.message
@@ -213,15 +302,23 @@ class Client:
 
     def close(self) -> None:
         """End the connection; memfs then forgets all that was registered."""
+        self._is_closed = True
         self._peer.close()
 
 
+async def _nothing() -> None:
+    pass
+
+
 @asynccontextmanager
-async def connect(path: str, name: str, on_notification: OnNotification) -> AsyncIterator[Client]:
+async def connect(
+    path: str, name: str, on_notification: OnNotification, on_resumed: OnResumed = _nothing
+) -> AsyncIterator[Client]:
     """Connect to the memfs that listens on a socket; the connection ends with the block.
 
     `name` is for logs. `on_notification` is awaited with each notification, in tasks of this event loop; those that
     are answered (`InvalidateBegin`, `Fallocate`, `ConvertBegin`) are acknowledged, and memfs goes on, when it returns.
+    `on_resumed` is awaited when memfs was killed and the next one goes on; what it asked memfs would not be answered.
 
     While the block runs, no file operation on a file that is owned through it may be made in the thread of this event
     loop: fallocate(2) and ftruncate(2) return when notifications are acknowledged, which that thread does. Have
@@ -229,13 +326,12 @@ async def connect(path: str, name: str, on_notification: OnNotification) -> Asyn
 
     Raises OSError if nobody listens there, or the protocol versions do not match.
     """
+    client = Client(path, name, on_notification, on_resumed)
     with on_memfs.naming(path):
-        sock = await open_connection(path)
+        await client.open()
     async with open_flat_nursery() as nursery:
-        client = Client(Peer(sock, Role.OWNER), PeerCredentials.of(sock).uid, on_notification)
         nursery.start_soon(client.serve)
         try:
-            await client.greet(name)
             yield client
         finally:
             client.close()

@@ -34,6 +34,10 @@ Requests are numbered by their sender, each number larger than the one before, s
 message is recognised. A reply carries the number of its request. Both directions are pipelined up to
 MAX_IN_FLIGHT; a peer that goes past that is broken.
 
+An owner whose memfs was killed comes back to the one that follows: its Hello has the token that HelloReply gave it, and
+after HelloReply nothing is begun that had been. It then repeats the requests that were not answered, with the numbers
+that they had and REPEATED set (as the kernel's FUSE does), in the same order; new ones have larger numbers than ever.
+
 Wire format, little-endian, no pickle, every length bounded:
 
     header   u16 format (1), u16 type, u32 length of the whole message, u64 request number
@@ -55,8 +59,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, NewType
 
+from memfs.contract.page_ranges import NO_PAGES
 from memfs.contract.protocol.messages import (
     MESSAGES,
+    NO_TOKEN,
     Ack,
     AllowPreserve,
     ConvertBegin,
@@ -92,7 +98,8 @@ _FORMAT: Final = 1  # of the header
 _HEADER: Final = struct.Struct("<HHIQ")
 HEADER_SIZE: Final = _HEADER.size  #: bytes
 
-RequestId = NewType("RequestId", int)  #: number of a request, unique per direction and connection
+RequestId = NewType("RequestId", int)  #: number of a request, unique per direction and owner, and REPEATED
+REPEATED: Final = 1 << 63  #: in the number of a request that is sent again, since the memfs that had it was killed
 
 
 class ProtocolError(Exception):
@@ -206,14 +213,16 @@ class Connection:
     Not thread-safe; does no I/O.
     """
 
-    __slots__ = ("_conversions", "_invalidations", "_ours", "_theirs", "role", "state")
+    __slots__ = ("_conversions", "_invalidations", "_is_resumed", "_ours", "_theirs", "role", "state")
 
     def __init__(self, role: Role) -> None:
         self.role: Final = role
         self._ours: Final = _Side(role)
         self._theirs: Final = _Side(role.peer)
         self._invalidations: list[tuple[FileId, PageRange]] = []  # begun by the store and not ended
-        self._conversions: list[tuple[FileId, FileId]] = []  # of which files: begun by the store and not ended
+        # of which files, and whether to the private one: begun by the store and not ended
+        self._conversions: dict[tuple[FileId, FileId], bool] = {}
+        self._is_resumed = False  # the owner had another connection before
         self._enter(State.START)
 
     def _enter(self, state: State) -> None:
@@ -236,16 +245,44 @@ class Connection:
         """The files, shared and private, between ConvertBegin and ConvertEnd, oldest first."""
         return tuple(self._conversions)
 
+    @property
+    def last_id(self) -> RequestId:
+        """The number of our last request."""
+        return self._ours.last_id
+
+    def go_on_after(self, number: RequestId) -> None:
+        """Give requests larger numbers than that from now on."""
+        self._ours.last_id = max(self._ours.last_id, number)
+
+    @property
+    def ends(self) -> tuple[InvalidateEnd | ConvertEnd, ...]:
+        """What would end all that has begun, with nothing done."""
+        conversions = [
+            ConvertEnd(shared, private, to_private, NO_PAGES)
+            for (shared, private), to_private in self._conversions.items()
+        ]
+        return (*(InvalidateEnd(file, pages) for file, pages in self._invalidations), *conversions)
+
     def send(
-        self, message: Message, *, answers: RequestId | None = None, descriptors: int = 0
+        self,
+        message: Message,
+        *,
+        answers: RequestId | None = None,
+        repeats: RequestId | None = None,
+        descriptors: int = 0,
     ) -> tuple[RequestId, bytes]:
         """Pack a message for sending and move on as if it were sent.
 
-        `answers` is the number of the request that a reply replies to; `descriptors` how many file descriptors will
-        travel beside it. Returns the message's number and the datagram. Raises LocalProtocolError, changing nothing.
+        `answers` is the number of the request that a reply replies to; `repeats` that of a request which is sent
+        again; `descriptors` how many file descriptors will travel beside it. Returns the message's number and the
+        datagram. Raises LocalProtocolError, changing nothing.
         """
+        number = RequestId(self._ours.last_id + 1)
+        if answers is not None:
+            number = answers
+        elif repeats is not None:
+            number = RequestId(repeats | REPEATED)
         try:
-            number = RequestId(self._ours.last_id + 1) if answers is None else answers
             body = message.pack()
             self._check(self._ours, self._theirs, number, message, descriptors)
         except (Malformed, struct.error) as error:
@@ -284,8 +321,10 @@ class Connection:
             if isinstance(message, HelloReply) and isinstance(request, Hello):
                 _check_version(message.version, request)
             return
-        if number <= sender.last_id:
-            raise Malformed(f"request number {number} after {sender.last_id}")
+        if number & REPEATED and not (self._is_resumed and sender.role is Role.OWNER):
+            raise Malformed(f"{kind.__name__} is repeated, on the first connection")
+        if number & ~REPEATED <= sender.last_id:
+            raise Malformed(f"request number {number & ~REPEATED} after {sender.last_id}")
         if kind in _REPLIES and len(sender.unanswered) >= MAX_IN_FLIGHT:
             raise Malformed(f"more than {MAX_IN_FLIGHT} unanswered requests")
         if isinstance(message, InvalidateEnd) and (message.file, message.pages) not in self._invalidations:
@@ -302,18 +341,20 @@ class Connection:
             self._enter(state)
         if kind in _IS_REPLY:
             return other.unanswered.pop(number)
-        sender.last_id = number
+        sender.last_id = RequestId(number & ~REPEATED)
         if kind in _REPLIES:
             sender.unanswered[number] = message
         match message:
+            case Hello():
+                self._is_resumed = message.token != NO_TOKEN
             case InvalidateBegin():
                 self._invalidations.append((message.file, message.pages))
             case InvalidateEnd():
                 self._invalidations.remove((message.file, message.pages))
             case ConvertBegin():
-                self._conversions.append((message.shared, message.private))
+                self._conversions[message.shared, message.private] = message.to_private
             case ConvertEnd():
-                self._conversions.remove((message.shared, message.private))
+                del self._conversions[message.shared, message.private]
         return None
 
 

@@ -18,11 +18,14 @@ from memfs.contract.protocol.wire import (
     MAX_ERRNO,
     MAX_TEXT,
     NO_FILE,
+    NO_TOKEN,
     SOCKET_XATTR,
+    TOKEN_SIZE,
     VERSION,
     FileId,
     Malformed,
     Message,
+    Token,
     pack_text,
     parse_errno,
     parse_flag,
@@ -46,6 +49,7 @@ __all__ = [
     "MAX_TEXT",
     "MESSAGES",
     "NO_FILE",
+    "NO_TOKEN",
     "SOCKET_XATTR",
     "VERSION",
     "Ack",
@@ -74,6 +78,7 @@ __all__ = [
     "Register",
     "Registered",
     "Request",
+    "Token",
     "Unregister",
 ]
 
@@ -82,45 +87,61 @@ _ORDERS: Final = frozenset({ORDER_4K, ORDER_2M, ORDER_1G})
 
 @dataclass(frozen=True, slots=True)
 class Hello(Message):
-    """Owner: the first message. Which protocol versions it speaks, and a name for logs (not trusted, not unique)."""
+    """Owner: the first message. Which protocol versions it speaks, and a name for logs (not trusted, not unique).
+
+    `token`: of the HelloReply of an earlier connection, which ended with the memfs that it was to: I am that owner.
+    Failed with ESTALE: there is no such owner, or not of this user. Only the versions are the same in all versions.
+    """
 
     TYPE = 1
-    _BODY = struct.Struct("<HH")
+    _VERSIONS: ClassVar[struct.Struct] = struct.Struct("<HH")
+    _BODY = struct.Struct(f"<HH{TOKEN_SIZE}s")
     min_version: int = VERSION
     max_version: int = VERSION
     name: str = ""
+    token: Token = field(default=NO_TOKEN, repr=False)
 
     def pack(self) -> bytes:
         """Return the body as it travels."""
-        return self._BODY.pack(self.min_version, self.max_version) + pack_text(self.name)
+        if self.max_version < VERSION:
+            return self._VERSIONS.pack(self.min_version, self.max_version) + pack_text(self.name)
+        return self._BODY.pack(self.min_version, self.max_version, self.token) + pack_text(self.name)
 
     @classmethod
     def unpack(cls, body: memoryview) -> Self:
         """Return the message with this body. Raises Malformed."""
-        if len(body) < cls._BODY.size:
+        if len(body) < cls._VERSIONS.size:
             raise Malformed("Hello is cut short")
-        low, high = cls._BODY.unpack_from(body)
+        low, high = cls._VERSIONS.unpack_from(body)
         if low > high:
             raise Malformed(f"versions {low} to {high} are none")
-        return cls(low, high, parse_text(body[cls._BODY.size :]))
+        if high < VERSION:  # then there was no token
+            return cls(low, high, parse_text(body[cls._VERSIONS.size :]))
+        if len(body) < cls._BODY.size:
+            raise Malformed("Hello is cut short")
+        return cls(low, high, parse_text(body[cls._BODY.size :]), Token(cls._BODY.unpack_from(body)[2]))
 
 
 @dataclass(frozen=True, slots=True)
 class HelloReply(Message):
-    """Store: the version both will speak and the page size in bytes."""
+    """Store: the version both will speak and the page size in bytes.
+
+    `token`: with which to come back if this memfs dies and another goes on in its place; NO_TOKEN: none will.
+    """
 
     TYPE = 2
-    _BODY = struct.Struct("<HHI")
+    _BODY = struct.Struct(f"<HHI{TOKEN_SIZE}s")
     version: int
     page_size: int
+    token: Token = field(default=NO_TOKEN, repr=False)
 
     def _fields(self) -> tuple[Any, ...]:
-        return self.version, 0, self.page_size
+        return self.version, 0, self.page_size, self.token
 
     @classmethod
     def _from_fields(cls, *fields: Any) -> Self:
-        version, _, page_size = fields
-        return cls(version, page_size)
+        version, _, page_size, token = fields
+        return cls(version, page_size, Token(token))
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,9 @@ space; a request for which the peer has too many unanswered ones lies in another
 bounded by the peer: while a reply lies in the first one, no requests are read, so a peer that does not read its replies
 gets no more of them; and a call is not answered before it is sent.
 
+A connection may be **outlived** by its calls (client.py): what is asked over it waits then until it is taken to another
+one, and requests that had been sent are repeated there.
+
 Handlers run eagerly, in the task of the poller (aio/eager.py, aio/poller.py): in the order of the requests, and the
 next request is read when a handler is done or waits. What they wait for ends with the connection.
 """
@@ -28,6 +31,7 @@ import trio
 
 from memfs.contract.aio.busy_poll import BusyPoll
 from memfs.contract.aio.eager import LoopTask
+from memfs.contract.protocol.call import Call, Incoming, LateReply, PeerGone
 from memfs.contract.protocol.connection import (
     HEADER_SIZE,
     MAX_DESCRIPTORS,
@@ -60,92 +64,6 @@ _CONNECT_TIMEOUT: Final = 5.0  # seconds
 _CONNECT_PAUSE: Final = 0.01  # seconds
 
 
-class PeerGone(Exception):
-    """The connection has ended: the peer closed it, died, or broke the protocol."""
-
-
-@dataclass(frozen=True, slots=True)
-class Incoming:
-    """A message and the descriptors that came with it, which the receiver of this owns and must close.
-
-    There are none, whatever was sent, if this process had no space for them (EMFILE).
-    """
-
-    id: RequestId
-    message: Message
-    fds: tuple[int, ...]
-
-
-#: Gets a reply, and owns its descriptors
-LateReply = Callable[[Incoming], object]
-
-
-class Call:
-    """A message of ours, on its way. A request is done when its `reply` is there, anything else when it is sent."""
-
-    __slots__ = (
-        "_event",
-        "_peer",
-        "fds",
-        "is_answered",
-        "is_cancelled",
-        "is_done",
-        "is_sent",
-        "late",
-        "message",
-        "reply",
-    )
-
-    def __init__(
-        self, peer: Peer, message: Message, fds: Sequence[int], late: LateReply | None, *, is_answered: bool
-    ) -> None:
-        self._peer: Final = peer
-        self._event: trio.Event | None = None  # None: nobody waits
-        self.message: Final = message
-        self.fds: Final = fds  #: travel with it, and stay the caller's
-        self.late: Final = late  #: gets a reply that comes when nobody waits for it any more
-        self.is_answered: Final = is_answered  #: whether the protocol demands a reply
-        self.is_sent = False
-        self.is_done = False  #: also when the connection has ended
-        self.is_cancelled = False  #: whether the reply is to be dropped when it comes
-        self.reply: Incoming | None = None
-
-    async def wait(self) -> None:
-        """Wait until it is done. Raises PeerGone if the connection ended before.
-
-        When cancelled, a reply that has come in time counts: a process that was stopped finds a deadline passed, and
-        the reply not yet read. Otherwise the message stays sent, and its reply is dropped when it comes.
-        """
-        if not self.is_done:
-            self._event = trio.Event()
-            try:
-                await self._event.wait()
-            except trio.Cancelled:
-                self._peer.receive_for(self)
-                if not self.is_done:
-                    self.is_cancelled = True
-                    self._peer.abandon(self)
-                    raise
-        if not self.is_sent or (self.is_answered and self.reply is None):
-            raise PeerGone("the connection ended before the answer")
-
-    async def result(self) -> Incoming:
-        """Wait for the reply and return it. Raises PeerGone."""
-        await self.wait()
-        assert self.reply is not None, f"{self.message} has no reply"
-        return self.reply
-
-    def poll(self) -> None:
-        """Busy-poll for its reply; nothing else runs meanwhile. It is done if that came soon, before any request."""
-        self._peer.poll_for(self)
-
-    def done(self) -> None:
-        """Note that it is done, and wake the task that waits for it."""
-        self.is_done = True
-        if self._event is not None:
-            self._event.set()
-
-
 @dataclass(slots=True)
 class _Unsent:
     """A message that the peer has had no space for yet."""
@@ -159,6 +77,7 @@ class Peer:
     """One end of a connection, whose socket it owns. `serve` must be running for anything to arrive at all.
 
     `custody` has the descriptors that come: those of a message are numbers that it knows. `busy_poll` is for replies.
+    `outlived`: calls do not end with the connection, but when somebody calls `end_calls`, or `take_calls` of another.
     """
 
     __slots__ = (
@@ -171,6 +90,7 @@ class Peer:
         "_ended",
         "_handle",
         "_handlers_ended",
+        "_is_outlived",
         "_is_paused",
         "_postponed",
         "_unsent",
@@ -184,6 +104,8 @@ class Peer:
         role: Role,
         custody: Custody | None = None,
         busy_poll: BusyPoll | None = None,
+        *,
+        outlived: bool = False,
     ) -> None:
         custody = custody or Custody()
         self._datagrams: Final = Datagrams(sock, custody)
@@ -196,6 +118,7 @@ class Peer:
         self._handle: Handler | None = None
         self._waiting: Final[set[trio.CancelScope]] = set()  # around the handlers that wait
         self._handlers_ended: Final = trio.lowlevel.ParkingLot()
+        self._is_outlived = outlived
         self._is_paused = False  # whether requests are not read
         self._closed = False
         self._broken: Exception | None = None  # what has ended it
@@ -240,17 +163,18 @@ class Peer:
         """
         for fd in fds:
             os.get_inheritable(fd)  # raises; sendmsg(2) would as well, but then about its socket or about these?
-        if self._closed or self.protocol.state is State.CLOSED:  # the final message has been sent
-            raise PeerGone("the connection has ended")
         call = Call(self, message, fds, late, is_answered=answers is None and is_answered(message))
-        if call.is_answered and self.protocol.unanswered >= MAX_IN_FLIGHT:
+        has_ended = self._closed or self.protocol.state is State.CLOSED  # the final message has been sent
+        if has_ended and not (call.is_answered and self._is_outlived):
+            raise PeerGone("the connection has ended")
+        if call.is_answered and (has_ended or self.protocol.unanswered >= MAX_IN_FLIGHT):
             self._postponed.append(call)
         else:
             self._send(call, answers)
         return call
 
-    def _send(self, call: Call, answers: RequestId | None) -> None:
-        number, data = self.protocol.send(call.message, answers=answers, descriptors=len(call.fds))
+    def _send(self, call: Call, answers: RequestId | None = None, repeats: RequestId | None = None) -> None:
+        number, data = self.protocol.send(call.message, answers=answers, repeats=repeats, descriptors=len(call.fds))
         if call.is_answered:
             self._calls[number] = call
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", call.fds))] if call.fds else []
@@ -259,6 +183,9 @@ class Peer:
                 self._sent(call)
                 return
         except OSError as error:
+            if call.is_answered and self._is_outlived:
+                self._unreachable(error)
+                return
             raise self._unreachable(error) from error
         self._unsent.append(_Unsent(data, rights, call))
         if answers is not None and not self._is_paused:
@@ -302,7 +229,7 @@ class Peer:
         while self._postponed and self.protocol.unanswered < MAX_IN_FLIGHT and not self._closed:
             call = self._postponed.popleft()
             try:
-                self._send(call, None)
+                self._send(call)
             except PeerGone:
                 call.done()
 
@@ -320,6 +247,36 @@ class Peer:
         elif call.fds and not call.is_sent:  # it cannot be taken back, and its descriptors are about to be closed
             self.close()
 
+    # -- calls that outlive their connections -----------------------------------------------------------------------
+
+    def take_calls(self, before: Peer) -> None:
+        """Repeat what was asked over a connection that has ended and was not answered, and what waits there."""
+        for number, call in sorted(before._calls.items()):
+            if call.is_cancelled and call.fds:  # which may be closed by now
+                if call.late is None:
+                    continue
+                call.fds = [_nothing()] * len(call.fds)  # what was done they do not matter for, and else it fails
+            self._repeat(call, number)
+        self.protocol.go_on_after(before.protocol.last_id)
+        for call in before._postponed:
+            call.carrier = self
+            self._postponed.append(call)
+        before._calls.clear()
+        before._postponed.clear()
+        self._send_postponed()
+
+    def _repeat(self, call: Call, number: RequestId) -> None:
+        call.carrier, call.is_sent = self, False
+        self._send(call, repeats=number)
+
+    def end_calls(self) -> None:
+        """End the calls that have outlived the connection: they raise PeerGone, and so do those to come."""
+        self._is_outlived = False
+        for call in (*self._calls.values(), *self._postponed):
+            call.done()
+        self._calls.clear()
+        self._postponed.clear()
+
     # -- receiving --------------------------------------------------------------------------------------------------
 
     async def serve(self, handle: Handler) -> None:
@@ -330,7 +287,8 @@ class Peer:
         """
         self._handle = handle
         try:
-            self._read_on()
+            if not self._closed:
+                self._read_on()
             await self._ended.wait()
         finally:
             self.close()
@@ -342,6 +300,23 @@ class Peer:
                 raise broken
             finally:
                 del broken  # a cycle with its traceback
+
+    async def exchange(self, message: Message) -> Incoming:
+        """Send a request and return its reply, before `serve` reads what comes next.
+
+        Raises PeerGone, RemoteProtocolError. If cancelled, the connection is of no more use.
+        """
+        call = self.post(message)
+        while not call.is_done:
+            await self._datagrams.wait_readable()
+            try:
+                received = self._receive()
+            except BlockingIOError:
+                continue
+            if received is None:
+                raise PeerGone("the connection ended before the answer")
+            self._take(received[0])
+        return await call.result()
 
     def _read_on(self) -> None:
         try:
@@ -498,15 +473,14 @@ class Peer:
         self.protocol.close()
         self._datagrams.close()
         self._forget_unsent()
-        for call in (*self._calls.values(), *self._postponed):
-            call.done()
-        self._calls.clear()
-        self._postponed.clear()
+        if not self._is_outlived:
+            self.end_calls()
         self._ended.set()
 
     def _forget_unsent(self) -> None:
         for unsent in self._unsent:
-            unsent.call.done()
+            if not (unsent.call.is_answered and self._is_outlived):
+                unsent.call.done()
         self._unsent.clear()
 
     def _break(self, error: Exception) -> None:
@@ -537,6 +511,12 @@ async def open_connection(path: str) -> socket.socket:
     except BaseException:
         sock.close()
         raise
+
+
+@functools.cache
+def _nothing() -> int:
+    """Return a descriptor that stands for one which is closed."""
+    return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
 
 def close_all(fds: Iterable[int]) -> None:

@@ -53,6 +53,10 @@ class Datagrams:
         """Wait until the peer has read something. Raises trio.ClosedResourceError when this end is closed."""
         await trio.lowlevel.wait_writable(self._socket)
 
+    async def wait_readable(self) -> None:
+        """Wait until there is something to receive. Raises trio.ClosedResourceError when this end is closed."""
+        await trio.lowlevel.wait_readable(self._socket)
+
     def receive(self, size: int, ancillary: int, flags: int) -> Datagram:
         """Receive a datagram (recvmsg(2))."""
         return self._custody.receive(self._socket, size, ancillary, flags)

@@ -18,7 +18,10 @@ SOCKET_XATTR: Final = "user.memfs.socket"  #: of everything on a mount: the path
 
 MAX_PAGES: Final = page_floor(ByteOffset(MAX_OFFSET)) + 1
 
-FileId = NewType("FileId", int)  #: names a registered file on one connection; never reused
+FileId = NewType("FileId", int)  #: names a registered file of one owner; never reused
+Token = NewType("Token", bytes)  #: by which memfs knows an owner again; whoever has it is the owner, so it is a secret
+TOKEN_SIZE: Final = 16  #: bytes
+NO_TOKEN: Final = Token(bytes(TOKEN_SIZE))
 NO_FILE: Final = FileId(0)  #: names none
 
 

@@ -23,6 +23,7 @@ from kvmsim.uapi import KVM_MEM_FD, UserspaceMemoryRegion
 from kvmsim.vm import VM, create_vm
 from kvmsim.vm_type import VmType
 from memfs.contract.page_map import ABSENT, ALLOCATED, MapMemfds, PageMap
+from memfs.contract.protocol.call import Incoming, PeerGone
 from memfs.contract.protocol.connection import Role
 from memfs.contract.protocol.messages import (
     VERSION,
@@ -45,7 +46,7 @@ from memfs.contract.protocol.messages import (
     Registered,
     Unregister,
 )
-from memfs.contract.protocol.peer import Incoming, Peer, PeerGone, close_all
+from memfs.contract.protocol.peer import Peer, close_all
 from memfs.contract.units import PAGE_SIZE, ByteOffset, Gpa, PageIndex, PageRange, Pfn
 
 PAGES = 64

@@ -13,6 +13,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
+from memfs.contract.protocol.call import Incoming, PeerGone
 from memfs.contract.protocol.client import Client, OnNotification, StoreGone, connect
 from memfs.contract.protocol.connection import Role
 from memfs.contract.protocol.messages import (
@@ -40,7 +41,7 @@ from memfs.contract.protocol.messages import (
     Registered,
     Unregister,
 )
-from memfs.contract.protocol.peer import Incoming, Peer, PeerGone, close_all
+from memfs.contract.protocol.peer import Peer, close_all
 from memfs.contract.units import PAGE_SIZE, ByteOffset, PageIndex, PageRange, Pfn
 from tests.helpers import raises
 

@@ -20,6 +20,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from memfs.contract.aio.busy_poll import BusyPoll
 from memfs.contract.aio.poller import Poller
+from memfs.contract.protocol.call import Incoming, PeerGone
 from memfs.contract.protocol.connection import (
     MAX_IN_FLIGHT,
     MAX_MESSAGE,
@@ -42,7 +43,7 @@ from memfs.contract.protocol.messages import (
     Registered,
     Unregister,
 )
-from memfs.contract.protocol.peer import Handler, Incoming, Peer, PeerGone, close_all
+from memfs.contract.protocol.peer import Handler, Peer, close_all
 from memfs.contract.units import PageIndex, PageRange
 
 RANGE = PageRange(PageIndex(0), PageIndex(1))
@@ -247,7 +248,7 @@ def datagram(kind: int, body: bytes = b"", number: int = 1, length: int | None =
     return struct.pack("<HHIQ", 1, kind, 16 + len(body) if length is None else length, number) + body
 
 
-HELLO = datagram(Hello.TYPE, struct.pack("<HH", 2, 2))
+HELLO = datagram(Hello.TYPE, struct.pack("<HH16x", 2, 2))
 
 
 @pytest.mark.parametrize(

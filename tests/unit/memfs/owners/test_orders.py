@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from memfs.contract.units import ORDER_2M, ORDER_4K, PAGE_SIZE, PageRange
-from memfs.owners.registry import Registration, Registry
+from memfs.owners.registration import Registration
+from memfs.owners.registry import Registry
 from memfs.store.backing import Backing
 from memfs.store.file import File
 from memfs.store.memfd_backing import MemfdBacking

@@ -27,6 +27,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from memfs.contract.aio.turns import SHARE
 from memfs.contract.page_map import PageMapView
+from memfs.contract.protocol.call import Incoming
 from memfs.contract.protocol.client import Client, StoreGone, connect
 from memfs.contract.protocol.connection import Role
 from memfs.contract.protocol.messages import (
@@ -39,7 +40,7 @@ from memfs.contract.protocol.messages import (
     Message,
     Register,
 )
-from memfs.contract.protocol.peer import Incoming, Peer, close_all, open_connection
+from memfs.contract.protocol.peer import Peer, close_all, open_connection
 from memfs.contract.units import PAGE_SIZE, ByteOffset
 from memfs.owners.admission import Clients
 from memfs.owners.closer import Closer

@@ -1,0 +1,341 @@
+"""Owners outlive the daemon: whenever it is killed, they come back to the next one and find all as it was, once."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import signal
+import struct
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from memfs.contract.conversion import convert, key_of
+from memfs.contract.faults import Point
+from memfs.contract.protocol.messages import (
+    AllowPreserve,
+    ConvertBegin,
+    ConvertEnd,
+    Done,
+    Failed,
+    Fallocate,
+    FileId,
+    GetPfn,
+    InvalidateBegin,
+    InvalidateEnd,
+    Launch,
+    Measured,
+    Message,
+    Notification,
+    PfnReply,
+    Populate,
+    PutPfn,
+    Register,
+    Registered,
+    Unregister,
+)
+from memfs.contract.sys.libc import PUNCH_HOLE, fallocate
+from memfs.contract.units import PAGE_SIZE, ByteOffset, PageRange
+from tests.helpers import pages
+
+from .conftest import Memfs, MountMemfs, memfs_command, run
+from .owner import Owner, connected
+
+EXPECTED = ["killed by SIGKILL: going on"]
+COMMITS = (Point.BEFORE_COMMIT, Point.AFTER_COMMIT)
+SIZE = 1 << 20
+in_thread = trio.to_thread.run_sync
+
+
+def state_of(memfs: Memfs) -> dict[str, Any]:
+    """What `memfs stat` says."""
+    state: dict[str, Any] = json.loads(run(*memfs_command("stat", "--json", memfs.path)).stdout)
+    return state
+
+
+@dataclass
+class Pair:
+    """A shared and a private file on a mount that survives, open, and where the next death is armed."""
+
+    memfs: Memfs
+    inject: Path
+    shared: int
+    private: int
+
+    def arm(self, point: Point) -> None:
+        """Have the daemon die when it comes to a point next."""
+        partial = self.inject.with_suffix(".new")
+        partial.write_text(f"{point.value} kill")
+        partial.rename(self.inject)
+
+    @property
+    def has_died(self) -> bool:
+        """Whether it has."""
+        return not self.inject.exists()
+
+    def close(self) -> None:
+        """Close the files, and have no more deaths."""
+        self.inject.unlink(missing_ok=True)
+        for fd in (self.shared, self.private):
+            os.close(fd)
+
+    async def kill(self) -> None:
+        """Kill the daemon, wherever it is."""
+        state = await in_thread(state_of, self.memfs)
+        os.kill(state["pid"], signal.SIGKILL)
+
+    async def owned(self) -> dict[str, Any]:
+        """What `memfs stat` says of the only owner."""
+        (owner,) = (await in_thread(state_of, self.memfs))["registry"]
+        assert isinstance(owner, dict)
+        return owner
+
+
+@asynccontextmanager
+async def open_pair(mount_memfs: MountMemfs, inject: Path, options: str = "") -> AsyncIterator[Pair]:
+    def make() -> Pair:
+        memfs = mount_memfs(f"size=64m,survive=on{options}")
+        memfs.expected = list(EXPECTED)
+        assert run(*memfs_command("create", memfs.path / "private", "--seals", "guest", "--size", "1m")).returncode == 0
+        (memfs.path / "shared").write_bytes(b"x" * SIZE)
+        fds = [os.open(memfs.path / name, os.O_RDWR) for name in ("shared", "private")]
+        return Pair(memfs, inject, *fds)
+
+    pair = await in_thread(make)
+    try:
+        yield pair
+    finally:
+        await in_thread(pair.close)
+
+
+@pytest.fixture
+def inject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file in which a fault is armed."""
+    path = tmp_path / "inject"
+    monkeypatch.setenv("MEMFS_INJECT", str(path))
+    return path
+
+
+async def registered(owner: Owner, fd: int) -> FileId:
+    """Register the file behind a descriptor."""
+    reply = await owner.ask(Register(), [fd])
+    assert isinstance(reply, Registered), reply
+    return reply.file
+
+
+async def test_what_an_owner_has_it_has_again(mount_memfs: MountMemfs, inject: Path) -> None:
+    """Files, frames, locks and permissions, be the file unlinked; and what it asks meanwhile is answered."""
+    async with open_pair(mount_memfs, inject) as pair, connected(pair.memfs.socket) as owner:
+        files = [await registered(owner, fd) for fd in (pair.shared, pair.private, pair.private)]
+        assert files[1] == files[2]
+        await in_thread((pair.memfs.path / "private").unlink)
+        locked = await owner.client.get_pfn(files[1], pages(3, 9), alloc=True, lock=True)
+        shared = await owner.client.get_pfn(files[0], pages(0, 256), alloc=True)
+        assert await owner.ask(AllowPreserve(files[1])) == Done()
+        before = await pair.owned()
+        for deaths in (1, 2):
+            await pair.kill()
+            assert await owner.client.get_pfn(files[1], pages(3, 9), alloc=False) == locked
+            assert await owner.client.get_pfn(files[0], pages(0, 256), alloc=True) == shared
+            assert owner.client.resumed == deaths
+            assert await pair.owned() == before
+        key = await in_thread(key_of, pair.shared)
+        await in_thread(lambda: convert(pair.private, key, [pages(20, 21)], to_private=True, preserve=True))
+        for answer in (Done(), Done()):
+            assert await owner.ask(Unregister(files[1])) == answer
+        assert isinstance(await owner.ask(Unregister(files[1])), Failed)
+        later = await registered(owner, pair.private)
+        assert later not in files
+
+
+Step = Callable[[Owner, Pair, FileId], Coroutine[Any, Any, Message]]
+
+
+async def register(owner: Owner, pair: Pair, file: FileId) -> Message:
+    return await owner.ask(Register(), [pair.private])
+
+
+async def unregister(owner: Owner, pair: Pair, file: FileId) -> Message:
+    return await owner.ask(Unregister(file))
+
+
+async def lock(owner: Owner, pair: Pair, file: FileId) -> Message:
+    return await owner.ask(GetPfn(file, pages(0, 4), alloc=False, lock=True))
+
+
+async def unlock(owner: Owner, pair: Pair, file: FileId) -> Message:
+    return await owner.ask(PutPfn(file, pages(0, 4), dirty=False))
+
+
+async def times(owner: Owner, pair: Pair, step: Step, file: FileId) -> int:
+    """How often a step succeeds until it is refused."""
+    count = 0
+    while not isinstance(await step(owner, pair, file), Failed):
+        count += 1
+    return count
+
+
+@pytest.mark.parametrize("step", [register, unregister, lock, unlock])
+async def test_what_an_owner_asks_for_is_done_once(mount_memfs: MountMemfs, inject: Path, step: Step) -> None:
+    """Killed before the commit of it or after, it gets one answer, and the file is registered or locked so often."""
+    async with open_pair(mount_memfs, inject) as pair:
+        for point in COMMITS:
+            async with connected(pair.memfs.socket) as owner:
+                file = await registered(owner, pair.private)
+                await registered(owner, pair.private)
+                await owner.client.get_pfn(file, pages(0, 4), alloc=True, lock=True)
+                await lock(owner, pair, file)
+                pair.arm(point)
+                answer = await step(owner, pair, file)
+                assert not isinstance(answer, Failed)
+                assert pair.has_died, point
+                if isinstance(answer, PfnReply):
+                    assert [(run.pages, run.pfn is not None) for run in answer.runs] == [(pages(0, 4), True)]
+                more = 1 if step in (register, lock) else -1
+                locked = 2 + more * (step in (lock, unlock))
+                assert await times(owner, pair, unlock, file) == locked
+                assert await times(owner, pair, unregister, file) == 2 + more * (step in (register, unregister))
+
+
+@pytest.mark.parametrize("point", COMMITS)
+async def test_what_is_populated_is_measured_once(mount_memfs: MountMemfs, inject: Path, point: Point) -> None:
+    async with open_pair(mount_memfs, inject) as pair, connected(pair.memfs.socket) as owner:
+        content = os.memfd_create("content", os.MFD_ALLOW_SEALING)
+        os.write(content, b"c" * PAGE_SIZE)
+        fcntl.fcntl(content, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+        pair.arm(point)
+        answer = await owner.ask(Populate(pages(7, 8), ByteOffset(0)), [pair.private, content])
+        assert pair.has_died, point
+        os.close(content)
+        record = (7).to_bytes(8, "little") + b"c" * PAGE_SIZE
+        restarted = struct.pack("<3Q", 2**64 - 3, 0, 0)
+        once = hashlib.sha384(record).digest()
+        file = await registered(owner, pair.private)
+        launched = await owner.ask(Launch(file))
+        if point is Point.AFTER_COMMIT:
+            assert answer == Measured(once)
+            assert launched == Measured(hashlib.sha384(restarted + once).digest())
+        else:
+            assert answer == launched == Measured(hashlib.sha384(restarted + record).digest())
+
+
+class Memory:
+    """What an owner must know: which pages it may not map, and which of the private file are private."""
+
+    def __init__(self) -> None:
+        self.begun: list[tuple[object, ...]] = []
+        self.idle = trio.Event()
+
+    async def hear(self, message: Notification) -> None:
+        match message:
+            case InvalidateBegin(file, where):
+                assert (file, where) not in self.begun
+                self.begun.append((file, where))
+            case InvalidateEnd(file, where):
+                self.begun.remove((file, where))
+            case ConvertBegin(shared, private):
+                assert (shared, private) not in self.begun
+                self.begun.append((shared, private))
+            case ConvertEnd(shared, private):
+                self.begun.remove((shared, private))
+        self.idle.set()
+
+
+ORDER = (
+    *(Point.BEFORE_BEGIN, Point.AFTER_BEGIN, Point.BEFORE_FREE, Point.AFTER_FREE, Point.BEFORE_ACCOUNT),
+    *(Point.AFTER_ACCOUNT, Point.BEFORE_END, Point.AFTER_END),
+)
+ALLOCATING = (
+    *(Point.BEFORE_ALLOCATE, Point.AFTER_ALLOCATE, Point.BEFORE_ACCOUNT, Point.AFTER_ACCOUNT),
+    *(Point.BEFORE_TELL, Point.AFTER_TELL),
+)
+#: to punch and to allocate pages changes nothing that is committed
+CONVERTING = (Point.BEFORE_ALLOCATE, Point.AFTER_ALLOCATE, *ORDER, *COMMITS)
+
+
+@pytest.mark.parametrize("do", ["punch", "allocate", "to private", "to shared"])
+async def test_what_was_begun_ends_and_is_done_once(mount_memfs: MountMemfs, inject: Path, do: str) -> None:
+    """Wherever the daemon dies in it, its caller gets one result, and the owner hears of an end to each beginning."""
+    points = {"punch": ORDER, "allocate": ALLOCATING}.get(do, CONVERTING)
+    async with open_pair(mount_memfs, inject) as pair, connected(pair.memfs.socket) as owner:
+        memory = Memory()
+        hear = owner.hear
+
+        async def both(message: Notification) -> None:
+            await hear(message)
+            await memory.hear(message)
+
+        owner.hear = both  # type: ignore[method-assign]
+        shared, private = await registered(owner, pair.shared), await registered(owner, pair.private)
+        key = await in_thread(key_of, pair.shared)
+
+        def call(where: PageRange, do: str) -> None:
+            match do:
+                case "punch":
+                    fallocate(pair.private, PUNCH_HOLE, where.offset, where.nbytes)
+                case "allocate":
+                    fallocate(pair.private, 0, where.offset, where.nbytes)
+                case _:
+                    convert(pair.private, key, [where], to_private=do == "to private")
+
+        def blocks() -> list[int]:
+            return [os.fstat(fd).st_blocks // 8 for fd in (pair.shared, pair.private)]
+
+        undone = {"punch": "allocate", "allocate": "punch", "to private": "to shared", "to shared": "to private"}
+        for number, point in enumerate(points):
+            where = pages(8 * number, 8 * number + 5)
+            await in_thread(call, where, undone[do])
+            before = await in_thread(blocks)
+            owner.heard.clear()
+            pair.arm(point)
+            await in_thread(call, where, do)
+            assert pair.has_died, point
+            assert await in_thread(blocks) == [
+                before[0] + {"to shared": 5 if before[0] < 256 else 0, "to private": -5}.get(do, 0),
+                before[1] + (5 if do in ("allocate", "to private") else -5),
+            ], point
+            expected = (Fallocate,) if do == "allocate" else (InvalidateBegin, ConvertBegin)
+            assert any(isinstance(each, expected) for each in owner.heard), f"it heard of nothing: {point}"
+            await owner.client.get_pfn(private, pages(0, 1), alloc=False)  # it is back
+            while memory.begun:  # the last end may be on its way
+                memory.idle = trio.Event()
+                await memory.idle.wait()
+        assert owner.client.resumed == len(points)
+        assert {shared, private} == {each["file"] for each in (await pair.owned())["files"]}
+
+
+async def test_killed_before_the_owner_has_acknowledged(mount_memfs: MountMemfs, inject: Path) -> None:
+    """Nothing is freed until it does, to the next daemon."""
+    async with open_pair(mount_memfs, inject) as pair, connected(pair.memfs.socket) as owner:
+        file = await registered(owner, pair.private)
+        await in_thread(fallocate, pair.private, 0, 0, 8 * PAGE_SIZE)
+        begun, acknowledge = trio.Event(), trio.Event()
+        heard = []
+
+        async def hear(message: Notification) -> None:
+            nonlocal begun
+            heard.append(message)
+            if isinstance(message, InvalidateBegin):
+                begun.set()
+                await acknowledge.wait()
+
+        owner.hear = hear  # type: ignore[method-assign]
+        begin, end = InvalidateBegin(file, pages(0, 8)), InvalidateEnd(file, pages(0, 8))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(in_thread, fallocate, pair.private, PUNCH_HOLE, 0, 8 * PAGE_SIZE)
+            await begun.wait()
+            begun = trio.Event()
+            await pair.kill()
+            with trio.fail_after(20):
+                await begun.wait()
+            assert heard == [begin, end, begin]
+            assert await in_thread(lambda: os.fstat(pair.private).st_blocks) == 64
+            acknowledge.set()
+        assert await in_thread(lambda: os.fstat(pair.private).st_blocks) == 0
