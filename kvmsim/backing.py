@@ -286,17 +286,23 @@ class Backing:
 
 
 @asynccontextmanager
-async def connect(path: str, name: str, notify: Callable[[Notification], None]) -> AsyncIterator[Backing]:
+async def connect(
+    path: str, name: str, notify: Callable[[Notification], None], resumed: Callable[[], None] = lambda: None
+) -> AsyncIterator[Backing]:
     """Connect to memfs's socket; `notify` is called with each notification and has acted when it returns.
 
+    `resumed` is called when memfs was killed and the next one goes on, after the end of all that had begun.
     Raises OSError if nobody listens there, or the protocol versions do not match.
     """
 
     async def notified(message: Notification) -> None:
         backing.act(message)
 
+    async def came_back() -> None:
+        resumed()
+
     with ExitStack() as last:  # what is closed while a task still reads from it is a bad descriptor there
-        async with protocol.connect(path, name, notified) as client:
+        async with protocol.connect(path, name, notified, came_back) as client:
             backing = Backing(client, notify)
             last.callback(backing.close)
             yield backing

@@ -12,6 +12,10 @@ What a notification does is done before it is acknowledged, in `_notified`, with
     ConvertBegin     raise in_progress for both sides' gfns, drop the mappings of the side that pages leave
     ConvertEnd       bump seq, lower in_progress; what is on the other side now may be mapped, as on Fallocate
 
+If memfs is killed and another one goes on in its place, so does the connection, after a moment (protocol/client.py).
+Until then vCPUs run: nothing is freed without memfs, so what is mapped stays mapped, and private pages that the page
+map shows are mapped without asking. What has to be asked waits, and so do faults on what was being invalidated.
+
 Lifetimes: a slot holds a registration of each of its files; the files live as long as some slot has them; the VM ends
 with the connection, and then nothing is mapped any more.
 """
@@ -30,7 +34,7 @@ import numpy as np
 import numpy.typing as npt
 import trio
 
-from kvmsim.arrays import Gfns, each_of, runs
+from kvmsim.arrays import Gfns, each_of, pairs, runs
 from kvmsim.backing import Backing, Notification, StoreGone, connect
 from kvmsim.exits import Exit
 from kvmsim.mmu.allocated import map_allocated, map_asking
@@ -305,6 +309,14 @@ class VM:
                 for gfns in each_of(window.gfns_of_all(ranges)):
                     listener(message, window.slot, gfns, window.side)
 
+    def _resumed(self) -> None:
+        """Unmap what is mapped as shared and is private: with the memfs that was killed, its Fallocate may be lost."""
+        for slot in self.mmu.slots:
+            if slot.private is not None and slot.private.page_map is not None:
+                private = [slot.gfns_of(run) for run in slot.private.page_map.runs(slot.pages)]
+                self.mmu.unmap_ranges(pairs(gfns for gfns in private if gfns is not None), Side.SHARED)
+        self.mmu.invalidations.conversion()
+
     def _allocated(self, slot: Memslot, side: Side, gfns: Gfns) -> None:
         """Map memory that has been allocated, if that is the policy."""
         if self.config.map_on_fallocate and not map_allocated(self.mmu, slot, side, gfns):
@@ -348,7 +360,11 @@ async def create_vm(socket_path: str, config: VmConfig | None = None, **changes:
         assert vm is not None, "notified before anything was registered"
         vm._notified(message)
 
-    async with connect(socket_path, config.name, notified) as backing, open_flat_nursery() as nursery:
+    def resumed() -> None:
+        if vm is not None:
+            vm._resumed()
+
+    async with connect(socket_path, config.name, notified, resumed) as backing, open_flat_nursery() as nursery:
         vm = VM(backing, nursery, config)
         nursery.start_soon(_watch, vm)
         try:
