@@ -168,21 +168,26 @@ class Channel:
 
     async def _serve(self, task: LoopTask) -> None:
         """Answer requests or hand them on, until a handler waits. Raises Unmounted."""
-        intake, handlers, forward = self._intake, self._handlers, self._forward
+        intake, handlers, forward, poll = self._intake, self._handlers, self._forward, self._poll
         handler: Handler = forward
         while True:
-            request = intake.next()
-            if request is None and intake.share_is_over:
-                await trio.lowlevel.checkpoint()
-                intake.begin_share()
-                continue
-            if request is None:
-                # A program that has been answered often asks again immediately. If others are to be answered by other
-                # tasks, those need the event loop.
-                request = await self._wait(poll=handler is not forward and not self._waiting)
+            # A program that has been answered often asks again immediately. If others are to be answered by other
+            # tasks, those need the event loop.
+            if handler is not forward and not self._waiting:
+                poll.start()
+                poll.yield_first()
+            while (request := intake.next()) is None:
+                if intake.share_is_over:
+                    await trio.lowlevel.checkpoint()
+                    intake.begin_share()
+                elif not poll.goes_on():
+                    await trio.lowlevel.wait_readable(self._fuse)
+                    intake.begin_share()
+            poll.stop()
             handler = handlers.get(request.opcode, forward)
-            work_on(request.number, request.pid)
-            if request.unique & RESENT and self._resent is not None:
+            unique = request.unique
+            work_on(unique & ~RESENT, request.pid)
+            if unique & RESENT and self._resent is not None:
                 work = self._resent.handle(request, handler)
             else:
                 work = handler(request)
@@ -195,19 +200,6 @@ class Channel:
             else:
                 await self._finish(request, task.rest(work, trap), task.scope)
                 return
-
-    async def _wait(self, *, poll: bool) -> Request:
-        """Wait for a request, at first by busy-polling. Raises Unmounted."""
-        if poll:
-            self._poll.start()
-        while True:
-            if not self._poll.goes_on():
-                await trio.lowlevel.wait_readable(self._fuse)
-                self._intake.begin_share()
-            request = self._intake.next()
-            if request is not None:
-                self._poll.stop()
-                return request
 
     async def _finish(self, request: Request, rest: Awaitable[bytes | None], scope: trio.CancelScope) -> None:
         """Answer a request whose handler waits. `scope` is around it."""

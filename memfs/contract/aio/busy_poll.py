@@ -7,10 +7,14 @@ grows when something came soon after sleeping began, so that a larger window wou
 took longer than any window may be and than it takes to sleep and be woken (which is included in what is measured).
 
     poll.start()
+    poll.yield_first()
     while not (ready := look()):
         if not poll.goes_on():
             await sleep()
     poll.stop()
+
+To look in vain takes longer than to yield the CPU. So where a first look was in vain, which it always is while the
+other process needs our CPU for it, other processes run before the next first looks.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from typing import Final
 _FACTOR: Final = 2  # halt_poll_ns_grow and halt_poll_ns_shrink
 _SMALLEST: Final = 20e-6  # seconds; halt_poll_ns_grow_start is 10 us, but we are slower
 _WAKE_UP: Final = 300e-6  # seconds that it may take both processes to be woken
+_YIELDS: Final = 16  # before as many first looks; then one without, to see whether that is in vain
 
 
 class BusyPoll:
@@ -42,7 +47,7 @@ class BusyPoll:
     40
     """
 
-    __slots__ = ("_clock", "_end", "_is_waiting", "_since", "maximum", "window")
+    __slots__ = ("_clock", "_end", "_is_waiting", "_since", "_yields", "maximum", "window")
 
     def __init__(self, maximum: float, *, window: float = 0.0, clock: Callable[[], float] = time.perf_counter) -> None:
         self.maximum: Final = maximum
@@ -51,10 +56,17 @@ class BusyPoll:
         self._is_waiting = False
         self._since: float | None = None  # of the first look that was in vain; None: there was none yet
         self._end = 0.0
+        self._yields = 0  # before how many first looks from now on
 
     def start(self) -> None:
         """Wait for something from now on. To find it at the first look costs not even a look at the clock."""
         self._is_waiting, self._since = True, None
+
+    def yield_first(self) -> None:
+        """Have other processes run before the first look, where that is in vain otherwise."""
+        if self._yields and self._is_waiting and self._since is None:
+            self._yields -= 1
+            os.sched_yield()
 
     def goes_on(self) -> bool:
         """Return whether to look once more rather than to sleep; other processes have had the CPU meanwhile."""
@@ -65,6 +77,7 @@ class BusyPoll:
             self._since, self._end = now, now + self.window
         if now >= self._end:
             return False
+        self._yields = _YIELDS
         os.sched_yield()
         return True
 

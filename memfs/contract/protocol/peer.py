@@ -371,6 +371,7 @@ class Peer:
     def poll_for(self, call: Call) -> None:
         """Do what Call.poll says."""
         self._busy_poll.start()
+        self._busy_poll.yield_first()
         self.receive_for(call)
 
     def receive_for(self, call: Call) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from memfs.contract.aio.busy_poll import BusyPoll
@@ -73,3 +75,59 @@ def test_nothing_is_polled_for_that_nobody_waits_for(poll: BusyPoll) -> None:
     assert not poll.goes_on()
     poll.stop()
     assert poll.window == MAXIMUM
+
+
+class OtherProcess:
+    """A process that does what is waited for when it has the CPU; it needs ours if it `shares` that."""
+
+    def __init__(self, *, shares: bool) -> None:
+        self.shares = shares
+        self.yields = 0
+        self.is_done = False
+
+    def sched_yield(self) -> None:
+        self.yields += 1
+        self.is_done = True
+
+    def wait(self, poll: BusyPoll) -> bool:
+        """Wait for it, and return whether the first look was in vain."""
+        self.is_done = not self.shares
+        poll.start()
+        poll.yield_first()
+        is_in_vain = not self.is_done
+        while not self.is_done:
+            assert poll.goes_on()
+        poll.stop()
+        return is_in_vain
+
+
+@pytest.fixture
+def other(monkeypatch: pytest.MonkeyPatch) -> OtherProcess:
+    other = OtherProcess(shares=True)
+    monkeypatch.setattr(os, "sched_yield", other.sched_yield)
+    return other
+
+
+def test_other_process_runs_before_a_look_that_would_be_in_vain(clock: Clock, other: OtherProcess) -> None:
+    poll = BusyPoll(MAXIMUM, window=MAXIMUM, clock=clock)
+    in_vain = sum(other.wait(poll) for _ in range(170))
+    assert (in_vain, other.yields) == (10, 170)
+
+
+def test_where_all_is_there_already_nothing_is_yielded_for_long(clock: Clock, other: OtherProcess) -> None:
+    poll = BusyPoll(MAXIMUM, window=MAXIMUM, clock=clock)
+    assert other.wait(poll)
+    other.shares, other.yields = False, 0
+    assert not any(other.wait(poll) for _ in range(1000))
+    assert other.yields == 16
+
+
+def test_nothing_is_yielded_where_polling_does_not_pay(clock: Clock, other: OtherProcess) -> None:
+    poll = BusyPoll(MAXIMUM, window=0.0, clock=clock)
+    for _ in range(10):
+        poll.start()
+        poll.yield_first()
+        assert not poll.goes_on()
+        clock.now += 1.0
+        poll.stop()
+    assert other.yields == 0
