@@ -154,7 +154,7 @@ class _Memfs:
         )
 
     def _new_file(self, ino: Ino, seals: int) -> File:
-        return File(self._backing, ino, seals, journal=self._journal)
+        return File(self._backing, ino, seals, journal=self._journal, held=True)
 
     async def run(self, ready: Callable[[], None], received: AsyncIterator[tuple[Meaning, str]]) -> None:
         """Serve the mount and the socket, until either the mount or we are to end."""

@@ -106,20 +106,27 @@ class NameHandlers:
         flags, mode, umask = _unpack_create(body)
         name = unpack_name(body[CREATE_IN.size :])
         seals = self._xattrs.default_seals(request.nodeid)
-        inode = self._tree.create(request.nodeid, name, mode, request.uid, request.gid, umask=umask, seals=seals)
+        new = self._tree.create(
+            request.nodeid, name, mode, request.uid, request.gid, umask=umask, seals=seals, held=True
+        )
         try:
-            return self._created(inode, flags, request)
+            return self._created(new, flags, request)
         except OSError:  # EMFILE: all or nothing
             self._tree.unlink(request.nodeid, name)
             raise
+        finally:
+            self._tree.release(new)
 
     async def tmpfile(self, request: Request) -> bytes:
         """Answer open(2) with O_TMPFILE."""
         await self._files.space()
         flags, mode, umask = _unpack_create(request.body)
         seals = self._xattrs.default_seals(request.nodeid)
-        inode = self._tree.create_unlinked(request.nodeid, mode, request.uid, request.gid, umask=umask, seals=seals)
-        return self._created(inode, flags, request)
+        new = self._tree.create_unlinked(request.nodeid, mode, request.uid, request.gid, umask=umask, seals=seals)
+        try:
+            return self._created(new, flags, request)
+        finally:
+            self._tree.release(new)
 
     def _created(self, inode: Inode, flags: int, request: Request) -> bytes:
         assert isinstance(inode, RegularFile)

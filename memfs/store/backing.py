@@ -58,8 +58,11 @@ class Backing(Protocol):
     def guest_steps(self, offset: ByteOffset, length: int) -> Iterator[Step]:
         """Generate in which calls to allocate bytes of a guest-sealed file, so that no page is allocated besides."""
 
-    def create(self, number: int, *, guest: bool) -> Content:
-        """Create an empty file. Of each number (> 0) there may be one that is for a guest and one that is not."""
+    def create(self, number: int, *, guest: bool) -> tuple[Content, int]:
+        """Create an empty file, and open it: `open` says what the descriptor is. Raises OSError(EMFILE).
+
+        Of each number (> 0) there may be one that is for a guest and one that is not.
+        """
 
     def find(self, number: int, *, guest: bool) -> Content:
         """Return the content id of a file that another process has created."""

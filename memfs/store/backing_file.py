@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Final
 
 from memfs.contract.units import SECTORS_PER_PAGE
@@ -22,17 +21,24 @@ _CLOSED: Final = -1
 class BackingFile:
     """A file of a backing, empty at first unless it `exists`. `number` is this file's for ever. Methods raise OSError.
 
-    `guest` as for `Backing.create`.
+    `guest` as for `Backing.create`. A new one may be `held` from the beginning, which saves opening it.
     """
 
     __slots__ = ("_backing", "_content", "fd", "holds", "number")
 
-    def __init__(self, backing: Backing, number: int, *, guest: bool, exists: bool = False) -> None:
+    def __init__(self, backing: Backing, number: int, *, guest: bool, exists: bool = False, held: bool = False) -> None:
         self._backing: Final = backing
         self.number: Final = number
-        self._content: Content = (backing.find if exists else backing.create)(number, guest=guest)
         self.fd = _CLOSED  #: the file's descriptor while it is held
         self.holds = 0  #: how many `hold` there are without their `release`
+        self._content: Content
+        if exists:
+            self._content = backing.find(number, guest=guest)
+            return
+        self._content, self.fd = backing.create(number, guest=guest)
+        self.holds = 1
+        if not held:
+            self.release()
 
     @property
     def size(self) -> int:
@@ -84,11 +90,7 @@ class BackingFile:
         has changed.
         """
         old = self.stat()
-        with ExitStack() as undo:
-            content = self._backing.create(self.number, guest=True)
-            undo.callback(self._backing.free, content)
-            fd = self._backing.open(content)
-            undo.pop_all()
+        content, fd = self._backing.create(self.number, guest=True)
         self._backing.shut(self.fd)
         free_old = functools.partial(self._backing.free, self._content)
         self._content, self.fd = content, fd

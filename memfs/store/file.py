@@ -53,8 +53,8 @@ log = logging.getLogger(__name__)
 class File:
     """A regular file. Sizes and offsets are bytes; ranges are pages. All methods raise OSError as the kernel would.
 
-    `number` is this file's for ever, and no other's in the backing; `initial_seals` are F_SEAL_* bits. A file that
-    `exists` was another process's, and must be recovered (`recover`).
+    `number` is this file's for ever, and no other's in the backing; `initial_seals` are F_SEAL_* bits. A new file may
+    be `held` from the beginning. One that `exists` was another process's, and must be recovered (`recover`).
     """
 
     __slots__ = (
@@ -79,15 +79,18 @@ class File:
         *,
         journal: Journal = NO_JOURNAL,
         exists: bool = False,
+        held: bool = False,
     ) -> None:
         self._backing: Final = backing
         self._journal: Final = journal
         self.seals = initial_seals
-        self._backing_file: Final = BackingFile(backing, number, guest=self.guest, exists=exists)
+        self._backing_file: Final = BackingFile(backing, number, guest=self.guest, exists=exists, held=held)
         self._accounting = Accounting(backing, str(number)) if backing.accounted or self.guest else None
         try:
             self._seal_backing_file(initial_seals)
         except OSError:
+            if held:
+                self._backing_file.release()
             self._backing_file.free()
             raise
         self.opens: Final = Opens()

@@ -58,9 +58,10 @@ class MemfdBacking:
         """Generate one step."""
         yield offset, length, nullcontext()
 
-    def create(self, number: int, *, guest: bool) -> Content:
+    def create(self, number: int, *, guest: bool) -> tuple[Content, int]:
         """Create a memfd; its descriptor is the content id."""
-        return Content(os.memfd_create(f"memfs:{number}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+        fd = os.memfd_create(f"memfs:{number}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        return Content(fd), fd
 
     def find(self, number: int, *, guest: bool) -> Content:
         """Raise OSError: a memfd goes with the process that has it."""

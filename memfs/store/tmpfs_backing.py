@@ -54,6 +54,7 @@ _MOMENT: Final = 0.01  # seconds until what guests have freed goes back to ordin
 _PLENTY: Final = bytes_to_pages(256 << 20)  # which nobody fills in a moment
 
 _BALLAST_NAME: Final = "ballast"
+_NEW: Final = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,16 +155,16 @@ class TmpfsBacking:
         """Generate the steps of the filesystem that they lie on."""
         return self._guests.steps(offset, length)
 
-    def create(self, number: int, *, guest: bool) -> Content:
+    def create(self, number: int, *, guest: bool) -> tuple[Content, int]:
         """Create an empty file: its content id is negative if it is for a guest."""
         content = self.find(number, guest=guest)
         path, root = self.locate(content)
         try:
-            os.mknod(path, 0o600, dir_fd=root)
+            fd = os.open(path, _NEW, 0o600, dir_fd=root)
         except FileExistsError:  # of a process that was killed before it could say so
             os.unlink(path, dir_fd=root)
-            os.mknod(path, 0o600, dir_fd=root)
-        return content
+            fd = os.open(path, _NEW, 0o600, dir_fd=root)
+        return content, fd
 
     def find(self, number: int, *, guest: bool) -> Content:
         """Return the content id: negative if it is for a guest."""

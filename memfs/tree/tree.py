@@ -50,14 +50,15 @@ class _New(NamedTuple):
     umask: int = 0
     rdev: int = 0
     seals: int = 0
+    held: bool = False
     target: bytes = b""
 
 
 class Tree:
     """All inodes of a mount. Methods raise OSError with the errno that tmpfs gives.
 
-    `new_file` creates the content of a new regular file from its number and initial seals; `nr_inodes` limits how many
-    inodes there are, the root included. With `inode32` there are no more numbers than 32 bits have, ever.
+    `new_file` creates the content of a new regular file, held, from its number and initial seals; `nr_inodes` limits
+    how many inodes there are, the root included. With `inode32` there are no more numbers than 32 bits have, ever.
     `is_known` says whether the kernel has an inode; it is asked of a tree that was built again.
     """
 
@@ -129,21 +130,32 @@ class Tree:
     # -- creation -----------------------------------------------------------------------------------------------------
 
     def create(
-        self, parent: int, name: bytes, mode: int, uid: int, gid: int, *, umask: int = 0, rdev: int = 0, seals: int = 0
+        self,
+        parent: int,
+        name: bytes,
+        mode: int,
+        uid: int,
+        gid: int,
+        *,
+        umask: int = 0,
+        rdev: int = 0,
+        seals: int = 0,
+        held: bool = False,
     ) -> Inode:
         """Create an inode of the type in `mode`: mknod(2), mkdir(2) and the creating half of open(2).
 
-        A regular file has initial `seals` (F_SEAL_* bits). `umask` counts where there is no default ACL.
+        A regular file has initial `seals` (F_SEAL_* bits), and may be `held`: then `release` is to be called. `umask`
+        counts where there is no default ACL.
         """
         directory = self._writable(parent)
         self._check_new(directory, name)
-        inode = self._create(directory, _New(mode, uid, gid, umask, rdev, seals))
+        inode = self._create(directory, _New(mode, uid, gid, umask, rdev, seals, held))
         self._enter(directory, name, inode)
         return inode
 
     def create_unlinked(self, parent: int, mode: int, uid: int, gid: int, *, umask: int = 0, seals: int = 0) -> Inode:
-        """Create a regular file without a name, as open(2) with O_TMPFILE. The caller must hold it."""
-        inode = self._create(self._writable(parent), _New(mode, uid, gid, umask, seals=seals))
+        """Create a regular file without a name, as open(2) with O_TMPFILE. It is held; `release` is to be called."""
+        inode = self._create(self._writable(parent), _New(mode, uid, gid, umask, seals=seals, held=True))
         inode.nlink = 0
         return inode
 
@@ -194,7 +206,12 @@ class Tree:
         """Return an inode with the mode and group that it has got from its directory."""
         ino, uid = self._new_ino(), new.uid
         if stat.S_ISREG(mode):
-            return RegularFile(ino, mode, uid, gid, self._new_file(ino, new.seals))
+            inode = RegularFile(ino, mode, uid, gid, self._new_file(ino, new.seals))
+            if new.held:
+                inode.holds = 1
+            else:
+                inode.file.release()
+            return inode
         if stat.S_ISDIR(mode):
             return Directory(ino, mode, uid, gid, parent)
         if stat.S_ISLNK(mode):
@@ -207,11 +224,12 @@ class Tree:
             return None
         page = self._new_file(ino, 0)
         try:
-            with page.held():
-                page.write(ByteOffset(0), target)
+            page.write(ByteOffset(0), target)
         except OSError:
+            page.release()
             page.close()
             raise
+        page.release()
         return page
 
     def _new_ino(self) -> Ino:
@@ -339,12 +357,8 @@ class Tree:
 
     def hold(self, inode: Inode) -> None:
         """Keep an inode alive until `release`, and a regular file open. Raises OSError(EMFILE), changing nothing."""
-        try:
-            if isinstance(inode, RegularFile):
-                inode.file.hold()
-        except OSError:
-            self.free_if_unused(inode)  # it may have been created to be held
-            raise
+        if isinstance(inode, RegularFile):
+            inode.file.hold()
         inode.holds += 1
 
     def release(self, inode: Inode) -> None:

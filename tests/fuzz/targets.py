@@ -92,7 +92,7 @@ class _Mount:
 
     def __init__(self) -> None:
         self.backing = MemfdBacking(1 << 20)
-        self.tree = Tree(lambda ino, born_with: File(self.backing, ino, born_with), 16, 0o1777, 0, 0)
+        self.tree = Tree(lambda ino, born_with: File(self.backing, ino, born_with, held=True), 16, 0o1777, 0, 0)
         self.handles = OpenFiles(self.tree)
         for name, mode, born_with in (
             (b"file", stat.S_IFREG, 0),

@@ -43,7 +43,7 @@ from tests.helpers import notify_nobody
 async def test_to_search_a_large_file_holds_up_nobody(seals: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel may look at every page of it: not in the event loop's thread."""
     backing = MemfdBacking(1 << 30)
-    tree = Tree(lambda ino, seals: File(backing, ino, seals), 100, 0o755, 0, 0)
+    tree = Tree(lambda ino, seals: File(backing, ino, seals, held=True), 100, 0o755, 0, 0)
     inode = tree.create(ROOT_INO, b"file", stat.S_IFREG | 0o600, 0, 0, seals=seals)
     assert isinstance(inode, RegularFile)
     open_files = OpenFiles(tree)
@@ -73,7 +73,7 @@ class Mount:
 
     def __init__(self) -> None:
         backing = MemfdBacking(1 << 30)
-        self.tree = Tree(lambda ino, seals: File(backing, ino, seals), 100, 0o755, 0, 0)
+        self.tree = Tree(lambda ino, seals: File(backing, ino, seals, held=True), 100, 0o755, 0, 0)
         self.open_files = OpenFiles(self.tree)
         self.handlers = FileHandlers(self.tree, self.open_files, backing, PageCache(notify_nobody))
 

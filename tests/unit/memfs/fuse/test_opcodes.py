@@ -55,7 +55,7 @@ class Mount:
 
     def __init__(self) -> None:
         self.backing = MemfdBacking(1 << 20)
-        self.tree = Tree(lambda ino, seals: File(self.backing, ino, seals), 100, 0o1777, 0, 0)
+        self.tree = Tree(lambda ino, seals: File(self.backing, ino, seals, held=True), 100, 0o1777, 0, 0)
         self.open_files = OpenFiles(self.tree)
         xattrs = Xattrs(self.tree, Control("/socket", describe_nothing, lambda options: None, lambda inode: "{}"))
         handlers = XattrHandlers(xattrs)

@@ -29,7 +29,7 @@ class Kernel:
 
     def __init__(self) -> None:
         self.backing = MemfdBacking(1 << 20)
-        self.tree = Tree(lambda ino, seals: File(self.backing, ino, seals), 100, 0o755, 0, 0)
+        self.tree = Tree(lambda ino, seals: File(self.backing, ino, seals, held=True), 100, 0o755, 0, 0)
         self.open_files = OpenFiles(self.tree)
         self.cache = PageCache(self.notify)
         self.asked: list[int] = []

@@ -38,7 +38,7 @@ def test_backing_ids_are_given_back_unless_the_mount_is_gone(registered: set[int
     passthrough = Passthrough(-1, Wanted.AUTO, None)
     assert passthrough.negotiate(True)
     backing = MemfdBacking(1 << 20)
-    tree = Tree(lambda ino, seals: File(backing, ino, seals), 10, 0o755, 0, 0)
+    tree = Tree(lambda ino, seals: File(backing, ino, seals, held=True), 10, 0o755, 0, 0)
     opens = OpenFiles(tree, passthrough)
     inode = tree.regular(tree.create(ROOT_INO, b"file", stat.S_IFREG | 0o600, 0, 0).ino)
     assert opens.open_file(inode, os.O_RDWR)[1].access is Access.PASSTHROUGH

@@ -27,7 +27,7 @@ BLOCK = 1 << ORDER_2M
 async def registered(kind: Callable[[int], Backing], seals: int) -> AsyncIterator[Registration]:
     """A file of two blocks, all allocated, and its owner."""
     backing = new_backing(kind, 4 * BLOCK * PAGE_SIZE)
-    tree = Tree(lambda ino, seals: File(backing, ino, seals), 100, 0o755, 0, 0)
+    tree = Tree(lambda ino, seals: File(backing, ino, seals, held=True), 100, 0o755, 0, 0)
     registry = Registry(tree)
     inode = tree.create(ROOT_INO, b"file", stat.S_IFREG | 0o600, 0, 0, seals=seals)
     assert isinstance(inode, RegularFile)

@@ -117,7 +117,7 @@ def guests_answer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 @pytest.fixture
 def tree() -> Iterator[Tree]:
     backing = MemfdBacking(MEMORY * PAGE_SIZE)
-    tree = Tree(lambda ino, seals: File(backing, ino, seals), 100, 0o755, 0, 0)
+    tree = Tree(lambda ino, seals: File(backing, ino, seals, held=True), 100, 0o755, 0, 0)
     yield tree
     tree.check()
     for inode in list(tree.files()):
@@ -484,7 +484,7 @@ async def test_get_pfn_of_fragmented_memory_costs_no_more_than_a_share(
 ) -> None:
     """Of 8,192 pages every other is there: the reply covers what a turn allows, and the next one goes on there."""
     large = MemfdBacking(8192 * PAGE_SIZE)
-    monkeypatch.setattr(tree, "_new_file", lambda ino, seals: File(large, ino, seals))
+    monkeypatch.setattr(tree, "_new_file", lambda ino, seals: File(large, ino, seals, held=True))
     inode = tree.create(ROOT_INO, b"fragmented", stat.S_IFREG | 0o600, 0, 0, seals=F_SEAL_GUEST)
     assert isinstance(inode, RegularFile)
     await inode.file.truncate(8192 * PAGE_SIZE)
@@ -520,7 +520,7 @@ async def test_get_pfn_of_much_memory_looks_at_four_gibibytes(
     registry: Registry, tree: Tree, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     large = MemfdBacking(2 << 20 << PAGE_SHIFT)
-    monkeypatch.setattr(tree, "_new_file", lambda ino, seals: File(large, ino, seals))
+    monkeypatch.setattr(tree, "_new_file", lambda ino, seals: File(large, ino, seals, held=True))
     inode = tree.create(ROOT_INO, b"large", stat.S_IFREG | 0o600, 0, 0, seals=F_SEAL_GUEST)
     assert isinstance(inode, RegularFile)
     await inode.file.truncate(at(2 << 20))

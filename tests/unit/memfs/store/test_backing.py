@@ -12,6 +12,7 @@ from trio.testing import MockClock
 from memfs.contract.units import PAGE_SIZE
 from memfs.store.backing import Backing
 from memfs.store.file import File
+from memfs.store.memfd_backing import MemfdBacking
 from memfs.store.seals import F_SEAL_GUEST
 from memfs.store.tmpfs_backing import TmpfsBacking
 from tests.helpers import at, new_backing, raises
@@ -89,7 +90,7 @@ def test_what_another_process_left_goes_and_nothing_that_was_created_since() -> 
     assert isinstance(backing, TmpfsBacking)
     lost = [(5, True), (6, False), (7, False), (8, True), (9, False), (9, True)]
     for number, guest in [(5, False), (6, True), *lost]:
-        backing.create(number, guest=guest)
+        backing.shut(backing.create(number, guest=guest)[1])
 
     def is_there(number: int, guest: bool) -> bool:
         path, root = backing.locate(backing.find(number, guest=guest))
@@ -103,8 +104,44 @@ def test_what_another_process_left_goes_and_nothing_that_was_created_since() -> 
     created = [(5, True), (9, False), (9, True)]  # sealed, and new: the only ones that may come
     assert not any(is_there(*each) for each in created)
     for number, guest in created:
-        backing.create(number, guest=guest)
+        backing.shut(backing.create(number, guest=guest)[1])
     remove_rest()
     assert all(is_there(*each) for each in [(5, False), (6, True), *created])
     assert not any(is_there(*each) for each in lost if each not in created)
+    backing.close()
+
+
+@pytest.mark.parametrize("kind", [TmpfsBacking, MemfdBacking])
+def test_new_file_that_is_held_need_not_be_opened(kind: type[Backing], monkeypatch: pytest.MonkeyPatch) -> None:
+    backing = new_backing(kind, SCARCE)
+
+    def no_open(content: object) -> int:
+        raise AssertionError("opened")
+
+    monkeypatch.setattr(backing, "open", no_open)
+    file = File(backing, 1, held=True)
+    with file.held():
+        assert file.write(at(0), b"content") == 7
+    assert file.read(at(0), 7) == b"content"
+    file.release()
+    file.close()
+    backing.close()
+
+
+@pytest.mark.parametrize("kind", [TmpfsBacking, MemfdBacking])
+@pytest.mark.parametrize("held", [False, True])
+def test_file_that_cannot_be_sealed_is_not_left_behind(
+    kind: type[Backing], held: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backing, descriptors = new_backing(kind, SCARCE), os.listdir("/proc/self/fd")
+
+    def no_seal(file: File, bits: int) -> None:
+        raise OSError(errno.EBUSY, "cannot be sealed")
+
+    monkeypatch.setattr(File, "_seal_backing_file", no_seal)
+    with raises(errno.EBUSY):
+        File(backing, 1, held=held)
+    assert os.listdir("/proc/self/fd") == descriptors
+    monkeypatch.undo()
+    File(backing, 1).close()
     backing.close()

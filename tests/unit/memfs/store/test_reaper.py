@@ -131,7 +131,7 @@ async def test_to_ask_what_is_being_freed_costs_the_same_however_many_files_ther
 
 async def test_statfs_counts_what_is_being_freed_and_does_not_wait() -> None:
     backing = MemfdBacking(1 << 30)
-    tree = Tree(lambda ino, seals: File(backing, ino, seals), 100, 0o755, 0, 0)
+    tree = Tree(lambda ino, seals: File(backing, ino, seals, held=True), 100, 0o755, 0, 0)
     handlers, stuck = FileHandlers(tree, OpenFiles(tree), backing, PageCache(notify_nobody)), Large()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(backing.reaper.run)

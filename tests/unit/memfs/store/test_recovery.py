@@ -99,8 +99,7 @@ async def test_pages_that_were_being_freed_are_gone_if_there_is_no_space(
 ) -> None:
     shown, there = set(range(300)), set(range(150)) | {299}
     await left(backing, shown, there)
-    content = backing.create(2, guest=True)
-    fd = backing.open(content)
+    content, fd = backing.create(2, guest=True)
     fallocate(fd, 0, 0, (LIMIT - len(there) - 50) * PAGE_SIZE)  # of an owner's, who need not ask
     file = recovered(backing)
     assert there <= what_is_there(file) == what_is_shown(file) < shown

@@ -189,7 +189,7 @@ class OnTree(Place):
 
     def __init__(self, backing: Backing) -> None:
         self.backing: Final = backing
-        self.tree: Final = Tree(lambda ino, seals: File(self.backing, ino, seals), NR_INODES, 0o755, 0, 0)
+        self.tree: Final = Tree(lambda ino, seals: File(self.backing, ino, seals, held=True), NR_INODES, 0o755, 0, 0)
         self.xattrs: Final = Xattrs(
             self.tree, Control("/socket", describe_nothing, lambda options: None, lambda inode: "{}")
         )
@@ -254,10 +254,13 @@ class OnTree(Place):
         return self._hold(self.inode(path))
 
     def open_unnamed(self, directory: str) -> int:
-        return self._hold(self.tree.create_unlinked(self.inode(directory).ino, stat.S_IFREG | 0o600, 0, 0))
+        return self._handle(self.tree.create_unlinked(self.inode(directory).ino, stat.S_IFREG | 0o600, 0, 0))
 
     def _hold(self, inode: Inode) -> int:
         self.tree.hold(inode)
+        return self._handle(inode)
+
+    def _handle(self, inode: Inode) -> int:
         handle = len(self._open) + 1
         self._open[handle] = inode
         return handle

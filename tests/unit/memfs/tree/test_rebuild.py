@@ -57,7 +57,7 @@ class World:
         self.backing = backing
         self.journal = LogJournal(backing.state.root)
         self.tree = Tree(
-            lambda ino, seals: File(backing, ino, seals, journal=self.journal),
+            lambda ino, seals: File(backing, ino, seals, journal=self.journal, held=True),
             *(40, 0o755, 0, 0),
             journal=self.journal,
             is_known=lambda ino: False,
@@ -102,6 +102,7 @@ class World:
                 made = tree.create_unlinked(parent, stat.S_IFREG | 0o600, 0, 0)
                 assert isinstance(made, RegularFile)
                 self.open_files.open_file(made, os.O_RDWR)
+                tree.release(made)
             case "open", int(parent), bytes(name), int(flags):
                 inode = tree.lookup(parent, name)
                 if isinstance(inode, RegularFile):
@@ -221,7 +222,10 @@ def test_what_was_granted_is_had_again_in_whichever_order(flags: int, backwards:
             while True:
                 inode = world.tree.create_unlinked(ROOT_INO, stat.S_IFREG | 0o600, 0, 0)
                 assert isinstance(inode, RegularFile)
-                world.open_files.open_file(inode, flags, user)
+                try:
+                    world.open_files.open_file(inode, flags, user)
+                finally:
+                    world.tree.release(inode)
     assert len(world.open_files) > 8
     world.journal.commit()
     holdings = small_holdings()

@@ -372,19 +372,24 @@ def test_umask_counts_for_everything_but_symlinks(tree_place: OnTree) -> None:
 def test_what_cannot_be_held_is_not_left_behind(tree_place: OnTree, monkeypatch: pytest.MonkeyPatch) -> None:
     tree = tree_place.tree
 
-    def no_descriptor(content: object) -> int:
+    def no_descriptor(*_: object, **__: object) -> int:
         raise OSError(errno.EMFILE, "no descriptor left")
 
     named = tree.create(ROOT_INO, b"file", REGULAR, 0, 0)
-    unnamed = tree.create_unlinked(ROOT_INO, REGULAR, 0, 0)
     monkeypatch.setattr(tree_place.backing, "open", no_descriptor)
-    for inode in (named, unnamed):
-        with raises(errno.EMFILE):
-            tree.hold(inode)
-        assert inode.holds == 0
+    with raises(errno.EMFILE):
+        tree.hold(named)
+    assert named.holds == 0
     assert tree.lookup(ROOT_INO, b"file") is named
-    with raises(errno.ESTALE):
-        tree.inode(unnamed.ino)
+    monkeypatch.setattr(tree_place.backing, "create", no_descriptor)
+    inodes = len(tree.inodes)
+    for held in (False, True):
+        with raises(errno.EMFILE):
+            tree.create(ROOT_INO, b"other", REGULAR, 0, 0, held=held)
+    with raises(errno.EMFILE):
+        tree.create_unlinked(ROOT_INO, REGULAR, 0, 0)
+    assert len(tree.inodes) == inodes
+    assert b"other" not in tree.root.entries
     tree.check()
 
 
