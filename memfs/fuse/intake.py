@@ -52,7 +52,7 @@ class Intake:
         self._refuse: Final = refuse
         self._buffer: Final = memoryview(bytearray(BUFFER_SIZE))
         self._backlog: Final = Backlog(lambda request: Callers.here().user(request))
-        self._begun = turns.total  # how much work had been done when other tasks ran last
+        self._share_end = turns.total + SHARE  # how much work will have been done when other tasks have to run
         self._ahead = _AHEAD  # how many requests may still be read ahead before they do again
         self._again: Final[deque[Request]] = deque()  # what a predecessor had read, the oldest first
         self._overtaken = False  # whether one that did not fit went before the backlog, whose turn it is now
@@ -60,11 +60,11 @@ class Intake:
     @property
     def share_is_over(self) -> bool:
         """Whether other tasks have to run before more is answered."""
-        return self._turns.total - self._begun >= SHARE
+        return self._turns.total >= self._share_end
 
     def begin_share(self) -> None:
         """Note that other tasks have run."""
-        self._begun, self._ahead = self._turns.total, _AHEAD
+        self._share_end, self._ahead = self._turns.total + SHARE, _AHEAD
 
     def take_over(self) -> None:
         """Have what a predecessor had read and not answered come again, before all else. Raises Unmounted, OSError."""
@@ -90,12 +90,11 @@ class Intake:
 
         Raises Unmounted.
         """
-        is_over = self.share_is_over
+        is_over, backlog = self._turns.total >= self._share_end, self._backlog
+        if not (is_over or backlog.queues or self._again):
+            return self._receive()
         if self._again:
             return None if is_over else self._again.popleft()
-        backlog = self._backlog
-        if not is_over and not backlog.queues:
-            return self._receive()
         while self._ahead and not self._overtaken:
             request = self._receive()
             self._ahead = self._ahead - 1 if request is not None else 0

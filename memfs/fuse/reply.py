@@ -67,10 +67,9 @@ def _timestamp(time_ns: int) -> tuple[int, int, int]:
 
 
 def _pack_attributes(stat: Stat) -> bytes:
-    atime, atime_ns = divmod(stat.atime_ns, _SECOND)
-    mtime, mtime_ns = divmod(stat.mtime_ns, _SECOND)
-    ctime, ctime_ns = divmod(stat.ctime_ns, _SECOND)
-    return ATTRIBUTES.pack(
-        *(stat.ino, stat.size, stat.blocks, atime, mtime, ctime, atime_ns, mtime_ns, ctime_ns),
-        *(stat.mode, stat.nlink, stat.uid, stat.gid, stat.rdev, stat.blksize, 0),
-    )
+    ino, mode, nlink, uid, gid, rdev, size, blocks, atime_ns, mtime_ns, ctime_ns, _, _, blksize = stat
+    atime, atime_ns = divmod(atime_ns, _SECOND)
+    mtime, mtime_ns = divmod(mtime_ns, _SECOND)
+    ctime, ctime_ns = divmod(ctime_ns, _SECOND)
+    times = (atime, mtime, ctime, atime_ns, mtime_ns, ctime_ns)
+    return ATTRIBUTES.pack(ino, size, blocks, *times, mode, nlink, uid, gid, rdev, blksize, 0)

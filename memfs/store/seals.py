@@ -137,6 +137,8 @@ def parse(text: str) -> int:
     Raises OSError(EINVAL) for a name that is none, and for more than 256 characters: those of a directory are parsed
     whenever a file is created in it.
     """
+    if not text:
+        return 0
     if len(text) > _MOST_TEXT:
         raise OSError(errno.EINVAL, f"seals in {len(text)} characters; at most {_MOST_TEXT}")
     bits = 0

@@ -38,19 +38,19 @@ class Pool:
 
     def check(self, user: Hashable) -> None:
         """Raise OSError(EMFILE) if a user has its share."""
-        if self.of(user) >= self.left - self.size // _REST and user not in self._trusted:
+        if user not in self._trusted and self.of(user) >= self.left - self.size // _REST:
             said = f"user {user} has {self.of(user)} {self.what}, and {self.left} are left for all"
             raise OSError(errno.EMFILE, said)
 
     def take(self, user: Hashable, count: int = 1) -> None:
         """Count what a user has taken."""
         self.used += count
-        self._users[user] = self.of(user) + count
+        self._users[user] = self._users.get(user, 0) + count
 
     def give_back(self, user: Hashable, count: int = 1) -> None:
         """Undo `take`."""
         self.used -= count
-        left = self.of(user) - count
+        left = self._users.get(user, 0) - count
         assert left >= 0, f"user {user} gives back {count} {self.what} too many"
         if left:
             self._users[user] = left

@@ -45,14 +45,16 @@ class Holdings:
     def hold(self, user: Hashable, ino: int, *, maps: bool) -> None:
         """Charge a user that holds a file. `maps`: it may take a page map. Raises OSError(EMFILE), changing nothing."""
         held = self._held.get((user, ino))
-        if held is None or maps > held[1]:
-            try:
-                self.descriptors.check(user)
-                if maps:
-                    self.page_maps.check(user)
-            except OSError as error:
-                log.warning("a file is not opened: %s", error.strerror)
-                raise
+        if held is not None and maps <= held[1]:
+            held[0] += 1
+            return
+        try:
+            self.descriptors.check(user)
+            if maps:
+                self.page_maps.check(user)
+        except OSError as error:
+            log.warning("a file is not opened: %s", error.strerror)
+            raise
         self.take(user, ino, maps=maps)
 
     def take(self, user: Hashable, ino: int, *, maps: bool) -> None:

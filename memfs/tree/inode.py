@@ -142,14 +142,13 @@ class RegularFile(Inode):
     def stat(self) -> Stat:
         """Return what stat(2) tells: size, blocks and times are the backing file's."""
         backing = self.file.stat()
-        return Stat(
-            *(self.ino, self.mode, self.nlink, self.uid, self.gid, 0, backing.st_size, backing.st_blocks),
-            *(backing.st_atime_ns, backing.st_mtime_ns, backing.st_ctime_ns, self.btime_ns),
-            # An owner, or a program that writes to a mapping, fills holes, and nobody is notified. What is being
-            # allocated lies beyond the end until all of it is there.
-            stable=not (backing.st_size or backing.st_blocks or self.file.is_given_out),
-            blksize=backing.st_blksize,
-        )
+        size, blocks = backing.st_size, backing.st_blocks
+        times = (backing.st_atime_ns, backing.st_mtime_ns, backing.st_ctime_ns, self.btime_ns)
+        # An owner, or a program that writes to a mapping, fills holes, and nobody is notified. What is being allocated
+        # lies beyond the end until all of it is there.
+        stable = not (size or blocks or self.file.is_given_out)
+        own = (self.ino, self.mode, self.nlink, self.uid, self.gid)
+        return Stat(*own, 0, size, blocks, *times, stable, backing.st_blksize)
 
     def set_times(self, atime_ns: int | None, mtime_ns: int | None) -> None:
         """Set the backing file's times; None leaves one as it is."""
@@ -198,7 +197,7 @@ class TimedInode(Inode):
 
     def _stat(self, *, size: int = 0, rdev: int = 0) -> Stat:
         times = self.atime_ns, self.mtime_ns, self.ctime_ns, self.btime_ns
-        return Stat(self.ino, self.mode, self.nlink, self.uid, self.gid, rdev, size, 0, *times, stable=True)
+        return Stat(self.ino, self.mode, self.nlink, self.uid, self.gid, rdev, size, 0, *times, True)
 
 
 class Symlink(TimedInode):

@@ -31,7 +31,7 @@ import secrets
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, NewType, Protocol
+from typing import Final, NamedTuple, NewType, Protocol
 
 from memfs.contract.conversion import Key
 from memfs.state.journal import NO_JOURNAL, Journal, number_in, numbered
@@ -70,8 +70,7 @@ class Access(enum.Enum):
     DIRECT = 3
 
 
-@dataclass(frozen=True, slots=True)
-class OpenFile:
+class OpenFile(NamedTuple):
     """An open regular file."""
 
     inode: RegularFile
@@ -211,17 +210,18 @@ class OpenFiles:
         handle = self._open.pop(Fh(fh), None)
         if handle is None:
             raise OSError(errno.EBADF, f"no open handle {fh}")
+        inode = handle.inode
         self._journal.changed(HANDLE, fh)
-        if (key := self._keys.pop(Fh(fh), None)) is not None:
+        if self._keys and (key := self._keys.pop(Fh(fh), None)) is not None:
             del self._by_key[key]
         if isinstance(handle, OpenFile):
-            self._holdings.release(handle.user, handle.inode.ino)
+            self._holdings.release(handle.user, inode.ino)
             if handle.mappable:
                 unused = handle.inode.file.opens.remove(writable=handle.writable)
                 if unused is not None and self._backing_ids is not None:
                     self._backing_ids.close(unused)
-        self._tree.release(handle.inode)
-        return handle.inode
+        self._tree.release(inode)
+        return inode
 
     def _value(self, key: bytes) -> bytes | None:
         """Return what is written of a handle."""
