@@ -162,6 +162,21 @@ async def test_slot_does_not_change_while_kvm_itself_waits_for_guest_memory(kvm_
             await guest.vm.set_user_memory_region(region)
 
 
+async def test_page_that_the_kernel_waits_for_is_found(kvm_guest: NewGuest) -> None:
+    """With KVM's interrupt controllers and interrupts on, a thread of the kernel touches it (asynchronous page fault)."""
+    async with kvm_guest(pages_a_fault=1) as guest:
+        machine_of(guest).kvm.create_irqchip()
+        await guest.to_shared(0, 4)
+        vcpu = guest.create("w", AREA, 8, 1, 3)
+        registers = guest.engines[0].registers
+        registers.rflags |= 1 << 9
+        guest.engines[0].registers = registers
+        with trio.fail_after(20):
+            assert await guest.vmm.run(vcpu) == HaltExit(0)
+        assert guest.engines[0].registers.rbx == 8 * (1 + 2 + 3)
+        assert vcpu.exits == {"MAP_PRIVATE": 4, "HLT": 1}
+
+
 # -- memory ----------------------------------------------------------------------------------------------------------
 
 

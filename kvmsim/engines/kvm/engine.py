@@ -61,7 +61,16 @@ _LEAVES_LATEST: Final = 1.0
 class KvmEngine:
     """A vCPU of a machine: `KvmMachine.create`. `sregs`: given struct kvm_sregs as it is, what it is to be."""
 
-    def __init__(self, machine: KvmMachine, vcpu_id: int, bus: Bus, sregs: Callable[[bytearray], bytearray]) -> None:
+    def __init__(
+        self,
+        machine: KvmMachine,
+        vcpu_id: int,
+        bus: Bus,
+        sregs: Callable[[bytearray], bytearray],
+        *,
+        plain_ports: bool = False,
+    ) -> None:
+        self._plain_ports: Final = plain_ports
         self.vcpu: Final = machine.kvm.create_vcpu(vcpu_id)
         self._machine: Final = machine
         try:
@@ -119,6 +128,8 @@ class KvmEngine:
                     exit_ = self._take_result(vcpu)
                 elif self._parked is not None:
                     exit_ = await self._fault(vcpu, self._parked)
+                elif self._machine.parked_for_others:
+                    exit_ = await self._fault_for_another(vcpu, self._machine.parked_for_others[0])
                 else:
                     if not self._is_inside:
                         await self._machine.wait_until_allowed()
@@ -138,6 +149,17 @@ class KvmEngine:
         exit_ = await vcpu.vm.fault(parked.access)
         # Somebody else may have woken it meanwhile.
         return exit_ if self._parked is parked else None
+
+    async def _fault_for_another(self, vcpu: VCPU, parked: ParkedAt) -> Exit | None:
+        if self._machine.project(parked):
+            self._machine.wake(parked)
+            return None
+        exit_ = await vcpu.vm.fault(parked.access)
+        if exit_ is None or not any(other is parked for other in self._machine.parked_for_others):
+            return None
+        with trio.CancelScope(shield=True):
+            await self.leave()  # it may execute, and has then exited with something else
+        return exit_ if self._thread.result == errno.EINTR else None
 
     async def _something(self) -> None:
         """Wait until the thread is out or parked. If that is cancelled, stop it first."""
@@ -198,11 +220,15 @@ class KvmEngine:
     def woken(self, parked: ParkedAt) -> None:
         """Take notice that those who are parked at a page are about to be woken."""
         mine = self._parked
-        if mine is None or mine.window is not parked.window or mine.access.gfn != parked.access.gfn:
+        if mine is None or not mine.is_at(parked):
             return
         self._parked = None
         if not self._is_run and not self._thread.is_out:
             self._thread.kick()  # it leaves before it has executed anything
+
+    def look(self) -> None:
+        """Have `run` look at what there is to do."""
+        self._thread.notify()
 
     def refuse_to_run(self) -> None:
         """Have KVM_RUN return when what it is parked at has gone."""
@@ -250,6 +276,8 @@ class KvmEngine:
 
     def _io(self, vcpu: VCPU) -> Exit:
         is_write, port, size, data = self.vcpu.io
+        if self._plain_ports:
+            return IoExit(port, size, is_write, self.vcpu.page[data] if is_write else b"")
         if is_write and port == PORT_HALT:
             return HaltExit(self.vcpu.page[data][0])
         if is_write and port == PORT_HYPERCALL:

@@ -20,6 +20,10 @@ runs is kicked as well: it leaves without having executed anything.
 Slots come and go with the VM's while no thread is in KVM_RUN, since KVM waits for that (SRCU), and so would the event
 loop. One that is parked at a page is kicked out, and comes back to it later.
 
+With an interrupt controller in KVM, a page that a vCPU touches may be waited for by one of the kernel's own threads, and
+not by the vCPU's, which KVM halts until then, except for interrupts ("asynchronous page faults"). Whose vCPU that is
+the event does not say; so whichever is run asks for the page, and is kicked out if that is an exit.
+
 Events are read by a task, or by an engine that is being cancelled; both do the same, which does not await.
 """
 
@@ -80,6 +84,8 @@ class KvmMachine:
         self._of_slot: dict[int, list[Window]] = {}  # by slot id
         self._numbers: Final = count()  # of KVM memslots
         self._free_numbers: list[int] = []
+        #: where threads of the kernel are parked
+        self.parked_for_others: list[ParkedAt] = []
         self._may_run = trio.Event()  # another one while no vCPU may
         self._may_run.set()
         with ExitStack() as undo:
@@ -134,6 +140,7 @@ class KvmMachine:
             undo.pop_all()
         for window in gone:
             self._close_window(window)
+        self.parked_for_others = [parked for parked in self.parked_for_others if parked.window not in gone]
         if old is not None:
             del self._of_slot[old.id]
         if new is not None:
@@ -175,9 +182,14 @@ class KvmMachine:
 
         return self.create_with(vcpu_id, bus, partial(user_mode, has_xsave=self.kvm.has_xsave))
 
-    def create_with(self, vcpu_id: int, bus: Bus, sregs: Callable[[bytearray], bytearray]) -> KvmEngine:
-        """Create the engine of a vCPU with other registers, and with something on its I/O bus. Raises OSError."""
-        engine = KvmEngine(self, vcpu_id, bus, sregs)
+    def create_with(
+        self, vcpu_id: int, bus: Bus, sregs: Callable[[bytearray], bytearray], *, plain_ports: bool = False
+    ) -> KvmEngine:
+        """Create the engine of a vCPU with other registers, and with something on its I/O bus. Raises OSError.
+
+        `plain_ports`: `out` is an IoExit, whatever the port; otherwise those of ports.py mean what is said there.
+        """
+        engine = KvmEngine(self, vcpu_id, bus, sregs, plain_ports=plain_ports)
         self._engines[engine.thread_id] = engine
         return engine
 
@@ -245,6 +257,7 @@ class KvmMachine:
 
     def wake(self, parked: ParkedAt) -> None:
         """Let those go on that are parked at a page."""
+        self.parked_for_others = [other for other in self.parked_for_others if not other.is_at(parked)]
         address = parked.window.address + (parked.access.gfn - parked.window.gfns.start) * PAGE_SIZE
         for engine in self._engines.values():
             engine.woken(parked)
@@ -276,10 +289,18 @@ class KvmMachine:
             engine = self._engines.get(event.thread)
             if engine is not None:
                 engine.parked(parked)
-            elif self.project(parked):  # no vCPU's thread, but it is the guest that waits for it
-                self.wake(parked)
+            else:
+                self._parked_for_another(parked)
         self.events += taken
         return taken
+
+    def _parked_for_another(self, parked: ParkedAt) -> None:
+        if self.project(parked):
+            self.wake(parked)
+            return
+        self.parked_for_others.append(parked)
+        for engine in self._engines.values():
+            engine.look()
 
     def _where(self, event: FaultEvent) -> ParkedAt:
         window = self.windows[bisect.bisect_right(self.windows, event.address, key=lambda each: each.address) - 1]

@@ -128,6 +128,10 @@ class ParkedAt:
     window: Window
     access: Access
 
+    def is_at(self, other: ParkedAt) -> bool:
+        """Return whether both are at one page."""
+        return self.window is other.window and self.access.gfn == other.access.gfn
+
 
 def _address_of(mapping: mmap.mmap) -> int:
     view = ctypes.c_char.from_buffer(mapping)
