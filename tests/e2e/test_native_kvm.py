@@ -163,7 +163,7 @@ async def test_slot_does_not_change_while_kvm_itself_waits_for_guest_memory(kvm_
 
 
 async def test_page_that_the_kernel_waits_for_is_found(kvm_guest: NewGuest) -> None:
-    """With KVM's interrupt controllers and interrupts on, a thread of the kernel touches it (asynchronous page fault)."""
+    """With KVM's interrupt controllers and interrupts on, one of its threads touches it (asynchronous page fault)."""
     async with kvm_guest(pages_a_fault=1) as guest:
         machine_of(guest).kvm.create_irqchip()
         await guest.to_shared(0, 4)

@@ -20,7 +20,7 @@ runs is kicked as well: it leaves without having executed anything.
 Slots come and go with the VM's while no thread is in KVM_RUN, since KVM waits for that (SRCU), and so would the event
 loop. One that is parked at a page is kicked out, and comes back to it later.
 
-With an interrupt controller in KVM, a page that a vCPU touches may be waited for by one of the kernel's own threads, and
+With an interrupt controller in KVM, a page that a vCPU touches may be waited for by a thread of the kernel's own, and
 not by the vCPU's, which KVM halts until then, except for interrupts ("asynchronous page faults"). Whose vCPU that is
 the event does not say; so whichever is run asks for the page, and is kicked out if that is an exit.
 
