@@ -37,6 +37,7 @@ from kvmsim.guests.loading import LoadError
 from kvmsim.memory_map import draw
 from kvmsim.mmu.fault_around import LARGEST_WINDOW
 from kvmsim.native_cli import add_commands
+from kvmsim.serve_cli import add_command
 from kvmsim.side import Side
 from kvmsim.slots.memslots import Memslot
 from kvmsim.uapi import KVM_MAX_VCPU_ID, PreFaultMemory
@@ -160,6 +161,7 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--log-file", metavar="FILE", help="append a log of notifications, with request numbers, to FILE")
     run.set_defaults(run=_run)
     add_commands(commands)
+    add_command(commands)
 
     convert = commands.add_parser("convert", help="make a trace of lackey's output", description=_convert.__doc__)
     convert.add_argument("lackey", metavar="LACKEY", help="what lackey wrote, - for standard input")

@@ -50,7 +50,7 @@ function _shtab_kvmsim_using
   test "$_shtab_kvmsim_cmdpath" = "$argv"
 end
 
-set -g _shtab_kvmsim_commands run exec boot selftest convert info
+set -g _shtab_kvmsim_commands run exec boot selftest serve convert info
 set -g _shtab_kvmsim_opts_with_value --append --command --duration --engine --fault-around --granule --initrd --kernel --log-file --mem --private --private-ranges --root --shared --slots --socket --trace --vcpus --vm-type
 
 complete -c kvmsim -e
@@ -101,6 +101,10 @@ complete -c kvmsim -n '_shtab_kvmsim_using selftest' -l private -xka "(__fish_co
 complete -c kvmsim -n '_shtab_kvmsim_using selftest' -l socket -xka "(__fish_complete_path (commandline -ct))" -d 'memfs'"'"'s socket (default: asked of the file)'
 complete -c kvmsim -n '_shtab_kvmsim_using selftest' -l engine -xka "auto kvm unicorn" -d 'what runs the code (default: auto)'
 complete -c kvmsim -n '_shtab_kvmsim_using selftest; and test $_shtab_kvmsim_npos -eq 0' -ka "check chaos watch" -d WHAT
+complete -c kvmsim -n '_shtab_kvmsim_using; and test $_shtab_kvmsim_npos -eq 0' -a serve -d 'Answer KVM'"'"'s ioctls over a socket, so that a VMM in another process has VMs whose memory it cannot reach. The socket is only for the user who started it, and root. It ends with SIGINT or SIGTERM, and all VMs with it.'
+complete -c kvmsim -n '_shtab_kvmsim_using serve' -s h -l help -d 'show this help message and exit'
+complete -c kvmsim -n '_shtab_kvmsim_using serve' -l socket -xka "(__fish_complete_path (commandline -ct))" -d 'where to listen (default: /run/kvmsim.sock)'
+complete -c kvmsim -n '_shtab_kvmsim_using serve' -s v -l verbose -d 'print each call that fails, and why'
 complete -c kvmsim -n '_shtab_kvmsim_using; and test $_shtab_kvmsim_npos -eq 0' -a convert -d 'Make a trace of what `valgrind --tool=lackey --trace-mem=yes` wrote.'
 complete -c kvmsim -n '_shtab_kvmsim_using convert' -s h -l help -d 'show this help message and exit'
 complete -c kvmsim -n '_shtab_kvmsim_using convert' -l command -x -d 'what was traced, to be kept with it'
