@@ -294,7 +294,7 @@ class Peer:
             self.close()
             await self._end_handlers()
             self._handle = None  # most likely has us
-        broken, self._broken = self._broken, None
+            broken, self._broken = self._broken, None  # has us, too, by its traceback
         if broken is not None:
             try:
                 raise broken

@@ -18,6 +18,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
+from memfs import garbage
 from memfs.contract.aio.busy_poll import BusyPoll
 from memfs.contract.aio.poller import Poller
 from memfs.contract.protocol.call import Incoming, PeerGone
@@ -427,6 +428,24 @@ async def test_bad_reply_ends_the_call_and_the_requests() -> None:
             await asked(store.peer, InvalidateBegin(FileId(1), RANGE))
         await store.ended.wait()
         assert isinstance(store.error, RemoteProtocolError)
+
+
+async def test_what_breaks_it_while_serving_is_cancelled_is_kept_by_nobody() -> None:
+    """An error has the frames that it came through, which have the peer."""
+    gc.collect()
+    gc.disable()
+    try:
+        async with store_of(lambda _, __: [datagram(Ack.TYPE, b"more", number=1)]) as store:
+            call = store.peer.post(InvalidateBegin(FileId(1), RANGE))
+            store.scope.cancel()
+            call.poll()
+            await store.ended.wait()
+            assert store.error is None
+            del store.handle  # a cycle of the test's own
+        del store, call
+        garbage.check()
+    finally:
+        gc.enable()
 
 
 async def test_owner_that_does_not_answer_is_not_looked_for_any_longer() -> None:
