@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import threading
 
 import pytest
 import trio
+from trio.testing import wait_all_tasks_blocked
 
 from kvmsim.engines.program import Hypercall, Load, Program, ProgramEngine, Store, convert
 from kvmsim.exits import HypercallExit, MemoryErrorExit
@@ -300,14 +302,20 @@ async def test_conversion_that_is_given_up_while_it_waits_is_not_made(guest: Gue
             done.append(page)
 
         done: list[int] = []
+        may_go_on = threading.Event()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(convert_page, 1, done)
-            while not converter.is_converting(one(1)):
-                await trio.lowlevel.checkpoint()
-            async with trio.open_nursery() as given_up:
-                given_up.start_soon(convert_page, 2, done)
-                await trio.lowlevel.checkpoint()
-                given_up.cancel_scope.cancel()
-            nursery.start_soon(convert_page, 3, done)
+            nursery.start_soon(vmm._calls.call, may_go_on.wait)  # which the first conversion then waits for
+            await wait_all_tasks_blocked()
+            try:
+                nursery.start_soon(convert_page, 1, done)
+                await wait_all_tasks_blocked()
+                async with trio.open_nursery() as given_up:
+                    given_up.start_soon(convert_page, 2, done)
+                    await wait_all_tasks_blocked()
+                    given_up.cancel_scope.cancel()
+                nursery.start_soon(convert_page, 3, done)
+                await wait_all_tasks_blocked()
+            finally:
+                may_go_on.set()
         assert sorted(done) == [1, 3]
         assert await trio.to_thread.run_sync(blocks, vmm.private) == [2]
