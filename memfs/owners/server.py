@@ -93,18 +93,18 @@ class Server:
             self._admit(sock, nursery)
 
     def _admit(self, sock: socket.socket, nursery: trio.Nursery) -> None:
+        client = None
         try:
             credentials = Credentials.of(sock)
             client = self._clients.admit(credentials, lambda: _disconnect(sock, credentials))
-        except Rejected as rejected:
-            log.warning("%s", rejected)
-            self._clients.reject(sock, self._closer.close_connection)
-            return
-        try:
             session = Session(sock, client, self._closer, self._registry, self._tree, self._device)
-        except OSError as error:  # no memory, or no space in an epoll, is no reason to end everybody else
-            log.error("%s is rejected: %s", credentials, error.strerror)  # noqa: TRY400
-            client.disconnected()
+        except (Rejected, OSError) as error:  # no memory, or no space in an epoll, is no reason to end everybody else
+            if isinstance(error, Rejected):
+                log.warning("%s", error)
+            else:
+                log.error("a connection is rejected: %s", error.strerror)  # noqa: TRY400
+            if client is not None:
+                client.disconnected()
             self._clients.reject(sock, self._closer.close_connection)
             return
         nursery.start_soon(self._run, session)

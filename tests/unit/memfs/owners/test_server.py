@@ -507,6 +507,25 @@ async def test_user_that_may_not_connect_is_hung_up(mount: Mount) -> None:
     assert mount.registry.owners == {}
 
 
+@pytest.mark.parametrize("step", ["memfs.owners.admission.PeerCredentials.of", "memfs.owners.server.Session"])
+async def test_connection_for_which_something_is_missing_ends_and_no_other(
+    mount: Mount, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOMEM, "told to fail")
+
+    async with mount.connected() as client:
+        with monkeypatch.context() as patch, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+            patch.setattr(step, fail)
+            sock.setblocking(False)
+            sock.connect(mount.path)
+            with trio.fail_after(10):
+                await trio.lowlevel.wait_readable(sock)
+            assert sock.recv(1) == b""
+        assert client.gone is None
+        assert mount.clients.connections == 1
+
+
 @contextmanager
 def no_descriptor_to_spare() -> Iterator[None]:
     """Have this process be able to open nothing more within a with statement."""
