@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from memfs.contract.page_ranges import PageRanges
 from memfs.contract.sys.libc import cachestat
-from memfs.contract.units import PAGE_SHIFT, ByteOffset, PageRange, page_offset
+from memfs.contract.units import PAGE_SHIFT, ByteOffset, PageIndex, PageRange, page_offset
 
 
 def data_extents(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
@@ -49,6 +49,20 @@ def allocated_in_each(fd: int, ranges: PageRanges) -> list[int]:
         if error.errno != errno.ENOSYS:
             raise
         return [sum(map(len, data_pages(fd, pages))) for pages in ranges]
+
+
+def occupied(fd: int, pages: PageRange, most: int) -> Iterator[PageRange]:
+    """Return the parts of a range, each with at most `most` of its pages in a file of a tmpfs, outside which are none.
+
+    As far as `allocated_pages` knows; a part may be much larger than what it has.
+    """
+    there = allocated_pages(fd, pages)
+    if there > most and len(pages) > 1:
+        middle = PageIndex((pages.start + pages.end) // 2)
+        yield from occupied(fd, PageRange(pages.start, middle), most)
+        yield from occupied(fd, PageRange(middle, pages.end), most)
+    elif there:
+        yield pages
 
 
 def data_pages(fd: int, pages: PageRange) -> Iterator[PageRange]:

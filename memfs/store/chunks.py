@@ -12,7 +12,7 @@ from typing import Final
 from memfs.contract.aio.threads import Threads, current_user
 from memfs.contract.aio.turns import SHARE, Turns
 from memfs.contract.page_map import PageMap
-from memfs.contract.units import PageRange, bytes_to_pages
+from memfs.contract.units import MAX_OFFSET, ByteOffset, PageIndex, PageRange, bytes_to_pages, page_floor
 
 LONG: Final = 4 << 20  #: bytes; the kernel takes a millisecond for that. Anything longer goes to a thread
 LONG_PAGES: Final = bytes_to_pages(LONG)
@@ -20,17 +20,25 @@ CHUNK: Final = bytes_to_pages(256 << 20)  #: pages of a long range: 20 to 30 ms 
 _UNIT: Final = LONG // SHARE  # bytes of a system call that count as a unit of work
 SHORT: Final = _UNIT - 1  #: bytes of which allocating or freeing costs hardly more than the system call
 SHORT_PAGES: Final = bytes_to_pages(SHORT)
+END: Final = page_floor(ByteOffset(MAX_OFFSET))  #: of all pages that a file of whatever size can have, and be freed
 _MOST_CHUNKS: Final = 64  # of a file whose holes are not known: most of a huge one is holes
 
 
-def to_free(pages: PageRange, page_map: PageMap | None, *, guest: bool, granule: int = 1) -> Iterator[PageRange]:
+def to_free(
+    pages: PageRange, page_map: PageMap | None, end_of_file: PageIndex, *, guest: bool, granule: int = 1
+) -> Iterator[PageRange]:
     """Divide a range that is to be freed into chunks that each take a moment; known holes are left out.
 
-    `granule`: a huge page's, in pages, so that none is divided.
+    `granule`: a huge page's, in pages, so that none is divided. Past the end of a file whose holes are not known there
+    is seldom anything (FALLOC_FL_KEEP_SIZE), and no end: that is one chunk.
     """
     if page_map is None:
-        size = max(CHUNK, -(-len(pages) // _MOST_CHUNKS))
-        yield from pages.chunks(-(-size // granule) * granule)
+        if pages.start < end_of_file:
+            within = PageRange(pages.start, min(pages.end, end_of_file))
+            size = max(CHUNK, -(-len(within) // _MOST_CHUNKS))
+            yield from within.chunks(-(-size // granule) * granule)
+        if end_of_file < pages.end:
+            yield PageRange(max(pages.start, end_of_file), pages.end)
         return
     for run in page_map.runs(pages):
         yield from run.chunks(max(CHUNK, granule) if guest else LONG_PAGES)

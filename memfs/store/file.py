@@ -49,6 +49,8 @@ from memfs.store.seals import Obstacle, Operation
 
 log = logging.getLogger(__name__)
 
+_ALL: Final = PageRange(PageIndex(0), chunks.END)
+
 
 class File:
     """A regular file. Sizes and offsets are bytes; ranges are pages. All methods raise OSError as the kernel would.
@@ -365,6 +367,8 @@ class File:
         async with self.locked():
             seals.check_addition(self.seals, bits, self._obstacles())
             if bits & ~self.seals & seals.F_SEAL_GUEST:
+                await self._pages().free_most(_ALL)  # an empty file may have pages past its end
+                seals.check_addition(self.seals, bits, self._obstacles())  # somebody may have opened it meanwhile
                 self._become_guest()
             self._seal_backing_file(self.seals | bits)
             self.seals |= bits
@@ -452,10 +456,8 @@ class File:
 
         Raises OSError, and then some may be left.
         """
-        end = page_ceil(ByteOffset(self.size))
-        if end:
-            async with self.locked():
-                await self._pages().free_in_chunks(PageRange(PageIndex(0), end))
+        async with self.locked():
+            await self._pages().free_most(_ALL)
 
     def close(self) -> None:
         """Free a file that nobody refers to any more, immediately. No owner may be left."""

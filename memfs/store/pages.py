@@ -26,7 +26,7 @@ import errno
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Final, Protocol
 
@@ -36,9 +36,9 @@ from memfs.contract.aio.threads import Threads
 from memfs.contract.page_map import ABSENT, ALLOCATED, PageMap
 from memfs.contract.page_ranges import NO_PAGES, PageRanges
 from memfs.contract.protocol.messages import FileId
-from memfs.contract.sparse import allocated_in_each, allocated_pages, data_pages
+from memfs.contract.sparse import allocated_in_each, allocated_pages, data_pages, occupied
 from memfs.contract.sys.libc import FALLOC_FL_KEEP_SIZE, PUNCH_HOLE, fallocate
-from memfs.contract.units import ByteOffset, PageIndex, PageRange, bytes_to_pages, page_ceil, page_offset
+from memfs.contract.units import PAGE_SIZE, ByteOffset, PageIndex, PageRange, bytes_to_pages, page_ceil, page_offset
 from memfs.store import chunks
 from memfs.store.accounting import MAP_END, Accounting, Reservation
 from memfs.store.backing import Backing
@@ -426,7 +426,7 @@ class Pages:
         notified = PageRange(first, end) if first < end else None
         # Pages beyond the old size (FALLOC_FL_KEEP_SIZE allocates such) go as well, even if the size stays (on
         # hugetlbfs even if it grows), but no owner can have those.
-        freed = PageRange(first, MAP_END) if first < MAP_END else None
+        freed = PageRange(first, chunks.END) if first < chunks.END else None
         await self._free_in_order(truncate, notified=notified, freed=freed)
 
     async def _free_in_order(
@@ -450,8 +450,8 @@ class Pages:
     async def _free(self, free_rest: Callable[[], None], notified: PageRange | None, freed: PageRange | None) -> None:
         if notified is not None:
             self._measure_removal(notified)
-            if not await self.free_in_chunks(notified):
-                await chunks.turn(min(notified.nbytes, chunks.LONG))
+        if freed is not None:
+            await self.free_most(freed)
         free_rest()
         self._account_freed(freed)
 
@@ -463,29 +463,40 @@ class Pages:
         if self._owner is not None and pages is not None:
             await self._owner.invalidate_end(pages)
 
-    async def free_in_chunks(self, pages: PageRange) -> bool:
-        """Free a range of many pages, so that the one call for all of it finds little left to do; of few pages none.
+    async def free_most(self, pages: PageRange) -> None:
+        """Free a range that has many pages in chunks, so that one call for all of it finds little left to do.
 
-        Returns whether it did.
+        Of one that has few, nothing is freed: it is waited for the turn to do so.
 
         Where writes are accounted for, not in a thread: a write could come during a chunk, and nobody could say whether
         the pages that it allocated were freed again.
         """
-        if len(pages) <= chunks.LONG_PAGES or (in_backing := self._file.pages) <= chunks.LONG_PAGES:
-            return False
-        page_map = self._page_map
-        if self._accounting is not None and self._accounting.pages < in_backing:
-            page_map = None  # an owner has allocated behind our back
-        for chunk in chunks.to_free(pages, page_map, guest=self._guest, granule=self._granule):
-            punch = functools.partial(self._punch, chunk.offset, chunk.nbytes)
-            if self._accounting is None or self._guest:
-                await chunks.system_call(punch, chunk.nbytes)
+        nbytes = pages.nbytes
+        if nbytes > chunks.LONG:
+            in_backing = self._file.pages
+            nbytes = min(nbytes, in_backing * PAGE_SIZE)
+        if nbytes <= chunks.LONG:
+            await chunks.turn(nbytes)
+            return
+        in_thread = self._accounting is None or self._guest
+        has_strays = self._accounting is not None and self._accounting.pages < in_backing
+        parts: Iterable[PageRange]
+        if has_strays and not in_thread:
+            fd = self._file.fd
+            parts = await Threads.here().run(lambda: list(occupied(fd, pages, chunks.LONG_PAGES)))
+        else:
+            page_map = None if has_strays else self._page_map
+            end = page_ceil(ByteOffset(self._file.size))
+            parts = chunks.to_free(pages, page_map, end, guest=self._guest, granule=self._granule)
+        for part in parts:
+            punch = functools.partial(self._punch, part.offset, part.nbytes)
+            if in_thread:
+                await chunks.system_call(punch, part.nbytes)
             else:
-                await chunks.turn(chunk.nbytes)
+                await chunks.turn(min(part.nbytes, chunks.LONG))
                 punch()
-            self._account_freed(chunk)
+            self._account_freed(part)
             await trio.lowlevel.checkpoint()
-        return True
 
     def _account_freed(self, pages: PageRange | None) -> None:
         if self._accounting is not None and pages is not None:
