@@ -24,6 +24,7 @@ _STATS: Final = 1000
 _THREADS: Final = 16  # that flood
 _USER: Final = 65534  # that floods
 _OPTIONS: Final = "size=3g,nr_inodes=100k,allow_other,socket_mode=0666"
+_OTHERWISE: Final = {"writes of 1 MiB to the daemon": ",passthrough=off"}
 
 #: A program that floods: what it fills first, and what its threads then call without end
 _PROGRAM: Final = """
@@ -90,6 +91,54 @@ async def flood_socket():
         for _ in range(16): nursery.start_soon(ask, client, registered.file)
 """
 
+#: Owns files: `owning` is called by each thread, of which one is the owner, and says which number a thread has
+_OWNED: Final = """
+import itertools, resource, trio
+from memfs.contract.protocol import connect
+resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
+mount, numbers, owned = os.getcwd(), itertools.count(), threading.Event()
+files = [os.open(f"owned{number}", os.O_RDWR | os.O_CREAT) for number in range(many)]
+os.chdir("..")
+async def hear(message): await trio.sleep(1)
+async def own():
+    async with connect(name, "flood", hear) as client:
+        for file in files: await client.register(file)
+        owned.set()
+        await trio.sleep_forever()
+def owning():
+    number = next(numbers)
+    if number == 0: trio.run(own)
+    owned.wait()
+    return number
+"""
+_TRUNCATED: Final = """
+def truncate():
+    fd = files[owning()]
+    while True:
+        os.posix_fallocate(fd, 0, 4096)
+        os.ftruncate(fd, 0)
+"""
+_DESCRIBED: Final = """
+def describe():
+    owning()
+    while True: os.getxattr(mount, "user.memfs.stat")
+"""
+_CONVERTED: Final = """
+from memfs.contract.conversion import convert, key_of
+from memfs.contract.units import PageIndex, PageRange
+os.chmod(".", 0o777)
+ranges = [PageRange(PageIndex(page), PageIndex(page + 1)) for page in range(0, 1000, 2)]
+def convert_pages():
+    name = str(threading.get_ident())
+    shared = os.open(name, os.O_RDWR | os.O_CREAT)
+    os.mknod(name + "p", 0o600)
+    os.setxattr(name + "p", "user.memfs.seals", b"guest")
+    private = os.open(name + "p", os.O_RDWR)
+    for fd in shared, private: os.ftruncate(fd, 8 << 20)
+    while True:
+        for to_private in True, False: convert(private, key_of(shared), ranges, to_private=to_private)
+"""
+
 _FLOODS: Final = {
     "setxattr with 5,000 set": (
         "open('file', 'w').close(); os.chmod('file', 0o666)\n"
@@ -111,6 +160,19 @@ _FLOODS: Final = {
         "name = str(threading.get_ident()); fd = os.open(name, os.O_RDWR | os.O_CREAT); "
         "os.posix_fallocate(fd, 0, 64 << 20); os.close(fd); os.unlink(name); os.statvfs('.')",
     ),
+    "truncating 64 MiB past the end": (
+        "os.chmod('.', 0o777)\nfrom memfs.contract.sys.libc import FALLOC_FL_KEEP_SIZE, fallocate",
+        "fd = os.open(str(threading.get_ident()), os.O_RDWR | os.O_CREAT); "
+        "fallocate(fd, FALLOC_FL_KEEP_SIZE, 0, 64 << 20); os.ftruncate(fd, 0); os.close(fd)",
+    ),
+    "writes of 1 MiB to the daemon": (
+        "import mmap\nos.chmod('.', 0o777)\ncontent = mmap.mmap(-1, 1 << 20)",
+        "fd = os.open(str(threading.get_ident()), os.O_RDWR | os.O_CREAT | os.O_DIRECT)\n"
+        "            while True: os.pwrite(fd, content, 0)",
+    ),
+    "truncations whose owner is slow": (f"many = {_THREADS}" + _SOCKET + _OWNED + _TRUNCATED, "truncate()"),
+    "getxattr user.memfs.stat, 1,500 owned": ("many = 1500" + _SOCKET + _OWNED + _DESCRIBED, "describe()"),
+    "conversions of 500 ranges": (_CONVERTED, "convert_pages()"),
     "GetPfn of 8,192 pages, half of them there": (_SOCKET + _FRAGMENTED, "trio.run(flood_socket)"),
     "connections that are refused": (_SOCKET + _REFUSED, "be_refused()"),
 }
@@ -123,7 +185,7 @@ def rows(run: Run) -> Iterator[Row]:
         if not run.wants(title):
             continue
         for placement, (cpu, daemon_cpu) in placements().items():
-            with memfs(run, _OPTIONS) as ours:
+            with memfs(run, _OPTIONS + _OTHERWISE.get(name, "")) as ours:
                 ours.pin(daemon_cpu)
                 small = ours.path / "small"
                 small.write_bytes(b"x")  # so that memfs is asked each time
