@@ -42,6 +42,7 @@ from memfs.fuse.page_cache import PageCache
 from memfs.fuse.passthrough import Passthrough, Wanted
 from memfs.fuse.xattrs import XattrHandlers
 from memfs.keeper import Worker, keep
+from memfs.loaded import Loaded
 from memfs.opening import Opened
 from memfs.options import RemountOptions
 from memfs.owners import closer_process
@@ -191,7 +192,7 @@ class _Memfs:
                     nursery.start_soon(self._obey, received, unmounted, server)
                     nursery.start_soon(self._backing.run)
                     nursery.start_soon(self._closer.run)
-                    nursery.start_soon(self._end, unmounted, server, nursery.cancel_scope)
+                    nursery.start_soon(self._end, unmounted, server, Loaded(), nursery.cancel_scope)
                     await initialized.wait()
                     if before is None:  # before that the kernel has not heard of passthrough
                         self._passthrough.try_it()
@@ -367,13 +368,14 @@ class _Memfs:
         if self._passthrough.in_force:  # otherwise the daemon reads, and not the program
             self._backing.set_access_times(atime)
 
-    async def _end(self, unmounted: trio.Event, server: Server, scope: trio.CancelScope) -> None:
+    async def _end(self, unmounted: trio.Event, server: Server, loaded: Loaded, scope: trio.CancelScope) -> None:
         await unmounted.wait()
         self._manager.stopping()
         await server.end()
         if self._settings.check:
             with _broken_is_logged():
                 garbage.check()  # now: what the mount itself consists of need not be freed one by one
+                loaded.check()
         scope.cancel()
 
     def check(self) -> None:

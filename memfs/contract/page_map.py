@@ -334,7 +334,7 @@ class PageMap(PageMapView):
             first, last = ranges.array[:, 0] // _STATES, (ranges.array[:, 1] - 1) // _STATES
             for each in np.flatnonzero(first + 1 < last):
                 self._free_covered(int(first[each]), int(last[each]))
-            self._free_behind(np.union1d(first, last).tolist())
+            self._free_behind(sorted({*first.tolist(), *last.tolist()}))
 
     def _free_covered(self, first: int, last: int) -> None:
         """Free the pages of map between two in which a range that was cleared begins and ends."""
