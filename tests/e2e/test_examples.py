@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from .conftest import Memfs, interruptible, memfs_command, run
 
@@ -37,6 +41,48 @@ def test_owner(memfs: Memfs) -> None:
         assert [line.split()[0] for line in owner.stdout] == ["Fallocate", "InvalidateBegin", "InvalidateEnd"]
         assert owner.stderr.read() == ""
     assert owner.returncode == 130
+
+
+@pytest.fixture(scope="module")
+def owner_in_c(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("there is no C compiler")
+    program = tmp_path_factory.mktemp("owner") / "owner"
+    built = run(compiler, "-O2", "-Wall", "-Wextra", "-Werror", "-o", program, EXAMPLES / "owner.c")
+    assert (built.returncode, built.stderr) == (0, "")
+    return program
+
+
+def test_owner_in_c(memfs: Memfs, owner_in_c: Path) -> None:
+    assert len((EXAMPLES / "owner.c").read_text().splitlines()) <= 150
+    shared, private = memfs.path / "shared", memfs.path / "private"
+    memfs.run("truncate", "--size", "64K", shared)
+    run(*memfs_command("create", "--seals", "guest", "--size", "64k", private))
+    with subprocess.Popen([owner_in_c, private], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        assert owner.stderr is not None
+        assert owner.stdout.readline() == f"owner of inode {private.stat().st_ino}, 65536 bytes\n"
+        memfs.run("fallocate", "--length", "64K", private)
+        memfs.run("fallocate", "--punch-hole", "--offset", "4K", "--length", "8K", private)
+        told = ["allocated 0-15", "invalidate 1-2", "freed 1-2"]
+        if json.loads(run(*memfs_command("stat", "--json", memfs.path)).stdout)["passthrough"]:
+            command = memfs_command("convert", "--to", "shared", shared, private, "0:4k", "16k:8k")
+            assert run(*command).returncode == 0
+            told += ["convert 0-0 4-5", "converted 0-0 4-5"]
+        memfs.process.terminate()
+        assert [line.rstrip("\n") for line in owner.stdout] == told
+        assert owner.stderr.read() == "owner: cut off: memfs has ended\n"
+    assert owner.returncode == 1
+    memfs.see_end()
+
+
+def test_owner_in_c_without_memfs_says_why(tmp_path: Path, owner_in_c: Path) -> None:
+    (tmp_path / "file").touch()
+    for arguments, words in (([], "usage: "), (["absent"], "absent: "), (["file"], "does not lie on a memfs")):
+        result = run(owner_in_c, *arguments, cwd=tmp_path)
+        assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+        assert words in result.stderr
 
 
 def test_vmm_without_memfs_says_why_and_leaves_nothing(tmp_path: Path) -> None:
