@@ -7,7 +7,7 @@ PYTHON ?= python3
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install deb deb-check demo unit test coverage bench bench-plot soak fuzz guest boot-test lint clean system
+.PHONY: help install deb deb-check demo unit test coverage bench bench-plot soak fuzz guest boot-test guides-test lint clean system
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -46,6 +46,10 @@ coverage: $(STAMP) ## Which lines of memfs and kvmsim all tests run, in all proc
 
 boot-test: $(STAMP) ## Boot a Linux kernel in sealed memory (root; ten minutes, in an emulated machine, without SVM or VMX)
 	@tests/boot/boot-test
+
+guides-test: $(STAMP) ## Run every command of docs/guides, with QEMU, libvirt and virtiofsd (root; some minutes)
+	@./install-system-packages guides
+	MEMFS_TEST_GUIDES=1 $(BIN)/pytest tests/e2e/test_guides.py
 
 guest: ## Build the test guest of native code anew (kvmsim/guests/selftest.elf; needs a C compiler)
 	$(or $(CC),cc) -O2 -Wall -Wextra -Werror -march=x86-64 -ffreestanding -fno-pic -no-pie -nostdlib -static -fno-stack-protector \

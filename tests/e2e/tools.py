@@ -17,17 +17,25 @@ from .conftest import run
 #: Program -> the Debian package it is in
 PACKAGES: Final = {
     "busybox": "busybox-static",
+    "cc": "gcc",
     "chattr": "e2fsprogs",
     "lsattr": "e2fsprogs",
     "getfacl": "acl",
     "setfacl": "acl",
     "getfattr": "attr",
     "setfattr": "attr",
+    "bwrap": "bubblewrap",
     "fio": "fio",
+    "libvirtd": "libvirt-daemon-system",
+    "virsh": "libvirt-clients",
+    "virtiofsd": "qemu-system-common",
     "fusermount3": "fuse3",
     "stress-ng": "stress-ng",
     "findmnt": "util-linux",
     "nsenter": "util-linux",
+    "qemu-system-x86_64": "qemu-system-x86",
+    "socat": "socat",
+    "xz": "xz-utils",
     "pgrep": "procps",
     "promtool": "prometheus",
     "setpriv": "util-linux",
@@ -37,14 +45,21 @@ PACKAGES: Final = {
     "valgrind": "valgrind",
 }
 
+#: Where programs are that people do not run by themselves
+OTHER_PLACES: Final = "/usr/sbin:/usr/lib/qemu:/usr/libexec"
+
 #: The library that sets the clock of one process only (Debian package libfaketime)
 FAKETIME: Final = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
 
 
 def missing(*tools: str) -> str:
     """Return which of the programs are not installed, as a sentence; empty if all are."""
-    absent = [f"{tool} (Debian package {PACKAGES[tool]})" for tool in tools if shutil.which(tool) is None]
+    absent = [f"{tool} (Debian package {PACKAGES[tool]})" for tool in tools if not _is_there(tool)]
     return f"not installed: {', '.join(absent)}" if absent else ""
+
+
+def _is_there(tool: str) -> bool:
+    return shutil.which(tool) is not None or shutil.which(tool, path=OTHER_PLACES) is not None
 
 
 def needs(*tools: str) -> pytest.MarkDecorator:

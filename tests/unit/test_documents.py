@@ -27,7 +27,7 @@ from tests.e2e import tools
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted(
     str(path.relative_to(ROOT))
-    for pattern in ("*.md", "docs/*.md", "examples/*.md", ".github/**/*.md", "kvmsim/traces/*.md")
+    for pattern in ("*.md", "docs/*.md", "docs/guides/*.md", "examples/*.md", ".github/**/*.md", "kvmsim/traces/*.md")
     for path in ROOT.glob(pattern)
 )
 FOLDERS = r"(?:memfs|kvmsim|tests|bench(?!/out/)|demo|docs|examples|\.ci|\.github)"
@@ -122,7 +122,7 @@ def test_protocol_says_the_limits() -> None:
 
 def test_make_test_installs_the_tools_that_tests_need() -> None:
     installed = re.findall(r"\|\| echo ([\w-]+)", text("install-system-packages"))
-    of_the_build = {"fuse3", "util-linux"}  # installed to build memfs, or part of every Debian
+    of_the_build = {"fuse3", "gcc", "util-linux"}  # installed to build memfs, or part of every Debian
     assert set(installed) == {*tools.PACKAGES.values(), "libfaketime"} - of_the_build
 
 
