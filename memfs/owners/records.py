@@ -1,14 +1,14 @@
 """How owners and registrations are written down, so that a successor has them again: values of keys (state/journal.py).
 
     o OWNER           an owner: its token, its user, and what it calls itself
-    g FILE            a registration: the owner, the inode, how often it was registered, and what the owner allowed
+    p FILE            a registration, which is a pair of a file and its owner: the owner, the inode, how often it was
+                      registered, and what the owner allowed
     f FILE GIBIBYTE   the extent of frame numbers that a gibibyte of a registered file has
     l FILE PAGE       from that page on, pages of a registered file are locked so often, up to the next such key
     q OWNER SLOT      one of the last answers that the owner was given (answers.py)
     w                 the numbers that were given last, of owners and registrations: none is ever used again
 
-What belongs to an owner or a registration that is gone is ignored. A registration is not called r, which is the reply
-of the last request (state/journal.py).
+What belongs to an owner or a registration that is gone is ignored.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from memfs.contract.protocol.messages import Token
 from memfs.contract.protocol.wire import TOKEN_SIZE
 
 OWNER: Final = b"o"
-REGISTRATION: Final = b"g"
+REGISTRATION: Final = b"p"
 EXTENT: Final = b"f"
 LOCKS: Final = b"l"
 ANSWER: Final = b"q"

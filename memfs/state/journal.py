@@ -150,6 +150,7 @@ class LogJournal:
 
     def keeps(self, kind: bytes, value_of: ValueOf) -> None:
         """Have the values of all keys that begin with this byte be asked for there."""
+        assert kind[0] not in self._kept, f"two keep what begins with {kind!r}"
         self._kept[kind[0]] = value_of
 
     def load(self) -> dict[bytes, bytes]:
