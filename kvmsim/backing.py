@@ -212,6 +212,11 @@ class Backing:
         return self._client.gone
 
     @property
+    def resumed(self) -> int:
+        """How often it came back to another memfs, since one was killed."""
+        return self._client.resumed
+
+    @property
     def ended(self) -> trio.Event:
         """Set when the connection has ended."""
         return self._client.ended
