@@ -3,9 +3,6 @@
 What a VMM needs is here by name; examples/vmm.py is one.
 """
 
-from importlib.metadata import version
-from typing import Final
-
 from kvmsim.backing import StoreGone
 from kvmsim.engines.program import Fetch, Hypercall, Load, Program, ProgramEngine, Store, convert
 from kvmsim.engines.trace import IntegrityError, TraceEngine
@@ -51,6 +48,7 @@ from kvmsim.vm_type import VmType
 from kvmsim.vmm.convert import Converter, RamDiscardListener
 from kvmsim.vmm.vmm import Device, UnhandledExit, Vmm, open_memory
 from memfs.contract.units import PAGE_SIZE, ByteOffset, Gfn, GfnRange, Gpa, PageIndex, PageRange
+from memfs.contract.version import VERSION as __version__
 
 __all__ = [
     "HALT",
@@ -118,5 +116,3 @@ __all__ = [
     "create_vm",
     "open_memory",
 ]
-
-__version__: Final = version("memfs-kvmsim")

@@ -1,8 +1,5 @@
 """memfs: a FUSE filesystem that is the memory backing store of virtual machines."""
 
-from importlib.metadata import version
-from typing import Final
+from memfs.contract.version import VERSION as __version__
 
 __all__ = ["__version__"]
-
-__version__: Final = version("memfs-kvmsim")

@@ -14,15 +14,13 @@ import stat
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NoReturn
+from importlib import import_module
+from typing import Final, NoReturn
 
 from memfs import __version__
-from memfs.cli import doctor, metrics, mount, mounts, remount, upgrade
 from memfs.cli.command import CommandError
 from memfs.cli.page_range import page_range
 from memfs.cli.states import state_of
-from memfs.cli.watch import map as map_command
-from memfs.cli.watch import top
 from memfs.contract.on_memfs import OnMemfs, locate, naming
 from memfs.contract.sizes import format_size, parse_bytes
 from memfs.contract.sys.standard_descriptors import fill_standard_descriptors
@@ -31,11 +29,26 @@ from memfs.contract.units import ByteOffset
 from memfs.options import OptionError
 from memfs.store import seals
 
+#: The commands that have a file of their own, which is imported only for them: some take longer to import than to run
+_FILES: Final = {
+    "mount": "memfs.cli.mount",
+    "remount": "memfs.cli.remount",
+    "list": "memfs.cli.mounts",
+    "umount": "memfs.cli.mounts",
+    "upgrade": "memfs.cli.upgrade",
+    "metrics": "memfs.cli.metrics",
+    "doctor": "memfs.cli.doctor",
+    "map": "memfs.cli.watch.map",
+    "top": "memfs.cli.watch.top",
+}
+_HERE: Final = frozenset({"--version", "stat", "seal", "seals", "create", "allocate", "convert", "populate"})
+
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command and exit."""
     fill_standard_descriptors()
-    parsed = build_parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    parsed = build_parser(given[0] if given else "").parse_args(given)
     try:
         parsed.run(parsed)
     except (CommandError, OptionError) as error:
@@ -50,19 +63,14 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     sys.exit(0)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
+def build_parser(command: str = "") -> argparse.ArgumentParser:
+    """Return the parser of the command line, which may lack other commands than the one that is given."""
     parser = Parser(prog="memfs", description="A filesystem that is the memory of virtual machines.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    mount.add_to(commands)
-    remount.add_to(commands)
-    mounts.add_to(commands)
-    upgrade.add_to(commands)
-    metrics.add_to(commands)
-    doctor.add_to(commands)
-    map_command.add_to(commands)
-    top.add_to(commands)
+    needed = [_FILES[command]] if command in _FILES else [] if command in _HERE else dict.fromkeys(_FILES.values())
+    for name in needed:
+        import_module(name).add_to(commands)
 
     state = commands.add_parser("stat", help="show the state of a mounted memfs", description=_stat.__doc__)
     state.add_argument("path", metavar="PATH", help="the mountpoint, or anything on it")
