@@ -12,6 +12,9 @@ from memfs.owners.tally import Tally
 
 _Owner = TypeVar("_Owner")
 
+_CONVERSIONS: Final = (ConvertBegin, ConvertEnd)
+_MOMENT: Final = 1e-3  # seconds: a share of the event loop
+
 
 class Pending(Generic[_Owner]):
     """A notification that is outstanding within a `with` block. Created by `Outstanding.of`."""
@@ -32,9 +35,9 @@ class Pending(Generic[_Owner]):
         self._outstanding.remove(self)
 
     @property
-    def is_only(self) -> bool:
-        """Whether no other notification is outstanding, of any owner."""
-        return len(self._outstanding) == 1
+    def comes_soon(self) -> bool:
+        """Whether all that is outstanding, of any owner, was sent a moment ago, so that nobody waits for long yet."""
+        return self._outstanding.age < _MOMENT
 
     @property
     def kind(self) -> str:
@@ -44,14 +47,13 @@ class Pending(Generic[_Owner]):
     @property
     def tallied(self) -> str:
         """What it is counted as: its kind, and of a conversion also where to."""
-        to = self.message.subject.get("to")
-        return f"{self.kind} to {to}" if to else self.kind
+        return f"{self.kind} to {self.message.subject['to']}" if isinstance(self.message, _CONVERSIONS) else self.kind
 
     @property
     def page_count(self) -> int:
         """How many pages it is about."""
         message = self.message
-        return message.ranges.pages if isinstance(message, ConvertBegin | ConvertEnd) else len(message.pages)
+        return message.ranges.pages if isinstance(message, _CONVERSIONS) else len(message.pages)
 
     @property
     def age(self) -> float:
@@ -69,12 +71,17 @@ class Outstanding(Generic[_Owner]):
 
     def __init__(self) -> None:
         self._of: Final[dict[_Owner, list[Pending[_Owner]]]] = {}  # the oldest first
-        self._count = 0
+        self._all: Final[dict[Pending[_Owner], None]] = {}  # the oldest first
         self._tallies: Final[dict[str, Tally]] = {}
         self._waiting: Final = trio.lowlevel.ParkingLot()
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._all)
+
+    @property
+    def age(self) -> float:
+        """For how long the oldest has been outstanding, in seconds. There must be one."""
+        return next(iter(self._all)).age
 
     def of(self, owner: _Owner, message: Notification) -> Pending[_Owner]:
         """Have a notification outstanding within a `with` block."""
@@ -83,7 +90,7 @@ class Outstanding(Generic[_Owner]):
     def add(self, pending: Pending[_Owner]) -> None:
         """Enter a notification. For Pending."""
         self._of.setdefault(pending.owner, []).append(pending)
-        self._count += 1
+        self._all[pending] = None
         if self._waiting:
             self._waiting.unpark_all()
 
@@ -91,7 +98,7 @@ class Outstanding(Generic[_Owner]):
         """Strike a notification out. For Pending."""
         theirs = self._of[pending.owner]
         theirs.remove(pending)
-        self._count -= 1
+        del self._all[pending]
         if not theirs:
             del self._of[pending.owner]
         tally = self._tallies.get(pending.tallied)
@@ -110,7 +117,7 @@ class Outstanding(Generic[_Owner]):
 
     async def wait(self) -> None:
         """Wait until an owner is waited for; it may have acknowledged by the time that this returns."""
-        if not self._count:
+        if not self._all:
             await self._waiting.park()
 
     def describe(self) -> dict[str, Any]:
@@ -123,4 +130,4 @@ class Outstanding(Generic[_Owner]):
         owed = sum(map(len, self._of.values()))
         for tally in self._tallies.values():
             tally.check()
-        assert owed == self._count, f"{self._count} notifications are counted, {owed} are owed"
+        assert owed == len(self._all), f"{len(self._all)} notifications are outstanding, {owed} are owed"

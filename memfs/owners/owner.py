@@ -200,7 +200,7 @@ class Owner(ABC):
         """
         message = pending.message
         answer = self._post(message)
-        if pending.is_only and not answer.is_done:
+        if pending.comes_soon and not answer.is_done:
             answer.poll()
         if answer.is_done and (unlocked is None or unlocked.is_so):
             await answer.wait()  # only says so if it is done because the owner is gone

@@ -31,7 +31,9 @@ _YIELDS: Final = 16  # before as many first looks; then one without, to see whet
 
 
 class BusyPoll:
-    """How long to poll before sleeping, in seconds of `clock`: between 0 and `maximum`, at first `window`.
+    """How long to poll before sleeping, in seconds of `clock`: at first `window`, which must not exceed `maximum`.
+
+    It gets no smaller than `minimum`, where what is waited for needs our CPU and yielding is worth it in any case.
 
     >>> now = 0.0
     >>> poll = BusyPoll(100e-6, clock=lambda: now)
@@ -47,10 +49,18 @@ class BusyPoll:
     40
     """
 
-    __slots__ = ("_clock", "_end", "_is_waiting", "_since", "_yields", "maximum", "window")
+    __slots__ = ("_clock", "_end", "_is_waiting", "_since", "_yields", "maximum", "minimum", "window")
 
-    def __init__(self, maximum: float, *, window: float = 0.0, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        maximum: float,
+        *,
+        window: float = 0.0,
+        minimum: float = 0.0,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self.maximum: Final = maximum
+        self.minimum: Final = minimum
         self.window = window
         self._clock: Final = clock
         self._is_waiting = False
@@ -93,4 +103,4 @@ class BusyPoll:
             self.window = min(max(self.window * _FACTOR, _SMALLEST), self.maximum)
         else:
             shorter = self.window / _FACTOR
-            self.window = shorter if shorter >= _SMALLEST else 0.0
+            self.window = shorter if shorter >= _SMALLEST else self.minimum

@@ -60,6 +60,7 @@ _MSG_TRUNC: Final = int(socket.MSG_TRUNC)
 Handler = Callable[["Incoming"], Coroutine[Any, Any, object]]
 
 _MAX_POLL: Final = 150e-6  # seconds for which nothing else runs: three times what an answer takes that comes soon
+_MIN_POLL: Final = 20e-6  # seconds: long enough to yield once
 _CONNECT_TIMEOUT: Final = 5.0  # seconds
 _CONNECT_PAUSE: Final = 0.01  # seconds
 
@@ -110,7 +111,7 @@ class Peer:
         custody = custody or Custody()
         self._datagrams: Final = Datagrams(sock, custody)
         self._discard: Final = custody.discard
-        self._busy_poll: Final = busy_poll or BusyPoll(_MAX_POLL)
+        self._busy_poll: Final = busy_poll or BusyPoll(_MAX_POLL, window=_MAX_POLL, minimum=_MIN_POLL)
         self.protocol: Final = Connection(role)
         self._postponed: Final[deque[Call]] = deque()  # as many as may be are unanswered
         self._unsent: Final[deque[_Unsent]] = deque()  # the peer has had no space yet

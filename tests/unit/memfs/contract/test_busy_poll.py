@@ -131,3 +131,13 @@ def test_nothing_is_yielded_where_polling_does_not_pay(clock: Clock, other: Othe
         clock.now += 1.0
         poll.stop()
     assert other.yields == 0
+
+
+def test_window_gets_no_smaller_than_its_minimum(clock: Clock, other: OtherProcess) -> None:
+    """What needs our CPU is there after one yield, however long it took when others had it."""
+    poll = BusyPoll(MAXIMUM, window=MAXIMUM, minimum=20e-6, clock=clock)
+    for _ in range(20):
+        wait(poll, clock, 1.0)
+    assert poll.window == 20e-6
+    other.wait(poll)
+    assert poll.window == 20e-6

@@ -16,14 +16,28 @@ BEGIN, FALLOCATE = InvalidateBegin(FileId(1), PAGES, 7), Fallocate(FileId(2), PA
 async def test_what_is_outstanding_is_known_by_owner() -> None:
     outstanding: Outstanding[str] = Outstanding()
     with outstanding.of("a", BEGIN) as first:
-        assert (first.is_only, len(outstanding), set(outstanding.owners)) == (True, 1, {"a"})
+        assert (len(outstanding), set(outstanding.owners)) == (1, {"a"})
         with outstanding.of("a", FALLOCATE) as second, outstanding.of("b", BEGIN):
-            assert (first.is_only, len(outstanding), set(outstanding.owners)) == (False, 3, {"a", "b"})
+            assert (len(outstanding), set(outstanding.owners)) == (3, {"a", "b"})
             assert list(outstanding.by("a")) == [first, second]
             outstanding.check()
         assert list(outstanding.by("a")) == [first]
     assert (len(outstanding), set(outstanding.owners), list(outstanding.by("a"))) == (0, set(), [])
     outstanding.check()
+
+
+async def test_nothing_is_polled_for_while_any_owner_is_late(autojump_clock: trio.testing.MockClock) -> None:
+    """Its answer needs the event loop; and whoever asks for something else is not to wait for a poll as well."""
+    outstanding: Outstanding[str] = Outstanding()
+    with outstanding.of("a", BEGIN) as late:
+        await trio.sleep(0.0005)
+        with outstanding.of("b", BEGIN) as soon:
+            assert (late.comes_soon, soon.comes_soon) == (True, True)
+        await trio.sleep(0.001)
+        with outstanding.of("b", BEGIN) as held_up, outstanding.of("a", FALLOCATE) as other:
+            assert (held_up.comes_soon, other.comes_soon) == (False, False)
+    with outstanding.of("b", BEGIN) as again:
+        assert again.comes_soon
 
 
 async def test_it_is_described_for_people(autojump_clock: trio.testing.MockClock) -> None:
