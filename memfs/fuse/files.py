@@ -173,9 +173,9 @@ class FileHandlers:
         if not reaper.is_idle and reaper.pages > self._backing.free_pages:
             await reaper.drain()
 
-    def opened(self, inode: RegularFile, flags: int, request: Request) -> bytes:
-        """Open a file for a caller and return struct fuse_open_out."""
-        fh, handle = self._open_files.open_file(inode, flags, Callers.here().user(request))
+    def opened(self, inode: RegularFile, flags: int, request: Request, *, is_held: bool = False) -> bytes:
+        """Open a file for a caller and return struct fuse_open_out. `is_held` as for `OpenFiles.open_file`."""
+        fh, handle = self._open_files.open_file(inode, flags, Callers.here().user(request), is_held=is_held)
         if handle.access is Access.PASSTHROUGH:
             backing_id = inode.file.opens.backing_id
             assert backing_id is not None

@@ -114,8 +114,6 @@ class NameHandlers:
         except OSError:  # EMFILE: all or nothing
             self._tree.unlink(request.nodeid, name)
             raise
-        finally:
-            self._tree.release(new)
 
     async def tmpfile(self, request: Request) -> bytes:
         """Answer open(2) with O_TMPFILE."""
@@ -123,14 +121,11 @@ class NameHandlers:
         flags, mode, umask = _unpack_create(request.body)
         seals = self._xattrs.default_seals(request.nodeid)
         new = self._tree.create_unlinked(request.nodeid, mode, request.uid, request.gid, umask=umask, seals=seals)
-        try:
-            return self._created(new, flags, request)
-        finally:
-            self._tree.release(new)
+        return self._created(new, flags, request)
 
     def _created(self, inode: Inode, flags: int, request: Request) -> bytes:
         assert isinstance(inode, RegularFile)
-        opened = self._files.opened(inode, flags, request)
+        opened = self._files.opened(inode, flags, request, is_held=True)
         return self._entry(inode) + opened
 
     async def mknod(self, request: Request) -> bytes:

@@ -125,14 +125,15 @@ class OpenFiles:
     def __len__(self) -> int:
         return len(self._open)
 
-    def open_file(self, inode: RegularFile, flags: int, user: int = 0) -> tuple[Fh, OpenFile]:
-        """Open a handle as open(2) does with these flags, for a user.
+    def open_file(self, inode: RegularFile, flags: int, user: int = 0, *, is_held: bool = False) -> tuple[Fh, OpenFile]:
+        """Open a handle as open(2) does with these flags, for a user. If the inode `is_held`, that hold is used up.
 
         Raises OSError: EMFILE if that user has its share (holdings.py) or there is no descriptor, and EBUSY as
         `_sealed_access` says. Inode flags are checked by the caller: a file that is being created may be opened in any
         way.
         """
-        self._tree.hold(inode)
+        if not is_held:
+            self._tree.hold(inode)
         try:
             self._holdings.hold(user, inode.ino, maps=_may_be_guest(inode.file, flags))
             try:

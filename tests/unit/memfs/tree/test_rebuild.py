@@ -101,8 +101,7 @@ class World:
             case "tmpfile", int(parent):
                 made = tree.create_unlinked(parent, stat.S_IFREG | 0o600, 0, 0)
                 assert isinstance(made, RegularFile)
-                self.open_files.open_file(made, os.O_RDWR)
-                tree.release(made)
+                self.open_files.open_file(made, os.O_RDWR, is_held=True)
             case "open", int(parent), bytes(name), int(flags):
                 inode = tree.lookup(parent, name)
                 if isinstance(inode, RegularFile):
@@ -222,10 +221,7 @@ def test_what_was_granted_is_had_again_in_whichever_order(flags: int, backwards:
             while True:
                 inode = world.tree.create_unlinked(ROOT_INO, stat.S_IFREG | 0o600, 0, 0)
                 assert isinstance(inode, RegularFile)
-                try:
-                    world.open_files.open_file(inode, flags, user)
-                finally:
-                    world.tree.release(inode)
+                world.open_files.open_file(inode, flags, user, is_held=True)
     assert len(world.open_files) > 8
     world.journal.commit()
     holdings = small_holdings()
