@@ -10,7 +10,9 @@ Messages are read one from each descriptor, in turns by user: whose turn was the
 descriptors another user has. When as much work is done as is one user's share (turns.py), other tasks run.
 
 A conversion is a handful of small messages between processes that wait for each other. So a reader that expects another
-message has the poller busy-poll for it (busy_poll.py), between the steps of other tasks, before it sleeps.
+message has the poller busy-poll for it (busy_poll.py), between the steps of other tasks, before it sleeps. Between two
+steps it looks twice, before and after other processes may have had the CPU: an event-loop iteration takes longer than
+most of what is done because of a message.
 """
 
 from __future__ import annotations
@@ -103,11 +105,12 @@ class Poller:
         turns = Turns.here()
         begun = turns.total  # when other tasks ran last
         while True:
-            self._busy_poll.yield_first()
             events = self._epoll.poll(0, _EVENTS)
             if not events:
                 if not self._busy_poll.goes_on():
                     return
+                events = self._epoll.poll(0, _EVENTS)  # other processes have had the CPU
+            if not events:
                 await trio.lowlevel.checkpoint()
                 begun = turns.total
                 continue
