@@ -248,7 +248,7 @@ class _Memfs:
             "last_outage": self._survival.outage,
             "keeper_socket": self._opened.successors.path if self._opened.successors is not None else None,
             "nr_inodes": self._tree.space.nr_inodes,
-            "inodes_used": len(self._tree.inodes),
+            "inodes_used": self._tree.inodes.count,
             "open_handles": len(self._open_files),
             "descriptors": self._holdings.descriptors.size,
             "descriptors_used": self._holdings.descriptors.used,
@@ -389,7 +389,7 @@ class _Memfs:
         self._holdings.check()
         # A program that has a file open in passthrough mode may write while we count, even after the end of the mount.
         before = self._backing.used_pages
-        in_files = sum(inode.stat().blocks for inode in self._tree.inodes.values()) // SECTORS_PER_PAGE
+        in_files = sum(inode.stat().blocks for inode in self._tree.inodes.all()) // SECTORS_PER_PAGE
         least, most = sorted((before, self._backing.used_pages))
         assert least <= in_files <= most, f"{least} to {most} pages in use, {in_files} in files"
 

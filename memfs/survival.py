@@ -16,7 +16,7 @@ import os
 import select
 import struct
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Final
 
 import trio
@@ -27,10 +27,11 @@ from memfs.contract.units import ByteOffset
 from memfs.fuse.channel import Before
 from memfs.fuse.init import INIT
 from memfs.fuse.page_cache import PageCache
+from memfs.fuse.resent import TRY
 from memfs.keeper import Worker
 from memfs.opening import Opened
 from memfs.owners.coming_back import ComingBack
-from memfs.state.journal import LogJournal
+from memfs.state.journal import INODE, REPLY, Committed, LogJournal, number_in
 from memfs.store.conversion import settle
 from memfs.store.file import File
 from memfs.store.tmpfs_backing import TmpfsBacking
@@ -113,24 +114,27 @@ class Survival:
         generation, restarts = _COUNTS.unpack(state[_GENERATION])
         self.generation, self.restarts = generation + 1, restarts + (not self._worker.is_upgrade)
         journal.changed(_GENERATION)
+        before = {key: state[key] for kind in (INIT, REPLY, TRY) for key in state.of(kind)}
         with garbage.no_collection():  # all of it stays
             self._rebuild(journal, state)
+        del state
         journal.commit()
         self.outage = time.monotonic() - died
         more = fields(restarts=self.restarts, outage=self.outage)
         log.warning("%s: going on", self._worker.death, extra=more)
-        return Before(state, state[INIT])
+        return Before(before, before[INIT])
 
-    def _rebuild(self, journal: LogJournal, state: Mapping[bytes, bytes]) -> None:
+    def _rebuild(self, journal: LogJournal, state: Committed) -> None:
         backing = self._opened.backing
         assert isinstance(backing, TmpfsBacking)
 
         def old_file(ino: Ino, seals: int) -> File:
             return File(backing, ino, seals, journal=journal, exists=True)
 
-        rebuild(self._tree, state, old_file)
+        rebuild(self._tree, state, journal, old_file)
+        files = [inode.file for inode in self._tree.inodes.values() if isinstance(inode, RegularFile)]
         (total_pages,) = _PAGES.unpack(state[_SIZE])
-        backing.recovered(total_pages, sum(inode.file.tracked_pages for inode in self._tree.files()))
+        backing.recovered(total_pages, sum(file.tracked_pages for file in files))
         settle(state, self._file, journal)
         self._open_files.restore(state)
         self._owners.restore(state)
@@ -138,9 +142,9 @@ class Survival:
             self._access_times.atime, self._access_times.diratime = said
         for inode in self._open_files.cached:  # nobody knows which of its holes the kernel has read
             self._page_cache.has_read(inode, ByteOffset(0), inode.file.size)
-        inodes = self._tree.inodes.values()
-        guests: dict[int, bool] = {inode.ino: isinstance(inode, RegularFile) and inode.file.guest for inode in inodes}
-        self._remove_others = backing.remove_others(guests, self._tree.next_ino)
+        known = {number_in(key) for key in state.of(INODE)}
+        guests = {file.number for file in files if file.guest}
+        self._remove_others = backing.remove_others(known, guests, self._tree.next_ino)
 
     def serves(self) -> None:
         """Take note that from now on this process serves, and no other one will go on from what was there before."""
@@ -149,7 +153,7 @@ class Survival:
         self._journal.own()
 
     def _file(self, number: int) -> File | None:
-        inode = self._tree.inodes.get(Ino(number))
+        inode = self._tree.inodes.find(number)
         return inode.file if isinstance(inode, RegularFile) else None
 
     async def clear_up(self) -> None:

@@ -24,8 +24,8 @@ from __future__ import annotations
 import errno
 import struct
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain, islice
 from typing import Final, Protocol
 
 from memfs.state.log import Log
@@ -57,6 +57,38 @@ def number_in(key: bytes) -> int:
 def rest_of(key: bytes) -> bytes:
     """Return what follows the number in a key."""
     return key[_NUMBER.size :]
+
+
+class Committed(Mapping[bytes, bytes]):
+    """What was committed, by kinds of keys. Values are read when they are asked for, so ask before the next commit."""
+
+    def __init__(self, keys: Iterable[bytes], values_of: Callable[[Iterable[bytes]], Iterable[bytes]]) -> None:
+        self._by_kind: Final[dict[int, list[bytes]]] = {}
+        self._values_of: Final = values_of
+        for key in keys:
+            try:
+                self._by_kind[key[0]].append(key)
+            except KeyError:
+                self._by_kind[key[0]] = [key]
+
+    def of(self, kind: bytes) -> list[bytes]:
+        """Return the keys of a kind."""
+        return self._by_kind.get(kind[0], [])
+
+    def items_of(self, kind: bytes) -> Iterator[tuple[bytes, bytes]]:
+        """Generate the keys of a kind, with their values."""
+        keys = self.of(kind)
+        return zip(keys, self._values_of(keys), strict=True)
+
+    def __getitem__(self, key: bytes) -> bytes:
+        [value] = self._values_of([key])
+        return value
+
+    def __iter__(self) -> Iterator[bytes]:
+        return chain.from_iterable(self._by_kind.values())
+
+    def __len__(self) -> int:
+        return sum(map(len, self._by_kind.values()))
 
 
 class Journal(Protocol):
@@ -153,11 +185,17 @@ class LogJournal:
         assert kind[0] not in self._kept, f"two keep what begins with {kind!r}"
         self._kept[kind[0]] = value_of
 
-    def load(self) -> dict[bytes, bytes]:
+    def load(self) -> Committed:
         """Return what was committed."""
-        state = self._log.load()
-        self._last = state.get(REPLY, b"")
-        return state
+        self._last = self._log.get(REPLY) or b""
+        return Committed(self._log.keys(), self._log.values)
+
+    def committed(self, key: bytes) -> bytes:
+        """Return the value of a key that was committed. Raises KeyError."""
+        value = self._log.get(key)
+        if value is None:
+            raise KeyError(key)
+        return value
 
     def changed(self, kind: bytes, number: int | None = None, rest: bytes = b"") -> None:
         """Note that the value of a key has changed."""
@@ -218,7 +256,7 @@ class LogJournal:
         while self._dropped:
             self._put_dropped(_DROPPED)
         self._log.commit()
-        state = self.load()
+        state = self._log.load()
         assert keys <= state.keys(), f"not in the log: {keys - state.keys()}"
         for key, value in state.items():
             now = self.value_of(key)

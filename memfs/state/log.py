@@ -30,7 +30,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 _MAGIC: Final = int.from_bytes(b"memfslog", "little")
@@ -118,20 +118,37 @@ class _LogFile:
         end = start + key_length
         return self._map[start:end], end + (length if length != _NO_VALUE else 0) - position
 
-    def records(self) -> Iterator[tuple[bytes, bytes | None, int, int]]:
-        """Generate key, value, position and size of all records."""
-        bytes_, header, position, last = self._map, _RECORD.size, _FIRST, self.end
+    def places(self) -> dict[bytes, int]:
+        """Return the places of the records that are the last of their keys and have a value."""
+        places, base = dict[bytes, int](), self.base
+        bytes_, unpack, header, position, last = self._map, _RECORD.unpack_from, _RECORD.size, _FIRST, self.end
         while position < last:
-            key_length, length = _RECORD.unpack_from(bytes_, position)
+            key_length, length = unpack(bytes_, position)
             start = position + header
-            end = start + key_length
+            after = start + key_length
+            key = bytes_[start:after]
             if length == _NO_VALUE:
-                yield bytes_[start:end], None, position, end - position
-                position = end
+                places.pop(key, None)
             else:
-                after = end + length
-                yield bytes_[start:end], bytes_[end:after], position, after - position
-                position = after
+                after += length
+                places[key] = (base + position) << _SIZE_BITS | (after - position)
+            position = after
+        return places
+
+    def value(self, key: bytes, place: int) -> bytes:
+        """Return the value of the record of a key that is at a place."""
+        position = (place >> _SIZE_BITS) - self.base
+        return self._map[position + _RECORD.size + len(key) : position + (place & _SIZE)]
+
+    def values(self, keys: Iterable[bytes], places: Mapping[bytes, int]) -> list[bytes]:
+        """Return the values of keys of which all places are in this log. They may be very many."""
+        bytes_, skipped, bits, mask = self._map, _RECORD.size - self.base, _SIZE_BITS, _SIZE
+        values = list[bytes]()
+        for key in keys:
+            place = places[key]
+            start = (place >> bits) + skipped
+            values.append(bytes_[start + len(key) : start - _RECORD.size + (place & mask)])
+        return values
 
     def read(self, position: int, size: int) -> bytes:
         """Return bytes as they are."""
@@ -203,9 +220,8 @@ class Log:
         self._cursor = self._last = 0  # up to where it has been, and up to where it must be: then the next one has it
         self._freed: _LogFile | None = None  # the log that was compacted
         self._freed_to = 0
-        self._places: Final[dict[bytes, int]] = {}  # by key: of the last record
-        self._true = 0  # bytes of those
-        self._loaded: dict[bytes, bytes] | None = self._read()  # until somebody has asked for it, or it is not true
+        self._places: Final = self._file.places()  # by key: of the last record
+        self._true = sum(map(_SIZE.__and__, self._places.values()))  # bytes of those
         self._position = self._file.base + self._file.end  # of the next record, in the newest log
 
     def _open(self) -> _LogFile:
@@ -221,19 +237,6 @@ class Log:
         first = _LogFile(self._root, 1, create=True)
         first.complete()
         return first
-
-    def _read(self) -> dict[bytes, bytes]:
-        """Return what was committed by a predecessor, and remember where that is."""
-        values, places, base = dict[bytes, bytes](), self._places, self._file.base
-        for key, value, position, size in self._file.records():
-            if value is None:
-                values.pop(key, None)
-                places.pop(key, None)
-            else:
-                values[key] = value
-                places[key] = (base + position) << _SIZE_BITS | size
-        self._true = sum(place & _SIZE for place in places.values())
-        return values
 
     @property
     def nbytes(self) -> int:
@@ -258,15 +261,27 @@ class Log:
 
     def load(self) -> dict[bytes, bytes]:
         """Return what was committed."""
-        values, self._loaded = self._loaded, None
-        if values is None:
-            values = {}
-            for key, value, _, _ in self._file.records():
-                if value is None:
-                    values.pop(key, None)
-                else:
-                    values[key] = value
-        return values
+        return {key: self._value(key, place) for key, place in self._places.items()}
+
+    def values(self, keys: Iterable[bytes]) -> list[bytes]:
+        """Return the values of keys that have some."""
+        if self._next is not None:
+            return [self._value(key, self._places[key]) for key in keys]
+        return self._file.values(keys, self._places)
+
+    def keys(self) -> Iterable[bytes]:
+        """Return the keys of what was committed. They may be very many."""
+        return self._places.keys()
+
+    def get(self, key: bytes) -> bytes | None:
+        """Return the value that was committed of a key; None if there is none."""
+        place = self._places.get(key)
+        return self._value(key, place) if place is not None else None
+
+    def _value(self, key: bytes, place: int) -> bytes:
+        file = self._file if place >> _SIZE_BITS < self._file.base + _CAPACITY else self._next
+        assert file is not None
+        return file.value(key, place)
 
     def put(self, key: bytes, value: bytes | None) -> None:
         """Give a key a value with the next commit; None is no value, for a key that may never have had one."""
@@ -275,7 +290,6 @@ class Log:
     def commit(self) -> None:
         """Commit what was put since the last commit."""
         records = self._pack()
-        self._loaded = None
         self._file.append(records)
         if self._next is not None:
             self._next.append(records)

@@ -37,7 +37,7 @@ import functools
 import logging
 import os
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Final
 
 import numpy as np
@@ -51,7 +51,7 @@ from memfs.contract.protocol.messages import NO_FILE
 from memfs.contract.sparse import data_extents
 from memfs.contract.sys.libc import FALLOC_FL_KEEP_SIZE, PUNCH_HOLE
 from memfs.contract.units import PAGE_SHIFT, PAGE_SIZE, ByteOffset, PageIndex, bytes_to_pages, page_ceil, page_offset
-from memfs.state.journal import INTENT, Journal, number_in, numbered
+from memfs.state.journal import INTENT, Committed, Journal, number_in, numbered
 from memfs.store import chunks, seals
 from memfs.store.accounting import Reservation
 from memfs.store.file import File
@@ -319,14 +319,12 @@ class _Conversion:
                     self._done = PageIndex(end)
 
 
-def settle(state: Mapping[bytes, bytes], files: Callable[[int], File | None], journal: Journal) -> None:
+def settle(state: Committed, files: Callable[[int], File | None], journal: Journal) -> None:
     """End the conversions in the middle of which a predecessor was killed: free what has come to the other side.
 
     `files` finds a file by its number.
     """
-    for key, value in state.items():
-        if key[:1] != INTENT:
-            continue
+    for key, value in state.items_of(INTENT):
         journal.note(key, None)
         other, to_private = _INTENT.unpack_from(value)
         leaving, coming = files(number_in(key)), files(other)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
@@ -178,21 +178,21 @@ class TmpfsBacking:
         self._guests.recovered()
         self._adjust_guest_share()
 
-    def remove_others(self, known: Mapping[int, bool], end: int) -> Callable[[], None]:
+    def remove_others(self, known: Set[int], guests: Set[int], end: int) -> Callable[[], None]:
         """Remove what another process has left that is not one of the files that are known. Call before any is created.
 
-        `known` has their numbers, and whether they are for a guest; none is as large as `end`, and those below it are
-        given to no other file. So what may still be created goes now: it is empty, for nobody was told of it. The rest
-        may be large. What is returned removes that, at any time, in a thread.
+        `known` are their numbers, and `guests` those that are for a guest; none is as large as `end`, and those below
+        it are given to no other file. So what may still be created goes now: it is empty, for nobody was told of it.
+        The rest may be large. What is returned removes that, at any time, in a thread.
         """
-        others = [each for each in self._contents() if known.get(abs(each)) != (each < 0)]
+        wanted = (known - guests) | {-number for number in guests}
         rest = list[Content]()
-        for content in others:
+        for content in self._contents() - wanted:
             number = abs(content)
             if number >= end or (content < 0 and number in known):
-                self.free(content)
+                self.free(Content(content))
             else:
-                rest.append(content)
+                rest.append(Content(content))
 
         def remove_rest() -> None:
             for content in rest:
@@ -200,9 +200,10 @@ class TmpfsBacking:
 
         return remove_rest
 
-    def _contents(self) -> Iterator[Content]:
-        for root in (self._root, self._guests.root):
-            yield from (Content(int(name)) for name in os.listdir(f"/proc/self/fd/{root}") if name != _BALLAST_NAME)
+    def _contents(self) -> set[int]:
+        names = [name for root in (self._root, self._guests.root) for name in os.listdir(f"/proc/self/fd/{root}")]
+        names.remove(_BALLAST_NAME)
+        return set(map(int, names))
 
     def open(self, content: Content) -> int:
         """Return a descriptor of a file."""

@@ -11,7 +11,7 @@ the dict of names (it cannot be entered in the middle).
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final, Generic, Protocol, TypeVar
 
 _BLOCK: Final = 512  # entries; to move them takes less than to find one
@@ -20,7 +20,9 @@ _BLOCK: Final = 512  # entries; to move them takes less than to find one
 class HasCookie(Protocol):
     """An entry."""
 
-    cookie: int
+    @property
+    def cookie(self) -> int:
+        """Its place in the order."""
 
 
 _Entry = TypeVar("_Entry", bound=HasCookie)
@@ -47,6 +49,11 @@ class CookieOrder(Generic[_Entry]):
         if not self._blocks or len(self._blocks[-1]) >= _BLOCK:
             self._blocks.append([])
         self._blocks[-1].append(entry)
+
+    def extend(self, entries: Sequence[_Entry]) -> None:
+        """Enter entries, in their order, where there are none."""
+        assert not self._blocks
+        self._blocks.extend(list(entries[first : first + _BLOCK]) for first in range(0, len(entries), _BLOCK))
 
     def remove(self, entry: _Entry) -> None:
         """Remove an entry that is there."""

@@ -13,8 +13,7 @@ from __future__ import annotations
 import functools
 import stat
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final, NamedTuple, NewType
 
 from memfs.contract.units import PAGE_SIZE
@@ -230,13 +229,37 @@ class Special(TimedInode):
         return self._stat(rdev=self.rdev)
 
 
-@dataclass(slots=True)
 class Entry:
     """A name in a directory."""
 
-    name: bytes
-    inode: Inode
-    cookie: int
+    __slots__ = ("_inode", "cookie", "name")
+
+    def __init__(self, name: bytes, inode: Inode | None, cookie: int) -> None:
+        self.name = name
+        self.cookie = cookie
+        self._inode = inode
+
+    @property
+    def inode(self) -> Inode:
+        """What it names."""
+        assert self._inode is not None
+        return self._inode
+
+
+class EntryFromBefore(Entry):
+    """A name of an inode that is found by its number when it is asked for."""
+
+    __slots__ = ("_inodes", "ino")
+
+    def __init__(self, name: bytes, ino: Ino, cookie: int, inodes: Mapping[Ino, Inode]) -> None:
+        self.name, self.cookie, self._inode = name, cookie, None  # there are very many
+        self.ino: Final = ino
+        self._inodes: Final = inodes
+
+    @property
+    def inode(self) -> Inode:
+        """What it names."""
+        return self._inodes[self.ino]
 
 
 class Directory(TimedInode):
@@ -266,10 +289,10 @@ class Directory(TimedInode):
         if inode.is_dir:
             self.nlink += 1
 
-    def restore(self, name: bytes, inode: Inode, cookie: int) -> None:
-        """Enter a name that was there before. Cookies ascend from call to call."""
-        self.entries[name] = entry = Entry(name, inode, cookie)
-        self._order.append(entry)
+    def restore(self, entries: Sequence[Entry]) -> None:
+        """Enter the names that were there before, into a directory that has none. Cookies ascend."""
+        self.entries = {entry.name: entry for entry in entries}
+        self._order.extend(entries)
 
     def remove(self, name: bytes) -> Inode:
         """Remove a name and return what it named."""

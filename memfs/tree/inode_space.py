@@ -116,10 +116,11 @@ class InodeSpace:
             self._user_xattr_bytes -= user_bytes
             self._other_xattr_bytes -= other_bytes
 
-    def count(self, inodes: Collection[Inode]) -> None:
-        """Count the space that these inodes take, which are all."""
-        self._inodes = len(inodes)
-        self._extra_links = sum(inode.nlink - 1 for inode in inodes if inode.nlink and not inode.is_dir)
+    def count(self, inodes: Collection[Inode], others: int = 0, other_links: int = 0) -> None:
+        """Count the space that all inodes take: these, and others without attributes that have so many extra links."""
+        self._inodes = len(inodes) + others
+        links = sum(inode.nlink - 1 for inode in inodes if inode.nlink and not inode.is_dir)
+        self._extra_links = links + other_links
         self._user_xattr_bytes, self._other_xattr_bytes = _bytes_of_all(inodes)
 
     def check(self, inodes: Iterable[Inode]) -> None:

@@ -29,12 +29,11 @@ import logging
 import os
 import secrets
 import struct
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, NamedTuple, NewType, Protocol
 
 from memfs.contract.conversion import Key
-from memfs.state.journal import NO_JOURNAL, Journal, number_in, numbered
+from memfs.state.journal import NO_JOURNAL, Committed, Journal, number_in, numbered
 from memfs.store import seals
 from memfs.store.file import File
 from memfs.tree.holdings import Holdings
@@ -236,11 +235,9 @@ class OpenFiles:
         file_key = self._keys.get(Fh(number_in(key)))
         return packed if file_key is None else packed + _KEY.pack(file_key)
 
-    def restore(self, state: Mapping[bytes, bytes]) -> None:
+    def restore(self, state: Committed) -> None:
         """Open the handles that were written down. One whose file cannot be opened is closed."""
-        for key, value in state.items():
-            if key[:1] != HANDLE:
-                continue
+        for key, value in state.items_of(HANDLE):
             fh = Fh(number_in(key))
             self._next = Fh(max(self._next, fh + 1))
             try:

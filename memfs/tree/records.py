@@ -14,7 +14,7 @@ from __future__ import annotations
 import stat
 import struct
 from collections.abc import Callable
-from typing import Final, NamedTuple
+from typing import Final
 
 from memfs.state.journal import numbered
 from memfs.store.file import File
@@ -26,6 +26,8 @@ TREE: Final = b"t"
 
 _INODE: Final = struct.Struct("=IIIIIq")  # mode, nlink, uid, gid, flags, btime (ns)
 _REGULAR: Final = struct.Struct("=I?B")  # seals, whether it was given out, bytes of what follows: its initial image
+_PLAIN: Final = _REGULAR.pack(0, False, 0)  # a file that is not sealed, and that no owner has had
+_MODE_AND_NLINK: Final = struct.Struct("=II")  # with which an inode begins
 _TIME_BYTES: Final = 12  # nanoseconds, signed: utimensat(2) takes more than fit into 64 bits
 _TIMES: Final = 3 * _TIME_BYTES  # atime, mtime, ctime
 _DIRECTORY: Final = struct.Struct("=QQ")  # parent, next cookie
@@ -33,13 +35,6 @@ _SPECIAL: Final = struct.Struct("=Q")  # rdev
 _SYMLINK: Final = struct.Struct("=I?")  # length of the target, whether a file has it; then the target
 _ENTRY: Final = struct.Struct("=QQ")  # inode, cookie
 _TREE: Final = struct.Struct("=QQ")
-
-
-class Saved(NamedTuple):
-    """A name as it was written."""
-
-    ino: int
-    cookie: int
 
 
 def entry_key(directory: int, name: bytes) -> bytes:
@@ -68,9 +63,9 @@ def pack_entry(ino: int, cookie: int) -> bytes:
     return _ENTRY.pack(ino, cookie)
 
 
-def unpack_entry(value: bytes) -> Saved:
-    """Return what was written of a name."""
-    return Saved(*_ENTRY.unpack(value))
+def unpack_entry(value: bytes) -> tuple[int, int]:
+    """Return inode and cookie of a name."""
+    return _ENTRY.unpack(value)
 
 
 def pack_inode(inode: Inode) -> bytes:
@@ -90,6 +85,12 @@ def pack_inode(inode: Inode) -> bytes:
         elif isinstance(inode, Special):
             packed += _SPECIAL.pack(inode.rdev)
     return packed
+
+
+def plain_links(packed: bytes) -> int:
+    """Return how many links an ordinary file has that is as files are created; 0 for what is anything else."""
+    mode, nlink = _MODE_AND_NLINK.unpack_from(packed)
+    return nlink if stat.S_ISREG(mode) and packed[_INODE.size :] == _PLAIN else 0
 
 
 def unpack_inode(ino: Ino, packed: bytes, old_file: Callable[[Ino, int], File]) -> tuple[Inode, int]:

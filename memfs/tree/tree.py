@@ -29,6 +29,7 @@ from memfs.store.file import File
 from memfs.tree import acl, inode_flags, records
 from memfs.tree.inode import CAPABILITY, Directory, Ino, Inode, RegularFile, Special, Symlink
 from memfs.tree.inode_space import InodeSpace
+from memfs.tree.inodes import Inodes
 from memfs.tree.invariants import check_inodes
 from memfs.tree.stored_xattrs import StoredXattrs
 
@@ -81,7 +82,7 @@ class Tree:
         self.xattrs: Final = StoredXattrs(self.space, journal)
         self.next_ino = ROOT_INO  #: of the inode that comes next
         self._last_ino: Final = (1 << (32 if inode32 else 63)) - 1
-        self.inodes: dict[Ino, Inode] = {}
+        self.inodes: Final = Inodes()
         self.root = Directory(self._new_ino(), stat.S_IFDIR | mode, uid, gid, None)
         self._add(self.root)
 
@@ -384,7 +385,7 @@ class Tree:
 
     def forget(self, ino: int, nlookup: int) -> None:
         """Forget so many of the kernel's look-ups (FUSE_FORGET). Never raises: there is no reply."""
-        inode = self.inodes.get(Ino(ino))
+        inode = self.inodes.get(Ino(ino))  # of what is not built nobody has counted the look-ups
         if inode is not None and inode is not self.root:
             inode.nlookup = max(0, inode.nlookup - nlookup)
             self.free_if_unused(inode)
@@ -409,7 +410,7 @@ class Tree:
 
     def close(self) -> None:
         """Free every file; the mount has ended."""
-        for inode in self.inodes.values():
+        for inode in self.inodes.all():
             _close(inode)
         self.inodes.clear()
 
@@ -455,11 +456,11 @@ class Tree:
 
     def files(self) -> Iterator[RegularFile]:
         """Return every regular file, linked or not."""
-        return (inode for inode in self.inodes.values() if isinstance(inode, RegularFile))
+        return (inode for inode in self.inodes.all() if isinstance(inode, RegularFile))
 
     def check(self) -> None:
         """Raise AssertionError on the first broken invariant."""
-        check_inodes(self.inodes)
+        check_inodes({inode.ino: inode for inode in self.inodes.all()})
         self.space.check(self.inodes.values())
 
 

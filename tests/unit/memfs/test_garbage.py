@@ -9,7 +9,7 @@ import sys
 PROGRAM = """
 import gc
 from memfs import garbage
-from memfs.tree.inode import Entry, Symlink
+from memfs.tree.inode import Symlink
 
 class Other:
     pass
@@ -24,9 +24,9 @@ other = Other()
 other.itself = other
 del other
 garbage.check()
-entry = Entry(b"name", None, 1)
-entry.inode = entry
-del entry
+link = Symlink(1, 0o120777, 0, 0, b"target", None)
+link.page = link
+del link
 try:
     garbage.check()
 except AssertionError as error:
@@ -41,6 +41,6 @@ def said_by(program: str) -> list[str]:
 
 
 def test_only_the_young_are_collected() -> None:
-    left = "left to the garbage collector: 1 Entry"
+    left = "left to the garbage collector: 1 Symlink"
     assert said_by(PROGRAM.format(young=True)) == ["[True, True, False]", left]
     assert said_by(PROGRAM.format(young=False)) == ["[False, False, False]", left]

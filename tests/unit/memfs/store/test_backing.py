@@ -100,7 +100,7 @@ def test_what_another_process_left_goes_and_nothing_that_was_created_since() -> 
             return False
         return True
 
-    remove_rest = backing.remove_others({5: False, 6: True}, end=9)
+    remove_rest = backing.remove_others({5, 6}, {6}, end=9)
     created = [(5, True), (9, False), (9, True)]  # sealed, and new: the only ones that may come
     assert not any(is_there(*each) for each in created)
     for number, guest in created:

@@ -10,7 +10,7 @@ import pytest
 from memfs.contract.page_ranges import PageRanges
 from memfs.contract.sys.libc import FALLOC_FL_KEEP_SIZE, PUNCH_HOLE, cachestat, fallocate
 from memfs.contract.units import PAGE_SIZE, PageIndex
-from memfs.state.journal import INTENT, LogJournal, numbered
+from memfs.state.journal import INTENT, Committed, LogJournal, numbered
 from memfs.store import conversion
 from memfs.store import pages as pages_module
 from memfs.store.file import File
@@ -123,7 +123,8 @@ async def test_a_conversion_that_cannot_be_settled_concerns_nobody_else(
     journal = LogJournal(backing.state.root)
     intent = conversion._INTENT.pack(1, True) + PageRanges.of([pages(1, 3)]).array.tobytes()
     files = {1: guest, 3: lost, 4: shared}
-    conversion.settle({numbered(INTENT, number): intent for number in (3, 4)}, files.get, journal)
+    intents = [numbered(INTENT, number) for number in (3, 4)]
+    conversion.settle(Committed(intents, lambda keys: [intent for _ in keys]), files.get, journal)
     assert shared.pages == SIZE - 2
     assert "files 3 and 1" in caplog.text
     journal.close()

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from memfs.state import log
-from memfs.state.journal import LogJournal
+from memfs.state.journal import Committed, LogJournal
 from memfs.store.file import File
 from memfs.store.shares import Pool
 from memfs.store.tmpfs_backing import TmpfsBacking
@@ -68,7 +68,7 @@ class World:
     def do(self, what: str, *arguments: object) -> None:
         """Do a step, as the kernel would ask for it."""
         tree = self.tree
-        directories = sorted(inode.ino for inode in tree.inodes.values() if isinstance(inode, Directory))
+        directories = sorted(inode.ino for inode in tree.inodes.all() if isinstance(inode, Directory))
         places: list[object] = [
             directories[each % len(directories)] if isinstance(each, int) and at in (0, 2) else each
             for at, each in enumerate(arguments)
@@ -114,7 +114,7 @@ class World:
     def describe(self) -> dict[str, object]:
         """Everything that there is."""
         inodes: dict[str, object] = {}
-        for ino, inode in self.tree.inodes.items():
+        for inode in self.tree.inodes.all():
             said = inode.stat()._asdict()
             said |= {"xattrs": inode.xattrs or None, "flags": inode.flags, "holds": inode.holds}
             if isinstance(inode, Directory):
@@ -124,7 +124,7 @@ class World:
                     said["parent"] = inode.parent.ino
             if isinstance(inode, Symlink):
                 said["target"] = inode.target
-            inodes[str(ino)] = said
+            inodes[str(inode.ino)] = said
         free = self.tree.space.free_inodes, self.tree.next_ino
         return {"inodes": inodes, "free": free, "handles": sorted(self.open_files.keys)}
 
@@ -151,13 +151,14 @@ def successor(world: World, holdings: Holdings | None = None, *, backwards: bool
     other = World(world.backing, holdings)
     state = other.journal.load()
     if backwards:
-        state = dict(reversed(state.items()))
+        values = dict(state)
+        state = Committed(reversed(values), lambda keys: map(values.__getitem__, keys))
 
     def old_file(ino: int, seals: int) -> File:
         return File(world.backing, ino, seals, journal=other.journal, exists=True)
 
     other.journal.dirty.clear()
-    rebuild(other.tree, state, old_file)
+    rebuild(other.tree, state, other.journal, old_file)
     other.open_files.restore(state)
     return other
 
@@ -187,6 +188,76 @@ def test_after_each_request_the_tree_can_be_built_again(steps: list[tuple[object
     finally:
         world.close()
         backing.close()
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(st.tuples(st.booleans(), _step), max_size=25))
+def test_who_goes_on_does_all_as_if_nobody_had_died(steps: list[tuple[bool, tuple[object, ...]]]) -> None:
+    """Whatever has been built of what is from before."""
+    backings = new_backing_of_state(), new_backing_of_state()
+    lasting, dying = (World(backing) for backing in backings)
+    try:
+        for unique, (dies, (what, *arguments)) in enumerate(steps, 1):
+            if dies:
+                dying.journal.commit()
+                dying = successor(dying)
+            raised = [raises_in(world, unique, str(what), *arguments) for world in (lasting, dying)]
+            assert raised[0] == raised[1]
+        assert timeless(dying.describe()) == timeless(lasting.describe())
+        dying.tree.check()
+        dying.journal.commit()
+        dying.journal.check(keys_of(dying.tree) | dying.open_files.keys)
+    finally:
+        for world, backing in zip((lasting, dying), backings, strict=True):
+            world.close()
+            backing.close()
+
+
+def raises_in(world: World, unique: int, what: str, *arguments: object) -> int | None:
+    """Do a step, and return the errno if there was one."""
+    try:
+        world.do(what, *arguments)
+    except OSError as error:
+        return error.errno
+    finally:
+        world.journal.commit(unique, b"")
+    return None
+
+
+def timeless(described: dict[str, object]) -> dict[str, object]:
+    """What is described, without times, and without numbers of handles, which may be given anew."""
+    inodes = described["inodes"]
+    assert isinstance(inodes, dict)
+    return {
+        "inodes": {
+            ino: {key: value for key, value in said.items() if not key.endswith("time_ns")}
+            for ino, said in inodes.items()
+        },
+        "free": described["free"],
+    }
+
+
+def test_ordinary_files_from_before_are_built_when_somebody_asks_for_them() -> None:
+    backing = new_backing_of_state()
+    world = World(backing)
+    for number in range(20):
+        world.tree.create(ROOT_INO, b"%d" % number, stat.S_IFREG | 0o600, 0, 0)
+    world.tree.link(world.tree.lookup(ROOT_INO, b"3").ino, ROOT_INO, b"other name of 3")
+    world.journal.commit()
+    other = successor(world)
+    assert list(other.tree.inodes) == [ROOT_INO]
+    assert other.tree.inodes.count == 21
+    assert other.tree.lookup(ROOT_INO, b"3").nlink == 2
+    assert len(other.tree.inodes) == 2
+    other.tree.forget(7, 1)  # of what is not built nobody has counted look-ups
+    other.tree.unlink(ROOT_INO, b"19")
+    assert len(other.tree.inodes) == 2
+    assert other.tree.space.free_inodes == world.tree.space.free_inodes + 1
+    other.journal.commit()
+    assert other.tree.inodes.find(21) is None
+    other.tree.check()
+    other.close()
+    backing.close()
 
 
 def test_an_inode_from_before_goes_when_the_kernel_does_not_know_it(tmp_path: Path) -> None:
@@ -247,7 +318,10 @@ def test_a_handle_whose_file_cannot_be_opened_is_closed_and_the_others_go_on(cap
     other = World(backing)
     state = other.journal.load()
     other.journal.dirty.clear()
-    rebuild(other.tree, state, lambda ino, seals: File(backing, ino, seals, journal=other.journal, exists=True))
+    rebuild(
+        *(other.tree, state, other.journal),
+        lambda ino, seals: File(backing, ino, seals, journal=other.journal, exists=True),
+    )
     lost = other.tree.regular(ROOT_INO + 1).file
     backing.free(backing.find(lost.number, guest=False))  # so that there is nothing to open
     other.open_files.restore(state)
