@@ -1,8 +1,8 @@
 """Fault injection for tests: named points where memfs, or kvmsim, can be made to fail, to wait or to die.
 
 Off in production: it is on only for a process whose environment has MEMFS_INJECT, the name of a file. A test arms one
-point at a time by writing "POINT KIND" to that file; the process that comes to the point first removes the file and
-does it:
+point at a time by writing "POINT KIND" to that file, or "POINT KIND N" to spare it N times; the process that comes to
+the point first removes the file and does it:
 
     fail    OSError(EIO)
     delay   wait for DELAY seconds
@@ -150,8 +150,12 @@ def _is_delayed(point: Point) -> bool:
     assert _FILE is not None
     try:
         with open(_FILE) as file:
-            name, kind = file.read().split()
+            name, kind, *spared = file.read().split()
         if name != point.value:
+            return False
+        if spared and (times := int(spared[0])):
+            with open(_FILE, "w") as file:
+                file.write(f"{name} {kind} {times - 1}")
             return False
         os.unlink(_FILE)
     except (FileNotFoundError, ValueError):  # nothing is armed, or it is being written
