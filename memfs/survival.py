@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 _SIZE: Final = b"s"  # the key of the limit, in pages
 _PAGES: Final = struct.Struct("=Q")
-_GENERATION: Final = b"g"  # the key of how many processes have served, and of those how many have died
+_GENERATION: Final = b"G"  # the key of how many processes have served, and of those how many have died
 _COUNTS: Final = struct.Struct("=II")
 _FORGOTTEN_AFTER: Final = 1.0  # seconds: what the kernel has forgotten it has said by then, or to the predecessor
 _AT_ONCE: Final = 16  # inodes that it is asked about

@@ -28,7 +28,7 @@ from memfs.owners import records
 from memfs.owners.absent import Absent
 from memfs.owners.answers import Answers
 from memfs.owners.registration import Registration
-from memfs.state.journal import NO_JOURNAL, Journal, number_in, numbered, rest_of
+from memfs.state.journal import NO_JOURNAL, Committed, Journal, number_in, numbered, rest_of
 from memfs.tree.tree import Tree
 
 if TYPE_CHECKING:
@@ -144,30 +144,25 @@ class ComingBack:
         self._changed(owner)
         self._settle(absent, owner)
 
-    def restore(self, state: Mapping[bytes, bytes]) -> None:
+    def restore(self, state: Committed) -> None:
         """Have the owners that a predecessor has written down, absent, with all that they had."""
         self._registry.last_owner, self._registry.last_file = records.unpack_last(state.get(records.LAST, bytes(16)))
         owners: dict[int, Absent] = {}
         saved: dict[FileId, records.SavedRegistration] = {}
         extents: dict[FileId, dict[int, int]] = {}
         locks: dict[FileId, dict[int, int]] = {}
-        answers: list[tuple[bytes, bytes]] = []
-        for key, value in state.items():
-            match key[:1]:
-                case records.OWNER:
-                    absent = owners[number_in(key)] = self._absent_one(number_in(key), records.unpack_owner(value))
-                    self._absent[absent.token] = absent
-                case records.REGISTRATION:
-                    saved[FileId(number_in(key))] = records.unpack_registration(value)
-                case records.EXTENT:
-                    of_file = extents.setdefault(FileId(number_in(key)), {})
-                    of_file[records.number_of(rest_of(key))] = records.unpack_extent(value)
-                case records.LOCKS:
-                    of_file = locks.setdefault(FileId(number_in(key)), {})
-                    of_file[records.number_of(rest_of(key))] = records.unpack_count(value)
-                case records.ANSWER:
-                    answers.append((key, value))
-        for key, value in answers:
+        for key, value in state.items_of(records.OWNER):
+            absent = owners[number_in(key)] = self._absent_one(number_in(key), records.unpack_owner(value))
+            self._absent[absent.token] = absent
+        for key, value in state.items_of(records.REGISTRATION):
+            saved[FileId(number_in(key))] = records.unpack_registration(value)
+        for key, value in state.items_of(records.EXTENT):
+            of_file = extents.setdefault(FileId(number_in(key)), {})
+            of_file[records.number_of(rest_of(key))] = records.unpack_extent(value)
+        for key, value in state.items_of(records.LOCKS):
+            of_file = locks.setdefault(FileId(number_in(key)), {})
+            of_file[records.number_of(rest_of(key))] = records.unpack_count(value)
+        for key, value in state.items_of(records.ANSWER):
             if (of := owners.get(number_in(key))) is not None and of.last_answers is not None:
                 of.last_answers.restore(rest_of(key), value)
         self._registry.frames.restore(each for file in saved for each in extents.get(file, {}).values())

@@ -106,7 +106,8 @@ def sizes(directory: Path) -> object:
 
 REQUESTS: dict[str, Request] = {
     "create": (nothing, create_write_read),
-    "mkdir, rmdir": (files, lambda at: (exclusively(lambda at: (at / "new").mkdir())(at), (at / "new").rmdir())),
+    "mkdir": (files, exclusively(lambda at: (at / "new").mkdir())),
+    "rmdir": (files, exclusively(lambda at: (at / "d").rmdir())),
     "symlink": (nothing, exclusively(lambda at: (at / "link").symlink_to("x" * 200))),
     "mknod": (nothing, exclusively(lambda at: os.mknod(at / "fifo", stat.S_IFIFO | 0o600))),
     "link": (files, exclusively(lambda at: os.link(at / "b", at / "b too"))),
