@@ -16,12 +16,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from bench.harness import Mounted, Row, Run, Sample, alone, compare, measure, memfs, placements, work
+from bench.conversion_rows import owner
+from bench.harness import Mounted, Row, Run, Sample, alone, compare, measure, memfs, pin, placements, work
 
 _SIZE: Final = "size=1g,nr_inodes=300k"
 _FILES: Final = (20, 1000, 10_000, 100_000)
 _BETWEEN: Final = 2.5  # seconds between two kills
 _COUNT: Final = 1000
+_READS: Final = 20_000
+_PAGES: Final = 1 << 12  # of the files that are converted
 _LEAST: Final = 1 / 1.15  # of the speed without
 
 
@@ -29,7 +32,9 @@ def rows(run: Run) -> Iterator[Row]:
     """All rows about survival."""
     if run.wants("survive=on"):
         yield from _cost(run)
+        yield from _cost_of_conversions(run)
     if run.wants("outage"):
+        yield from _reads(run)
         yield from _outages(run)
 
 
@@ -49,6 +54,58 @@ def _cost(run: Run) -> Iterator[Row]:
                 }
                 samples = measure(subjects, run.repetitions)
                 yield compare(name, placement, samples["on"], "us", "survive=off", samples["off"], at_least=_LEAST)
+
+
+def _cost_of_conversions(run: Run) -> Iterator[Row]:
+    """Of one page, there and back, with an owner that acknowledges."""
+    with (
+        memfs(run, f"{_SIZE},survive=off") as off,
+        memfs(run, f"{_SIZE},survive=on") as on,
+        owner(off.path, 1, 1, _PAGES) as owner_of_off,
+        owner(on.path, 1, 1, _PAGES) as owner_of_on,
+    ):
+        for placement, (client_cpu, daemon_cpu) in placements().items():
+            for mounted, process in ((off, owner_of_off), (on, owner_of_on)):
+                os.sched_setaffinity(_worker(mounted), {daemon_cpu})
+                pin(process, client_cpu)
+            for name, what in (("by two calls", "convert:1"), ("in one call", "convert-once:1")):
+                subjects = {
+                    key: partial(_each, what, mounted, run.count(_COUNT), client_cpu)
+                    for key, mounted in (("off", off), ("on", on))
+                }
+                samples = measure(subjects, run.repetitions)
+                row = f"survive=on: convert a page {name}"
+                yield compare(row, placement, samples["on"], "us", "survive=off", samples["off"], at_least=_LEAST)
+
+
+def _reads(run: Run) -> Iterator[Row]:
+    """Compare reads with passthrough while nobody serves: the keeper is stopped for as long."""
+    with memfs(run, f"{_SIZE},survive=on,passthrough=on") as mounted, (mounted.path / "file").open("w+b") as file:
+        file.write(bytes(1 << 20))
+        file.flush()
+        samples: dict[str, list[float]] = {"served": [], "not served": []}
+        for _ in range(run.repetitions):
+            samples["served"].append(_pread(file.fileno(), run.count(_READS)))
+            time.sleep(_BETWEEN)
+            worker = _worker(mounted)
+            keeper = int(Path(f"/proc/{worker}/stat").read_text().rsplit(")", 1)[1].split()[1])
+            os.kill(keeper, signal.SIGSTOP)
+            try:
+                os.kill(worker, signal.SIGKILL)
+                samples["not served"].append(_pread(file.fileno(), run.count(_READS)))
+            finally:
+                os.kill(keeper, signal.SIGCONT)
+        name, reference = "outage: pread of 4 KiB with passthrough", "while it is served"
+        yield compare(
+            *(name, "anywhere", Sample(samples["not served"]), "us", reference, Sample(samples["served"])), at_least=0.9
+        )
+
+
+def _pread(fd: int, count: int) -> float:
+    started = time.perf_counter()
+    for _ in range(count):
+        os.pread(fd, 4096, 8192)
+    return (time.perf_counter() - started) / count * 1e6
 
 
 def _each(what: str, mounted: Mounted, count: int, cpu: int) -> float:

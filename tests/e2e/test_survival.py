@@ -92,6 +92,7 @@ def test_soak(inject: Path, can_mount: None) -> None:
     Dying.inject = inject
     first = SEED or random.SystemRandom().randrange(1 << 32)
     end = time.monotonic() + MINUTES * 60
+    resident: list[int] = []
     with mounted_alike(f"size={SIZE},nr_inodes={INODES},mode=755", "survive=on", EXPECTED) as (ours, theirs):
         pair = Side(ours), Side(theirs)
         try:
@@ -99,12 +100,25 @@ def test_soak(inject: Path, can_mount: None) -> None:
                 print(f"SEED={number}", flush=True)
                 Dying.random = random.Random(number)
                 run_machine(pair, examples=20, steps=100, number=number, machine=Dying)
+                resident.append(resident_of_all(ours))
                 if time.monotonic() > end:
                     break
+            inject.unlink(missing_ok=True)
+            restarts = json.loads(os.getxattr(ours, "user.memfs.stat"))["restarts"]
+            print(f"{restarts} deaths; resident after each round: {resident} KiB")
+            assert max(resident[len(resident) // 2 :]) < 1.2 * max(resident[: len(resident) // 2 + 1]) + 4096
         finally:
             inject.unlink(missing_ok=True)
             for side in pair:
                 side.close()
+
+
+def resident_of_all(mounted: Path) -> int:
+    """How much memory of their own the worker of a memfs and its keeper have, in KiB."""
+    worker = json.loads(os.getxattr(mounted, "user.memfs.stat"))["pid"]
+    keeper = int(Path(f"/proc/{worker}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    statuses = [Path(f"/proc/{pid}/status").read_text() for pid in (worker, keeper)]
+    return sum(int(status.split("RssAnon:")[1].split()[0]) for status in statuses)
 
 
 def test_open_files_go_on(mount_memfs: MountMemfs) -> None:
