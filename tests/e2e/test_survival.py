@@ -25,6 +25,7 @@ from .conftest import Memfs, MountMemfs, memfs_command, run
 from .owner import connected
 from .process import mounted_alike
 from .test_differential import INODES, MINUTES, SEED, SIZE, Differential, Side, run_machine
+from .test_whose_mount import CREATE_WITHOUT_END, nothing_left_on
 
 EXPECTED = ["killed by SIGKILL: going on"]
 
@@ -295,6 +296,50 @@ def test_when_the_keeper_is_gone_the_worker_goes_on(mount_memfs: MountMemfs) -> 
     assert (memfs.path / "file").read_text() == "content"
     assert "the keeper is gone" in memfs.log.read_text()
     assert run("umount", memfs.path).returncode == 0
+
+
+def test_a_request_that_kills_each_daemon_is_given_up(mount_memfs: MountMemfs, inject: Path) -> None:
+    """It has been tried three times then, and others are not concerned."""
+    memfs = mount_memfs("size=64m,survive=on")
+    memfs.expected = [*EXPECTED, "has killed memfs 2 times: EIO"]
+    path = memfs.path / "guest"
+    assert run(*memfs_command("create", path, "--seals", "guest", "--size", "1m")).returncode == 0
+    allocating = subprocess.Popen(["fallocate", "-l", "4K", path], stderr=subprocess.PIPE, text=True)
+    while allocating.poll() is None:
+        partial = inject.with_suffix(".new")
+        partial.write_text(f"{Point.BEFORE_ALLOCATE.value} kill")
+        partial.rename(inject)
+        time.sleep(0.001)
+    inject.unlink(missing_ok=True)
+    assert "Input/output error" in allocating.communicate()[1]
+    assert state_of(memfs)["restarts"] == 3
+    assert path.stat().st_blocks == 0
+    assert run("fallocate", "-l", "4K", path).returncode == 0
+
+
+def test_where_the_keeper_is_killed_as_well_the_next_mount_takes_the_place(can_mount: None, tmp_path: Path) -> None:
+    """And meanwhile nobody sees the directory that it is on."""
+    mountpoint, stop = tmp_path / "mnt", tmp_path / "stop"
+    mountpoint.mkdir()
+    before = mountpoint.stat().st_mtime_ns
+    command = memfs_command("mount", mountpoint, "-o", "size=64m,survive=on")
+    with nothing_left_on(mountpoint):
+        assert run(*command).returncode == 0
+        creating = [sys.executable, "-c", CREATE_WITHOUT_END, str(mountpoint), str(stop)]
+        with subprocess.Popen(creating, stdout=subprocess.PIPE, text=True) as writer:
+            assert writer.stdout is not None
+            assert writer.stdout.readline() == "ready\n"
+            for _ in range(2):
+                worker = json.loads(os.getxattr(mountpoint, "user.memfs.stat"))["pid"]
+                keeper = int(Path(f"/proc/{worker}/stat").read_text().rsplit(")", 1)[1].split()[1])
+                os.kill(keeper, signal.SIGKILL)
+                os.kill(worker, signal.SIGKILL)
+                result = run(*command)
+                assert result.returncode == 0, result.stderr
+            stop.touch()
+            assert int(writer.stdout.read()) > 0
+        assert writer.returncode == 0
+    assert mountpoint.stat().st_mtime_ns == before
 
 
 def test_where_it_cannot_be_had_it_is_refused_or_said(mount_memfs: MountMemfs) -> None:
