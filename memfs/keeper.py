@@ -170,7 +170,7 @@ class _Keeper:
         code = os.waitstatus_to_exitcode(status)
         mount = self._opened.mount
         if self._replaced is not None:
-            sys.exit(max(code, 1))  # the old one goes on, with all there is
+            self._end(max(code, 1))
         if code == 0:
             self._end(0)
         if self._is_ending or not mount.is_connected:
@@ -183,13 +183,8 @@ class _Keeper:
             self._end(max(code, 1))
         if self._is_replacing and self._successor is not None:
             death = self._hand_over(self._successor, now)
-        elif (
-            len(self._restarts) == _MOST_RESTARTS and now - self._restarts[0] < _WITHIN and _UNLIMITED not in os.environ
-        ):
-            log.critical("%s, the %dth death in %g s: unmounting", death, _MOST_RESTARTS + 1, _WITHIN)
-            self._end(1)
         else:
-            self._restarts.append(now)
+            self._count_restart(death, now)
         return Worker(now, death, is_first=False)
 
     def _count_restart(self, death: str, now: float) -> None:
@@ -256,7 +251,8 @@ class _Keeper:
 
     def _end(self, code: int) -> NoReturn:
         self._close_successor()
-        self._opened.close()
+        if self._replaced is None:  # else the old one goes on, with all there is
+            self._opened.close()
         sys.exit(code)
 
 
