@@ -105,7 +105,7 @@ def test_soak(inject: Path, can_mount: None) -> None:
             for number in range(first, first + (1 << 32)):
                 print(f"SEED={number}", flush=True)
                 Dying.random = random.Random(number)
-                run_machine(pair, examples=20, steps=100, number=number, machine=Dying)
+                run_machine(pair, examples=4, steps=100, number=number, machine=Dying)
                 resident.append(resident_of_all(ours))
                 if time.monotonic() > end:
                     break
