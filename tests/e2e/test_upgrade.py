@@ -145,7 +145,9 @@ def test_one_that_fails_when_it_takes_over_is_followed_by_the_old(mount_memfs: M
     memfs.expected = ["a bug in memfs ends", "an upgrade has failed: going on"]
     (memfs.path / "file").write_text("content")
     rebuild = ("tree__of__rebuild", "    parents: list[tuple[Directory, int]] = []\n")
-    for number, fault in enumerate(["    raise RuntimeError\n", "    import os, signal; os.kill(os.getppid(), 9)\n"]):
+    for number, fault in enumerate(
+        ["    raise RuntimeError\n", "    import os, time; os.kill(os.getppid(), 9); time.sleep(60)\n"]
+    ):
         file, before = rebuild
         code = Code(tmp_path / str(number), "9.0", **{file: (before, fault + before)})
         with working(memfs.path):
