@@ -16,6 +16,7 @@ from time import monotonic
 from typing import Any, Final
 
 from memfs.cli.command import CommandError
+from memfs.cli.state_shape import misfit
 from memfs.contract.on_memfs import OnMemfs, locate
 from memfs.contract.sys.fdinfo import fdinfo
 from memfs.contract.sys.mountinfo import MEMFS, mount_flags, mountpoints_of_type
@@ -36,14 +37,16 @@ class Answer:
 def state_of(mount: OnMemfs) -> dict[str, Any]:
     """Return the state of the memfs that something lies on, with the options that are in force.
 
-    Raises OSError; CommandError if it is no JSON object.
+    Raises OSError; CommandError if it is no JSON object, or of another shape.
     """
     try:
         state = json.loads(mount.get("user.memfs.stat"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CommandError(f"{mount.path}: what it says of its state is no JSON") from error
     if not isinstance(state, dict):
         raise CommandError(f"{mount.path}: what it says of its state is no JSON object")
+    if (name := misfit(state)) is not None:
+        raise CommandError(f"{mount.path}: what it says of its state has another kind of {name}; is it a memfs?")
     said, size, nr_inodes = (state.get(name) for name in ("options", "size", "nr_inodes"))
     device = os.fstat(mount.fd).st_dev
     flags = mount_flags(fdinfo(mount.fd)["mnt_id"], f"{os.major(device)}:{os.minor(device)}")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from .conftest import MountMemfs, memfs_command, run
+from .lying_filesystem import lying
 
 
 def listed(*arguments: str) -> list[list[str]]:
@@ -47,6 +48,28 @@ def test_list_waits_for_nobody_who_does_not_answer(mount_memfs: MountMemfs) -> N
         stopped.process.send_signal(signal.SIGCONT)
     assert shown[str(stopped.path)] == "- - - - - - does not answer (is it stopped?)"
     assert str(memfs.socket) in shown[str(memfs.path)]
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        "[" * 30000,
+        '{"size": 1e999, "mountpoint": 5}',
+        '{"conversions": [], "notifications": 5, "registry": [7]}',
+    ],
+    ids=["deep", "numbers", "kinds"],
+)
+def test_mount_that_is_no_memfs_hides_no_other(mount_memfs: MountMemfs, tmp_path: Path, state: str) -> None:
+    memfs = mount_memfs("size=8m")
+    with lying(tmp_path, state):
+        shown = {row[0]: " ".join(row[1:]) for row in listed()}
+        assert str(memfs.socket) in shown[str(memfs.path)]
+        assert "what it says of its state" in shown[str(tmp_path)]
+        result = run(*memfs_command("metrics", memfs.path, tmp_path))
+        assert (result.returncode, result.stderr) == (0, "")
+        assert f'memfs_up{{mountpoint="{tmp_path}"}} 0.0' in result.stdout
+        assert f'memfs_up{{mountpoint="{memfs.path}"}} 1.0' in result.stdout
+        assert run(*memfs_command("stat", tmp_path)).stderr.startswith(f"memfs: {tmp_path}: what it says of its state")
 
 
 def test_stat_shows_the_options_that_are_in_force(mount_memfs: MountMemfs) -> None:

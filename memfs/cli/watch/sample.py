@@ -109,6 +109,8 @@ def _since(before: Sample | None, now: Sample) -> dict[str, Any]:
         return {}
     if before.state.get("generation") != now.state.get("generation") or before.state.get("pid") != now.state.get("pid"):
         return {}
+    if not {"conversions", "notifications"} <= before.state.keys() & now.state.keys():  # of another version
+        return {}
     seconds = now.at - before.at
     old, new = (sample.state["conversions"] for sample in (before, now) if sample.state is not None)
     return {
