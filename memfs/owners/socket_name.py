@@ -21,7 +21,7 @@ from typing import Final
 
 from memfs.contract.protocol.connection import Connection, RemoteProtocolError, Role
 from memfs.contract.protocol.messages import SOCKET_XATTR, Hello, HelloReply
-from memfs.contract.sys.mountinfo import MEMFS, mountpoints_of_type
+from memfs.contract.sys.mountinfo import MEMFS, mounter_of, mountpoints_of_type
 from memfs.contract.sys.peer_credentials import PeerCredentials
 from memfs.contract.sys.unix_address import address_of
 from memfs.owners.liveness import is_dying
@@ -115,7 +115,8 @@ def _shares_our_mounts(pid: int) -> bool:
 def _is_mounted(status: os.stat_result) -> bool:
     """Return whether a memfs that listens on this socket is mounted where we see it.
 
-    The one in question has just answered, so it is not waited long for others that do not.
+    It is our user's, as the one that has just answered is; what another user's says is nothing to go by. The one in
+    question has just answered, so it is not waited long for others that do not.
     """
     found = threading.Event()
 
@@ -124,7 +125,8 @@ def _is_mounted(status: os.stat_result) -> bool:
             if os.path.samestat(os.lstat(os.getxattr(mountpoint, SOCKET_XATTR)), status):
                 found.set()
 
-    asking = [threading.Thread(target=ask, args=[mountpoint], daemon=True) for mountpoint in mountpoints_of_type(MEMFS)]
+    ours = [mountpoint for mountpoint in mountpoints_of_type(MEMFS) if mounter_of(mountpoint) == os.geteuid()]
+    asking = [threading.Thread(target=ask, args=[mountpoint], daemon=True) for mountpoint in ours]
     for thread in asking:
         thread.start()
     deadline = time.monotonic() + _TIMEOUT

@@ -17,6 +17,7 @@ from memfs.contract.sys.unix_address import address_of
 from memfs.run_files import default_paths
 
 from .conftest import Memfs, memfs_command, run
+from .lying_filesystem import lying
 from .test_mount import until
 from .tools import mount_namespace
 
@@ -80,6 +81,16 @@ def test_mount_after_lazy_umount(can_mount: None, tmp_path: Path, said: bool) ->
                 assert (mountpoint / "new").read_text() == "content"
                 assert after.is_socket()
         until(lambda: not after.exists())
+
+
+def test_mount_of_a_stranger_does_not_keep_the_name(can_mount: None, tmp_path: Path) -> None:
+    """It says that it is the one that listens there."""
+    mountpoint, strangers = tmp_path / "mnt", tmp_path / "strangers"
+    strangers.mkdir()
+    with mounted(mountpoint) as before, (mountpoint / "file").open("w"), lying(strangers, str(before), user=12001):
+        subprocess.run(["umount", "--lazy", mountpoint], check=True)
+        with mounted(mountpoint) as after:
+            assert after == before
 
 
 @needs_root
