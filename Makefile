@@ -19,7 +19,7 @@ demo: $(STAMP) ## See memory converted while a guest runs (under a minute, no tr
 unit: $(STAMP) ## The tests that need no root and no mount (two minutes)
 	$(BIN)/pytest -q tests/unit tests/model
 
-test: lint ## Lint, then all tests (six minutes on two cores; root for those that mount)
+test: lint ## Lint, then all tests (a quarter of an hour on two cores; root for those that mount)
 	@./install-system-packages test
 	$(BIN)/pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
 

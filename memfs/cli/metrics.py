@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from memfs.cli.command import CommandError, Commands
 from memfs.cli.replacing import replace
-from memfs.cli.states import Answer, ask, mountpoints
+from memfs.cli.states import Answer, Asking, mountpoints
 from memfs.contract.terminal import printable
 
 if TYPE_CHECKING:
@@ -95,6 +95,8 @@ class _Collector:
 
     def __init__(self, paths: Sequence[str]) -> None:
         self._paths: Final = paths
+        self._asking: Final = Asking()
+        self._turn: Final = threading.Lock()  # for each scrape comes in a thread of its own
 
     def describe(self) -> list[Metric]:
         """Return nothing: names are known when memfs's were asked, and none is registered twice."""
@@ -104,7 +106,8 @@ class _Collector:
         """Ask each memfs, and yield metrics that have the answers of all."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
 
-        answers = ask(self._paths or mountpoints())
+        with self._turn:
+            answers = self._asking.ask(self._paths or mountpoints())
         up = GaugeMetricFamily("memfs_up", "Whether a memfs answers.", labels=["mountpoint"])
         for answer in answers:
             up.add_metric([printable(answer.mountpoint)], float(answer.state is not None))

@@ -13,7 +13,7 @@ from itertools import chain, islice
 from typing import Any, Final
 
 from memfs.cli.command import CommandError, Commands
-from memfs.cli.states import Answer, ask, mountpoints
+from memfs.cli.states import Answer, Asking, mountpoints
 from memfs.contract.sizes import shown_bytes
 from memfs.contract.sys.libc import MNT_DETACH, UMOUNT_NOFOLLOW, umount
 from memfs.contract.sys.mountinfo import (
@@ -48,7 +48,7 @@ def add_to(commands: Commands) -> None:
 
 def _list(arguments: argparse.Namespace) -> None:
     """List the memfs's that are mounted in this mount namespace, and why one of them cannot be asked."""
-    answers = ask(mountpoints())
+    answers = Asking().ask(mountpoints())
     if arguments.json:
         print(json.dumps([each.state or {"mountpoint": each.mountpoint, "error": each.why_not} for each in answers]))
         return

@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from time import monotonic
 from typing import Any, Final
 
 from memfs.cli.command import CommandError
 from memfs.cli.state_shape import misfit
+from memfs.cli.watch.background import NO_ANSWER, TIMEOUT, Background
 from memfs.contract.on_memfs import OnMemfs, locate
 from memfs.contract.sys.fdinfo import fdinfo
 from memfs.contract.sys.mountinfo import MEMFS, mount_flags, mountpoints_of_type
 from memfs.options import OptionError, in_force
-
-_TIMEOUT: Final = 3.0  # seconds for all of them to answer
 
 
 @dataclass(slots=True)
@@ -31,7 +30,7 @@ class Answer:
 
     mountpoint: str
     state: dict[str, Any] | None = None
-    why_not: str = "does not answer (is it stopped?)"
+    why_not: str = NO_ANSWER
 
 
 def state_of(mount: OnMemfs) -> dict[str, Any]:
@@ -70,23 +69,30 @@ def mountpoints() -> list[str]:
     return list(dict.fromkeys(mountpoints_of_type(MEMFS)))
 
 
-def ask(paths: Sequence[str]) -> list[Answer]:
-    """Return what the memfs's at some paths say, in the same order, after a few seconds at most."""
-    answers = [Answer(path) for path in paths]
-    threads = [threading.Thread(target=_ask, args=[answer], daemon=True) for answer in answers]
-    for thread in threads:
-        thread.start()
-    deadline = monotonic() + _TIMEOUT
-    for thread in threads:
-        thread.join(max(0.0, deadline - monotonic()))
-    return [Answer(each.mountpoint, each.state, each.why_not) for each in answers]  # the threads may go on
+class Asking:
+    """Asks many memfs's at once, again and again; a path at which one does not answer is not asked twice."""
+
+    def __init__(self) -> None:
+        self._running: Final[dict[str, Background[dict[str, Any]]]] = {}
+
+    def ask(self, paths: Sequence[str]) -> list[Answer]:
+        """Return what the memfs's at some paths say, in the same order, after a few seconds at most."""
+        for gone in self._running.keys() - set(paths):
+            del self._running[gone]
+        for path in paths:
+            self._running.setdefault(path, Background(path, partial(_state_at, path))).start()
+        deadline = monotonic() + TIMEOUT
+        return [self._answer(path, deadline) for path in paths]
+
+    def _answer(self, path: str, deadline: float) -> Answer:
+        try:
+            return Answer(path, self._running[path].result(deadline), "")
+        except OSError as error:
+            return Answer(path, why_not=str(error.strerror))
+        except CommandError as error:
+            return Answer(path, why_not=str(error).removeprefix(f"{path}: "))
 
 
-def _ask(answer: Answer) -> None:
-    try:
-        with locate(answer.mountpoint, last_link=True) as mount:
-            answer.state = state_of(mount)
-    except OSError as error:
-        answer.why_not = str(error.strerror)
-    except CommandError as error:
-        answer.why_not = str(error)
+def _state_at(path: str) -> dict[str, Any]:
+    with locate(path, last_link=True) as mount:
+        return state_of(mount)

@@ -1,0 +1,35 @@
+"""What is asked of mounts that do not answer."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+
+from memfs.cli import states
+from memfs.cli.states import Asking
+from memfs.cli.watch.background import NO_ANSWER
+
+
+def test_path_at_which_none_answers_is_not_asked_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or else a thread would be left behind at each scrape of its metrics."""
+    asked, may_answer = list[str](), threading.Event()
+
+    def state_at(path: str) -> dict[str, Any]:
+        asked.append(path)
+        may_answer.wait()
+        return {"size": len(path)}
+
+    monkeypatch.setattr(states, "_state_at", state_at)
+    monkeypatch.setattr(states, "TIMEOUT", 0.01)
+    asking = Asking()
+    try:
+        for _ in range(3):
+            assert [answer.why_not for answer in asking.ask(["/mnt"])] == [NO_ANSWER]
+        assert asked == ["/mnt"]
+    finally:
+        may_answer.set()
+    monkeypatch.setattr(states, "TIMEOUT", 10)
+    assert [answer.state for answer in asking.ask(["/mnt", "/mnt/b"])] == [{"size": 4}, {"size": 6}]
+    assert [answer.state for answer in asking.ask(["/mnt"])] == [{"size": 4}]
