@@ -14,7 +14,8 @@ Until UP nobody has been answered by the new one, and what it has written is as 
 on if the connection ends. It ends when nobody has the new one's end any more, neither the new keeper nor the worker: so
 never do two serve. The worker dies with the new keeper, and that is killed if it takes too long.
 
-Whoever connects must have our own user id, which for a mount that survives is root's.
+Both must have the same user id, which for a mount that survives is root's. Where the old one listens, its mount says;
+and whoever may mount filesystems for all can have one say anything.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ import os
 import select
 import signal
 import socket
-import struct
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from memfs.contract.sys.libc import prctl
+from memfs.contract.sys.peer_credentials import PeerCredentials
 from memfs.contract.sys.unix_address import address_of
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,6 @@ _LONGEST: Final = 30.0  # seconds for the new one to take over, in which nobody 
 _TIMEOUT: Final = 10.0  # seconds for the old one to answer what takes it no time
 _MOST_BYTES: Final = 1 << 16
 _MOST_FDS: Final = 64
-_CREDENTIALS: Final = struct.Struct("=iII")  # struct ucred
 _PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 
 
@@ -57,8 +57,7 @@ class Successor:
         """Tell it what there is. Raises OSError: EPERM if it is another user's."""
         self._connection: Final = connection
         connection.settimeout(_TIMEOUT)
-        packed = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        self.pid, uid, _ = _CREDENTIALS.unpack(packed)
+        self.pid, uid, _ = PeerCredentials.of(connection)
         if uid != os.geteuid():
             raise PermissionError
         socket.send_fds(connection, [json.dumps({"format": FORMAT, **said}).encode()], fds)
@@ -121,6 +120,8 @@ class Predecessor:
         try:
             with address_of(path) as address:
                 self._connection.connect(address)
+            if PeerCredentials.of(self._connection).uid != os.geteuid():
+                raise UpgradeError(f"another user listens on {path}")
             message, fds, _, _ = socket.recv_fds(self._connection, _MOST_BYTES, _MOST_FDS)
         except OSError as error:
             why = "does not answer (is it stopped, or busy with another upgrade?)"

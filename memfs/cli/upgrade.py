@@ -48,13 +48,15 @@ def _upgrade(arguments: argparse.Namespace) -> None:
     """
     path = arguments.mountpoint
     with locate(path, last_link=True) as mount:
-        state = state_of(mount)
+        state, mounter = state_of(mount), mount.mounter
     keeper = state.get("keeper_socket")
     if not isinstance(keeper, str):
         why = state.get("no_survival_because") or "nobody listens for an upgrade"
         raise CommandError(f"{path}: it cannot be handed over ({why}); unmount it and mount it anew")
     if os.geteuid() != 0:
         raise CommandError(f"{path}: an upgrade is for root")
+    if mounter != os.geteuid():  # and could say anything
+        raise CommandError(f"{path}: user {mounter} has mounted it, and root did not: it is not taken over")
     pid = number(state, "pid")
     if not os.path.samefile(f"/proc/{pid}/ns/mnt", "/proc/self/ns/mnt"):
         raise CommandError(f"{path}: it was mounted in another mount namespace; go there: nsenter -t {pid} -m")

@@ -42,6 +42,11 @@ class OnMemfs:
         self.path: Final = path
         self.fd: Final = fd
 
+    @property
+    def mounter(self) -> int:
+        """The uid of whoever mounted the memfs, and says what its attributes say."""
+        return _mount(self.fd)[1]
+
     def get(self, attribute: str) -> str:
         """Return an extended attribute; bytes that are not UTF-8 as os.fsdecode has them."""
         with naming(self.path):

@@ -21,6 +21,7 @@ import pytest
 import memfs as package
 
 from .conftest import Memfs, MountMemfs, memfs_command, run
+from .lying_filesystem import lying
 from .test_survival import EXPECTED, state_of
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="what survives its daemon is for root")
@@ -213,6 +214,39 @@ with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
 """
     assert run(sys.executable, "-c", connect).stdout == "(b'', [])\n"
     memfs.expected = ["somebody who is not root has asked"]
+
+
+@pytest.mark.parametrize(("mounter", "said"), [(12001, "user 12001 has mounted it"), (0, "another user listens on ")])
+def test_root_takes_nothing_over_from_a_stranger(can_mount: None, tmp_path: Path, mounter: int, said: str) -> None:
+    """Whose mount or socket it is shows before anything is done that it says: where the log is, above all."""
+    mountpoint, path = tmp_path / "mnt", tmp_path / "socket"
+    mountpoint.mkdir()
+    said_to_root = json.dumps({"format": 1, "environment": {}, "log": str(tmp_path / "log"), "level": 10})
+    listen = f"""
+import os, socket
+os.setuid(12001)
+with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+    sock.bind({str(path)!r})
+    sock.listen()
+    print("listening", flush=True)
+    while True:
+        client, _ = sock.accept()
+        client.send({said_to_root!r}.encode())
+"""
+    for directory in (tmp_path, *tmp_path.parents[:2]):
+        directory.chmod(directory.stat().st_mode | 0o711)
+    tmp_path.chmod(0o777)
+    with subprocess.Popen([sys.executable, "-c", listen], stdout=subprocess.PIPE, text=True) as stranger:
+        try:
+            assert stranger.stdout is not None
+            assert stranger.stdout.readline() == "listening\n"
+            with lying(mountpoint, json.dumps({"keeper_socket": str(path), "pid": stranger.pid}), mounter):
+                result = run(*memfs_command("upgrade", mountpoint))
+        finally:
+            stranger.kill()
+    assert result.returncode == 1
+    assert said in result.stderr
+    assert not (tmp_path / "log").exists()
 
 
 def test_what_does_not_survive_cannot_be_handed_over(mount_memfs: MountMemfs) -> None:
