@@ -40,6 +40,7 @@ _FILES: Final = {
     "doctor": "memfs.cli.doctor",
     "map": "memfs.cli.watch.map",
     "top": "memfs.cli.watch.top",
+    "web": "memfs.cli.watch.web",
 }
 _HERE: Final = frozenset({"--version", "stat", "seal", "seals", "create", "allocate", "convert", "populate"})
 

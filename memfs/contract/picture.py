@@ -74,22 +74,25 @@ class Memory:
     pages: PageRange
     private: Runs
     shared: Runs
+    huge: Runs  #: what of both lies in whole blocks of 2 MiB on one side
     locked: Runs
 
     @classmethod
     def of(cls, pages: PageRange, private: Runs, shared: Runs, locked: Runs = NO_RUNS) -> Memory:
-        """Return what runs say of pages; runs may touch, and go beyond."""
-        all_pages = np.array([[pages.start, pages.end]], np.int64)
-        private, shared, locked = (within(merged(each), all_pages) for each in (private, shared, locked))
-        return cls(pages, private, without(shared, private), locked)
+        """Return what runs say of pages; runs may touch, and go beyond, where whole blocks of 2 MiB may end."""
+        private = merged(private)
+        shared = without(shared, private)
+        blocks = np.concatenate([whole_blocks(each, _HUGE) for each in (private, shared)])
+        huge = merged(blocks[blocks[:, 0].argsort()])
+        here = np.array([[pages.start, pages.end]], np.int64)
+        return cls(pages, *(within(each, here) for each in (private, shared, huge, locked)))
 
     @property
     def totals(self) -> dict[str, int]:
         """How many pages there are of each kind; those in whole blocks of 2 MiB, and locked ones, a second time."""
         private, shared = count(self.private), count(self.shared)
-        huge = sum(count(whole_blocks(each, _HUGE)) for each in (self.private, self.shared))
-        absent = len(self.pages) - private - shared
-        return {"private": private, "shared": shared, "absent": absent, "huge": huge, "locked": count(self.locked)}
+        of_both = {"private": private, "shared": shared, "absent": len(self.pages) - private - shared}
+        return {**of_both, "huge": count(self.huge), "locked": count(self.locked)}
 
     def picture(self, columns: int = COLUMNS, rows: int = ROWS) -> Picture:
         """Return a picture of it, of at most so many rows of so many cells."""
@@ -105,8 +108,9 @@ class Memory:
             (self.private, State.PRIVATE, State.PRIVATE_HUGE),
             (self.shared, State.SHARED, State.SHARED_HUGE),
         ):
-            states[covered(runs, edges) == sizes] = small
-            states[covered(whole_blocks(runs, _HUGE), edges) == sizes] = huge
+            on_side = covered(runs, edges) == sizes
+            states[on_side] = small
+            states[on_side & (covered(self.huge, edges) == sizes)] = huge
         states[covered(self.locked, edges) > 0] = State.LOCKED
         return Picture(self.pages, pages_per_cell, columns, states, self.totals)
 

@@ -110,7 +110,7 @@ def test_map_shows_both_sides(guest: Memfs) -> None:
     assert legend.strip() == "█ private huge ░ shared · absent"
     assert summary.strip().startswith("2.0M private, 64.0K shared, 1.9M absent, 2.0M huge, 0 locked")
     zoomed = guest.run(*memfs_command("map", "--offset", "2044k", "--length", "8k", "private")).stdout
-    assert zoomed.splitlines()[0].split() == ["2044K", "▓·"]
+    assert zoomed.splitlines()[0].split() == ["2044K", "█·"]
 
 
 async def test_map_shows_locked_pages(guest: Memfs) -> None:

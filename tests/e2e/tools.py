@@ -18,6 +18,8 @@ from .conftest import run
 PACKAGES: Final = {
     "busybox": "busybox-static",
     "cc": "gcc",
+    "chromedriver": "chromium-driver",
+    "chromium": "chromium",
     "chattr": "e2fsprogs",
     "lsattr": "e2fsprogs",
     "getfacl": "acl",

@@ -50,7 +50,7 @@ function _shtab_memfs_using
   test "$_shtab_memfs_cmdpath" = "$argv"
 end
 
-set -g _shtab_memfs_commands mount remount list umount upgrade metrics doctor map top stat seal seals create allocate convert populate
+set -g _shtab_memfs_commands mount remount list umount upgrade metrics doctor map top web stat seal seals create allocate convert populate
 set -g _shtab_memfs_opts_with_value --interval --length --listen --log-file --offset --output --seals --size --socket --textfile --to -o
 
 complete -c memfs -e
@@ -100,6 +100,10 @@ complete -c memfs -n '_shtab_memfs_using; and test $_shtab_memfs_npos -eq 0' -a 
 complete -c memfs -n '_shtab_memfs_using top' -s h -l help -d 'show this help message and exit'
 complete -c memfs -n '_shtab_memfs_using top' -l interval -x -d 'between two looks, from 0.1 on (default 1)'
 complete -c memfs -n '_shtab_memfs_using top; and test $_shtab_memfs_npos -ge 0' -ka "(__fish_complete_path (commandline -ct))" -d 'mountpoints (default: all memfs'"'"'s that are mounted)'
+complete -c memfs -n '_shtab_memfs_using; and test $_shtab_memfs_npos -eq 0' -a web -d 'Serve a page that shows mounts, guest memory, conversions and latencies live, until a signal; print its address. Who has the address sees what the user that runs this may see. It is served on this machine only.'
+complete -c memfs -n '_shtab_memfs_using web' -s h -l help -d 'show this help message and exit'
+complete -c memfs -n '_shtab_memfs_using web' -l listen -x -d 'an address of this machine only (default 127.0.0.1, any free port)'
+complete -c memfs -n '_shtab_memfs_using web; and test $_shtab_memfs_npos -ge 0' -ka "(__fish_complete_path (commandline -ct))" -d 'mountpoints (default: all memfs'"'"'s that are mounted)'
 complete -c memfs -n '_shtab_memfs_using; and test $_shtab_memfs_npos -eq 0' -a stat -d 'Show the state of a mounted memfs: its options, what is in use, and whether it is in passthrough mode.'
 complete -c memfs -n '_shtab_memfs_using stat' -s h -l help -d 'show this help message and exit'
 complete -c memfs -n '_shtab_memfs_using stat' -l json -d 'as JSON'

@@ -26,6 +26,7 @@ class Background(Generic[_T]):
         self._what: Final = what
         self._function: Final = function
         self._call: _Call[_T] | None = None
+        self._is_late = False  # the call that is running has been waited for in vain
 
     def start(self) -> None:
         """Call it, unless a call is running."""
@@ -33,12 +34,16 @@ class Background(Generic[_T]):
             self._call = _Call(self._function)
 
     def result(self, deadline: float) -> _T:
-        """Wait for what it returns, or raises; CommandError if it does not until a deadline (time.monotonic)."""
+        """Wait for what it returns, or raises; CommandError if it does not until a deadline (time.monotonic).
+
+        A call is waited for once: if it has not returned then, the next time only whether it has by now is seen.
+        """
         self.start()
         call = self._call
         assert call is not None
-        call.join(max(0.0, deadline - monotonic()))
-        if call.is_alive():
+        call.join(0.0 if self._is_late else max(0.0, deadline - monotonic()))
+        self._is_late = call.is_alive()
+        if self._is_late:
             raise CommandError(f"{self._what}: {NO_ANSWER}")
         self._call = None
         if call.error is not None:

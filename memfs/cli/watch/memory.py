@@ -21,7 +21,7 @@ from memfs.cli.watch.extents import Extents
 from memfs.contract.on_memfs import OnMemfs, locate, naming
 from memfs.contract.picture import COLUMNS, ROWS, Memory
 from memfs.contract.runs import NO_RUNS, Runs, merged, runs_of
-from memfs.contract.units import ByteOffset, PageIndex, PageRange, bytes_to_pages, page_ceil
+from memfs.contract.units import ORDER_2M, ByteOffset, PageIndex, PageRange, bytes_to_pages, page_ceil
 
 MOST_CALLS: Final = 32  #: of a look, which comes back: less than a millisecond of the daemon's
 
@@ -46,7 +46,8 @@ class GuestMemory:
 
     def __init__(self, paths: Sequence[str | tuple[str, int]], window: PageRange | None = None) -> None:
         self._files: Final = [_Seen(each) if isinstance(each, str) else _Seen(*each) for each in paths]
-        self.window = window  #: None: all of it
+        self._window: Final = window
+        self.pages = 0  #: how many all of it has, as last seen
 
     def look(self, most_calls: int = MOST_CALLS) -> tuple[Memory, bool]:
         """Look at some of it. Returns what is known of it now, and whether that was all there is to look at.
@@ -60,10 +61,11 @@ class GuestMemory:
                 with locate(seen.path) as file:
                     with_fds.append((seen, self._open(seen, file)))
             pages = self._pages()
+            around = pages.rounded(1 << ORDER_2M)  # whether a page is in a whole block shows beside it
             cell = -(-len(pages) // (COLUMNS * ROWS))
             for seen, fd in with_fds:
                 with naming(seen.path):
-                    is_all &= seen.extents.look(fd, pages, cell, most_calls)
+                    is_all &= seen.extents.look(fd, around, cell, most_calls)
         finally:
             for _, fd in with_fds:
                 os.close(fd)
@@ -98,7 +100,8 @@ class GuestMemory:
         size = page_ceil(ByteOffset(max(seen.size for seen in self._files)))
         if not size:
             raise CommandError(f"{self._files[0].path}: the file is empty: there is no memory to show")
-        window = self.window or PageRange(PageIndex(0), size)
+        self.pages = size
+        window = self._window or PageRange(PageIndex(0), size)
         pages = window.intersect(PageRange(PageIndex(0), size))
         if pages is None:
             raise CommandError(f"{self._files[0].path}: it ends before that, after {bytes_to_pages(size)} pages")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
@@ -24,6 +25,7 @@ class Latency:
     p50: float
     p99: float
     longest: float
+    buckets: list[tuple[float, int]]  #: how many took no longer than so many seconds, and longer than the one before
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,12 @@ class Sample:
 def oldest(owner: Mapping[str, Any]) -> float:
     """Return for how long an owner has owed an acknowledgement, in seconds; 0: it owes none."""
     return max((float(each["age"]) for each in owner["pending"]), default=0.0)
+
+
+def name_of(sample: Sample, ino: int) -> str:
+    """Return the name of a file, from the mountpoint on; its number if it has no name that we know."""
+    path = sample.paths.get(ino)
+    return f"inode {ino}" if path is None else os.path.relpath(path, sample.mountpoint)
 
 
 class Watcher:
@@ -135,7 +143,7 @@ def latency(before: Mapping[str, Any], now: Mapping[str, Any]) -> Latency | None
     if not counts:
         return None
     in_order = sorted((min(bound, longest), count) for bound, count in counts.items())
-    return Latency(sum(counts.values()), _quantile(in_order, 0.5), _quantile(in_order, 0.99), longest)
+    return Latency(sum(counts.values()), _quantile(in_order, 0.5), _quantile(in_order, 0.99), longest, in_order)
 
 
 def _quantile(buckets: Sequence[tuple[float, int]], share: float) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -11,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from memfs.cli.watch.sample import SIDES, Sample, oldest
+from memfs.cli.watch.sample import SIDES, Sample, name_of, oldest
 from memfs.contract.sizes import shown_bytes
 from memfs.contract.terminal import printable
 from memfs.contract.units import pages_to_bytes
@@ -146,7 +145,7 @@ def file_rows(samples: Sequence[Sample]) -> list[Row]:
     """Return a row for each file with an owner that we may see."""
     return [
         {
-            "name": _name(sample, each["ino"]),
+            "name": name_of(sample, each["ino"]),
             "side": "private" if each["guest"] else "shared",
             "size": each["size"],
             "used": pages_to_bytes(each["pages"]),
@@ -158,12 +157,6 @@ def file_rows(samples: Sequence[Sample]) -> list[Row]:
         for owner in sample.owners
         for each in owner["files"]
     ]
-
-
-def _name(sample: Sample, ino: int) -> str:
-    """Return the name of a file, from the mountpoint on; its number if it has no name that we know."""
-    path = sample.paths.get(ino)
-    return f"inode {ino}" if path is None else os.path.relpath(path, sample.mountpoint)
 
 
 class Screen:
