@@ -25,7 +25,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from kvmsim import __version__
 from kvmsim.backing import Notification, StoreGone, socket_of
-from kvmsim.command import CommandError, check_files, size_of
+from kvmsim.command import CommandError, check_files, picture_file, size_of
 from kvmsim.ending import WRONG_BYTE, Interrupted, RunEnded, end_by_signal, sentence_of
 from kvmsim.engines.kvm.uapi import KvmUnavailable
 from kvmsim.engines.native import EngineUnavailable
@@ -34,12 +34,13 @@ from kvmsim.engines.trace_file import Trace, TraceError, read_lackey
 from kvmsim.fault_points import install_faults
 from kvmsim.guests.linux.kernel import ProgramDied
 from kvmsim.guests.loading import LoadError
-from kvmsim.memory_map import draw
+from kvmsim.memory_map import draw, write_picture
 from kvmsim.mmu.fault_around import LARGEST_WINDOW
 from kvmsim.native_cli import add_commands
 from kvmsim.serve_cli import add_command
 from kvmsim.side import Side
 from kvmsim.slots.memslots import Memslot
+from kvmsim.timeline import Timeline
 from kvmsim.uapi import KVM_MAX_VCPU_ID, PreFaultMemory
 from kvmsim.vcpu import VCPU
 from kvmsim.vm import VM, Listener, VmConfig, create_vm
@@ -150,7 +151,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--socket", metavar="PATH", help="memfs's socket (default: asked of the file)")
     run.add_argument("--duration", metavar="SECONDS", type=_seconds, default=0, help="repeat the trace for so long")
-    run.add_argument("--picture", action="store_true", help="draw guest memory before and after")
+    run.add_argument(
+        "--picture",
+        metavar="FILE",
+        nargs="?",
+        const=True,
+        type=picture_file,
+        help="draw guest memory before and after; or afterwards into FILE, .png or .svg",
+    )
+    run.add_argument("--timeline", metavar="FILE", help="write to FILE, in HTML, what was converted when")
     run.add_argument(
         "-v",
         "--verbose",
@@ -188,6 +197,8 @@ def _run(options: argparse.Namespace) -> None:
         raise CommandError(f"--mem {options.mem} is too small: the trace uses {needed >> 10} KiB")
     private = _ranges(options.private_ranges) if options.private_ranges else _default_private(trace, options.vcpus)
     options.fault_around = _fault_around(options.fault_around)
+    for path in (each for each in (options.picture, options.timeline) if isinstance(each, str)):
+        Path(path).touch()  # whether it can be written is said before the guest runs
     with open_memory(options.shared, options.private, size, parse_size(options.granule), options.slots) as vmm:
         check_files(vmm, options.shared, options.private)
         socket_path = options.socket or socket_of(vmm.shared)
@@ -214,7 +225,10 @@ async def _simulate(
         engines = [TraceEngine(vm, each, private, repeat_for=options.duration) for each in traces]
         vcpus = [vm.create_vcpu(number, engine) for number, engine in enumerate(engines)]
         gfns = GfnRange(Gfn(0), gpa_to_gfn(Gpa(vmm.size)))
-        if options.picture:
+        timeline = Timeline(vmm.is_converting)
+        if options.timeline:
+            vm.listeners.append(timeline.heard)
+        if options.picture is True:
             console.print("guest memory before:", draw(vm, gfns, ascii_only=console.options.ascii_only), sep="\n")
         if options.prefault:
             await _prefault(console, vcpus[0], vmm.size)
@@ -232,8 +246,13 @@ async def _simulate(
                 nursery.start_soon(_show_progress, progress, engines, options.duration)
                 failure = await _run_guest(vmm, vcpus)
                 nursery.cancel_scope.cancel()
-        if options.picture:
+        title = f"kvmsim run --shared {options.shared} --private {options.private}"
+        if options.picture is True:
             console.print("guest memory after:", draw(vm, gfns, ascii_only=console.options.ascii_only), sep="\n")
+        elif options.picture:
+            write_picture(vm, gfns, title, options.picture)
+        if options.timeline:
+            timeline.write(title, gfns, options.timeline)
         _report(console, vm, vmm, engines, time.monotonic() - started, failure)
         if isinstance(failure, IntegrityError | Interrupted):
             raise failure

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 
 from kvmsim.vmm.vmm import Vmm
+from memfs.contract.picture import check_format
 from memfs.contract.sizes import parse_size
 
 
@@ -38,3 +40,11 @@ def check_files(vmm: Vmm, shared_path: str, private_path: str) -> None:
 
 def _is_guest_sealed(fd: int) -> bool:
     return b"guest" in os.getxattr(fd, "user.memfs.seals").split(b",")
+
+
+def picture_file(text: str) -> str:
+    """Parse the name of a file that is to have a picture in it, as argparse has it."""
+    try:
+        return check_format(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error

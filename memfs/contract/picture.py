@@ -15,6 +15,7 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
+from importlib.util import find_spec
 from typing import Final
 
 import numpy as np
@@ -25,6 +26,8 @@ from memfs.contract.sizes import format_size, shown_bytes
 from memfs.contract.terminal import printable
 from memfs.contract.units import ORDER_2M, PageIndex, PageRange, page_offset, pages_to_bytes
 
+#: what a name of a file with a picture in it ends in
+FORMATS: Final = (".png", ".svg")
 COLUMNS: Final = 64
 ROWS: Final = 16
 _HUGE: Final = 1 << ORDER_2M
@@ -194,6 +197,10 @@ class Picture:
         image.save(file, "PNG", optimize=True)
         return file.getvalue()
 
+    def file(self, title: str, path: str) -> bytes:
+        """Return it in the format that a name says, which `check_format` has seen."""
+        return self.png(title) if path.endswith(".png") else self.svg(title).encode()
+
     def _extent(self) -> tuple[int, int]:
         """Return width and height, in pixels."""
         rows = -(-len(self.cells) // self.columns)
@@ -227,3 +234,15 @@ class Picture:
         for state in self.shown:
             yield x, state
             x += _CELL + 20 + 7 * len(LOOKS[state].words)
+
+
+def check_format(path: str) -> str:
+    """Return the name of a file that is to have a picture in it. Raises ValueError: none can be written under it."""
+    if not path.endswith(FORMATS):
+        raise ValueError(f"{path}: not a name that ends in .png or .svg")
+    if path.endswith(".png") and find_spec("PIL") is None:
+        raise ValueError(
+            f"{path}: PNG takes Pillow, which is not installed (pip install 'memfs-kvmsim[plot]'; "
+            "Debian: python3-pil); .svg takes nothing"
+        )
+    return path

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from kvmsim.ending import WRONG_BYTE
+from kvmsim.timeline import events_of
 
 from .conftest import Memfs, MountMemfs, interruptible, memfs_command, run
 from .tools import needs
@@ -317,7 +318,26 @@ def test_picture_in_ascii(mount_memfs: MountMemfs) -> None:
     memfs.run(*memfs_command("create", "--seals", "guest", "private"))
     result = memfs.run(*RUN, "--picture", env=os.environ | {"PYTHONIOENCODING": "ascii"})
     assert (result.returncode, result.stderr) == (0, "")
-    assert "# private  - shared  . absent" in result.stdout
+    assert "# private - shared . absent" in result.stdout
+
+
+def test_picture_and_timeline_in_files(mount_memfs: MountMemfs, tmp_path: Path) -> None:
+    memfs = mount_memfs("size=16m")
+    memfs.run("touch", "shared")
+    memfs.run(*memfs_command("create", "--seals", "guest", "private"))
+    picture, page = tmp_path / "map.svg", tmp_path / "<b>.html"
+    assert memfs.run(*RUN, "--picture", picture, "--timeline", page).returncode == 0
+    assert picture.read_text().count('fill="#e69f00"') > 1  # the legend is one
+    assert picture.read_text().count('fill="#56b4e9"') > 1
+    events = events_of(page.read_text())
+    assert events
+    assert all(seconds > 0 and to_private and by_guest for _, seconds, _, _, to_private, by_guest in events)
+    assert sum(pages for _, _, _, pages, _, _ in events) == int(memfs.run("stat", "-c", "%b", "private").stdout) // 8
+    for path in (tmp_path / "missing" / "a.svg", tmp_path / "a.gif"):
+        refused = memfs.run(*RUN, "--picture", path)
+        assert refused.returncode in (1, 2)
+        assert str(path) in refused.stderr
+        assert not refused.stdout  # the guest has not run
 
 
 def test_converted_trace_has_the_name_that_was_given(tmp_path: Path) -> None:

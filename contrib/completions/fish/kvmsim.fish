@@ -51,7 +51,7 @@ function _shtab_kvmsim_using
 end
 
 set -g _shtab_kvmsim_commands run exec boot selftest serve convert info
-set -g _shtab_kvmsim_opts_with_value --append --command --duration --engine --fault-around --granule --initrd --kernel --log-file --mem --private --private-ranges --root --shared --slots --socket --trace --vcpus --vm-type
+set -g _shtab_kvmsim_opts_with_value --append --command --duration --engine --fault-around --granule --initrd --kernel --log-file --mem --picture --private --private-ranges --root --shared --slots --socket --timeline --trace --vcpus --vm-type
 
 complete -c kvmsim -e
 complete -c kvmsim -f
@@ -74,7 +74,8 @@ complete -c kvmsim -n '_shtab_kvmsim_using run' -l granule -xka "4k 64k 2m" -d '
 complete -c kvmsim -n '_shtab_kvmsim_using run' -l prefault -d 'map all guest memory before the guest runs, each page on its side, allocating what is shared'
 complete -c kvmsim -n '_shtab_kvmsim_using run' -l socket -xka "(__fish_complete_path (commandline -ct))" -d 'memfs'"'"'s socket (default: asked of the file)'
 complete -c kvmsim -n '_shtab_kvmsim_using run' -l duration -x -d 'repeat the trace for so long'
-complete -c kvmsim -n '_shtab_kvmsim_using run' -l picture -d 'draw guest memory before and after'
+complete -c kvmsim -n '_shtab_kvmsim_using run' -l picture -xka "(__fish_complete_path (commandline -ct))" -d 'draw guest memory before and after; or afterwards into FILE, .png or .svg'
+complete -c kvmsim -n '_shtab_kvmsim_using run' -l timeline -xka "(__fish_complete_path (commandline -ct))" -d 'write to FILE, in HTML, what was converted when'
 complete -c kvmsim -n '_shtab_kvmsim_using run' -s v -l verbose -d 'print notifications of what others do to the files; twice: of the guest'"'"'s own conversions, too'
 complete -c kvmsim -n '_shtab_kvmsim_using run' -l log-file -xka "(__fish_complete_path (commandline -ct))" -d 'append a log of notifications, with request numbers, to FILE'
 complete -c kvmsim -n '_shtab_kvmsim_using; and test $_shtab_kvmsim_npos -eq 0' -a exec -d 'Run an unmodified static Linux program in sealed memory: one process, whose system calls kvmsim answers. There is no fork, no thread and no signal in there. Memory is emptied first, and all of it is private. The exit code is the program'"'"'s; 1 as well if it could not be run.'

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -16,13 +15,12 @@ from memfs.cli.command import CommandError, Commands
 from memfs.cli.replacing import replace
 from memfs.cli.watch.background import Background
 from memfs.cli.watch.memory import GuestMemory
-from memfs.contract.picture import Picture
+from memfs.contract.picture import Picture, check_format
 from memfs.contract.sizes import parse_bytes
 from memfs.contract.terminal import printable
 from memfs.contract.units import ByteOffset, PageRange
 
 _INTERVAL = 0.5  # seconds
-_FORMATS = (".png", ".svg")
 
 
 def add_to(commands: Commands) -> None:
@@ -46,9 +44,10 @@ def _bytes(text: str) -> int:
 
 
 def _output(text: str) -> str:
-    if os.path.splitext(text)[1] not in _FORMATS:
-        raise argparse.ArgumentTypeError(f"{text}: not a name that ends in .png or .svg")
-    return text
+    try:
+        return check_format(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -66,36 +65,18 @@ def _run(arguments: argparse.Namespace) -> None:
         window = PageRange.covering(ByteOffset(arguments.offset), arguments.length or (1 << 62) - arguments.offset)
     memory = GuestMemory(arguments.files, window)
     title = " and ".join(arguments.files)
-    if arguments.output is not None and arguments.output.endswith(".png"):
-        check_png()
     if not arguments.follow:
         picture = Background(title, memory.look_at_all).call().picture()
         if arguments.output is not None:
-            replace(arguments.output, rendered(picture, title, arguments.output))
+            replace(arguments.output, picture.file(title, arguments.output))
         else:
             console = _console()
             console.print(_text(picture, console), soft_wrap=True)
     elif arguments.output is not None:
         for picture in _changes(memory, title):
-            replace(arguments.output, rendered(picture, title, arguments.output))
+            replace(arguments.output, picture.file(title, arguments.output))
     else:
         _follow(memory, title)
-
-
-def check_png() -> None:
-    """Raise CommandError unless PNGs can be made."""
-    try:
-        import PIL  # noqa: F401
-    except ImportError as error:
-        raise CommandError(
-            "PNG takes Pillow, which is not installed (pip install 'memfs-kvmsim[plot]'; Debian: python3-pil); "
-            "--output FILE.svg takes nothing"
-        ) from error
-
-
-def rendered(picture: Picture, title: str, path: str) -> bytes:
-    """Return a picture in the format that a file's name says."""
-    return picture.png(title) if path.endswith(".png") else picture.svg(title).encode()
 
 
 def _changes(memory: GuestMemory, title: str) -> Iterator[Picture]:
