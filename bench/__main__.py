@@ -22,6 +22,7 @@ from pathlib import Path
 from types import FrameType
 
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 import bench
@@ -121,20 +122,23 @@ def main() -> None:
     if only in modules:
         modules, only = {only: modules[only]}, None
     rows: list[Row] = []
-    progress = Console(stderr=True)
-    with tempfile.TemporaryDirectory(prefix="memfs-bench-") as directory:
+    console = Console(stderr=True, highlight=False)
+    # Without a thread that would draw it while something is measured.
+    progress = Progress(console=console, disable=not console.is_terminal, transient=True, auto_refresh=False)
+    measuring = progress.add_task("", total=len(modules))
+    with progress, tempfile.TemporaryDirectory(prefix="memfs-bench-") as directory:
         run = Run(Path(directory), repetitions=3 if options.quick else 7, quick=options.quick, only=only)
         failed = []
         try:
-            for module in modules.values():
+            for name, module in modules.items():
+                progress.update(measuring, description=name, refresh=True)
                 try:
                     for row in module(run):
-                        progress.print(
-                            f"{row.name}, {row.placement}: {_number(row.median)} {row.unit}", highlight=False
-                        )
+                        progress.print(f"{row.name}, {row.placement}: {_number(row.median)} {row.unit}")
                         rows.append(row)
                 except BenchError as error:  # what has been measured is worth having
                     failed.append(str(error))
+                progress.advance(measuring)
         finally:
             remove_client()
     if not rows and not failed:

@@ -233,15 +233,7 @@ async def _simulate(
         if options.prefault:
             await _prefault(console, vcpus[0], vmm.size)
         started = time.monotonic()
-        with Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.percentage:3.0f} %"),
-            TimeElapsedColumn(),
-            console=console,
-            disable=not console.is_terminal,
-            transient=True,
-        ) as progress:
+        with _bar(console) as progress:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_show_progress, progress, engines, options.duration)
                 failure = await _run_guest(vmm, vcpus)
@@ -261,10 +253,19 @@ async def _simulate(
         vm.check()
 
 
+def _bar(console: Console) -> Progress:
+    """Return what shows on a terminal how far something is."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"))
+    return Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal, transient=True)
+
+
 async def _prefault(console: Console, vcpu: VCPU, size: int) -> None:
     started, left = time.monotonic(), PreFaultMemory(Gpa(0), size)
-    while left.size:
-        await vcpu.pre_fault_memory(left)
+    with _bar(console) as progress:
+        task = progress.add_task("prefault", total=size)
+        while left.size:
+            await vcpu.pre_fault_memory(left)
+            progress.update(task, completed=size - left.size)
     pages = size // PAGE_SIZE
     console.print(f"{'prefault':13}  {pages:,} pages mapped in {time.monotonic() - started:.2f} s")
 

@@ -23,7 +23,7 @@ _BY_FALLOCATE: Final = (
 def convert_files(
     shared: OnMemfs, private: OnMemfs, ranges: Sequence[PageRange], *, to_private: bool, preserve: bool
 ) -> None:
-    """Convert ranges of pages, with a progress bar if they are more than fit into a call.
+    """Convert ranges of pages, with a progress bar, which of a single call shows only that it goes on.
 
     Raises OSError as `memfs.contract.conversion.convert` says; what calls before had converted stays.
     """
@@ -39,7 +39,8 @@ def convert_files(
             key = key_of(fds[0])
         listed = list(together)
         total = pages_to_bytes(together.pages)
-        with progress("convert", total, shown=len(listed) > MAX_RANGES) as bar, naming(private.path):
+        calls = -(-len(listed) // MAX_RANGES)
+        with progress("convert", total if calls > 1 else None) as bar, naming(private.path):
             for first in range(0, len(listed), MAX_RANGES):
                 part = listed[first : first + MAX_RANGES]
                 try:

@@ -10,12 +10,10 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 
 
 @contextmanager
-def progress(what: str, total: int | None, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
-    """Show a bar on a terminal, if it is to be shown; yields a function to call with the number of bytes done."""
+def progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """Show a bar on a terminal; yields a function to call with the number of bytes done. `total`: None if not known."""
     console = Console(stderr=True)
     columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(
-        what, *columns, console=console, disable=not (shown and console.is_terminal), transient=True
-    ) as progress:
+    with Progress(what, *columns, console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task(what, total=total)
         yield lambda nbytes: progress.advance(task, nbytes)

@@ -29,6 +29,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from .actor import UTIME_NOW, UTIME_OMIT
 from .process import USERS, Process, mounted_alike
+from .time_bar import time_bar
 
 PAGE = 4096
 SIZE = 4 << 20  # of both filesystems, in bytes: small, so that they fill up
@@ -473,11 +474,13 @@ def test_every_step_is_tmpfs_s(sides: tuple[Side, Side]) -> None:
 def test_soak(sides: tuple[Side, Side]) -> None:
     first = SEED or random.SystemRandom().randrange(1 << 32)
     end = time.monotonic() + MINUTES * 60 / 2  # there are two ways of mounting
-    for number in range(first, first + (1 << 32)):
-        print(f"SEED={number}", flush=True)
-        run_machine(sides, examples=20, steps=100, number=number, shrink=True)
-        if time.monotonic() > end:
-            break
+    with time_bar(end - time.monotonic()) as show:
+        for number in range(first, first + (1 << 32)):
+            print(f"SEED={number}", flush=True)
+            show(f"seed {number}")
+            run_machine(sides, examples=20, steps=100, number=number, shrink=True)
+            if time.monotonic() > end:
+                break
 
 
 def test_errno_names_are_compared() -> None:

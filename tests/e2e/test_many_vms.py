@@ -40,6 +40,7 @@ import trio
 from .conftest import Memfs, MountMemfs, memfs_command
 from .owner import shell
 from .test_leaks import resident
+from .time_bar import time_bar
 
 MINUTES = float(os.environ.get("MEMFS_SOAK_MINUTES", "0"))
 SEED = int(os.environ.get("MEMFS_SOAK_SEED", "0")) or (random.SystemRandom().getrandbits(32) if MINUTES else 0)
@@ -378,11 +379,13 @@ class Soak:
             await together([machine.create for machine in self.machines])
             await together([machine.start for machine in self.machines])
             rounds = 0
-            while time.monotonic() < self.deadline or not rounds:
-                await self.round()
-                rounds += 1
-                if rounds % 10 == 1 or time.monotonic() >= self.deadline:
-                    await self.long_look()
+            with time_bar(self.deadline - time.monotonic()) as show:
+                while time.monotonic() < self.deadline or not rounds:
+                    show(f"round {rounds + 1}")
+                    await self.round()
+                    rounds += 1
+                    if rounds % 10 == 1 or time.monotonic() >= self.deadline:
+                        await self.long_look()
             self.done["rounds"] = rounds
             await together([machine.end for machine in self.machines])
         finally:

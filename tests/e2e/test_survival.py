@@ -26,6 +26,7 @@ from .owner import connected
 from .process import mounted_alike
 from .test_differential import INODES, MINUTES, SEED, SIZE, Differential, Side, run_machine
 from .test_whose_mount import CREATE_WITHOUT_END, nothing_left_on
+from .time_bar import time_bar
 
 EXPECTED = ["killed by SIGKILL: going on"]
 
@@ -99,11 +100,13 @@ def test_soak(inject: Path, can_mount: None) -> None:
     first = SEED or random.SystemRandom().randrange(1 << 32)
     end = time.monotonic() + MINUTES * 60
     resident: list[int] = []
-    with mounted_alike(f"size={SIZE},nr_inodes={INODES},mode=755", "survive=on", EXPECTED) as (ours, theirs):
+    mounted = mounted_alike(f"size={SIZE},nr_inodes={INODES},mode=755", "survive=on", EXPECTED)
+    with mounted as (ours, theirs), time_bar(MINUTES * 60) as show:
         pair = Side(ours), Side(theirs)
         try:
             for number in range(first, first + (1 << 32)):
                 print(f"SEED={number}", flush=True)
+                show(f"seed {number}")
                 Dying.random = random.Random(number)
                 run_machine(pair, examples=4, steps=100, number=number, machine=Dying)
                 resident.append(resident_of_all(ours))
