@@ -15,6 +15,7 @@ from memfs.cli.watch.names import Names
 from memfs.contract.on_memfs import locate
 
 SIDES: Final = ("private", "shared")
+_ENDLESS: Final = 3600.0  # seconds, in the place of the bound of the last bucket, which JSON has no word for
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +143,10 @@ def latency(before: Mapping[str, Any], now: Mapping[str, Any]) -> Latency | None
             last = total
     if not counts:
         return None
-    in_order = sorted((min(bound, longest), count) for bound, count in counts.items())
-    return Latency(sum(counts.values()), _quantile(in_order, 0.5), _quantile(in_order, 0.99), longest, in_order)
+    in_order = sorted(counts.items())
+    p50, p99 = (min(_quantile(in_order, share), longest) for share in (0.5, 0.99))
+    buckets = [(min(bound, _ENDLESS), count) for bound, count in in_order]
+    return Latency(sum(counts.values()), p50, p99, longest, buckets)
 
 
 def _quantile(buckets: Sequence[tuple[float, int]], share: float) -> float:

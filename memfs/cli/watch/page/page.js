@@ -250,7 +250,7 @@ function showHistogram(mountpoint) {
     context.fillRect(number * across + 2, 76 - height, across - 4, height);
     context.fillStyle = getComputedStyle(document.body).color;
     context.fillText(counts.get(bound), (number + 0.5) * across, 72 - height);
-    context.fillText(`≤ ${seconds(bound)}`, (number + 0.5) * across, 92);
+    context.fillText(bound >= 3600 ? "longer" : seconds(bound), (number + 0.5) * across, 92);
   });
 }
 
