@@ -7,7 +7,7 @@ PYTHON ?= python3
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install deb deb-check demo unit test coverage bench bench-plot soak fuzz guest boot-test guides-test lint clean system
+.PHONY: help install deb deb-check demo unit test coverage bench bench-plot soak fuzz guest boot-test guides-test pictures lint clean system
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -29,6 +29,10 @@ bench: $(STAMP) ## Measure memfs beside tmpfs and an ordinary pyfuse3 filesystem
 bench-plot: $(STAMP) ## Draw how cost grows with size, from what `make bench` measured (bench/out/size.png, .svg)
 	@$(BIN)/python -c 'import matplotlib' 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check --editable '.[plot]'
 	@$(BIN)/python -m bench.plot
+
+pictures: $(STAMP) ## Take the pictures in docs/pictures anew (root; Chromium; two minutes)
+	@./install-system-packages test
+	unshare --mount --propagation private $(BIN)/python -m demo.pictures
 
 soak: $(STAMP) ## Many VMs at random, then files as on a tmpfs, then with deaths, MINUTES=n of each (SEED=n to repeat)
 	MEMFS_SOAK_MINUTES=$(or $(MINUTES),10) MEMFS_SOAK_SEED=$(or $(SEED),0) \

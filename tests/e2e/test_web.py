@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -28,8 +27,6 @@ from .tools import skip_without
 pytest.importorskip("hypercorn", reason="hypercorn is not installed")
 
 EVIL = "<img src=x onerror=\"document.title='evil'\">\x1b]0;x\x07"
-#: where screenshots for the documentation are written, if they are to be
-PICTURES = os.environ.get("MEMFS_PICTURES")
 
 
 class Page:
@@ -241,8 +238,6 @@ async def test_picture_changes_when_fallocate_does(mount_memfs: MountMemfs, brow
         until(browser, "return document.getElementById('latencies-now').textContent", lambda words: "p99 " in words)
         see_names()
         zoom()
-        if PICTURES:
-            take_pictures()
         resources = browser.execute_script("return performance.getEntriesByType('resource').map((each) => each.name)")
         assert resources
         assert all(each.startswith(page.url) for each in resources if "favicon" not in each), resources
@@ -262,11 +257,6 @@ async def test_picture_changes_when_fallocate_does(mount_memfs: MountMemfs, brow
             until(browser, f"{CELLS}.length", partial(eq, size))
         browser.execute_script(click % "all")
         until(browser, CELLS, lambda now: len(now) == 1024)
-
-    def take_pictures() -> None:
-        for theme in ("light", "dark"):
-            browser.execute_script(f"document.documentElement.dataset.theme = '{theme}'; window.onresize()")
-            browser.save_screenshot(str(Path(str(PICTURES)) / f"web-{theme}.png"))
 
     async with vm(memfs):
         with serving(memfs) as page:
