@@ -17,12 +17,13 @@ import trio
 
 from memfs.cli.command import CommandError
 from memfs.cli.watch.background import Background
-from memfs.cli.watch.memory import GuestMemory
+from memfs.cli.watch.memory import PAUSE, GuestMemory
 from memfs.cli.watch.sample import SIDES, Sample, Watcher, name_of, oldest, pairs
 from memfs.contract.terminal import printable
 from memfs.contract.units import PageIndex, PageRange, bytes_to_pages
 
 _MOST_POINTS: Final = 600  # of the time line
+_MOST_LOOKS: Final = 8  # at memory, for each event
 
 
 class Live:
@@ -117,11 +118,16 @@ class MemoryMap:
             if self._look is None or files != self._files:
                 self._files, memory = files, GuestMemory(files, self._window)
                 self._look = Background("memfs", lambda: _drawn(memory))
-            return await trio.to_thread.run_sync(self._look.call, abandon_on_cancel=True)
+            for _ in range(_MOST_LOOKS):
+                drawn = await trio.to_thread.run_sync(self._look.call, abandon_on_cancel=True)
+                if drawn["complete"]:
+                    break
+                await trio.sleep(PAUSE)
         except OSError as error:
             return {"error": printable(f"{error.filename}: {error.strerror}")}
         except CommandError as error:
             return {"error": printable(error)}
+        return drawn
 
 
 def _drawn(memory: GuestMemory) -> dict[str, Any]:

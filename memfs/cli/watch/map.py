@@ -14,7 +14,7 @@ from rich.text import Text
 from memfs.cli.command import CommandError, Commands
 from memfs.cli.replacing import replace
 from memfs.cli.watch.background import Background
-from memfs.cli.watch.memory import GuestMemory
+from memfs.cli.watch.memory import PAUSE, GuestMemory
 from memfs.contract.picture import Picture, check_format
 from memfs.contract.sizes import parse_bytes
 from memfs.contract.terminal import printable
@@ -81,15 +81,16 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def _changes(memory: GuestMemory, title: str) -> Iterator[Picture]:
     """Generate pictures, each as soon as it is another one than before."""
-    look = Background(title, lambda: memory.look()[0])
+    look = Background(title, memory.look)
     shown: bytes | None = None
     while True:
-        picture = look.call().picture()
+        known, is_all = look.call()
+        picture = known.picture()
         now = picture.cells.tobytes() + picture.summary.encode()
         if now != shown:
             yield picture
         shown = now
-        time.sleep(_INTERVAL)
+        time.sleep(_INTERVAL if is_all else PAUSE)
 
 
 def _follow(memory: GuestMemory, title: str) -> None:

@@ -23,7 +23,8 @@ from memfs.contract.picture import COLUMNS, ROWS, Memory
 from memfs.contract.runs import NO_RUNS, Runs, merged, runs_of
 from memfs.contract.units import ORDER_2M, ByteOffset, PageIndex, PageRange, bytes_to_pages, page_ceil
 
-MOST_CALLS: Final = 32  #: of a look, which comes back: less than a millisecond of the daemon's
+MOST_CALLS: Final = 8  #: of a look in each file, which comes back: less than a millisecond of the daemon's event loop
+PAUSE: Final = 0.05  #: seconds between looks at what one was not enough for
 
 
 @dataclass(slots=True)
@@ -85,7 +86,7 @@ class GuestMemory:
         seen.size = status.st_size
         fd = file.open(os.O_ACCMODE)  # of regular files only
         try:
-            seen.is_guest = "guest" in file.get("user.memfs.seals").split(",")
+            seen.is_guest = seen.is_guest or "guest" in file.get("user.memfs.seals").split(",")
             with suppress(OSError):  # of an older memfs
                 seen.locked = merged(runs_of(json.loads(file.get("user.memfs.locks"))["runs"]))
         except BaseException:
