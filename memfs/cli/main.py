@@ -145,7 +145,7 @@ def _stat(arguments: argparse.Namespace) -> None:
         print(json.dumps(state))
         return
     registry, notifications = state.pop("registry"), state.pop("notifications")
-    conversions = state.pop("conversions")
+    conversions = state.pop("conversions", {})  # those of another version are none
     said = {name.replace("_", " "): value for name, value in state.items() if value is not None}
     width = max(map(len, said))
     for name, value in said.items():
@@ -153,7 +153,7 @@ def _stat(arguments: argparse.Namespace) -> None:
     for side, count in conversions.items():
         print(f"conversions to {printable(side)}: {count['count']} of {count['pages']} pages")
     for kind, tally in notifications.items():
-        mean, longest = 1000 * tally["seconds"] / tally["count"], 1000 * tally["longest"]
+        mean, longest = 1000 * tally["seconds"] / tally["count"], 1000 * tally.get("longest", 0.0)
         of = f"{tally['count']} of {tally['pages']} pages"
         print(f"{printable(kind)}: {of}, {mean:.3f} ms each, {longest:.3f} ms at most")
     for owner in registry:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import xml.etree.ElementTree as ElementTree
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,20 @@ async def test_owners_of_others_are_seen_by_root_only(shared_mount: Memfs) -> No
     (shared_mount.path / "of-root").touch(0o600)
     async with connected(shared_mount.socket) as owner:
         assert isinstance(await owner.register(shared_mount.path / "of-root"), Registered)
+        owner.acknowledge = trio.Event()  # so a notification is pending
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(shell, "fallocate", "-l", "8K", "of-root", cwd=shared_mount.path))
+            await owner.arrived.wait()
+            pending = await state(shared_mount, *ask)
+            owner.acknowledge.set()
         seen, unseen = await state(shared_mount, *ask), await state(shared_mount, *alice(*ask))
     assert [(each["uid"], len(each["files"])) for each in seen["registry"]] == [(0, 1)]
+    assert [each["notification"] for each in pending["registry"][0]["pending"]] == ["Fallocate"]
     assert (unseen["owners"], unseen["registry"]) == (1, [])
+    jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed")
+    schema = json.loads((Path(__file__).parents[2] / "docs" / "stat.schema.json").read_text())
+    for said in (pending, seen, unseen):
+        jsonschema.validate(said, schema)
 
 
 async def test_locked_pages_are_seen_by_who_may_read_the_file(shared_mount: Memfs) -> None:

@@ -18,7 +18,7 @@ import trio
 from memfs.cli.command import CommandError
 from memfs.cli.watch.background import Background
 from memfs.cli.watch.memory import PAUSE, GuestMemory
-from memfs.cli.watch.sample import SIDES, Sample, Watcher, name_of, oldest, pairs
+from memfs.cli.watch.sample import Sample, Watcher, name_of, oldest, pairs
 from memfs.contract.terminal import printable
 from memfs.contract.units import PageIndex, PageRange, bytes_to_pages
 
@@ -177,7 +177,6 @@ def _described(sample: Sample) -> dict[str, Any]:
     return {
         "mountpoint": sample.mountpoint,
         **{name: state.get(name) for name in (*told, "restarts", "freed_backlog", "backing", "passthrough")},
-        "conversions": {side: state["conversions"][side] for side in SIDES},
         "age": sample.oldest_pending,
         "vms": [vm for owner in sample.owners for vm in _vms(sample, owner)],
     }

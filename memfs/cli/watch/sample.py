@@ -10,7 +10,8 @@ from typing import Any, Final
 
 from memfs.cli.command import CommandError
 from memfs.cli.states import mountpoints, state_of
-from memfs.cli.watch.background import NO_ANSWER, TIMEOUT, Background
+from memfs.cli.watch.background import NO_ANSWER, TIMEOUT, Background, Late
+from memfs.cli.watch.checked_state import checked
 from memfs.cli.watch.names import Names
 from memfs.contract.on_memfs import locate
 
@@ -45,8 +46,8 @@ class Sample:
     @property
     def owners(self) -> list[dict[str, Any]]:
         """The owners that we may see (docs/stat.schema.json)."""
-        found = (self.state or {}).get("registry", [])
-        return [each for each in found if isinstance(each, dict)]
+        found: list[dict[str, Any]] = (self.state or {}).get("registry", [])
+        return found
 
     @property
     def oldest_pending(self) -> float:
@@ -94,7 +95,7 @@ class _Mount:
 
     def _ask(self) -> Sample:
         with locate(self._mountpoint, last_link=True) as mount:
-            state = state_of(mount)
+            state = checked(state_of(mount))
         sample = Sample(self._mountpoint, state, "", monotonic())
         inos = {int(each["ino"]) for owner in sample.owners for each in owner["files"]}
         paths = self._names.look(inos) if self._names is not None else {}
@@ -106,8 +107,10 @@ class _Mount:
             sample = self.background.result(deadline)
         except OSError as error:
             return Sample(self._mountpoint, why_not=str(error.strerror))
-        except CommandError:
+        except Late:
             return Sample(self._mountpoint)
+        except CommandError as error:
+            return Sample(self._mountpoint, why_not=str(error))
         self._before = sample
         return sample
 
@@ -121,7 +124,9 @@ def _since(before: Sample | None, now: Sample) -> dict[str, Any]:
     if not {"conversions", "notifications"} <= before.state.keys() & now.state.keys():  # of another version
         return {}
     seconds = now.at - before.at
-    old, new = (sample.state["conversions"] for sample in (before, now) if sample.state is not None)
+    if any("conversions" not in state for state in (before.state, now.state)):  # it is of another version
+        return {}
+    old, new = before.state["conversions"], now.state["conversions"]
     return {
         "conversions": {side: (new[side]["count"] - old[side]["count"]) / seconds for side in SIDES},
         "pages": {side: (new[side]["pages"] - old[side]["pages"]) / seconds for side in SIDES},
@@ -139,7 +144,7 @@ def latency(before: Mapping[str, Any], now: Mapping[str, Any]) -> Latency | None
             total = value - (old["count"] if bound == "inf" else old["buckets"].get(bound, 0))
             if total > last:
                 counts[float(bound)] = counts.get(float(bound), 0) + total - last
-                longest = max(longest, min(float(bound), tally["longest"]))
+                longest = max(longest, min(float(bound), tally.get("longest", float(bound))))
             last = total
     if not counts:
         return None

@@ -13,7 +13,7 @@ from rich.text import Text
 from memfs.cli.watch.sample import SIDES, Sample, name_of, oldest
 from memfs.contract.sizes import shown_bytes
 from memfs.contract.terminal import printable
-from memfs.contract.units import pages_to_bytes
+from memfs.contract.units import PAGE_SIZE, pages_to_bytes
 
 _HELP: Final = "q quit  space pause  s sort  r reverse  / filter  tab owners, files  arrows scroll"
 _MOST_MOUNTS: Final = 7  # rows, where there is a second table below them
@@ -85,26 +85,26 @@ TABLES: Final = {"owners": OWNERS, "files": FILES}
 
 
 def mount_rows(samples: Sequence[Sample]) -> list[Row]:
-    """Return a row for each mount that answers; values that are not known are None."""
+    """Return a row for each mount that answers; None is what is not known, or not said by its version."""
     rows: list[Row] = []
     for sample in samples:
         state = sample.state
         if state is None:
             continue
-        private = state.get("guest_used")
+        used, private = state.get("used"), state.get("guest_used")
         rates = sample.conversions
         rows.append(
             {
                 "mountpoint": sample.mountpoint,
-                "size": state["size"],
-                "used": state["used"],
+                "size": state.get("size"),
+                "used": used,
                 "private": private,
-                "shared": None if private is None else max(0, state["used"] - private),
-                "huge": private if state["guest_page_size"] > 4096 else None,
-                "files": state["inodes_used"],
-                "owners": state["owners"],
+                "shared": None if private is None or used is None else max(0, used - private),
+                "huge": private if state.get("guest_page_size", PAGE_SIZE) > PAGE_SIZE else None,
+                "files": state.get("inodes_used"),
+                "owners": state.get("owners"),
                 "conversions": None if rates is None else sum(rates[side] for side in SIDES),
-                "pending": state["pending"],
+                "pending": state.get("pending"),
                 "age": sample.oldest_pending,
             }
         )

@@ -95,24 +95,26 @@ def _run(arguments: argparse.Namespace) -> None:
             "the page is served by hypercorn, which is not installed "
             "(pip install 'memfs-kvmsim[web]'; Debian: python3-hypercorn)"
         ) from error
-    address, port = arguments.listen
+    address, wanted = arguments.listen
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with closing(socket.socket(family)) as listener:
+    with closing(socket.socket(family)) as listener:  # until hypercorn has it
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            listener.bind((address, port))
+            listener.bind((address, wanted))
         except OSError as error:
-            raise OSError(error.errno, error.strerror, f"{address}:{port}") from error
+            raise OSError(error.errno, error.strerror, f"{address}:{wanted}") from error
         listener.listen()
         config = Config()
-        config.bind = [f"fd://{listener.fileno()}"]
         config.loglevel = "CRITICAL"
         config.include_server_header = False
+        port = listener.getsockname()[1]
+        config.bind = [f"fd://{listener.detach()}"]
         live = Live(Watcher(arguments.path), _INTERVAL)
-        site = Site(live, listener.getsockname()[1])
+        site = Site(live, port)
         host = f"[{address}]" if ":" in address else address
         print(f"memfs: http://{host}:{site.port}/{site.token}/", flush=True)
         trio.run(_serve, live, partial(serve, site, config))
+        raise KeyboardInterrupt  # nothing else ends it without an error, and hypercorn has caught that
 
 
 async def _serve(live: Live, serve: Callable[[], Awaitable[None]]) -> None:

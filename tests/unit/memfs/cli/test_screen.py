@@ -65,6 +65,11 @@ def test_values_are_in_it() -> None:
     assert "inode 11" in "\n".join(shown(screen, sample("/mnt")))
 
 
+def test_memfs_of_another_version_is_shown_as_far_as_it_says_something() -> None:
+    older = Sample("/mnt", {"version": "0.0.1", "used": 1 << 20, "registry": []})
+    assert "1.0M" in "\n".join(shown(Screen(), older))
+
+
 def test_keys_sort_filter_pause_and_end() -> None:
     screen, one = Screen(), sample("/mnt", owners=3)
 
