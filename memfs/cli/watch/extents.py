@@ -57,7 +57,10 @@ class Extents:
 
 
 def _next_extent(fd: int, start: PageIndex, end: PageIndex) -> PageRange | None:
-    """Return the first extent from a page on, as far as it lies before `end`; None: there is none."""
+    """Return the first extent from a page on, as far as it lies before `end`; None: there is none.
+
+    Raises OSError(EIO) for a place that is none: who serves a filesystem may say anything.
+    """
     try:
         data = os.lseek(fd, page_offset(start), os.SEEK_DATA)
         hole = os.lseek(fd, data, os.SEEK_HOLE)
@@ -65,5 +68,7 @@ def _next_extent(fd: int, start: PageIndex, end: PageIndex) -> PageRange | None:
         if error.errno != errno.ENXIO:
             raise
         return None
+    if not page_offset(start) <= data < hole:
+        raise OSError(errno.EIO, "where it says that it has data makes no sense")
     first, last = PageIndex(data // PAGE_SIZE), PageIndex(min(end, -(-hole // PAGE_SIZE)))
     return PageRange(first, last) if first < last else None

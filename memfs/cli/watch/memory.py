@@ -12,6 +12,7 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
@@ -88,7 +89,7 @@ class GuestMemory:
         try:
             seen.is_guest = seen.is_guest or "guest" in file.get("user.memfs.seals").split(",")
             with suppress(OSError):  # of an older memfs
-                seen.locked = merged(runs_of(json.loads(file.get("user.memfs.locks"))["runs"]))
+                seen.locked = _locked(file.get("user.memfs.locks"))
         except BaseException:
             os.close(fd)
             raise
@@ -115,3 +116,13 @@ class GuestMemory:
         locked = np.concatenate([seen.locked for seen in self._files])
         locked = merged(locked[locked[:, 0].argsort(kind="stable")])
         return Memory.of(pages, runs(True), runs(False), locked)
+
+
+def _locked(said: str) -> Runs:
+    """Return the runs that a file says are locked; none if that makes no sense."""
+    try:
+        edges = [int(edge) for run in json.loads(said)["runs"] for edge in run]
+        in_order = all(before <= after for before, after in pairwise([0, *edges]))
+        return merged(runs_of(zip(edges[::2], edges[1::2], strict=True))) if in_order else NO_RUNS
+    except (ArithmeticError, LookupError, TypeError, ValueError, RecursionError):
+        return NO_RUNS

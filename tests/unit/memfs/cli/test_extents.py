@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 
 import pytest
 
 from memfs.cli.watch.extents import Extents
+from memfs.cli.watch.memory import _locked
 from memfs.contract.units import PAGE_SIZE
-from tests.helpers import pages
+from tests.helpers import pages, raises
 
 
 @pytest.fixture
@@ -45,6 +47,29 @@ def test_what_has_changed_is_seen_and_what_lies_outside_is_not(fd: int) -> None:
     assert extents.runs.tolist() == [[10, 12]]
     assert extents.look(fd, pages(0, 15), 1, 100)
     assert extents.runs.tolist() == [[0, 1], [10, 12]]
+
+
+@pytest.mark.parametrize("answers", [(0, 4096), (5 * 4096, 5 * 4096), (8 * 4096, 6 * 4096), (-1, 1 << 62)])
+def test_answers_of_a_filesystem_that_make_no_sense_end_it(
+    fd: int, monkeypatch: pytest.MonkeyPatch, answers: tuple[int, int]
+) -> None:
+    monkeypatch.setattr("memfs.cli.watch.extents.os.lseek", lambda fd, at, whence: answers[whence == os.SEEK_HOLE])
+    with raises(errno.EIO):
+        Extents().look(fd, pages(5, 1000), 1, 100)
+
+
+def test_locks_that_make_no_sense_are_none() -> None:
+    for said in (
+        "",
+        "{}",
+        '{"runs": [[1]]}',
+        '{"runs": [[3, 2]]}',
+        '{"runs": [["a", {}]]}',
+        "[" * 9999,
+        '{"runs": [[1e999, 2]]}',
+    ):
+        assert not len(_locked(said))
+    assert _locked('{"runs": [[1, 3], [3, 4]]}').tolist() == [[1, 4]]
 
 
 def test_look_makes_few_calls_and_passes_over_what_is_mixed_anyway(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
