@@ -32,7 +32,7 @@ struct __attribute__((packed)) message {
     uint32_t length; /* of all of it */
     uint64_t request;
     union {
-        struct __attribute__((packed)) { uint16_t min_version, max_version; char name[8]; } hello;
+        struct __attribute__((packed)) { uint16_t min_version, max_version; uint8_t token[16]; char name[4]; } hello;
         struct __attribute__((packed)) { uint64_t file, ino, size, seals, granule; } registered;
         struct __attribute__((packed)) { uint32_t number; char text[512]; } error; /* Ack, Failed and Fenced */
         struct __attribute__((packed)) { uint64_t file; struct range pages; uint64_t cause; } notification;
@@ -113,9 +113,9 @@ int main(int argc, char **argv) {
         die(argc == 2 ? argv[1] : "usage", argc == 2 ? strerror(errno) : "owner FILE");
     int sock = connect_to_memfs_of(file);
     static struct message out;
-    out.hello.min_version = 1, out.hello.max_version = 2;
+    out.hello.min_version = out.hello.max_version = 2; /* no token: it is new, and does not come back */
     memcpy(out.hello.name, "in C", 4);
-    send_message(sock, &out, HELLO, 1, 8, -1);
+    send_message(sock, &out, HELLO, 1, sizeof out.hello, -1);
     receive(sock, fds);
     expect(HELLO_REPLY);
     send_message(sock, &out, REGISTER, 2, 0, file);
