@@ -1,4 +1,4 @@
-"""Write what is generated from the parsers of the command lines: manual pages and completions of shells.
+"""Write what is generated: manual pages and completions from the parsers of the command lines and what is in docs/.
 
     .venv/bin/python contrib/generate.py
 
@@ -17,6 +17,7 @@ from typing import Final
 
 import shtab
 from argparse_manpage.manpage import Manpage
+from manual_page import as_text, manual_page
 
 import kvmsim.cli
 import memfs.cli.main
@@ -24,6 +25,7 @@ import memfs.cli.mount_helper
 from memfs import __version__
 
 HERE: Final = Path(__file__).parent
+DOCS: Final = HERE.parent / "docs"
 #: a shell, and the name of the file in which it looks for the completion of a program
 SHELLS: Final = {"bash": "{}", "zsh": "_{}", "fish": "{}.fish"}
 #: what a word of a command line stands for -> how shells complete it
@@ -47,7 +49,9 @@ def generated() -> Iterator[tuple[Path, str]]:
 def _manual_pages() -> Iterator[tuple[Path, str]]:
     main = memfs.cli.main.build_parser()
     mount = _commands(main)["mount"]
-    see_also = "memfs(1), memfs-mount(8), mount.fuse.memfs(8), kvmsim(1), mount(8), tmpfs(5), fallocate(1)"
+    see_also = (
+        "memfs(1), memfs-mount(8), mount.fuse.memfs(8), kvmsim(1), memfs-protocol(7), mount(8), tmpfs(5), fallocate(1)"
+    )
     for name, section, about, parser in (
         ("memfs", 1, "a filesystem that is the memory of virtual machines", main),
         ("memfs-mount", 8, "mount a memfs", mount),
@@ -57,7 +61,22 @@ def _manual_pages() -> Iterator[tuple[Path, str]]:
         page = Manpage(parser, format="single-commands-section")
         page.prog, page.section, page.date, page.description = name, section, "", about
         page.source, page.manual = f"memfs {__version__}", "memfs and kvmsim"
-        yield HERE / "man" / f"{name}.{section}", _tidy(f"{page}\n.SH SEE ALSO\n{see_also}\n")
+        yield HERE / "man" / f"{name}.{section}", _tidy(f"{page}\n{_exit_codes(name)}\n.SH SEE ALSO\n{see_also}\n")
+    protocol = (DOCS / "PROTOCOL.md").read_text()
+    about = "what a memfs and the owners of its files tell each other"
+    yield HERE / "man" / "memfs-protocol.7", manual_page(protocol, "memfs-protocol", 7, about, page.source, see_also)
+
+
+def _exit_codes(program: str) -> str:
+    """Return a section of a manual page with what the table in docs/MANUAL.md says of a program."""
+    table = (DOCS / "MANUAL.md").read_text().split("### Exit codes\n\n")[1].split("\n\n")[0]
+    section = ".SH EXIT STATUS"
+    for row in table.splitlines()[2:]:
+        code, of_ours, of_mount = (cell.strip() for cell in row.strip("|").split("|"))
+        meaning = of_mount if program == "mount.fuse.memfs" else of_ours
+        if meaning and (program == "kvmsim" or not meaning.startswith("`kvmsim`")):
+            section += f"\n.TP\n.B {code}\n{as_text(meaning)}"
+    return section
 
 
 def _tidy(page: str) -> str:

@@ -34,6 +34,7 @@ PACKAGES: Final = {
     "fusermount3": "fuse3",
     "stress-ng": "stress-ng",
     "findmnt": "util-linux",
+    "man": "man-db",
     "nsenter": "util-linux",
     "qemu-system-x86_64": "qemu-system-x86",
     "socat": "socat",
