@@ -7,7 +7,7 @@ PYTHON ?= python3
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install deb deb-check demo unit test coverage bench bench-plot soak fuzz guest boot-test guides-test pictures lint clean system
+.PHONY: help install deb deb-check demo unit test coverage bench bench-plot soak fuzz guest boot-test guides-test docs pictures lint clean system
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -54,6 +54,10 @@ boot-test: $(STAMP) ## Boot a Linux kernel in sealed memory (root; ten minutes, 
 guides-test: $(STAMP) ## Run every command of docs/guides, with QEMU, libvirt and virtiofsd (root; some minutes)
 	@./install-system-packages guides
 	MEMFS_TEST_GUIDES=1 $(BIN)/pytest tests/e2e/test_guides.py
+
+docs: $(STAMP) ## Build the documentation as a site (build/site/index.html); a warning is an error
+	@$(BIN)/python -c 'import material' 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 guest: ## Build the test guest of native code anew (kvmsim/guests/selftest.elf; needs a C compiler)
 	$(or $(CC),cc) -O2 -Wall -Wextra -Werror -march=x86-64 -ffreestanding -fno-pic -no-pie -nostdlib -static -fno-stack-protector \
