@@ -21,51 +21,36 @@ import functools
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Final, NamedTuple
+from typing import Final
 
-from memfs.contract.units import ByteOffset
 from memfs.state.journal import INODE, NO_JOURNAL, Journal
-from memfs.store.file import File
 from memfs.tree import acl, inode_flags, records
-from memfs.tree.inode import CAPABILITY, Directory, Ino, Inode, RegularFile, Special, Symlink
+from memfs.tree.inode import CAPABILITY, Directory, Ino, Inode, RegularFile, Symlink
 from memfs.tree.inode_space import InodeSpace
 from memfs.tree.inodes import Inodes
 from memfs.tree.invariants import check_inodes
+from memfs.tree.new_inode import NewFile, NewInode
 from memfs.tree.stored_xattrs import StoredXattrs
 
 ROOT_INO: Final = Ino(1)
 NAME_MAX: Final = 255  # bytes
 UNSURE: Final = 1 << 48  #: look-ups of an inode from before; the kernel forgets fewer
-_SHORT_SYMLINK: Final = 128  # bytes, the final 0 among them (mm/shmem.c: SHORT_SYMLINK_LEN)
 RENAME_NOREPLACE: Final = 1
 RENAME_EXCHANGE: Final = 2
 RENAME_WHITEOUT: Final = 4
 
 
-class _New(NamedTuple):
-    """What a new inode is to be: `create` says more of it. `target` is a symbolic link's."""
-
-    mode: int
-    uid: int
-    gid: int
-    umask: int = 0
-    rdev: int = 0
-    seals: int = 0
-    held: bool = False
-    target: bytes = b""
-
-
 class Tree:
     """All inodes of a mount. Methods raise OSError with the errno that tmpfs gives.
 
-    `new_file` creates the content of a new regular file, held, from its number and initial seals; `nr_inodes` limits
-    how many inodes there are, the root included. With `inode32` there are no more numbers than 32 bits have, ever.
+    `nr_inodes` limits how many inodes there are, the root included. With `inode32` there are no more numbers than 32
+    bits have, ever.
     `is_known` says whether the kernel has an inode; it is asked of a tree that was built again.
     """
 
     def __init__(
         self,
-        new_file: Callable[[Ino, int], File],
+        new_file: NewFile,
         nr_inodes: int,
         mode: int,
         uid: int,
@@ -150,13 +135,13 @@ class Tree:
         """
         directory = self._writable(parent)
         self._check_new(directory, name)
-        inode = self._create(directory, _New(mode, uid, gid, umask, rdev, seals, held))
+        inode = self._create(directory, NewInode(mode, uid, gid, umask, rdev, seals, held))
         self._enter(directory, name, inode)
         return inode
 
     def create_unlinked(self, parent: int, mode: int, uid: int, gid: int, *, umask: int = 0, seals: int = 0) -> Inode:
         """Create a regular file without a name, as open(2) with O_TMPFILE. It is held; `release` is to be called."""
-        inode = self._create(self._writable(parent), _New(mode, uid, gid, umask, seals=seals, held=True))
+        inode = self._create(self._writable(parent), NewInode(mode, uid, gid, umask, seals=seals, held=True))
         inode.nlink = 0
         return inode
 
@@ -164,7 +149,7 @@ class Tree:
         """Create a symbolic link, as symlink(2)."""
         directory = self._writable(parent)
         self._check_new(directory, name)
-        inode = self._create(directory, _New(stat.S_IFLNK | 0o777, uid, gid, target=target))
+        inode = self._create(directory, NewInode(stat.S_IFLNK | 0o777, uid, gid, target=target))
         self._enter(directory, name, inode)
         return inode
 
@@ -181,19 +166,12 @@ class Tree:
         self._enter(directory, name, inode)
         return inode
 
-    def _create(self, parent: Directory, new: _New) -> Inode:
+    def _create(self, parent: Directory, new: NewInode) -> Inode:
         self.space.check_inode()
-        mode, gid = new.mode, new.gid
-        xattrs: dict[bytes, bytes] = {}
-        if not stat.S_ISLNK(mode):
-            mode, xattrs = acl.inherit(parent.xattrs, mode, new.umask)
-        if parent.mode & stat.S_ISGID:  # inode_init_owner()
-            gid = parent.gid
-            if stat.S_ISDIR(mode):
-                mode |= stat.S_ISGID
+        mode, gid, xattrs = new.inherit(parent)
         self.space.add_xattrs(xattrs)
         try:
-            inode = self._new_inode(parent, new, mode, gid)
+            inode = new.make(self._new_ino(), mode, gid, parent, self._new_file)
         except OSError:
             self.space.remove_xattrs(xattrs)
             raise
@@ -202,36 +180,6 @@ class Tree:
         for name in xattrs:
             self.xattrs.changed(inode, name)
         return inode
-
-    def _new_inode(self, parent: Directory, new: _New, mode: int, gid: int) -> Inode:
-        """Return an inode with the mode and group that it has got from its directory."""
-        ino, uid = self._new_ino(), new.uid
-        if stat.S_ISREG(mode):
-            inode = RegularFile(ino, mode, uid, gid, self._new_file(ino, new.seals))
-            if new.held:
-                inode.holds = 1
-            else:
-                inode.file.release()
-            return inode
-        if stat.S_ISDIR(mode):
-            return Directory(ino, mode, uid, gid, parent)
-        if stat.S_ISLNK(mode):
-            return Symlink(ino, mode, uid, gid, new.target, self._page_for(ino, new.target))
-        return Special(ino, mode, uid, gid, new.rdev)
-
-    def _page_for(self, ino: Ino, target: bytes) -> File | None:
-        """Return the memory of a symbolic link's target, if it is long. Raises OSError(ENOSPC)."""
-        if len(target) < _SHORT_SYMLINK:
-            return None
-        page = self._new_file(ino, 0)
-        try:
-            page.write(ByteOffset(0), target)
-        except OSError:
-            page.release()
-            page.close()
-            raise
-        page.release()
-        return page
 
     def _new_ino(self) -> Ino:
         ino = self.next_ino
@@ -296,7 +244,7 @@ class Tree:
                 return
             inode_flags.check_remove(target, existing.inode)
             self._check_replaceable(inode, existing.inode)
-        left_behind = self._create(source, _New(stat.S_IFCHR, uid, gid)) if whiteout else None
+        left_behind = self._create(source, NewInode(stat.S_IFCHR, uid, gid)) if whiteout else None
         if existing is not None:
             self._unlinked(self._leave(target, new_name))
         self._move(self._leave(source, name), target, new_name)
