@@ -105,6 +105,7 @@ class Poller:
         turns = Turns.here()
         begun = turns.total  # when other tasks ran last
         while True:
+            self._busy_poll.yield_first()
             events = self._epoll.poll(0, _EVENTS)
             if not events:
                 if not self._busy_poll.goes_on():
