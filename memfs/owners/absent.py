@@ -6,7 +6,6 @@ operation on its files waits where only its caller does.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, NoReturn
 
 import trio
@@ -43,11 +42,11 @@ class Absent(Owner):
             await self._settled.wait()
         return self._successor
 
-    async def tell(self, message: Notification, about: Mapping[str, object], unlocked: Unlocked | None = None) -> None:
+    async def tell(self, message: Notification, ino: int | None = None, unlocked: Unlocked | None = None) -> None:
         """Notify who comes back. Never raises, and cannot be cancelled."""
         successor = await self.settled()
         if successor is not None:
-            await successor.tell(message, about, unlocked)
+            await successor.tell(message, ino, unlocked)
 
     # -- there is nobody to talk to ---------------------------------------------------------------------------------
 

@@ -35,11 +35,6 @@ class Pending(Generic[_Owner]):
         self._outstanding.remove(self)
 
     @property
-    def comes_soon(self) -> bool:
-        """Whether all that is outstanding, of any owner, was sent a moment ago, so that nobody waits for long yet."""
-        return self._outstanding.age < _MOMENT
-
-    @property
     def kind(self) -> str:
         """What it is called."""
         return type(self.message).__name__
@@ -47,7 +42,10 @@ class Pending(Generic[_Owner]):
     @property
     def tallied(self) -> str:
         """What it is counted as: its kind, and of a conversion also where to."""
-        return f"{self.kind} to {self.message.subject['to']}" if isinstance(self.message, _CONVERSIONS) else self.kind
+        message = self.message
+        if isinstance(message, _CONVERSIONS):
+            return f"{self.kind} to {'private' if message.to_private else 'shared'}"
+        return self.kind
 
     @property
     def page_count(self) -> int:
@@ -79,12 +77,12 @@ class Outstanding(Generic[_Owner]):
         return len(self._all)
 
     @property
-    def age(self) -> float:
-        """For how long the oldest has been outstanding, in seconds. There must be one."""
-        return next(iter(self._all)).age
+    def is_recent(self) -> bool:
+        """Whether all that is outstanding, of any owner, was sent a moment ago, so that nobody waits for long yet."""
+        return not self._all or next(iter(self._all)).age < _MOMENT
 
     def of(self, owner: _Owner, message: Notification) -> Pending[_Owner]:
-        """Have a notification outstanding within a `with` block."""
+        """Return a notification that is outstanding within a `with` block, and then is to be counted."""
         return Pending(self, owner, message)
 
     def add(self, pending: Pending[_Owner]) -> None:
@@ -101,9 +99,13 @@ class Outstanding(Generic[_Owner]):
         del self._all[pending]
         if not theirs:
             del self._of[pending.owner]
-        tally = self._tallies.get(pending.tallied)
+
+    def count(self, pending: Pending[_Owner]) -> None:
+        """Count a notification that has ended, whether or not it was ever outstanding."""
+        kind = pending.tallied
+        tally = self._tallies.get(kind)
         if tally is None:
-            tally = self._tallies[pending.tallied] = Tally()
+            tally = self._tallies[kind] = Tally()
         tally.add(pending.page_count, pending.age)
 
     def by(self, owner: _Owner) -> Sequence[Pending[_Owner]]:

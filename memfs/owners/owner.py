@@ -11,7 +11,7 @@ import errno
 import logging
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Collection, Hashable
 from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
@@ -154,7 +154,7 @@ class Owner(ABC):
         """
         message = ConvertBegin(shared, private, to_private, ranges, current_request())
         left = self.registrations.get(shared if to_private else private)
-        await self.tell(message, message.subject, Unlocked(left.locks, ranges) if left is not None else None)
+        await self.tell(message, None, Unlocked(left.locks, ranges) if left is not None else None)
 
     async def convert_end(self, shared: FileId, private: FileId, done: PageRanges, *, to_private: bool) -> None:
         """Tell it that the conversion that began is over, and which pages are on the wanted side now."""
@@ -162,51 +162,54 @@ class Owner(ABC):
         if left is not None:
             left.conversions += 1
         message = ConvertEnd(shared, private, to_private, done, current_request())
-        await self.tell(message, message.subject)
+        await self.tell(message)
 
     # -- notifying --------------------------------------------------------------------------------------------------
 
-    async def tell(self, message: Notification, about: Mapping[str, object], unlocked: Unlocked | None = None) -> None:
+    async def tell(self, message: Notification, ino: int | None = None, unlocked: Unlocked | None = None) -> None:
         """Notify it, and wait until it has acted, and has unlocked pages; fence it if that takes too long or fails.
 
-        `about` is for logs. Never raises, and cannot be cancelled: what it is notified of is done or being done.
+        `ino` names the file in logs. Never raises, and cannot be cancelled: what it is notified of is done or being
+        done.
         """
         if not self.is_connected:
             return
-        self._log("notify", message, about)
+        if log.isEnabledFor(logging.INFO):
+            self._log("notify", message, ino)
         why: str | None = None
-        with self.outstanding.of(self, message) as pending:
-            try:
-                ack = self._ack(message, await self._answer(pending, unlocked))
-            except PeerGone:
-                return
-            except trio.TooSlowError as error:
-                why = str(error)
-            except OSError as error:  # an owner that is not notified must not go on
-                why = f"it could not be notified: {error.strerror}"
-            except Exception:
-                log.exception("a bug in memfs, while %s was being notified", self)
-                why = "it could not be notified: a bug in memfs"
+        pending = self.outstanding.of(self, message)
+        try:
+            ack = self._ack(message, await self._answer(pending, unlocked))
+        except PeerGone:
+            return
+        except trio.TooSlowError as error:
+            why = str(error)
+        except OSError as error:  # an owner that is not notified must not go on
+            why = f"it could not be notified: {error.strerror}"
+        except Exception:
+            log.exception("a bug in memfs, while %s was being notified", self)
+            why = "it could not be notified: a bug in memfs"
+        finally:
+            self.outstanding.count(pending)
         if why is not None:
             await self.fence(why)
         elif ack is not None:
-            self._acknowledged(pending, ack, about)
+            self._acknowledged(pending, ack, ino)
 
     async def _answer(self, pending: Pending[Owner], unlocked: Unlocked | None) -> Answer:
         """Notify it and return its answer, when that is done and no page is locked any more.
 
-        An owner that answers soon is not waited for, so there is then no need of a deadline. Raises PeerGone,
-        trio.TooSlowError, which says what is known of why, OSError.
+        An owner that answers soon is not waited for, so there is then no need of a deadline, and nobody sees it owe
+        anything. Raises PeerGone, trio.TooSlowError, which says what is known of why, OSError.
         """
-        message = pending.message
-        answer = self._post(message)
-        if pending.comes_soon and not answer.is_done:
+        answer = self._post(pending.message)
+        if not answer.is_done and self.outstanding.is_recent:
             answer.poll()
         if answer.is_done and (unlocked is None or unlocked.is_so):
             await answer.wait()  # only says so if it is done because the owner is gone
         else:
             try:
-                with Deadlines.here().fail_after(self.notify_timeout):
+                with pending, Deadlines.here().fail_after(self.notify_timeout):
                     await answer.wait()
                     if unlocked is not None:
                         await unlocked.wait()
@@ -236,14 +239,14 @@ class Owner(ABC):
         assert isinstance(answer.reply.message, Ack), f"the protocol let {answer.reply.message} through"
         return answer.reply.message
 
-    def _acknowledged(self, pending: Pending[Owner], ack: Ack, about: Mapping[str, object]) -> None:
+    def _acknowledged(self, pending: Pending[Owner], ack: Ack, ino: int | None) -> None:
         self.acknowledged += 1
         if log.isEnabledFor(logging.INFO):
-            self._log("acknowledged", pending.message, {**about, "seconds": pending.age})
+            self._log("acknowledged", pending.message, ino, seconds=pending.age)
         if ack.errno:
             reason, pages = os.strerror(ack.errno), pending.message.subject["pages"]
             log.warning("%s could not act on %s of %s: %s", self, pending.kind, pages, reason)
 
-    def _log(self, what: str, message: Notification, about: Mapping[str, object]) -> None:
-        if log.isEnabledFor(logging.INFO):
-            log.info(what, extra=fields(owner=self.number, notification=type(message).__name__, **about))
+    def _log(self, what: str, message: Notification, ino: int | None, **more: object) -> None:
+        about = message.subject if ino is None else {"ino": ino, "pages": message.subject["pages"]}
+        log.info(what, extra=fields(owner=self.number, notification=type(message).__name__, **about, **more))

@@ -85,9 +85,6 @@ class Registration:
         for edge in self.locks.edges:
             yield numbered(records.LOCKS, self.id, records.part(edge))
 
-    def _about(self, pages: PageRange) -> dict[str, object]:
-        return {"ino": self.inode.ino, "pages": pages}
-
     # -- guest_ops: the file notifies the owner ---------------------------------------------------------------------
 
     async def invalidate_begin(self, pages: PageRange) -> None:
@@ -95,18 +92,18 @@ class Registration:
         if self.alive:
             self._begun = True  # or it is fenced
             message = InvalidateBegin(self.id, pages, current_request())
-            await self.owner.tell(message, self._about(pages), Unlocked(self.locks, (pages,)))
+            await self.owner.tell(message, self.inode.ino, Unlocked(self.locks, (pages,)))
 
     async def invalidate_end(self, pages: PageRange) -> None:
         """Tell the owner that the invalidation that began is over."""
         if self._begun:
             self._begun = False
-            await self.owner.tell(InvalidateEnd(self.id, pages, current_request()), self._about(pages))
+            await self.owner.tell(InvalidateEnd(self.id, pages, current_request()), self.inode.ino)
 
     async def fallocate(self, pages: PageRange) -> None:
         """Tell the owner that pages are allocated."""
         if self.alive:
-            await self.owner.tell(Fallocate(self.id, pages, current_request()), self._about(pages))
+            await self.owner.tell(Fallocate(self.id, pages, current_request()), self.inode.ino)
 
     # -- guest_mem_ops: the owner asks about pages ------------------------------------------------------------------
 

@@ -29,15 +29,17 @@ async def test_what_is_outstanding_is_known_by_owner() -> None:
 async def test_nothing_is_polled_for_while_any_owner_is_late(autojump_clock: trio.testing.MockClock) -> None:
     """Its answer needs the event loop; and whoever asks for something else is not to wait for a poll as well."""
     outstanding: Outstanding[str] = Outstanding()
-    with outstanding.of("a", BEGIN) as late:
+    assert outstanding.is_recent
+    with outstanding.of("a", BEGIN):
         await trio.sleep(0.0005)
-        with outstanding.of("b", BEGIN) as soon:
-            assert (late.comes_soon, soon.comes_soon) == (True, True)
+        with outstanding.of("b", BEGIN):
+            assert outstanding.is_recent
         await trio.sleep(0.001)
-        with outstanding.of("b", BEGIN) as held_up, outstanding.of("a", FALLOCATE) as other:
-            assert (held_up.comes_soon, other.comes_soon) == (False, False)
-    with outstanding.of("b", BEGIN) as again:
-        assert again.comes_soon
+        assert not outstanding.is_recent
+        with outstanding.of("b", BEGIN), outstanding.of("a", FALLOCATE):
+            assert not outstanding.is_recent
+    with outstanding.of("b", BEGIN):
+        assert outstanding.is_recent
 
 
 async def test_it_is_described_for_people(autojump_clock: trio.testing.MockClock) -> None:

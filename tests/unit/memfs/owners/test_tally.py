@@ -39,9 +39,10 @@ async def test_it_is_counted_when_it_is_acknowledged(
     autojump_clock: trio.testing.MockClock, message: Notification, kind: str, pages: int
 ) -> None:
     outstanding: Outstanding[str] = Outstanding()
-    with outstanding.of("a", message):
+    with outstanding.of("a", message) as pending:
         assert outstanding.describe() == {}
         await trio.sleep(0.5)
+    outstanding.count(pending)
     assert outstanding.describe() == {
         kind: {
             "count": 1,
