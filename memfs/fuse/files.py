@@ -254,15 +254,17 @@ class FileHandlers:
         fh, offset, length, mode, _ = unpack(FALLOCATE_IN, request.body)
         if mode not in (0, FALLOC_FL_KEEP_SIZE, PUNCH_HOLE):
             raise OSError(errno.EOPNOTSUPP, f"fallocate mode {mode:#x}")
-        if not length or offset > MAX_OFFSET:
-            raise OSError(errno.EINVAL, f"{length} bytes from {offset} on")
-        if offset + length > MAX_OFFSET:
-            raise OSError(errno.EFBIG, f"{length} bytes from {offset} on")
+        if not length or offset + length > MAX_OFFSET:
+            kind = errno.EFBIG if length and offset <= MAX_OFFSET else errno.EINVAL
+            raise OSError(kind, f"{length} bytes from {offset} on")
         inode = self._open_files.file(fh).inode
-        inode_flags.check_fallocate(inode, mode)
+        if inode.flags:
+            inode_flags.check_fallocate(inode, mode)
         if log.isEnabledFor(logging.INFO):
             said = fields(ino=inode.ino, mode=mode, offset=offset, length=length, pid=request.pid, uid=request.uid)
             log.info("fallocate", extra=said)
+        if inode.file.fallocate_now(mode, ByteOffset(offset), length):
+            return b""
         with working_for_caller(request) if length > SHORT else _NEEDS_NO_THREAD:
             if mode == PUNCH_HOLE:
                 await inode.file.punch(ByteOffset(offset), length)

@@ -35,6 +35,7 @@ import trio
 
 from memfs.contract.aio.lock import Lock
 from memfs.contract.page_map import ABSENT, ALLOCATED, PageMap
+from memfs.contract.sys.libc import fallocate
 from memfs.contract.units import PAGE_SIZE, ByteOffset, PageIndex, PageRange, page_ceil, page_floor
 from memfs.state.journal import INODE, NO_JOURNAL, Journal
 from memfs.store import chunks, seals
@@ -307,6 +308,29 @@ class File:
         Returns the range, or the granules around it, which are allocated then.
         """
         return await self._pages().ensure_allocated(pages)
+
+    def fallocate_now(self, mode: int, offset: ByteOffset, length: int) -> bool:
+        """Allocate or punch as `allocate` and `punch`, if that is a short call, and nobody else's business.
+
+        So it is if only the kernel counts the file's pages, nobody owns them or has the lock, and nothing forbids it: a
+        balloon makes thousands of such calls. Returns whether it is done. Raises OSError as the kernel does.
+        """
+        if (
+            length > chunks.SHORT
+            or self._accounting is not None
+            or self._owner is not None
+            or self.seals & ~seals.F_SEAL_SEAL
+            or (self._lock is not None and self._lock.is_taken)
+            or not self._backing_file.holds
+        ):
+            return False
+        try:
+            fallocate(self._backing_file.fd, mode, offset, length)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                return False  # space may be about to be freed
+            raise
+        return True
 
     async def allocate(self, offset: ByteOffset, length: int, *, keep_size: bool) -> None:
         """Allocate every page that [offset, offset + length) touches: fallocate(2), mode 0 or FALLOC_FL_KEEP_SIZE.

@@ -18,6 +18,11 @@ class Lock:
         self._is_taken = False
         self._waiting: trio.lowlevel.ParkingLot | None = None  # that of a lock which nobody ever waited for
 
+    @property
+    def is_taken(self) -> bool:
+        """Whether a task has it."""
+        return self._is_taken
+
     async def acquire(self) -> None:
         """Take the lock. Yields only if another task has it; cancelled, it is not taken."""
         if not self._is_taken:
