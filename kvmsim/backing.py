@@ -139,7 +139,10 @@ class GuestFile:
 
         How large a mapping may be the page map tells as well, so the largest order may be claimed here.
         """
-        if self.page_map is None or self.page_map.count(pages) != len(pages) or not self.reaches(pages.end):
+        if self.page_map is None:
+            return None
+        is_all = self.is_private(pages.start) if len(pages) == 1 else self.page_map.count(pages) == len(pages)
+        if not is_all or not self.reaches(pages.end):
             return None
         return self.allocated(pages, self.largest_order)
 

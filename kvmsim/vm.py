@@ -287,7 +287,8 @@ class VM:
         """Act as on InvalidateBegin of the file that pages leave and Fallocate of the other, as one invalidation."""
         slots, ranges, key = self.mmu.slots, message.ranges, (message.shared, message.private)
         left, other = key if message.to_private else (message.private, message.shared)
-        leaving, coming = slots.windows_at(left, ranges), slots.windows_at(other, ranges)
+        coming = slots.windows_at(other, ranges)
+        leaving = slots.windows_at(left, ranges) if isinstance(message, ConvertBegin) or self.listeners else []
         if isinstance(message, ConvertBegin):
             # Of a slot on both files one window says all: which gfns, and that what leaves is unmapped.
             rest = [window for window in coming if all(file.id != left for file in window.slot.files)]

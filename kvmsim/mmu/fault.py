@@ -150,7 +150,9 @@ async def _ask(mmu: Mmu, fault: PageFault, file: GuestFile, pages: PageRange, *,
 
 def _install(mmu: Mmu, fault: PageFault, file: GuestFile, reply: PfnReply) -> bool:
     """Map what the store said about the first pages of a fault, if that still holds. Returns whether it does."""
-    gfns = GfnRange(fault.gfns.start, Gfn(fault.gfns.start + len(reply.pages)))
+    gfns = fault.gfns
+    if len(reply.pages) != len(gfns):
+        gfns = GfnRange(gfns.start, Gfn(gfns.start + len(reply.pages)))
     if not mmu.slots.is_current(fault.slot) or mmu.invalidations.must_retry(fault.seq, gfns):
         return False
     shift = gfns.start - reply.pages.start
@@ -159,22 +161,24 @@ def _install(mmu: Mmu, fault: PageFault, file: GuestFile, reply: PfnReply) -> bo
             if len(reply.runs) == 1:
                 return False  # the one page that was asked for has gone meanwhile
             continue
-        part = GfnRange(Gfn(run.pages.start + shift), Gfn(run.pages.end + shift))
+        part = gfns
+        if len(reply.runs) > 1:
+            part = GfnRange(Gfn(run.pages.start + shift), Gfn(run.pages.end + shift))
         if not mmu.is_uniform(fault.slot, part, fault.side):
             return False  # converted, and the notification is still to come
         mmu.frames.add(file, run)
         if len(part) > 1:
             mmu.install(fault, part, run.pfn, ORDER_4K if fault.slot.logs_dirty else run.order)
             continue
-        block, order = _largest(mmu, fault, part.start, run)
+        block, order = _largest(mmu, fault, part, run)
         mmu.install(fault, block, Pfn(run.pfn - (part.start - block.start)), order)
     return True
 
 
-def _largest(mmu: Mmu, fault: PageFault, gfn: Gfn, run: PfnRun) -> tuple[GfnRange, int]:
-    """Return the largest block around a gfn that one leaf may map, and its order."""
+def _largest(mmu: Mmu, fault: PageFault, page: GfnRange, run: PfnRun) -> tuple[GfnRange, int]:
+    """Return the largest block around a gfn, given as a range, that one leaf may map, and its order."""
     assert run.pfn is not None
-    slot, within = fault.slot, fault.slot.gfns
+    slot, within, gfn = fault.slot, fault.slot.gfns, page.start
     for order in (ORDER_1G, ORDER_2M):
         pages = 1 << order
         start = gfn & -pages
@@ -189,7 +193,7 @@ def _largest(mmu: Mmu, fault: PageFault, gfn: Gfn, run: PfnRun) -> tuple[GfnRang
         block = GfnRange(Gfn(start), Gfn(start + pages))
         if not mmu.invalidations.is_active(block) and mmu.is_uniform(slot, block, fault.side):
             return block, order
-    return GfnRange(gfn, Gfn(gfn + 1)), ORDER_4K
+    return page, ORDER_4K
 
 
 async def _map_classic(mmu: Mmu, fault: PageFault) -> bool:

@@ -32,7 +32,9 @@ class FrameMap:
         """Remember which file an extent is of, as the store said."""
         assert run.pfn is not None
         number, within = divmod(run.pfn, EXTENT_PAGES)
-        self._extents[number] = _Extent(file, PageIndex(run.pages.start - within))
+        first, known = run.pages.start - within, self._extents.get(number)
+        if known is None or known.file is not file or known.first_page != first:
+            self._extents[number] = _Extent(file, PageIndex(first))
 
     def locate(self, pfn: Pfn) -> tuple[GuestFile | LocalMemory, ByteOffset]:
         """Return what a frame's memory is in, and where in it. Raises KeyError for a frame of an unknown extent."""

@@ -62,5 +62,7 @@ class IntervalIndex(Generic[_T]):
         for size, (starts, rest) in self._classes.items():
             low = bisect.bisect(starts, start - (1 << size))
             high = bisect.bisect_left(starts, end)
-            found += [value for its_end, value in rest[low:high] if its_end > start]
+            for its_end, value in rest[low:high]:  # most often one
+                if its_end > start:
+                    found.append(value)
         return found

@@ -16,7 +16,7 @@ from __future__ import annotations
 import bisect
 import enum
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -52,6 +52,10 @@ class Memslot:
     shared: GuestFile | None  #: None for a classic slot
     private: GuestFile | None
     dirty: DirtyLog | None = None  #: with KVM_MEM_LOG_DIRTY_PAGES
+    shift: int = field(init=False)  #: how much larger the index of the page that serves a gfn is than the gfn
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shift", page_floor(self.userspace_addr) - self.gfns.start)
 
     @property
     def readonly(self) -> bool:
@@ -86,11 +90,6 @@ class Memslot:
     def side(self, gfn: Gfn) -> Side:
         """Return on which side a gfn is: PRIVATE iff its page is allocated in the private file."""
         return Side.of(self.private is not None and self.private.is_private(self.page(gfn)))
-
-    @property
-    def shift(self) -> int:
-        """How much larger the index of the page that serves a gfn is than the gfn."""
-        return page_floor(self.userspace_addr) - self.gfns.start
 
     def page(self, gfn: Gfn) -> PageIndex:
         """Return the page of either file, or of the address space, that serves a gfn."""

@@ -291,13 +291,17 @@ class Client:
             self.gone = f"memfs has cut us off: {message.text}"
             return
         assert isinstance(message, Notification)
+        logs = log.isEnabledFor(logging.INFO)
         with working_on(message.cause):
-            _log("notified", message)
+            if logs:
+                _log("notified", message)
             await self._on_notification(message)
             self._poller.expect()
-            if is_answered(message):
-                with suppress(PeerGone):  # why it has gone comes next, if it said so
-                    await self._peer.reply(request.id, Ack())
+            if not is_answered(message):
+                return
+            with suppress(PeerGone):  # why it has gone comes next, if it said so
+                await self._peer.reply(request.id, Ack())
+                if logs:
                     _log("acknowledged", message)
 
     def close(self) -> None:
@@ -354,5 +358,4 @@ def _expect(kind: type[_Reply], reply: Incoming) -> _Reply:
 
 
 def _log(what: str, message: Notification) -> None:
-    if log.isEnabledFor(logging.INFO):
-        log.info(what, extra=fields(notification=type(message).__name__, **message.subject))
+    log.info(what, extra=fields(notification=type(message).__name__, **message.subject))
