@@ -96,8 +96,9 @@ class IoctlHandlers:
         if shared.access is Access.CACHED:
             raise OSError(errno.EOPNOTSUPP, "the shared file is open through the page cache; use fallocate(2) of both")
         comes, leaves = (private, shared) if asked.to_private else (shared, private)
-        inode_flags.check_fallocate(comes.inode, FALLOC_FL_KEEP_SIZE)
-        inode_flags.check_fallocate(leaves.inode, PUNCH_HOLE)
+        if comes.inode.flags or leaves.inode.flags:
+            inode_flags.check_fallocate(comes.inode, FALLOC_FL_KEEP_SIZE)
+            inode_flags.check_fallocate(leaves.inode, PUNCH_HOLE)
         if log.isEnabledFor(logging.INFO):
             inodes = {"ino": private.inode.ino, "shared": shared.inode.ino, "to_private": asked.to_private}
             log.info("convert", extra=fields(**inodes, pages=asked.ranges, pid=request.pid, uid=request.uid))

@@ -215,7 +215,7 @@ class _Conversion:
 
         If that fails, each run is on one side: on the wanted one if it was freed on the other before.
         """
-        before = await self._to.present(runs) if not self._to_private else NO_PAGES
+        before = await self._to.written(runs) if not self._to_private else NO_PAGES
         try:
             await self._allocate(runs, before, reservation)
             if len(runs) > _BATCH * _CALLS or runs.pages > chunks.SHORT_PAGES:  # it may have to wait
@@ -305,18 +305,20 @@ class _Conversion:
             if is_done:
                 self._done = only.end
             return
-        call, pairs, at_once = pages.fallocate_now, runs.pairs(), _BATCH * _CALLS
-        for first in range(0, len(pairs), at_once):
-            if first:
-                await Turns.here().take(current_user(), _BATCH)
-            for start, end in pairs[first : first + at_once]:
-                offset, nbytes = start << PAGE_SHIFT, (end - start) << PAGE_SHIFT
-                if end - start <= chunks.SHORT_PAGES:
-                    call(mode, offset, nbytes)
+        starts, ends = runs.array.T << PAGE_SHIFT
+        call, number, at_once = pages.caller(mode), 0, _BATCH * _CALLS
+        try:
+            for offset, nbytes in zip(starts.tolist(), (ends - starts).tolist(), strict=True):
+                if number and number % at_once == 0:
+                    await Turns.here().take(current_user(), _BATCH)
+                if nbytes <= chunks.SHORT:
+                    call(offset, nbytes)
                 else:
-                    await chunks.system_call(functools.partial(call, mode, offset, nbytes), nbytes)
-                if is_done:
-                    self._done = PageIndex(end)
+                    await chunks.system_call(functools.partial(call, offset, nbytes), nbytes)
+                number += 1
+        finally:
+            if is_done and number:
+                self._done = PageIndex(int(runs.array[number - 1, 1]))
 
 
 def settle(state: Committed, files: Callable[[int], File | None], journal: Journal) -> None:

@@ -93,7 +93,7 @@ class Pages:
     freed; it is None for a file that has not been populated, or whose guest has been launched.
     """
 
-    __slots__ = ("_accounting", "_backing", "_file", "_granule", "_guest", "_image", "_owner")
+    __slots__ = ("_accounting", "_backing", "_file", "_guest", "_image", "_owner")
 
     def __init__(
         self,
@@ -111,16 +111,20 @@ class Pages:
         self._owner: Final = owner
         self._image: Final = image
         self._guest: Final = guest
-        self._granule: Final = bytes_to_pages(backing.guest_granule) if guest else 1
+
+    @property
+    def _needs_steps(self) -> bool:
+        """Whether a single call would allocate more than it is asked for."""
+        return self._guest and self._backing.guest_needs_steps
+
+    @property
+    def _granule(self) -> int:
+        """In what multiples of pages it gets and loses such."""
+        return bytes_to_pages(self._backing.guest_granule) if self._guest else 1
 
     @property
     def _page_map(self) -> PageMap | None:
         return self._accounting.page_map if self._accounting is not None else None
-
-    @property
-    def _is_only_the_kernels(self) -> bool:
-        """Whether nobody counts the file's pages but the kernel, and nobody is notified of them."""
-        return self._accounting is None and self._owner is None
 
     def runs(self, pages: PageRange) -> Iterator[tuple[PageRange, bool]]:
         """Split a range into runs of pages that are allocated (True) or absent (False), in order.
@@ -156,10 +160,19 @@ class Pages:
         else:
             self._fallocate(mode, ByteOffset(offset), nbytes)
 
-    async def present(self, ranges: PageRanges) -> PageRanges:
-        """Return which pages of some ranges there are; of an untracked file, the ranges that have any."""
+    def caller(self, mode: int) -> Callable[[int, int], None]:
+        """Return a function that does what `fallocate_now` does with many ranges: offset and length, in bytes."""
+        if mode == PUNCH_HOLE or not self._needs_steps:
+            return functools.partial(fallocate, self._file.fd, mode)
+        return functools.partial(self.fallocate_now, mode)
+
+    async def written(self, ranges: PageRanges) -> PageRanges:
+        """Return which pages of some ranges may not be zero; of an untracked file, the ranges that have any."""
         if self._page_map is not None:
             return self._page_map.select(ranges, ALLOCATED)
+        if ranges.only is not None and len(ranges.only) == 1:
+            content = os.pread(self._file.fd, PAGE_SIZE, ranges.only.offset)
+            return ranges if content.strip(b"\0") else NO_PAGES
         counts = await self._counts(ranges)
         if not any(counts):
             return NO_PAGES
@@ -215,14 +228,6 @@ class Pages:
         On ENOSPC nothing was allocated; a call that is cancelled has allocated a part, from the start on.
         """
         mode = FALLOC_FL_KEEP_SIZE if keep_size else 0
-        if length <= chunks.SHORT and self._is_only_the_kernels:
-            try:
-                fallocate(self._file.fd, mode, offset, length)
-            except OSError as error:
-                if error.errno != errno.ENOSPC:
-                    raise
-            else:
-                return
         allocated: list[PageRange] = []
         try:
             await self._allocate(offset, length, mode, allocated)
@@ -334,7 +339,7 @@ class Pages:
 
     def _fallocate(self, mode: int, offset: ByteOffset, length: int) -> None:
         """Allocate what [offset, offset + length) touches, and nothing besides."""
-        if not self._guest or not self._backing.guest_needs_steps:
+        if not self._needs_steps:
             fallocate(self._file.fd, mode, offset, length)
             return
         for start, nbytes, within in self._backing.guest_steps(offset, length):
@@ -400,9 +405,6 @@ class Pages:
 
     async def punch(self, offset: ByteOffset, length: int) -> None:
         """Free the whole pages in [offset, offset + length) and zero the rest. Cancelled, frees a part."""
-        if length <= chunks.SHORT and self._is_only_the_kernels:
-            self._punch(offset, length)
-            return
         pages = PageRange.inside(offset, length)
         await self._free_in_order(functools.partial(self._punch, offset, length), notified=pages, freed=pages)
 
