@@ -17,7 +17,7 @@ from kvmsim.mmu.invalidate import InvalidationState
 from kvmsim.mmu.ownership import OwnershipTable
 from kvmsim.mmu.page_fault import PageFault
 from kvmsim.mmu.page_table import PageTable
-from kvmsim.mmu.pte import PTE_PRIVATE, PTE_R, PTE_W, PTE_X, is_private, level_pages, pte_pfn, pte_pfns, select, side_of
+from kvmsim.mmu.pte import PTE_PRIVATE, PTE_R, PTE_W, PTE_X, is_private, level_pages, pte_pfn, pte_pfns, select
 from kvmsim.mmu.tlb import Translations
 from kvmsim.side import Side
 from kvmsim.slots.memslots import Memslot, Memslots, Window
@@ -88,9 +88,12 @@ class Mmu:
         self.table.map_pages(gfns, pfns, flags)
 
     def make_writable(self, fault: PageFault) -> bool:
-        """Handle a store to a page that is mapped read-only, if that is all that is wrong (fast_page_fault)."""
+        """Handle a store to a page that is mapped read-only, if that is all that is wrong (fast_page_fault).
+
+        It is so mapped since its slot logs, or did, what is written; such a slot has no private memory.
+        """
         pte = self.table.lookup(fault.gfns.start)
-        if not pte or pte & PTE_W or side_of(pte) is not fault.side or fault.slot.readonly:
+        if not pte or pte & PTE_W:
             return False
         self.mark_dirty(fault.slot, fault.gfns)
         self.table.protect_range(fault.gfns, add=PTE_W)

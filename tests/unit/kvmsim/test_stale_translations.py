@@ -17,6 +17,8 @@ from kvmsim.exits import HALT, Exit, HypercallExit, MemoryErrorExit
 from kvmsim.mmu import fault as mmu_fault
 from kvmsim.mmu.page_fault import Access
 from kvmsim.mmu.pte import pte_pfn
+from kvmsim.mmu.tlb import Tlb
+from kvmsim.mmu.walk import translate
 from kvmsim.side import Side
 from kvmsim.slots.hva import Mapping
 from kvmsim.slots.memslots import AddressSpace
@@ -48,6 +50,25 @@ async def test_store_after_the_log_was_taken_is_in_the_next(new_vm: NewVm) -> No
             assert vm.get_dirty_log(0)[0] == 2
         vm.manual_dirty_log_protect = True
         assert vm.get_dirty_log(0)[0] == 0
+
+
+async def test_store_after_a_load_was_mapped_late_is_in_the_log(new_vm: NewVm) -> None:
+    """What is mapped over another mapping, with less right, flushes the TLB."""
+    load, store_to = (Access(Gfn(1), write=write, side=Side.SHARED) for write in (False, True))
+    async with new_vm() as (vm, store):
+        await vm.set_user_memory_region(region(store.file(), flags=LOGGED))
+        vm.mmu.tlbs.append(tlb := Tlb())
+        store.held = late = trio.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(vm.fault, load)
+            await wait_all_tasks_blocked()
+            store.held = trio.Event()
+            store.held.set()
+            assert await vm.fault(store_to) is None
+            assert translate(vm.mmu, tlb, store_to) is not None
+            late.set()
+        assert vm.get_dirty_log(0)[0] == 2
+        assert translate(vm.mmu, tlb, store_to) is None, "it would not be logged"
 
 
 async def test_logs_are_the_same_whatever_runs_on_the_vcpu(new_vm: NewVm) -> None:
