@@ -15,13 +15,14 @@ from trio.testing import wait_all_tasks_blocked
 from memfs.contract.page_map import MAX_PAGES
 from memfs.contract.page_ranges import PageRanges
 from memfs.contract.protocol.messages import FileId
-from memfs.contract.sys.libc import fallocate
+from memfs.contract.sys.libc import PUNCH_HOLE, fallocate
 from memfs.contract.units import PAGE_SIZE, ByteOffset, PageRange
 from memfs.store.backing import Backing
+from memfs.store.chunks import SHORT
 from memfs.store.file import File
 from memfs.store.measurement import InitialImage
 from memfs.store.memfd_backing import MemfdBacking
-from memfs.store.seals import F_SEAL_GUEST, F_SEAL_SEAL
+from memfs.store.seals import F_SEAL_GUEST, F_SEAL_SEAL, F_SEAL_SHRINK
 from memfs.store.tmpfs_backing import TmpfsBacking
 from tests.helpers import at, new_backing, not_none, pages, raises
 
@@ -284,6 +285,42 @@ async def test_truncating_to_the_same_size_frees_what_lies_beyond(backing: Backi
         file.check()
         assert backing.free_pages == 31
         file.close()
+
+
+async def test_short_call_is_made_at_once_unless_it_is_somebody_else_s_business() -> None:
+    backing, accounted = TmpfsBacking(LIMIT), MemfdBacking(LIMIT)
+    file, tracked = File(backing, 1), File(accounted, 2)
+
+    def is_done(which: File, length: int = PAGE_SIZE) -> bool:
+        return all(which.fallocate_now(mode, at(1), length) for mode in (0, PUNCH_HOLE))
+
+    assert not is_done(file), "nobody holds it"
+    with file.held(), tracked.held():
+        assert file.fallocate_now(0, at(1), PAGE_SIZE)
+        assert (file.size, file.pages) == (at(2), 1)
+        assert file.fallocate_now(PUNCH_HOLE, at(1), PAGE_SIZE)
+        assert (file.size, file.pages) == (at(2), 0)
+        assert not is_done(file, SHORT + 1)
+        assert not is_done(tracked)
+        async with file.locked():
+            assert not is_done(file)
+        assert is_done(file)
+        for number in range(31):
+            assert file.fallocate_now(0, at(number), PAGE_SIZE)
+        file.fallocate_now(0, at(31), PAGE_SIZE)
+        assert not file.fallocate_now(0, at(40), PAGE_SIZE), "what is being freed has to be waited for"
+        with raises(errno.EINVAL):
+            file.fallocate_now(0, at(1), 0)
+        file.bind(Recorder(file))
+        assert not is_done(file)
+        file.unbind()
+        assert file.fallocate_now(PUNCH_HOLE, at(1), PAGE_SIZE)
+        await file.add_seals(F_SEAL_SHRINK)
+        assert not is_done(file)
+    for each in (file, tracked):
+        each.close()
+    backing.close()
+    accounted.close()
 
 
 async def test_untracked_file_shrinks_from_beyond_any_page_map() -> None:

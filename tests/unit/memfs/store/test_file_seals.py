@@ -9,11 +9,18 @@ from collections.abc import Iterator
 
 import pytest
 
+from memfs.contract.sys.constants import F_SEAL_FUTURE_WRITE
 from memfs.contract.units import PAGE_SIZE, ByteOffset
 from memfs.store.backing import Backing
 from memfs.store.file import File
 from memfs.store.memfd_backing import MemfdBacking
-from memfs.store.seals import F_SEAL_EXEC, F_SEAL_GROW, F_SEAL_GUEST, F_SEAL_SHRINK
+from memfs.store.seals import (
+    F_SEAL_EXEC,
+    F_SEAL_GROW,
+    F_SEAL_GUEST,
+    F_SEAL_SHRINK,
+    F_SEAL_WRITE,
+)
 from memfs.store.tmpfs_backing import TmpfsBacking
 from tests.helpers import at, new_backing, raises
 
@@ -100,3 +107,28 @@ async def test_data_of_a_guest_sealed_file_is_what_is_allocated(backing: Backing
         with raises(errno.ENXIO):
             file.seek(offset, os.SEEK_HOLE)
     file.close()
+
+
+@pytest.mark.parametrize("passes_through", [False, True])
+async def test_seal_on_writes_waits_for_nobody_who_may_write(file: File, passes_through: bool) -> None:
+    """Through a mapping of the page cache, or without asking us; who only reads is in nobody's way."""
+    file.opens.pass_through(1 if passes_through else None)
+    for writable in (False, True):
+        file.opens.add(writable=writable)
+    for seal in (F_SEAL_WRITE, F_SEAL_FUTURE_WRITE, F_SEAL_SHRINK, F_SEAL_GROW):
+        if seal == F_SEAL_SHRINK or (seal == F_SEAL_GROW and not passes_through):
+            await file.add_seals(seal)
+            continue
+        with raises(errno.EBUSY):
+            await file.add_seals(seal)
+    file.opens.remove(writable=True)
+    await file.add_seals(F_SEAL_WRITE | F_SEAL_GROW)
+    file.opens.remove(writable=False)
+
+
+async def test_size_that_stays_changes_the_times_unless_it_is_set_by_path(file: File) -> None:
+    await file.truncate(PAGE_SIZE)
+    for by_path in ({"by_path": True}, {"by_path": False}, {}):
+        file.set_times(0, 0)
+        await file.truncate(PAGE_SIZE, **by_path)
+        assert (file.stat().st_mtime == 0) == bool(by_path.get("by_path")), by_path
