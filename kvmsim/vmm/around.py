@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from kvmsim.slots.memslots import Memslot
-from memfs.contract.sparse import data_pages
+from memfs.contract.sparse import allocated_pages, data_pages
 from memfs.contract.units import PAGE_SIZE, PageIndex, PageRange, bytes_to_pages
 
 GRANULES: Final = (PAGE_SIZE, 16 * PAGE_SIZE, 512 * PAGE_SIZE)  #: bytes
@@ -38,7 +38,8 @@ class Around:
         """Return which pages around those that are about to become private are in neither file, in order.
 
         Where shared memory has content is asked of the backing file, which is on no mount, so that nobody is waited
-        for.
+        for. Where it has no pages at all, as most often, that is asked first: SEEK_DATA walks over all that was
+        allocated and never written, to the next data.
         """
         if len(asked) >= self._granule:
             return []
@@ -47,7 +48,8 @@ class Around:
         assert private is not None
         assert private.page_map is not None
         assert shared is not None
-        return without(window, [asked, *private.page_map.runs(window), *data_pages(shared.fd, window)])
+        written = data_pages(shared.fd, window) if allocated_pages(shared.fd, window) else ()
+        return without(window, [asked, *private.page_map.runs(window), *written])
 
     def _window(self, asked: PageRange) -> PageRange:
         is_sequential = asked.start == self._expected
