@@ -44,7 +44,7 @@ class BackingFile:
     def size(self) -> int:
         """The file's size in bytes."""
         if self.fd != _CLOSED:
-            return os.lseek(self.fd, 0, os.SEEK_END)  # a quarter of fstat(2), and nobody uses the position
+            return os.fstat(self.fd).st_size  # lseek(2) is shorter, and waits for whoever looks for data in a thread
         return self.stat().st_size
 
     @property
