@@ -35,7 +35,7 @@ class Code:
     def __init__(self, directory: Path, version: str, **changes: tuple[str, str]) -> None:
         shutil.copytree(Path(package.__file__).parent, directory / "memfs")
         self.directory = directory
-        self.change("__init__", 'version("memfs-kvmsim")', f'"{version}"')
+        self.change("contract/version", f'"{package.__version__}"', f'"{version}"')
         for file, (before, after) in changes.items():
             self.change(file, before, after)
 
