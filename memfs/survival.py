@@ -173,6 +173,9 @@ class Survival:
             log.error("the keeper is gone: if this process is killed, the mount ends")
             self._opened.no_survival = "its keeper is gone"
             self._opened.listener.renew()
+            if self._opened.successors is not None:
+                self._opened.successors.remove()
+                self._opened.successors = None
 
     def leave_to_next_keeper(self) -> None:
         """End this process, with nothing taken apart, if the keeper is gone and a service manager starts another.

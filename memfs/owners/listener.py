@@ -63,8 +63,11 @@ class Listener:
         if self.socket.fileno() < 0:
             return
         self.socket.close()
-        if self.handed_over:
-            return
+        if not self.handed_over:
+            self.remove()
+
+    def remove(self) -> None:
+        """Remove the name, unless it is another's by then."""
         try:
             if os.path.samestat(os.lstat(self.path), self._status):
                 os.unlink(self.path)

@@ -293,6 +293,8 @@ def test_a_signal_that_comes_while_nobody_serves_is_not_lost(mount_memfs: MountM
 def test_when_the_keeper_is_gone_the_worker_goes_on(mount_memfs: MountMemfs) -> None:
     memfs = mount_memfs("size=64m,survive=on")
     (memfs.path / "file").write_text("content")
+    socket_of_keeper = Path(str(state_of(memfs)["keeper_socket"]))
+    assert socket_of_keeper.exists()
     memfs.process.kill()
     memfs.process.wait()
     deadline = time.monotonic() + 20
@@ -301,6 +303,8 @@ def test_when_the_keeper_is_gone_the_worker_goes_on(mount_memfs: MountMemfs) -> 
         time.sleep(0.02)
     assert (memfs.path / "file").read_text() == "content"
     assert "the keeper is gone" in memfs.log.read_text()
+    assert not socket_of_keeper.exists()
+    assert state_of(memfs)["keeper_socket"] is None
     assert run("umount", memfs.path).returncode == 0
 
 
