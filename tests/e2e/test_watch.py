@@ -20,6 +20,7 @@ from memfs.contract.units import PageIndex, PageRange
 from .conftest import Memfs, MountMemfs, memfs_command, run
 from .owner import connected, shell
 from .terminal import Terminal
+from .test_terminal import KVMSIM
 from .tools import skip_without
 
 ALICE = 12001
@@ -243,3 +244,24 @@ def test_top_without_a_terminal_is_one_snapshot_and_waits_for_nobody_long(
     assert "64.0M" in result.stdout
     assert "2.0M" in result.stdout
     assert "\x1b" not in result.stdout
+
+
+# -- progress ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_may_take_long_has_a_bar_on_a_terminal_and_nowhere_else(guest: Memfs) -> None:
+    shared, private, fresh = (str(guest.path / name) for name in ("shared", "private", "fresh"))
+    assert guest.run(*memfs_command("create", "--seals", "guest", "--size", "4M", fresh)).returncode == 0
+    for command in (
+        memfs_command("allocate", shared),
+        memfs_command("convert", "--to", "private", shared, private, "2m:1m"),
+        memfs_command("populate", fresh, "/bin/sh"),
+        [*KVMSIM, "run", "--shared", shared, "--private", private, "--mem", "4m", "--prefault"],
+    ):
+        with Terminal(command) as terminal:
+            code = terminal.end()
+            if code and b"not supported" in terminal.shown:  # to convert without passthrough
+                continue
+            assert (code, "━".encode() in terminal.shown) == (0, True), terminal.shown[-2000:]
+        result = run(*command)
+        assert (result.returncode, "━" in result.stdout + result.stderr) == (0, False)
