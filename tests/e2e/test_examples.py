@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 
 from .conftest import Memfs, interruptible, memfs_command, run
+from .service import Service, service
+
+__all__ = ["service"]
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -21,6 +24,32 @@ def test_vmm(memfs: Memfs) -> None:
     assert (result.returncode, result.stderr) == (0, "")
     assert "'hello, host'" in result.stdout
     assert "1 to private, 1 to shared" in result.stdout
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler (cc)")
+def test_vmm_in_c(memfs: Memfs, service: Service, tmp_path: Path) -> None:
+    program = tmp_path / "vmm"
+    compiled = run("cc", "-O2", "-Wall", "-Wextra", "-Werror", "-o", program, EXAMPLES / "vmm.c")
+    assert compiled.returncode == 0, compiled.stderr
+    result = run(program, service.path, memfs.path)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.splitlines() == [
+        "the guest wants 4096 bytes at gpa 0x3000 private",
+        "the guest wants 4096 bytes at gpa 0x3000 shared",
+        "the guest loads from a device at gpa 0x100000",
+        "the guest wants 4096 bytes at gpa 0x3000 private",
+        "the guest halts",
+        "it loaded 0x5ec2e7, then 0, 0x2a and 0",
+        "what is private, its VMM cannot read: Operation not permitted",
+    ]
+    for arguments, why in (
+        (("/nowhere", memfs.path), "/nowhere: No such file or directory\n"),
+        ((service.path, tmp_path), "Operation not supported\n"),
+    ):
+        result = run(program, *arguments)
+        assert (result.returncode, result.stdout) == (1, "")
+        assert result.stderr.startswith("vmm: ")
+        assert result.stderr.endswith(why)
 
 
 def test_owner(memfs: Memfs) -> None:

@@ -41,43 +41,12 @@ from tests.helpers import raises
 
 from .conftest import Memfs, memfs_command
 from .native import choice_or_skip
+from .service import Service, service
+
+__all__ = ["service"]
 
 SIZE = 1 << 20
 FALLOC_FL_PUNCH_HOLE = 3  # with FALLOC_FL_KEEP_SIZE
-
-
-class Service:
-    """A running `kvmsim serve`."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = str(path)
-        command = [sys.executable, "-m", "kvmsim", "serve", "--socket", self.path]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        assert self.process.stdout is not None
-        assert self.process.stdout.readline().startswith(f"kvmsim: serving on {path}; ")
-
-    def kvm(self) -> Kvm:
-        return Kvm(self.path)
-
-    def stop(self) -> str:
-        """Have it end, as it should; returns what it said."""
-        self.process.terminate()
-        _, said = self.process.communicate(timeout=20)
-        assert self.process.returncode == 0, said
-        assert not os.path.exists(self.path)
-        return said
-
-
-@pytest.fixture
-def service(tmp_path: Path) -> Iterator[Service]:
-    started = Service(tmp_path / "kvm.sock")
-    try:
-        yield started
-        if started.process.poll() is None:
-            assert "Traceback" not in started.stop()
-    finally:
-        started.process.kill()
-        started.process.communicate()
 
 
 class Files:
