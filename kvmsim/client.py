@@ -167,6 +167,28 @@ class Vm(Descriptor):
             payload = ioctls.REGION.pack(slot, flags, gpa, size, 0)
         self.ioctl(ioctls.KVM_SET_USER_MEMORY_REGION, payload=payload, fds=fds)
 
+    def create_guest_memfd(self, size: int, flags: int = 0) -> int:
+        """Return a new guest_memfd of so many bytes (KVM_CREATE_GUEST_MEMFD), which the caller closes."""
+        (fd,) = self.ioctl(ioctls.KVM_CREATE_GUEST_MEMFD, payload=ioctls.GUEST_MEMFD.pack(size, flags))[1]
+        return fd
+
+    def set_user_memory_region2(
+        self, slot: int, flags: int, *, gpa: int, size: int, fd: int = -1, offset: int = 0, guest_memfd: int = -1
+    ) -> None:
+        """Create, move or delete (`size` 0) a slot in mainline's words (KVM_SET_USER_MEMORY_REGION2).
+
+        `fd`: the file that the VMM has mapped; `offset`: in it, and in the guest_memfd.
+        """
+        fields = (slot, flags, gpa, size, 0, offset, guest_memfd)
+        payload = ioctls.REGION2.pack(*fields) if fd < 0 else ioctls.REGION2_MAPPED.pack(*fields, offset)
+        fds = [each for each in (fd, guest_memfd) if each >= 0]
+        self.ioctl(ioctls.KVM_SET_USER_MEMORY_REGION2, payload=payload, fds=fds)
+
+    def set_memory_attributes(self, gpa: int, size: int, attributes: int) -> None:
+        """Make a range private (KVM_MEMORY_ATTRIBUTE_PRIVATE) or shared (0): KVM_SET_MEMORY_ATTRIBUTES."""
+        payload = ioctls.MEMORY_ATTRIBUTES.pack(gpa, size, attributes, 0)
+        self.ioctl(ioctls.KVM_SET_MEMORY_ATTRIBUTES, payload=payload)
+
     def create_vcpu(self, vcpu_id: int) -> Vcpu:
         """Create a vCPU (KVM_CREATE_VCPU)."""
         fd, run = self.ioctl(ioctls.KVM_CREATE_VCPU, vcpu_id)[1]
@@ -225,6 +247,12 @@ class Vcpu(Descriptor):
         """Of KVM_EXIT_MEMORY_ERROR: KVM_EXIT_MEM_MAP_*, gpa, bytes."""
         kind, gpa, size = _MEMORY_ERROR.unpack_from(self.page, _UNION)
         return kind, gpa, size
+
+    @property
+    def memory_fault(self) -> tuple[int, int, int]:
+        """Of KVM_EXIT_MEMORY_FAULT, with which KVM_RUN raises EFAULT: flags, gpa, bytes."""
+        flags, gpa, size = struct.unpack_from("<QQQ", self.page, _UNION)
+        return flags, gpa, size
 
     @property
     def mmio(self) -> tuple[int, bytes, bool]:

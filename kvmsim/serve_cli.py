@@ -27,6 +27,7 @@ def add_command(commands: argparse._SubParsersAction[Parser]) -> None:
     """Add `serve`."""
     parser = commands.add_parser("serve", help="be KVM for VMMs in other processes", description=_serve.__doc__)
     parser.add_argument("--socket", metavar="PATH", help=f"where to listen (default: {default_socket()})")
+    parser.add_argument("--memfs", metavar="DIR", help="directory of a memfs, where KVM_CREATE_GUEST_MEMFD makes files")
     parser.add_argument("-v", "--verbose", action="store_true", help="print each call that fails, and why")
     parser.set_defaults(run=_serve)
 
@@ -48,16 +49,16 @@ def _serve(options: argparse.Namespace) -> None:
         vm_type, how = VmType.TDX_48, f"vCPUs run no native code: {error}"
     with _listen(path) as listener:
         try:
-            trio.run(_until_signalled, listener, vm_type, f"kvmsim: serving on {path}; {how}")
+            trio.run(_until_signalled, listener, vm_type, options.memfs, f"kvmsim: serving on {path}; {how}")
         finally:
             os.unlink(path)
 
 
-async def _until_signalled(listener: socket.socket, vm_type: VmType, ready: str) -> None:
+async def _until_signalled(listener: socket.socket, vm_type: VmType, directory: str | None, ready: str) -> None:
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         print(ready, flush=True)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(serve, listener, vm_type)
+            nursery.start_soon(serve, listener, vm_type, directory)
             async for _ in signals:
                 nursery.cancel_scope.cancel()
 

@@ -22,6 +22,9 @@ KVM_CREATE_VCPU: Final = 0xAE41  #: its descriptor, and a memfd that is its stru
 KVM_GET_DIRTY_LOG: Final = 0x4010AE42  #: the bitmap comes as a memfd
 KVM_SET_USER_MEMORY_REGION: Final = 0x4020AE46
 KVM_ENABLE_CAP: Final = 0x4068AEA3
+KVM_SET_USER_MEMORY_REGION2: Final = 0x40A0AE49
+KVM_SET_MEMORY_ATTRIBUTES: Final = 0x4020AED2
+KVM_CREATE_GUEST_MEMFD: Final = 0xC040AED4  #: brings a descriptor
 KVM_CLEAR_DIRTY_LOG: Final = 0xC018AEC0  #: the bitmap comes behind the structure
 
 # on a vCPU
@@ -46,12 +49,25 @@ KVM_CAP_READONLY_MEM: Final = 81
 KVM_CAP_MAX_VCPU_ID: Final = 128
 KVM_CAP_IMMEDIATE_EXIT: Final = 136
 KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: Final = 168
+KVM_CAP_USER_MEMORY2: Final = 231
+KVM_CAP_MEMORY_FAULT_INFO: Final = 232
+KVM_CAP_MEMORY_ATTRIBUTES: Final = 233  #: which there are
+KVM_CAP_GUEST_MEMFD: Final = 234
 KVM_CAP_PRE_FAULT_MEMORY: Final = 236
+
+KVM_MEMORY_ATTRIBUTE_PRIVATE: Final = 1 << 3
+KVM_MEM_GUEST_MEMFD: Final = 1 << 2  #: mainline's KVM_MEM_FD
 
 REGION: Final = struct.Struct("<IIQQQ")  #: slot, flags, guest_phys_addr, memory_size, userspace_addr
 REGION_EXT: Final = struct.Struct("<IIQQQii24x")  #: the same, fd, private_fd (RFC patch 03)
 #: of classic memory: REGION, and where in the file it lies that is mapped at userspace_addr
 REGION_MAPPED: Final = struct.Struct("<IIQQQQ")
+#: slot, flags, guest_phys_addr, memory_size, userspace_addr, guest_memfd_offset, guest_memfd
+REGION2: Final = struct.Struct("<IIQQQQi116x")
+#: the same, and where in the file it lies that is mapped at userspace_addr
+REGION2_MAPPED: Final = struct.Struct("<IIQQQQi116xQ")
+MEMORY_ATTRIBUTES: Final = struct.Struct("<QQQQ")  #: address, size, attributes, flags
+GUEST_MEMFD: Final = struct.Struct("<QQ48x")  #: size, flags
 DIRTY_LOG: Final = struct.Struct("<IIQ")  #: slot, padding, pointer
 CLEAR_DIRTY_LOG: Final = struct.Struct("<IIQQ")  #: slot, num_pages, first_page, pointer
 PRE_FAULT: Final = struct.Struct("<QQQ40x")  #: gpa, size, flags

@@ -15,6 +15,7 @@ import logging
 import os
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -24,10 +25,12 @@ from kvmsim.backing import socket_of
 from kvmsim.engines.kvm.engine import KvmEngine
 from kvmsim.engines.kvm.machine import KvmMachine, open_kvm_machine
 from kvmsim.engines.registers import Registers
-from kvmsim.exits import Exit, InterruptExit
+from kvmsim.exits import Exit, InterruptExit, MemoryErrorExit, MemoryFaultExit
 from kvmsim.service import ioctls
 from kvmsim.service.accesses import Accesses, parse_accesses
-from kvmsim.service.requests import region_of, unpack
+from kvmsim.service.descriptors import close_in_thread
+from kvmsim.service.guest_memory import Conversions, make_guest_memfd
+from kvmsim.service.requests import region2_of, region_of, unpack
 from kvmsim.service.run_page import RunPage
 from kvmsim.service.wire import Answer, Call
 from kvmsim.slots.dirty import Bitmap
@@ -57,6 +60,9 @@ _CAPABILITIES: Final = {
     ioctls.KVM_CAP_SYNC_REGS: 1,
     ioctls.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: 1,
     ioctls.KVM_CAP_PRE_FAULT_MEMORY: 1,
+    ioctls.KVM_CAP_USER_MEMORY2: 1,
+    ioctls.KVM_CAP_MEMORY_FAULT_INFO: 1,
+    ioctls.KVM_CAP_MEMORY_ATTRIBUTES: ioctls.KVM_MEMORY_ATTRIBUTE_PRIVATE,
 }
 
 
@@ -88,10 +94,13 @@ def capability(number: int) -> int:
 
 
 class ServedVm(Target):
-    """A VM. `vm_type`: the one that native code is run on here."""
+    """A VM. `vm_type`: the one that native code is run on here; `directory`: where guest_memfds are made."""
 
-    def __init__(self, name: str, vm_type: VmType) -> None:
+    def __init__(self, name: str, vm_type: VmType, directory: str | None) -> None:
         self._name: Final = name
+        self._directory: Final = directory
+        self._conversions: Final = Conversions()
+        self.is_mainlines = False  #: its VMM speaks mainline's interface: it gets KVM_EXIT_MEMORY_FAULT
         self._type: Final = vm_type
         self._references = 0
         self._socket: str | None = None  # memfs's
@@ -108,6 +117,8 @@ class ServedVm(Target):
         self.handlers = {
             ioctls.KVM_CHECK_EXTENSION: self._check_extension,
             ioctls.KVM_SET_USER_MEMORY_REGION: self._set_region,
+            ioctls.KVM_SET_USER_MEMORY_REGION2: self._set_region2,
+            ioctls.KVM_SET_MEMORY_ATTRIBUTES: self._set_attributes,
             ioctls.KVM_CLEAR_DIRTY_LOG: self._clear_dirty_log,
             ioctls.KVM_ENABLE_CAP: self._enable_capability,
             ioctls.KVMSIM_SHARED_BIT: self._shared_bit,
@@ -143,6 +154,7 @@ class ServedVm(Target):
         finally:
             self._ready.set()
             self._native_ready.set()
+            await close_in_thread(self._conversions.take_all())
 
     async def _live_natively(self) -> None:
         self._native_ready.set()
@@ -197,6 +209,10 @@ class ServedVm(Target):
             vcpu = ServedVcpu(self, call.argument)
             self._vcpu_ids.add(call.argument)
             return Answer(), (os.dup(vcpu.page.fd),), vcpu
+        if call.number == ioctls.KVM_CREATE_GUEST_MEMFD:
+            make = partial(make_guest_memfd, self._directory, *unpack(ioctls.GUEST_MEMFD, call))
+            fd = await trio.to_thread.run_sync(make, limiter=_one_thread())
+            return Answer(), (fd,), None
         if call.number == ioctls.KVM_GET_DIRTY_LOG:
             slot, *_ = unpack(ioctls.DIRTY_LOG, call)
             fd = await trio.to_thread.run_sync(_memfd, self.vm.get_dirty_log(slot), limiter=_one_thread())
@@ -204,25 +220,49 @@ class ServedVm(Target):
         return await super().handle(call, fds)
 
     async def _check_extension(self, call: Call, _: tuple[int, ...]) -> Answer:
+        if call.argument == ioctls.KVM_CAP_GUEST_MEMFD:
+            return Answer(self._directory is not None)
         return Answer(capability(call.argument))
 
     async def _shared_bit(self, _: Call, __: tuple[int, ...]) -> Answer:
         return Answer(self._type.shared_bit.bit_length() - 1)
 
     async def _set_region(self, call: Call, fds: tuple[int, ...]) -> Answer:
-        await self.set_region(region_of(call, fds), fds)
+        await self._set(region_of(call, fds))
         return Answer()
 
-    async def set_region(self, region: UserspaceMemoryRegion, fds: tuple[int, ...]) -> None:
+    async def _set_region2(self, call: Call, fds: tuple[int, ...]) -> Answer:
+        region = region2_of(call, fds)
+        await self._set(region)
+        self.is_mainlines |= region.private_fd >= 0
+        return Answer()
+
+    async def _set(self, region: UserspaceMemoryRegion) -> None:
         """Set a memslot. Raises OSError as `VM.set_user_memory_region`; EOPNOTSUPP for files that are on no memfs."""
-        if self._socket is None and fds:
-            path = await trio.to_thread.run_sync(socket_of, fds[0], abandon_on_cancel=True, limiter=_one_thread())
-            self._socket = self._socket or path
+        if self._socket is None and region.fd >= 0:
+            path = await trio.to_thread.run_sync(socket_of, region.fd, abandon_on_cancel=True, limiter=_one_thread())
+            self._socket = path
             self._begun.set()
             await self._ready.wait()
         if self._socket is None:
             raise OSError(errno.EINVAL, f"no slot {region.slot} to delete")
-        await self.vm.set_user_memory_region(region)
+        vm, kept = self.vm, tuple[int, ...]()
+        try:
+            if region.private_fd >= 0:
+                kept = (os.dup(region.fd),)
+                kept = (*kept, os.dup(region.private_fd))
+            await vm.set_user_memory_region(region)
+            slot = vm.mmu.slots.get(region.slot)
+            if len(kept) == 2 and slot is not None:
+                self._conversions.add(slot, kept)
+                kept = ()
+        finally:
+            await close_in_thread((*kept, *self._conversions.drop(vm.mmu.slots)))
+
+    async def _set_attributes(self, call: Call, _: tuple[int, ...]) -> Answer:
+        gpa, size, attributes, flags = unpack(ioctls.MEMORY_ATTRIBUTES, call)
+        await self._conversions.set_attributes(self.vm.mmu.slots, gpa, size, attributes, flags)
+        return Answer()
 
     async def _clear_dirty_log(self, call: Call, _: tuple[int, ...]) -> Answer:
         slot, pages, first, _pointer = unpack(ioctls.CLEAR_DIRTY_LOG, call, exact=False)
@@ -310,13 +350,18 @@ class ServedVcpu(Target):
                 exit_ = await self._vcpu.run()
         finally:
             self._is_running = False
-        self.page.put(exit_)
+        shown: Exit | MemoryFaultExit = exit_
+        if isinstance(exit_, MemoryErrorExit) and self._served.is_mainlines:
+            shown = exit_.memory_fault
+        self.page.put(shown)
         if isinstance(exit_, InterruptExit):
             raise InterruptedError(errno.EINTR, "interrupted")
         self._exit = exit_
         if self._engine is not None and self.page.wants_registers:
             await self._engine.leave()
             self.page.put_registers(self._engine.registers)
+        if isinstance(shown, MemoryFaultExit):
+            raise OSError(errno.EFAULT, "KVM_EXIT_MEMORY_FAULT")
         return Answer()
 
     async def _get_registers(self, _: Call, __: tuple[int, ...]) -> Answer:

@@ -39,3 +39,26 @@ def unpack(layout: Any, call: Call, *, exact: bool = True) -> tuple[int, ...]:
         raise OSError(errno.EINVAL, f"a structure of {layout.size} bytes is expected")
     values: tuple[int, ...] = layout.unpack_from(call.payload)
     return values
+
+
+def region2_of(call: Call, fds: tuple[int, ...]) -> UserspaceMemoryRegion:
+    """Return the region of KVM_SET_USER_MEMORY_REGION2, with descriptors of ours. Raises OSError(EINVAL, EBADF).
+
+    A slot lies at one offset in both files here, so mainline's two must be the same.
+    """
+    if len(call.payload) == ioctls.REGION2.size:
+        slot, flags, gpa, size, *_ = unpack(ioctls.REGION2, call)
+        if size:
+            raise OSError(errno.EINVAL, "memory of the VMM's own cannot be reached: map a file, and say which")
+        return UserspaceMemoryRegion(slot, flags & ~KVM_MEM_FD, Gpa(gpa), 0, ByteOffset(0))
+    slot, flags, gpa, size, _, private_offset, private, offset = unpack(ioctls.REGION2_MAPPED, call)
+    has_private = bool(flags & ioctls.KVM_MEM_GUEST_MEMFD)
+    if len(fds) != 1 + has_private or (has_private and private < 0):
+        raise OSError(errno.EBADF, "descriptors that are named have not come, or others have")
+    if has_private and private_offset != offset:
+        raise OSError(errno.EINVAL, "guest_memfd_offset is not the offset of what is mapped at userspace_addr")
+    return UserspaceMemoryRegion(
+        *(slot, flags | KVM_MEM_FD, Gpa(gpa), size, ByteOffset(offset)),
+        fd=fds[0],
+        private_fd=fds[1] if has_private else -1,
+    )

@@ -20,6 +20,7 @@ from kvmsim.exits import (
     InternalErrorExit,
     IoExit,
     MemoryErrorExit,
+    MemoryFaultExit,
     MmioExit,
 )
 
@@ -56,12 +57,14 @@ class RunPage:
         """Whether KVM_RUN is to return at once, with EINTR."""
         return bool(self._page[_IMMEDIATE_EXIT])
 
-    def put(self, exit_: Exit) -> None:
+    def put(self, exit_: Exit | MemoryFaultExit) -> None:
         """Say why the vCPU has exited."""
         struct.pack_into("<I", self._page, _EXIT_REASON, exit_.reason)
         match exit_:
             case MemoryErrorExit():
                 self._put("<I4xQQ", exit_.type, exit_.gpa, exit_.size)
+            case MemoryFaultExit():
+                self._put("<QQQ", exit_.flags, exit_.gpa, exit_.size)
             case MmioExit():
                 self._put("<Q8sIB", exit_.gpa, exit_.data[:8], exit_.size, exit_.is_write)
             case IoExit():

@@ -22,6 +22,7 @@ import trio
 
 from kvmsim.backing import StoreGone
 from kvmsim.service import ioctls
+from kvmsim.service.descriptors import close_in_thread
 from kvmsim.service.machines import Handler, ServedVm, Target, capability
 from kvmsim.service.run_page import SIZE
 from kvmsim.service.wire import INTERRUPT, MAX_DATAGRAM, MAX_FDS, Answer, Call, WireError
@@ -36,10 +37,11 @@ _RIGHTS_SIZE: Final = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
 
 
 class Service(Target):
-    """What /dev/kvm is: it creates VMs. `vm_type`: theirs."""
+    """What /dev/kvm is: it creates VMs. `vm_type`: theirs; `directory`: on a memfs, where guest_memfds are made."""
 
-    def __init__(self, nursery: trio.Nursery, vm_type: VmType) -> None:
+    def __init__(self, nursery: trio.Nursery, vm_type: VmType, directory: str | None) -> None:
         self._nursery: Final = nursery
+        self._directory: Final = directory
         self._type: Final = vm_type
         self._created = 0
         self._open: Counter[int] = Counter()  # descriptors, by uid
@@ -53,6 +55,8 @@ class Service(Target):
         return Answer(ioctls.KVM_API_VERSION)
 
     async def _check_extension(self, call: Call, _: tuple[int, ...]) -> Answer:
+        if call.argument == ioctls.KVM_CAP_GUEST_MEMFD:
+            return Answer(self._directory is not None)
         return Answer(capability(call.argument))
 
     async def _mmap_size(self, _: Call, __: tuple[int, ...]) -> Answer:
@@ -64,7 +68,7 @@ class Service(Target):
             if call.argument:
                 raise OSError(errno.EINVAL, "there is one type of VM here, 0")
             self._created += 1
-            vm = ServedVm(f"kvmsim-{os.getpid()}-vm-{self._created}", self._type)
+            vm = ServedVm(f"kvmsim-{os.getpid()}-vm-{self._created}", self._type, self._directory)
             return Answer(), (), vm
         return await super().handle(call, fds)
 
@@ -129,13 +133,13 @@ class _Session:
                     continue
                 answer, rights = await self._answer(call, fds)
             finally:
-                await _close(fds)
+                await close_in_thread(fds)
             try:
                 if self._ended is not None:
                     raise self._ended
                 await self._send(answer, rights)
             finally:
-                await _close(rights)
+                await close_in_thread(rights)
 
     async def _answer(self, call: Call, fds: tuple[int, ...]) -> tuple[Answer, tuple[int, ...]]:
         answer: Answer | None = None
@@ -156,7 +160,7 @@ class _Session:
                 except OSError:
                     another.opened()
                     another.closed()
-                    await _close(rights)
+                    await close_in_thread(rights)
                     raise
         except OSError as error:
             log.debug("ioctl %#x: %s", call.number, error)
@@ -175,7 +179,7 @@ class _Session:
             try:
                 incoming = await self._receive()
                 if incoming is not None:
-                    await _close(incoming[1])
+                    await close_in_thread(incoming[1])
                     if incoming[0].number != INTERRUPT:
                         raise WireError("a second call before the first is answered")
             except (WireError, OSError) as error:
@@ -193,13 +197,13 @@ class _Session:
         try:
             if not data:
                 if fds:
-                    await _close(fds)
+                    await close_in_thread(fds)
                 return None
             if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
                 raise WireError(f"more than {MAX_FDS} descriptors, or {MAX_DATAGRAM} bytes")
             return Call.parse(data), fds
         except WireError:
-            await _close(fds)
+            await close_in_thread(fds)
             raise
 
     async def _send(self, answer: Answer, rights: tuple[int, ...]) -> None:
@@ -217,23 +221,10 @@ def _numbers(rights: bytes) -> list[int]:
     return fds.tolist()
 
 
-async def _close(fds: tuple[int, ...]) -> None:
-    """Close descriptors of somebody else's, which may wait for a filesystem: then only the caller does."""
-    if fds:
-        with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(_close_all, fds, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1))
-
-
-def _close_all(fds: tuple[int, ...]) -> None:
-    for fd in fds:
-        with suppress(OSError):
-            os.close(fd)
-
-
-async def serve(listener: socket.socket, vm_type: VmType) -> None:
-    """Serve a listening socket, for ever."""
+async def serve(listener: socket.socket, vm_type: VmType, directory: str | None = None) -> None:
+    """Serve a listening socket, for ever. `directory`: on a memfs, where guest_memfds are made."""
     async with trio.open_nursery() as nursery:
-        service = Service(nursery, vm_type)
+        service = Service(nursery, vm_type, directory)
         accepting = trio.socket.from_stdlib_socket(listener)
         while True:
             try:

@@ -16,9 +16,9 @@ from kvmsim.client import Kvm
 class Service:
     """A running `kvmsim serve`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *options: str | Path) -> None:
         self.path = str(path)
-        command = [sys.executable, "-m", "kvmsim", "serve", "--socket", self.path]
+        command = [sys.executable, "-m", "kvmsim", "serve", "--socket", self.path, *map(str, options)]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         assert self.process.stdout.readline().startswith(f"kvmsim: serving on {path}; ")

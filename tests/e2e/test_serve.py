@@ -32,6 +32,7 @@ from kvmsim.uapi import (
     KVM_EXIT_MEM_MAP_PRIVATE,
     KVM_EXIT_MEM_MAP_SHARED,
     KVM_EXIT_MEMORY_ERROR,
+    KVM_EXIT_MEMORY_FAULT,
     KVM_EXIT_MMIO,
     KVM_MEM_FD,
     KVM_MEM_LOG_DIRTY_PAGES,
@@ -217,6 +218,86 @@ def test_what_kvm_refuses_is_refused_and_changes_nothing(service: Service, files
         vm.set_user_memory_region(0, 0, gpa=0, size=0)
         with service.kvm() as other, other.create_vm() as heir:
             files.set_slot(heir)
+
+
+# -- mainline's interface --------------------------------------------------------------------------------------------
+
+
+def test_attributes_decide_who_is_private_over_several_slots(memfs: Memfs, files: Files, tmp_path: Path) -> None:
+    """Guest_memfds, KVM_SET_USER_MEMORY_REGION2, KVM_SET_MEMORY_ATTRIBUTES, KVM_EXIT_MEMORY_FAULT."""
+    private, half = ioctls.KVM_MEMORY_ATTRIBUTE_PRIVATE, SIZE // 2
+    served = Service(tmp_path / "kvm.sock", "--memfs", memfs.path)
+    try:
+        with served.kvm() as kvm, kvm.create_vm() as vm, vm.create_vcpu(0) as vcpu:
+            assert vm.check_extension(ioctls.KVM_CAP_MEMORY_ATTRIBUTES) == private
+            assert vm.check_extension(ioctls.KVM_CAP_GUEST_MEMFD) == 1
+            guest_memfd = vm.create_guest_memfd(SIZE)
+            assert not [name for name in os.listdir(memfs.path) if "guest_memfd" in name]
+            for slot in (0, 1):
+                vm.set_user_memory_region2(
+                    *(slot, ioctls.KVM_MEM_GUEST_MEMFD),
+                    gpa=slot * half,
+                    size=half,
+                    fd=files.shared,
+                    offset=slot * half,
+                    guest_memfd=guest_memfd,
+                )
+            shared, last, next_ = vm.shared_bit, half - PAGE_SIZE, half
+            os.pwrite(files.shared, b"seen", last)
+            vcpu.set_accesses(
+                [
+                    (shared | last, ACCESS_LOAD, 4, 0),
+                    (last, ACCESS_LOAD, 4, 0),
+                    (next_, ACCESS_STORE, 4, 0x11),
+                    (next_, ACCESS_LOAD, 4, 0),
+                    (shared | next_, ACCESS_LOAD, 4, 0),
+                ]
+            )
+            for flags, gpa, attributes in ((private, last, private), (0, next_, 0)):
+                with raises(errno.EFAULT):
+                    vcpu.run()
+                assert (vcpu.exit_reason, vcpu.memory_fault) == (KVM_EXIT_MEMORY_FAULT, (flags, gpa, PAGE_SIZE))
+                vm.set_memory_attributes(last, 2 * PAGE_SIZE, attributes)  # of both slots
+                assert os.pread(files.shared, 4, last) == bytes(4)
+            vcpu.run()
+            assert vcpu.exit_reason == KVM_EXIT_HLT
+            assert vcpu.values == [int.from_bytes(b"seen", "little"), 0, 0x11, 0]
+            with raises(errno.EPERM):
+                os.pread(guest_memfd, 1, 0)
+            region = {"gpa": SIZE, "size": half, "fd": files.shared, "guest_memfd": guest_memfd}
+            for call, why in (
+                (lambda: vm.create_guest_memfd(0), errno.EINVAL),
+                (lambda: vm.create_guest_memfd(5), errno.EINVAL),
+                (lambda: vm.create_guest_memfd(PAGE_SIZE, 1 << 9), errno.EINVAL),
+                (lambda: vm.set_memory_attributes(0, PAGE_SIZE, 1), errno.EINVAL),
+                (lambda: vm.set_memory_attributes(0, 0, private), errno.EINVAL),
+                (lambda: vm.set_memory_attributes(5, PAGE_SIZE, private), errno.EINVAL),
+                (lambda: vm.set_memory_attributes(0, 2 * SIZE, private), errno.EINVAL),
+                (lambda: vm.set_memory_attributes((1 << 64) - PAGE_SIZE, PAGE_SIZE, private), errno.EINVAL),
+                (lambda: vm.set_user_memory_region2(2, ioctls.KVM_MEM_GUEST_MEMFD, **region), errno.EINVAL),
+                (lambda: vm.set_user_memory_region2(2, 0, gpa=SIZE, size=half), errno.EINVAL),
+                (lambda: vm.set_user_memory_region2(2, 4, gpa=SIZE, size=half, fd=files.shared), errno.EBADF),
+            ):
+                with raises(why):
+                    call()
+            assert not os.fstat(guest_memfd).st_blocks
+            os.close(guest_memfd)
+            for slot in (0, 1):
+                vm.set_user_memory_region2(slot, 0, gpa=0, size=0)
+            with raises(errno.EINVAL):
+                vm.set_memory_attributes(0, PAGE_SIZE, private)
+        wait_for(lambda: not owners(memfs))
+        assert "Traceback" not in served.stop()
+    finally:
+        served.process.kill()
+        served.process.communicate()
+
+
+def test_without_a_memfs_there_is_no_guest_memfd(service: Service) -> None:
+    with service.kvm() as kvm, kvm.create_vm() as vm:
+        assert vm.check_extension(ioctls.KVM_CAP_GUEST_MEMFD) == 0
+        with raises(errno.EOPNOTSUPP):
+            vm.create_guest_memfd(PAGE_SIZE)
 
 
 # -- interrupted, slow, hostile, dead --------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ function _shtab_kvmsim_using
 end
 
 set -g _shtab_kvmsim_commands run exec boot selftest serve convert info
-set -g _shtab_kvmsim_opts_with_value --append --command --duration --engine --fault-around --granule --initrd --kernel --log-file --mem --picture --private --private-ranges --root --shared --slots --socket --timeline --trace --vcpus --vm-type
+set -g _shtab_kvmsim_opts_with_value --append --command --duration --engine --fault-around --granule --initrd --kernel --log-file --mem --memfs --picture --private --private-ranges --root --shared --slots --socket --timeline --trace --vcpus --vm-type
 
 complete -c kvmsim -e
 complete -c kvmsim -f
@@ -105,6 +105,7 @@ complete -c kvmsim -n '_shtab_kvmsim_using selftest; and test $_shtab_kvmsim_npo
 complete -c kvmsim -n '_shtab_kvmsim_using; and test $_shtab_kvmsim_npos -eq 0' -a serve -d 'Answer KVM'"'"'s ioctls over a socket, so that a VMM in another process has VMs whose memory it cannot reach. The socket is only for the user who started it, and root. It ends with SIGINT or SIGTERM, and all VMs with it.'
 complete -c kvmsim -n '_shtab_kvmsim_using serve' -s h -l help -d 'show this help message and exit'
 complete -c kvmsim -n '_shtab_kvmsim_using serve' -l socket -xka "(__fish_complete_path (commandline -ct))" -d 'where to listen (default: /run/kvmsim.sock)'
+complete -c kvmsim -n '_shtab_kvmsim_using serve' -l memfs -x -d 'directory of a memfs, where KVM_CREATE_GUEST_MEMFD makes files'
 complete -c kvmsim -n '_shtab_kvmsim_using serve' -s v -l verbose -d 'print each call that fails, and why'
 complete -c kvmsim -n '_shtab_kvmsim_using; and test $_shtab_kvmsim_npos -eq 0' -a convert -d 'Make a trace of what `valgrind --tool=lackey --trace-mem=yes` wrote.'
 complete -c kvmsim -n '_shtab_kvmsim_using convert' -s h -l help -d 'show this help message and exit'
