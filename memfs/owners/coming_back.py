@@ -107,11 +107,7 @@ class ComingBack:
             self._journal.check_space()
             owner.token = Token(secrets.token_bytes(TOKEN_SIZE))
             owner.last_answers = Answers(self._journal, owner.number)
-            self._changed(owner)
-
-    def _changed(self, owner: Owner) -> None:
-        self._journal.changed(records.OWNER, owner.number)
-        self._journal.changed(records.LAST)
+            self._journal.changed(records.OWNER, owner.number)
 
     def ended(self, owner: Owner) -> None:
         """Forget an owner that has ended."""
@@ -133,7 +129,7 @@ class ComingBack:
         """Have a connection be the owner whose token it says. Raises OSError(ESTALE) if there is none, or not its."""
         absent = self._absent.get(token)
         if absent is None or absent.user != owner.user:
-            raise OSError(errno.ESTALE, "memfs knows no such owner, or not any more; its registrations have ended")
+            raise OSError(errno.ESTALE, "no such owner, or not any more: its registrations have ended")
         del self._absent[token], self._registry.owners[owner.number]
         log.info("back", extra=fields(owner=absent.number, connection=owner.number))
         owner.number, owner.token, owner.last_answers = absent.number, token, absent.last_answers
@@ -141,7 +137,7 @@ class ComingBack:
         for registration in owner.registrations.values():
             registration.owner = owner
         self._registry.owners[owner.number] = owner
-        self._changed(owner)
+        self._journal.changed(records.OWNER, owner.number)
         self._settle(absent, owner)
 
     def restore(self, state: Committed) -> None:

@@ -84,6 +84,7 @@ class Registry:
         """Have an owner, from now until `end`. Returns its number, a new one unless it had one before."""
         if number is None:
             self.last_owner += 1
+            self._journal.changed(records.LAST)
             number = self.last_owner
         self.owners[number] = owner
         return number

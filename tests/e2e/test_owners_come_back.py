@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import base64
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import signal
+import socket
 import struct
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
+from trio.testing import wait_all_tasks_blocked
 
 from memfs.contract.conversion import convert, key_of
 from memfs.contract.faults import Point
+from memfs.contract.protocol.connection import Connection, RequestId, Role
 from memfs.contract.protocol.messages import (
     AllowPreserve,
     ConvertBegin,
@@ -28,6 +34,8 @@ from memfs.contract.protocol.messages import (
     Fallocate,
     FileId,
     GetPfn,
+    Hello,
+    HelloReply,
     InvalidateBegin,
     InvalidateEnd,
     Launch,
@@ -39,6 +47,7 @@ from memfs.contract.protocol.messages import (
     PutPfn,
     Register,
     Registered,
+    Token,
     Unregister,
 )
 from memfs.contract.sys.libc import PUNCH_HOLE, fallocate
@@ -48,6 +57,7 @@ from tests.helpers import pages
 from .conftest import Memfs, MountMemfs, memfs_command, run
 from .owner import Owner, connected
 
+NO_SUCH_OWNER = "no such owner, or not any more: its registrations have ended"
 EXPECTED = ["killed by SIGKILL: going on"]
 COMMITS = (Point.BEFORE_COMMIT, Point.AFTER_COMMIT)
 SIZE = 1 << 20
@@ -91,9 +101,10 @@ class Pair:
         state = await in_thread(state_of, self.memfs)
         os.kill(state["pid"], signal.SIGKILL)
 
-    async def owned(self) -> dict[str, Any]:
-        """What `memfs stat` says of the only owner."""
-        (owner,) = (await in_thread(state_of, self.memfs))["registry"]
+    async def owned(self, number: int = 1) -> dict[str, Any]:
+        """What `memfs stat` says of an owner, the first one."""
+        registry = (await in_thread(state_of, self.memfs))["registry"]
+        (owner,) = [each for each in registry if each["owner"] == number]
         assert isinstance(owner, dict)
         return owner
 
@@ -339,3 +350,105 @@ async def test_killed_before_the_owner_has_acknowledged(mount_memfs: MountMemfs,
             assert await in_thread(lambda: os.fstat(pair.private).st_blocks) == 64
             acknowledge.set()
         assert await in_thread(lambda: os.fstat(pair.private).st_blocks) == 0
+
+
+class Raw:
+    """A connection that says what the test says, and nothing by itself."""
+
+    def __init__(self, path: Path, token: Token | None = None) -> None:
+        self.protocol = Connection(Role.OWNER)
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.socket.settimeout(20)
+        self.socket.connect(str(path))
+        self.reply = self.ask(Hello(name="raw") if token is None else Hello(name="raw", token=token))
+
+    def ask(self, message: Message, fds: Sequence[int] = (), repeats: RequestId | None = None) -> Message:
+        _, data = self.protocol.send(message, descriptors=len(fds), repeats=repeats)
+        socket.send_fds(self.socket, [data], fds)
+        data, received, _, _ = socket.recv_fds(self.socket, 1 << 16, 4)
+        for fd in received:
+            os.close(fd)
+        return self.protocol.receive(data, len(received)).message
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+def register_as(memfs: Memfs, uid: int, token: Token) -> str:
+    """Say a token as another user, in a process of its own; returns what memfs answers."""
+    script = (
+        "import os\n"
+        "from pathlib import Path\n"
+        "from tests.e2e.test_owners_come_back import Raw\n"
+        "from memfs.contract.protocol.messages import Token\n"
+        f"os.chdir({str(memfs.socket.parent)!r})\n"  # from here, it need not get into what is above
+        f"os.setuid({uid})\n"
+        f"print(Raw(Path({memfs.socket.name!r}), Token(bytes.fromhex({token.hex()!r}))).reply)\n"
+    )
+    done = run(sys.executable, "-c", script, cwd=Path(__file__).parents[2])
+    return done.stdout + done.stderr
+
+
+def test_a_token_is_a_secret_of_its_user(mount_memfs: MountMemfs, inject: Path) -> None:
+    """No other token is good, nor this one for another user; a daemon that lives takes none; it is shown nowhere."""
+    if os.geteuid() != 0:
+        pytest.skip("acts as another user")
+    memfs = mount_memfs("size=64m,survive=on,socket_mode=0666", "-v")
+    memfs.expected = [*EXPECTED, "level=info", "is fenced: memfs was killed, and it did not come back within 5 s"]
+    memfs.socket.parent.chmod(0o755)
+    with closing(Raw(memfs.socket)) as owner, (memfs.path / "file").open("w+b") as file:
+        hello = owner.reply
+        assert isinstance(hello, HelloReply)
+        first = owner.ask(Register(), [file.fileno()])
+        assert isinstance(first, Registered)
+        with closing(Raw(memfs.socket, hello.token)) as living:
+            assert living.reply == Failed(errno.ESTALE, NO_SUCH_OWNER)
+        os.kill(state_of(memfs)["pid"], signal.SIGKILL)
+        guessed = Token(bytes([hello.token[0] ^ 1]) + hello.token[1:])
+        with closing(Raw(memfs.socket, guessed)) as stranger:
+            assert stranger.reply == Failed(errno.ESTALE, NO_SUCH_OWNER)
+        assert NO_SUCH_OWNER in register_as(memfs, 12001, hello.token)
+        with closing(Raw(memfs.socket, hello.token)) as again:
+            assert again.reply == hello
+            with closing(Raw(memfs.socket, hello.token)) as second:
+                assert second.reply == Failed(errno.ESTALE, NO_SUCH_OWNER)
+            assert again.ask(Register(), [file.fileno()], repeats=RequestId(2)) == first
+            assert again.ask(Unregister(first.file)) == Done()
+            assert again.ask(Unregister(first.file)) == Failed(errno.EBADF, f"no registration {first.file}")
+            said = memfs.log.read_text() + json.dumps(state_of(memfs))
+            memfs.process.send_signal(signal.SIGUSR1)
+            said += memfs.log.read_text()
+            for shown in (hello.token.hex(), repr(hello.token)[2:-1], base64.b64encode(hello.token).decode()):
+                assert shown not in said
+
+
+async def test_who_does_not_come_back_is_fenced_and_only_its_own_files_wait(
+    mount_memfs: MountMemfs, inject: Path
+) -> None:
+    async with open_pair(mount_memfs, inject, ",notify_timeout=2") as pair:
+        pair.memfs.expected += ["owner 1 (raw) is fenced: memfs was killed, and it did not come back within 2 s"]
+        gone = Raw(pair.memfs.socket)
+        assert isinstance(gone.ask(Register(), [pair.private]), Registered)
+        await pair.kill()
+        gone.close()
+        waited: list[float] = []
+
+        def since() -> float:
+            return trio.current_time() - begun
+
+        async def punch() -> None:
+            await in_thread(fallocate, pair.private, PUNCH_HOLE, 0, PAGE_SIZE)
+            waited.append(since())
+
+        async with connected(pair.memfs.socket) as owner, trio.open_nursery() as nursery:
+            owned = await pair.owned(1)
+            assert (owned["owner"], owned["absent"], len(owned["files"])) == (1, True, 1)
+            begun = trio.current_time()
+            nursery.start_soon(punch)
+            await registered(owner, pair.shared)
+            await in_thread(fallocate, pair.shared, PUNCH_HOLE, 0, PAGE_SIZE)
+            assert not waited, "what does not concern it has waited for it"
+            await registered(owner, pair.private)
+            await wait_all_tasks_blocked()
+            assert not pair.memfs.log.read_text().count("is cut off")
+        assert waited

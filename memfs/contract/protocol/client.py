@@ -266,13 +266,15 @@ class Client:
             why = error.strerror if isinstance(error, OSError) else f"none came within {_RETURN_TIMEOUT:g} s"
             self.gone = f"memfs has gone, and there is no other to come back to: {why}"
             return False
-        before, self._peer = self._peer, peer
         try:
-            for message in before.protocol.ends:
+            for message in self._peer.protocol.ends:
                 await self._on_notification(message)
             await self._on_resumed()
-        finally:
-            peer.take_calls(before)
+        except BaseException:
+            peer.close()
+            raise
+        peer.take_calls(self._peer)
+        self._peer = peer
         self.resumed += 1
         log.info("back at memfs")
         return True

@@ -37,6 +37,7 @@ from memfs.contract.protocol.connection import (
     MAX_DESCRIPTORS,
     MAX_IN_FLIGHT,
     MAX_MESSAGE,
+    REPEATED,
     Connection,
     RemoteProtocolError,
     RequestId,
@@ -252,7 +253,7 @@ class Peer:
 
     def take_calls(self, before: Peer) -> None:
         """Repeat what was asked over a connection that has ended and was not answered, and what waits there."""
-        for number, call in sorted(before._calls.items()):
+        for number, call in sorted(before._calls.items(), key=lambda each: each[0] & ~REPEATED):
             if call.is_cancelled and call.fds:  # which may be closed by now
                 if call.late is None:
                     continue
