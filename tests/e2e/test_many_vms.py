@@ -3,7 +3,8 @@
 Every VM is a process (soak_vm.py) with a file of shared and one of private memory. In each round most of them are given
 something to do, all at once: the guest reads, writes and converts; a shell punches or allocates its private memory
 behind its back; the process is killed in the middle of something, or stopped until memfs fences it, and another takes
-its place. Meanwhile shells work on ordinary files, a kvmsim runs a trace, and strangers try to get in.
+its place. Meanwhile shells work on ordinary files, a kvmsim runs a trace, and strangers try to get in. In one of the
+ways to mount, the daemon is killed as well, and nobody may notice.
 
 The model is what each page of each VM has: a value in private memory, or none, and one in shared memory. It says what
 the guest reads, what an outsider reads of shared memory, how many pages each file has, and, for a VM that was killed
@@ -50,7 +51,12 @@ PAGE = 4096
 NOTIFY_TIMEOUT = 1.0  # seconds
 GROWTH = 6 << 20  # bytes that the daemon's memory may grow by once it has warmed up: an allocator's slack
 TORN = -1  # of a page's two words only the first has been stored to
-WAYS = {"passthrough": "passthrough=auto", "through the daemon": "passthrough=off", "on memfds": "backing=memfd"}
+WAYS = {
+    "passthrough": "passthrough=auto",
+    "through the daemon": "passthrough=off",
+    "on memfds": "backing=memfd",
+    "with deaths": f"survive=on,notify_timeout={5 * NOTIFY_TIMEOUT:g}",
+}
 
 
 class Page(NamedTuple):
@@ -230,7 +236,7 @@ class Machine:
             self._meddled(index, punch=True)
         self.process.send_signal(signal.SIGCONT)
         with trio.fail_after(10):
-            with pytest.raises(Gone, match="cut us off"):
+            with pytest.raises(Gone, match=r"cut us off|no such owner"):
                 await self._answer()
         assert await self.end() == 1
         await self.start()
@@ -357,7 +363,8 @@ def garbage(path: Path, draw: random.Random) -> None:
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger:
             stranger.connect(str(path))
             if draw.random() < 0.7:
-                stranger.send(draw.randbytes(draw.choice([1, 8, 16, 40, 4000])))
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the daemon has been killed
+                    stranger.send(draw.randbytes(draw.choice([1, 8, 16, 40, 4000])))
 
 
 @dataclass
@@ -367,6 +374,7 @@ class Soak:
     memfs: Memfs
     random: random.Random
     deadline: float
+    dies: bool  #: whether the daemon is killed now and then
     machines: list[Machine] = field(default_factory=list)
     numbers: Iterator[int] = field(default_factory=itertools.count)  #: for names
     done: Counter[str] = field(default_factory=Counter)
@@ -402,6 +410,8 @@ class Soak:
             doing += self.random.choices(kinds, [60, 12, 4, 3, 3, 3, 1, 10])
         others = [self.shells, self.kvmsim, self.strangers, self.remount, self.state, self.nothing]
         doing += self.random.choices(others, [4, 2, 2, 2, 2, 6], k=2)
+        if self.dies:
+            doing += [self.death] * self.random.choice([0, 0, 1, 2])
         self.done.update(each.__name__ for each in doing)
         await together(doing)
         with trio.fail_after(30):  # what was closed is released a moment later
@@ -438,6 +448,18 @@ class Soak:
         size = self.random.choice(["190m", "200m", "210m"])
         await shell(*memfs_command("remount", self.memfs.path, "-o", f"size={size}"), cwd=Path("/"))
 
+    async def death(self) -> None:
+        """The daemon is killed in the middle of all that; another one follows."""
+        await trio.sleep(self.random.choice([0, 0.01, 0.05, 0.2]))
+        with contextlib.suppress(ProcessLookupError):  # another death was first
+            os.kill(await self.pid(), signal.SIGKILL)
+
+    async def pid(self) -> int:
+        """Which process serves the mount."""
+        state = await trio.to_thread.run_sync(os.getxattr, self.memfs.path, "user.memfs.stat")
+        pid: int = json.loads(state)["pid"]
+        return pid
+
     async def state(self) -> None:
         """Somebody asks how it is."""
         self.memfs.process.send_signal(signal.SIGUSR1)
@@ -445,11 +467,13 @@ class Soak:
 
     async def long_look(self) -> None:
         await together([machine.look_at_everything for machine in self.machines])
-        state = await self.describe()
+        with trio.fail_after(20):  # an owner that ended while nobody served is waited for
+            while (state := await self.describe())["owners"] > len(self.machines):  # noqa: ASYNC110 - nothing says so
+                await trio.sleep(0.05)
         assert state["owners"] == len(self.machines), state
         assert state["registered_files"] == 2 * len(self.machines), state
         assert state["pending"] == 0, state
-        self.memory.append(resident(self.memfs.process.pid))
+        self.memory.append(resident(await self.pid()))
 
     async def describe(self) -> dict[str, Any]:
         result = await shell(*memfs_command("stat", "--json", self.memfs.path), cwd=Path("/"))
@@ -464,7 +488,7 @@ class Soak:
             while True:
                 state = await self.describe()
                 left = {name: state[name] for name in nothing}
-                now = descriptors_of(self.memfs.process.pid)
+                now = descriptors_of(await self.pid())
                 if left == nothing and now <= descriptors:
                     return
                 await trio.sleep(0.05)
@@ -484,7 +508,16 @@ async def together(doing: Iterable[Callable[[], Awaitable[object]]]) -> None:
 
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize("way", WAYS)
-async def test_many_vms(mount_memfs: MountMemfs, way: str, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_many_vms(
+    mount_memfs: MountMemfs,
+    way: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    dies = "survive" in WAYS[way]
+    if dies:  # as often as it likes
+        monkeypatch.setenv("MEMFS_INJECT", str(tmp_path / "nothing"))
     memfs = mount_memfs(f"size=200m,notify_timeout={NOTIFY_TIMEOUT:g},{WAYS[way]}")
     memfs.expected += [
         "logger=memfs.state",
@@ -492,10 +525,13 @@ async def test_many_vms(mount_memfs: MountMemfs, way: str, capsys: pytest.Captur
         "broke the protocol",
         "is disconnected",
         "log lines like this",
+        *(["killed by SIGKILL: going on"] if dies else []),
     ]
-    soak = Soak(memfs, random.Random(SEED), time.monotonic() + SECONDS)
+    soak = Soak(memfs, random.Random(SEED), time.monotonic() + SECONDS, dies)
+    if dies:
+        await soak.death()
     await soak.shells()  # some things are opened when they are first needed, and kept
-    descriptors = descriptors_of(memfs.process.pid)
+    descriptors = descriptors_of(await soak.pid())
     with capsys.disabled():
         print(f"\n{VMS} VMs, {way}, for {SECONDS:.0f} s; seed {SEED}", flush=True)
         try:
