@@ -1,5 +1,7 @@
 """An owner: registers a file on a memfs, and prints which of its pages come and go until it is interrupted.
 
+If memfs is killed and another one goes on in its place (`-o survive=on`), the client comes back to that by itself.
+
 memfs mount /mnt/guest -o size=1g && touch /mnt/guest/private && python examples/owner.py /mnt/guest/private
 """
 
@@ -21,11 +23,16 @@ async def act(message: Notification) -> None:
     print(type(message).__name__, message.subject["pages"], flush=True)
 
 
+async def resumed() -> None:
+    """Act on the return of memfs. Here a VMM unmaps what it has mapped as shared and the page map shows as private."""
+    print("back at memfs", flush=True)
+
+
 async def own(path: str) -> None:
     """Own a file until the connection ends."""
     with locate(path) as file:  # refuses what does not lie on a memfs
         fd = file.open(os.O_RDWR)
-    async with connect(socket_of(fd), "example", act) as client:
+    async with connect(socket_of(fd), "example", act, resumed) as client:
         registered, backing = await client.register(fd)
         for each in backing:  # a VMM maps the backing file and, of a guest-sealed one, the page map
             os.close(each)
