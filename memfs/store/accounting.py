@@ -63,8 +63,11 @@ class Accounting:
         """Return a descriptor of the page map for an owner. Raises OSError: EMFILE, ENOSPC."""
         return self._backing.page_maps.open_for_owner(self._name, self.page_map)
 
-    def put_away(self) -> None:
-        """Keep what the map shows without descriptors, unless that takes long. Nobody may use it."""
+    def put_away(self, *, is_given_out: bool = False) -> None:
+        """Keep what the map shows without descriptors, unless that takes long. Nobody may use it.
+
+        If it is given out, an owner has it mapped, or may have it still when this process has another's place.
+        """
         page_map, maps = self._page_map, self._backing.page_maps
         if page_map is None:
             return
@@ -79,7 +82,7 @@ class Accounting:
             self._runs = runs
         maps.close(page_map)
         self._page_map = None
-        if not self.pages:
+        if not self.pages and not is_given_out:
             maps.remove(self._name)
 
     def reserve(self, pages: PageRange) -> Reservation:
@@ -158,7 +161,7 @@ class Accounting:
         assert mapped == pages or (mapped < pages and not exactly), f"{mapped} pages in the map, {pages} in the backing"
         assert page_map.seq % 2 == 0, "page map left in the middle of a change"
         if not is_open:
-            self.put_away()
+            self.put_away(is_given_out=not exactly)
 
 
 class Reservation:

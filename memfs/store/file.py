@@ -87,6 +87,7 @@ class File:
         self._backing: Final = backing
         self._journal: Final = journal
         self.seals = initial_seals
+        self._is_given_out = False  # an owner has been given a descriptor of the backing file
         self._backing_file: Final = BackingFile(backing, number, guest=self.guest, exists=exists, held=held)
         self._accounting = Accounting(backing, str(number)) if backing.accounted or self.guest else None
         try:
@@ -101,7 +102,6 @@ class File:
         self._image: InitialImage | None = None
         self._owner: GuestOps | None = None
         self._is_stale = False
-        self._is_given_out = False  # an owner has been given a descriptor of the backing file
 
     @property
     def guest(self) -> bool:
@@ -179,7 +179,7 @@ class File:
         if not self._backing_file.holds:
             self._lock = None  # nobody waits for it, since a task that does holds the file
             if self._accounting is not None:
-                self._accounting.put_away()
+                self._accounting.put_away(is_given_out=self._is_given_out)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -453,7 +453,7 @@ class File:
                         self._pages().make_true()
             except OSError as error:  # no memory or no descriptor: it stays as it is, and others are not concerned
                 log.warning("file %d is not put in order: %s", self.number, error)
-            self._accounting.put_away()
+            self._accounting.put_away(is_given_out=self._is_given_out)
         if is_given_out:
             self._backing.watch(self)
         if self.guest and (image or is_given_out or self.tracked_pages):

@@ -24,6 +24,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from memfs.contract.conversion import convert, key_of
 from memfs.contract.faults import Point
+from memfs.contract.page_map import PageMapView
 from memfs.contract.protocol.connection import Connection, RequestId, Role
 from memfs.contract.protocol.messages import (
     AllowPreserve,
@@ -50,8 +51,9 @@ from memfs.contract.protocol.messages import (
     Token,
     Unregister,
 )
+from memfs.contract.protocol.peer import close_all
 from memfs.contract.sys.libc import PUNCH_HOLE, fallocate
-from memfs.contract.units import PAGE_SIZE, ByteOffset, PageRange
+from memfs.contract.units import PAGE_SIZE, ByteOffset, PageIndex, PageRange
 from tests.helpers import pages
 
 from .conftest import Memfs, MountMemfs, memfs_command, run
@@ -164,6 +166,24 @@ async def test_what_an_owner_has_it_has_again(mount_memfs: MountMemfs, inject: P
         assert isinstance(await owner.ask(Unregister(files[1])), Failed)
         later = await registered(owner, pair.private)
         assert later not in files
+
+
+@pytest.mark.parametrize("stray", [False, True])
+async def test_the_page_map_of_a_file_that_was_empty_is_the_one_that_its_owner_has(
+    mount_memfs: MountMemfs, inject: Path, stray: bool
+) -> None:
+    async with open_pair(mount_memfs, inject) as pair, connected(pair.memfs.socket) as owner:
+        reply = await owner.client.request(Register(), [pair.private])
+        page_map = PageMapView(reply.fds[1])
+        if stray:  # it dies with pages that nobody was told of
+            pair.arm(Point.AFTER_ALLOCATE)
+            await in_thread(fallocate, pair.private, 0, 0, PAGE_SIZE)
+            await in_thread(fallocate, pair.private, PUNCH_HOLE, 0, PAGE_SIZE)
+        await pair.kill()
+        await in_thread(fallocate, pair.private, 0, 0, PAGE_SIZE)
+        assert page_map.is_allocated(PageIndex(0))
+        page_map.close()
+        close_all(reply.fds)
 
 
 Step = Callable[[Owner, Pair, FileId], Coroutine[Any, Any, Message]]
