@@ -77,6 +77,26 @@ async def test_to_private(new_vm: NewVm, eager: bool) -> None:
         assert vm.backing.counters.convert == 1
 
 
+async def test_slot_on_only_one_of_the_files_is_concerned(new_vm: NewVm) -> None:
+    """Its own shared memory is another file's, and what has become private must not be mapped from there."""
+    async with new_vm() as (vm, store):
+        shared, private = store.file(), store.file(guest=True)
+        await vm.set_user_memory_region(region(shared, private))
+        await touch(vm, list(range(16)), Side.SHARED)
+        number = store.by_fd(private).id
+        await store.notify(ConvertBegin(NO_FILE, number, True, RANGES))
+        assert mapped(vm, Side.SHARED) == [gfn for gfn in range(16) if gfn not in CHANGED]
+        assert [vm.mmu.invalidations.is_active(GfnRange(Gfn(gfn), Gfn(gfn + 1))) for gfn in (3, 4, 9)] == [
+            True,
+            False,
+            True,
+        ]
+        for run in RANGES:
+            store.allocate(private, run)
+        await store.notify(ConvertEnd(NO_FILE, number, True, RANGES))
+        assert not vm.mmu.invalidations.in_progress
+
+
 async def test_to_shared(new_vm: NewVm) -> None:
     async with new_vm() as (vm, store):
         shared, private = store.file(), store.file(guest=True)
