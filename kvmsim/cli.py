@@ -194,7 +194,9 @@ def _run(options: argparse.Namespace) -> None:
     size = size_of(options.mem, "--mem")
     trace = _load(options.trace)
     if (needed := trace.memory_size * options.vcpus) > size:
-        raise CommandError(f"--mem {options.mem} is too small: the trace uses {needed >> 10} KiB")
+        raise CommandError(
+            f"--mem {options.mem} is too small: the trace uses {needed >> 10} KiB; say --mem {needed >> 10}k"
+        )
     private = _ranges(options.private_ranges) if options.private_ranges else _default_private(trace, options.vcpus)
     options.fault_around = _fault_around(options.fault_around)
     for path in (each for each in (options.picture, options.timeline) if isinstance(each, str)):

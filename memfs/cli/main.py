@@ -189,9 +189,9 @@ def _refused_seal(file: OnMemfs, bits: int, error: OSError) -> Exception:
         what = "is not empty" if os.fstat(file.fd).st_size else "is open or mapped somewhere"
         return CommandError(f"{file.path}: it {what}; the guest seal is for empty files that nobody has open")
     if error.errno == errno.EBUSY:
-        return CommandError(f"{file.path}: somebody has it open for writing, or mapped")
+        return CommandError(f"{file.path}: somebody has it open for writing, or mapped; end that, and seal it again")
     if error.errno == errno.EPERM and seals.F_SEAL_SEAL & seals.parse(file.get("user.memfs.seals")):
-        return CommandError(f"{file.path}: it is sealed against further seals")
+        return CommandError(f"{file.path}: it is sealed against further seals; only a new file can have others")
     return error
 
 
@@ -247,7 +247,7 @@ def _granule(on: OnMemfs) -> int:
     """Return in what multiples, in bytes, guest-sealed files of a mount get and lose memory. Raises CommandError."""
     granule = state_of(on).get("guest_page_size")
     if not isinstance(granule, int) or granule <= 0:
-        raise CommandError(f"{on.path}: what it says of its state makes no sense")
+        raise CommandError(f"{on.path}: what it says of its state makes no sense; is it of this version?")
     return granule
 
 

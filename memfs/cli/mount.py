@@ -94,7 +94,7 @@ class Mount:
 def mountpoint_of(path: str) -> str:
     """Return where a path has a memfs mounted. Raises CommandError if none may be."""
     if not path:  # of a variable that is not set; it would be the working directory
-        raise CommandError("MOUNTPOINT is empty")
+        raise CommandError("MOUNTPOINT is empty; name a directory")
     return real_mountpoint(path)
 
 

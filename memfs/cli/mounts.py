@@ -117,7 +117,7 @@ def _umount_by_helper(mountpoint: str, *, lazy: bool) -> None:
             raise CommandError(_busy(mountpoint))
         if mounter_of(mountpoint) != os.geteuid():
             raise CommandError(f"{mountpoint}: another user has mounted it; only that user and root unmount it")
-        raise CommandError(f"{_HELPER} says: {said}")
+        raise CommandError(f"{mountpoint}: {_HELPER} says: {said}")
 
 
 def _busy(mountpoint: str) -> str:

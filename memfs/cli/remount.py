@@ -90,7 +90,9 @@ def _set_limits(mount: OnMemfs, options: str) -> None:
             mount.set("user.memfs.remount", options)
     except OSError as error:
         if error.errno == errno.EINVAL:
-            raise CommandError(f"{mount.path}: {options} is less than what is in use") from error
+            raise CommandError(
+                f"{mount.path}: {options} is less than what is in use; remove files first, or punch holes"
+            ) from error
         if error.errno == errno.EROFS:
             raise CommandError(f"{mount.path}: mounted read-only; {options} can be changed together with rw") from error
         raise
@@ -110,7 +112,9 @@ def _set_flags(path: str, wanted: MountOptions) -> None:
     """Have mount(8) change what the kernel keeps, without its calling our helper again (-i)."""
     program = shutil.which(_MOUNT)
     if program is None:
-        raise CommandError(f"{path}: there is no {_MOUNT}(8) to change flags of the mount with")
+        raise CommandError(
+            f"{path}: there is no {_MOUNT}(8) to change flags of the mount with; install it (Debian: mount)"
+        )
     flags = [
         "ro" if wanted.ro else "rw",
         wanted.atime,
@@ -125,4 +129,4 @@ def _set_flags(path: str, wanted: MountOptions) -> None:
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
         said = next(iter(done.stderr.strip().splitlines()), "no reason given").removeprefix(f"{_MOUNT}: ")
-        raise CommandError(f"{', '.join(flags)}: {_MOUNT} says: {said}")
+        raise CommandError(f"{path}: {', '.join(flags)}: {_MOUNT} says: {said}")

@@ -41,9 +41,13 @@ def state_of(mount: OnMemfs) -> dict[str, Any]:
     try:
         state = json.loads(mount.get("user.memfs.stat"))
     except (ValueError, RecursionError) as error:
-        raise CommandError(f"{mount.path}: what it says of its state is no JSON") from error
+        raise CommandError(
+            f"{mount.path}: what it says of its state is no JSON; is it a memfs, and of this version?"
+        ) from error
     if not isinstance(state, dict):
-        raise CommandError(f"{mount.path}: what it says of its state is no JSON object")
+        raise CommandError(
+            f"{mount.path}: what it says of its state is no JSON object; is it a memfs, and of this version?"
+        )
     if (name := misfit(state)) is not None:
         raise CommandError(f"{mount.path}: what it says of its state has another kind of {name}; is it a memfs?")
     said, size, nr_inodes = (state.get(name) for name in ("options", "size", "nr_inodes"))

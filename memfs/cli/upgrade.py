@@ -54,7 +54,7 @@ def _upgrade(arguments: argparse.Namespace) -> None:
         why = state.get("no_survival_because") or "nobody listens for an upgrade"
         raise CommandError(f"{path}: it cannot be handed over ({why}); unmount it and mount it anew")
     if os.geteuid() != 0:
-        raise CommandError(f"{path}: an upgrade is for root")
+        raise CommandError(f"{path}: an upgrade is for root; run it as root")
     if mounter != os.geteuid():  # and could say anything
         raise CommandError(f"{path}: user {mounter} has mounted it, and root did not: it is not taken over")
     pid = number(state, "pid")
