@@ -73,7 +73,7 @@ def steps(command: dict[str, Any], page: Page) -> list[Page]:
     if to_private and (page.private is None or command["do"] == "convert"):  # discarded, then allocated
         states += [Page(page.private, 0), Page(page.private or 0, 0)]
     elif not to_private and page.private is not None:
-        states += [Page(None, page.shared)]
+        states += [Page(page.private, 0), Page(None, 0)]  # it arrives zeroed
     if command["do"] == "store":
         states += [states[-1]._replace(**{command["side"]: value}) for value in (TORN, command["value"])]
     return states
