@@ -57,13 +57,17 @@ def steps(guide: str) -> list[Step]:
     return found
 
 
-def run_guide(guide: str, directory: Path, timeout: float) -> None:
-    """Run all steps. Raises AssertionError for the first that prints something else, or fails and prints nothing."""
-    said = directory / "said"
+def session(guide: str) -> str:
+    """Return a script of bash that runs all steps; `compare` reads what it prints."""
     todo = steps(guide)
     assert todo
-    lines = [f"exec >{said} 2>&1 </dev/null", *(f"{each.command}\nprintf '{_END}%s{_END}' $?" for each in todo)]
-    (directory / "session").write_text("\n".join(lines) + "\n")
+    return "".join(f"{each.command}\nprintf '{_END}%s{_END}' $?\n" for each in todo)
+
+
+def run_guide(guide: str, directory: Path, timeout: float) -> None:
+    """Run all steps, each as it stands there. Raises AssertionError as `compare` does."""
+    said = directory / "said"
+    (directory / "session").write_text(f"exec >{said} 2>&1 </dev/null\n{session(guide)}")
     command = mount_namespace(directory, "--pid", "--fork", "--kill-child", "--mount-proc", "--propagation=private")
     path = f"{Path(sys.executable).parent}:{ROOT / 'examples'}:{OTHER_PLACES}:{os.environ['PATH']}"
     try:
@@ -78,10 +82,15 @@ def run_guide(guide: str, directory: Path, timeout: float) -> None:
         )
         assert said.exists(), done.stderr
     except subprocess.TimeoutExpired:
-        pass  # the step that did not end is told below
-    answers = said.read_text(errors="replace").split(_END)
+        pass  # the step that did not end is told by the comparison
+    compare(guide, said.read_text(errors="replace"))
+
+
+def compare(guide: str, said: str) -> None:
+    """Raise AssertionError for the first step that has printed something else, or failed and printed nothing."""
+    answers = said.split(_END)
     checker, options = doctest.OutputChecker(), doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-    for number, step in enumerate(todo):
+    for number, step in enumerate(steps(guide)):
         printed, status = [*answers[2 * number : 2 * number + 2], "it did not end", ""][:2]
         as_expected = checker.check_output(step.expected, printed, options) and (step.expected or status == "0")
         assert as_expected, f"# {step.command}\n{printed[-2000:]}(exit code {status})\n\nexpected:\n{step.expected}"
