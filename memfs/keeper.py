@@ -147,8 +147,9 @@ class _Keeper:
             if come.intersection(each.fileno() for each in successors) and self._is_to_be_replaced():
                 self._is_replacing = True
                 os.kill(pid, signal.SIGKILL)
+            signals = list(self._signals.take())  # before: the death that comes next is not to be taken with them
             ended, status = os.waitpid(pid, 0 if self._is_replacing else os.WNOHANG)
-            for number, ends in self._signals.take():
+            for number, ends in signals:
                 self._is_ending |= ends
                 if not ended:
                     os.kill(pid, number)
