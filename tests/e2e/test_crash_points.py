@@ -61,7 +61,7 @@ def unnamed_then_linked(directory: Path) -> object:
     fd = os.open(directory, os.O_TMPFILE | os.O_RDWR, 0o600)
     try:
         os.write(fd, b"no name yet")
-        os.link(f"/proc/self/fd/{fd}", directory / "named", follow_symlinks=True)
+        os.link(f"/proc/self/fd/{fd}", directory / "named", src_dir_fd=fd)  # which has it follow links
         return os.fstat(fd).st_nlink
     finally:
         os.close(fd)
@@ -123,7 +123,8 @@ REQUESTS: dict[str, Request] = {
 
 def guest(directory: Path) -> None:
     """A guest-sealed file of eight pages."""
-    fd = os.open(directory / "guest", os.O_CREAT | os.O_ACCMODE, 0o600)
+    os.mknod(directory / "guest", stat.S_IFREG | 0o600)
+    fd = os.open(directory / "guest", os.O_ACCMODE)  # for ioctl only: what creates the file says another mode
     try:
         fcntl.ioctl(fd, MEMFS_IOC_ADD_SEALS, IOC_ARGUMENT.pack(F_SEAL_GUEST))
         os.truncate(directory / "guest", 8 * PAGE)
@@ -209,14 +210,18 @@ def test_a_death_at_any_commit_is_not_noticed(alike: tuple[Path, Path], inject: 
     deaths = 0
     for point in (Point.BEFORE_COMMIT, Point.AFTER_COMMIT):
         for number in range(100):
+            armed = list[bool]()
 
-            def dies(directory: Path, point: Point = point, number: int = number) -> object:
+            def dies(directory: Path, point: Point = point, number: int = number, armed: list[bool] = armed) -> object:
                 inject.write_text(f"{point.value} kill {number}")
-                return act(directory)
+                try:
+                    return act(directory)
+                finally:
+                    armed.append(inject.exists())
+                    inject.unlink(missing_ok=True)
 
             assert done_in(ours, (prepare, dies)) == expected, f"killed {point.value}, the {number}th"
-            if inject.exists():
-                inject.unlink()
+            if armed == [True]:
                 break
             deaths += 1
         else:
