@@ -9,10 +9,15 @@ from typing import TypeVar
 
 import pytest
 
+from memfs.contract.protocol.connection import Connection, Role
+from memfs.contract.protocol.messages import Hello
 from memfs.contract.units import PAGE_SIZE, ByteOffset, PageIndex, PageRange
 from memfs.store.backing import Backing
 
 T = TypeVar("T")
+
+#: The first message of an owner, for processes that import nothing of memfs
+HELLO = Connection(Role.OWNER).send(Hello())[1]
 
 
 def pages(start: int, end: int) -> PageRange:

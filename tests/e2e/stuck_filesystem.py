@@ -24,6 +24,8 @@ import struct
 import sys
 import time
 
+from memfs.contract.protocol.connection import Connection, Role
+from memfs.contract.protocol.messages import Hello, Register
 from memfs.contract.sys.libc import mount
 from memfs.fuse.abi import IN_HEADER, Opcode, error_reply, reply
 
@@ -74,10 +76,13 @@ def main(mountpoint: str, path: str, what: str) -> None:
         time.sleep(0.3)  # the child has come to its mapping
     client = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     client.connect(path)
-    client.send(struct.pack("<HHIQHH", 1, 1, 20, 1, 1, 1))  # Hello
-    client.recv(100)
-    register = struct.pack("<HHIQ", 1, 3, 16, 2)
-    client.sendmsg([register], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))])
+    connection = Connection(Role.OWNER)
+    client.send(connection.send(Hello())[1])
+    connection.receive(client.recv(100))
+    client.sendmsg(
+        [connection.send(Register(), descriptors=1)[1]],
+        [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))],
+    )
     signal.pause()
 
 

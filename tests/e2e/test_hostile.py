@@ -23,7 +23,7 @@ from memfs.contract.protocol.messages import Register, Registered
 from memfs.contract.protocol.peer import close_all
 from memfs.contract.sys.libc import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
 from memfs.contract.units import PAGE_SIZE, PageIndex, PageRange
-from tests.helpers import raises
+from tests.helpers import HELLO, raises
 
 from .conftest import Memfs, memfs_command, run, start_memfs
 from .owner import connected, shell
@@ -50,8 +50,8 @@ import os, socket, sys
 sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 try:
     sock.connect(sys.argv[1])
-    sock.send(bytes.fromhex("0100" "0100" "14000000" "0100000000000000" "0100" "0100"))
-    print("admitted" if sock.recv(100) else "rejected")
+    sock.send(bytes.fromhex(sys.argv[-1]))
+    print("admitted" if sock.recv(100)[2:4] == b'\\2\\0' else "rejected")  # HelloReply
 except ConnectionError:
     print("rejected")
 except PermissionError:
@@ -72,7 +72,7 @@ def open_directory() -> Iterator[Path]:
 
 def connect_as(uid: int, groups: str, path: Path) -> str:
     drop = ["setpriv", f"--reuid={uid}", "--regid=65534", *groups.split()]
-    return run(*drop, sys.executable, "-I", "-c", CONNECT, path, cwd="/").stdout.strip()
+    return run(*drop, sys.executable, "-I", "-c", CONNECT, path, HELLO.hex(), cwd="/").stdout.strip()
 
 
 MEMBER, STRANGER = f"--groups={GROUP}", "--clear-groups"

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.helpers import raises
+from tests.helpers import HELLO, raises
 
 from .conftest import Memfs, MountMemfs, run
 from .test_mount import until
@@ -104,13 +104,13 @@ def test_user_s_connections_count_as_well(scarce: Memfs) -> None:
 import os, socket, sys
 os.chdir(os.path.dirname(sys.argv[1]))  # on the way are directories that are not for everybody
 os.setresuid(int(sys.argv[2]), int(sys.argv[2]), 0)
-held, hello = [], bytes.fromhex("0100" "0100" "14000000" "0100000000000000" "0100" "0100")
+held, hello = [], bytes.fromhex(sys.argv[-1])
 while len(held) < 300:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     sock.connect(os.path.basename(sys.argv[1]))
     try:
         sock.send(hello)
-        if not sock.recv(100): break
+        if sock.recv(100)[2:4] != b'\\2\\0': break  # HelloReply
     except ConnectionError: break
     held.append(sock)
 print(len(held))
@@ -118,11 +118,11 @@ print(len(held))
     scarce.socket.parent.chmod(0o711)
     command = [sys.executable, "-c", connect, str(scarce.socket)]
     before = state(scarce)["descriptors_used"]
-    assert 20 < int(run(*command, str(ALICE)).stdout) < FEW / 2
+    assert 20 < int(run(*command, str(ALICE), HELLO.hex()).stdout) < FEW / 2
     until(lambda: state(scarce)["descriptors_used"] == before)  # connections of who has ended are closed a bit later
     with opening(scarce, ALICE):
-        assert run(*command, str(ALICE)).stdout == "0\n"
-        assert 20 < int(run(*command, str(BOB)).stdout) < FEW / 2
+        assert run(*command, str(ALICE), HELLO.hex()).stdout == "0\n"
+        assert 20 < int(run(*command, str(BOB), HELLO.hex()).stdout) < FEW / 2
 
 
 @pytest.mark.parametrize("scarce", [",backing=memfd"], indirect=True)

@@ -25,6 +25,7 @@ from memfs.contract.protocol.messages import (
     MAX_ERRNO,
     MESSAGES,
     NO_FILE,
+    NO_TOKEN,
     VERSION,
     Ack,
     AllowPreserve,
@@ -275,9 +276,11 @@ def test_malformed_bytes_raise_and_change_nothing(name: str) -> None:
 
 
 def test_hello_must_be_text_and_short() -> None:
-    for name in (b"\xff", b"x" * 513):
-        with pytest.raises(RemoteProtocolError):
-            Connection(Role.STORE).receive(struct.pack("<HHIQHH", 1, 1, 20 + len(name), 1, 1, 1) + name)
+    for version, token in ((1, b""), (VERSION, NO_TOKEN)):
+        for name in (b"\xff", b"x" * 513):
+            body = struct.pack("<HH", version, version) + token + name
+            with pytest.raises(RemoteProtocolError):
+                Connection(Role.STORE).receive(struct.pack("<HHIQ", 1, Hello.TYPE, 16 + len(body), 1) + body)
 
 
 def test_runs_must_cover_what_they_claim() -> None:
