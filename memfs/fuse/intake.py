@@ -39,6 +39,10 @@ class Unmounted(Exception):
     """There will be no more requests."""
 
 
+#: What read(2) says of a mount that has gone; the second if it had a request in hand by then (fuse_dev_do_read)
+_UNMOUNTED: Final = (errno.ENODEV, errno.ECONNABORTED)
+
+
 class Intake:
     """Requests from /dev/fuse, whose descriptor must not block.
 
@@ -120,7 +124,7 @@ class Intake:
             except InterruptedError:
                 continue
             except OSError as error:
-                if error.errno == errno.ENODEV:
+                if error.errno in _UNMOUNTED:
                     raise Unmounted from None
                 if error.errno != errno.ENOENT:  # the request was interrupted before we read it
                     raise

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 import socket
 
+import pytest
 import trio
 
 from memfs.contract.aio.turns import SHARE, Turns
 from memfs.fuse.abi import IN_HEADER, RESENT
-from memfs.fuse.intake import Intake
+from memfs.fuse.intake import Intake, Unmounted
 
 
 async def test_what_comes_again_is_answered_by_age_and_leaves_others_their_turn() -> None:
@@ -40,3 +43,15 @@ async def test_what_comes_again_is_answered_by_age_and_leaves_others_their_turn(
                 in_share += 1
         assert answered == [*numbers, 1000]
         assert shares == 1
+
+
+@pytest.mark.parametrize("number", [errno.ENODEV, errno.ECONNABORTED])
+async def test_unmounted_while_a_request_is_read(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """The kernel says one of two things, by how far it had come with the request."""
+
+    def readv(fd: int, buffers: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "readv", readv)
+    with pytest.raises(Unmounted):
+        Intake(-1, Turns.here(), lambda number, error: None).next()
