@@ -141,7 +141,7 @@ class Survival:
         if (said := self._opened.mount.access_times()) is not None:
             self._access_times.atime, self._access_times.diratime = said
         for inode in self._open_files.cached:  # nobody knows which of its holes the kernel has read
-            self._page_cache.has_read(inode, ByteOffset(0), inode.file.size)
+            self._page_cache.has_read(inode, ByteOffset(0), inode.file.size, inode.uid)
         known = {number_in(key) for key in state.of(INODE)}
         guests = {file.number for file in files if file.guest}
         self._remove_others = backing.remove_others(known, guests, self._tree.next_ino)

@@ -18,12 +18,13 @@ _RUNS_AT_ONCE: Final = 256
 
 
 class CachedHoles:
-    """Pages of one file. At most `most_groups` groups of 512 pages may have any."""
+    """Pages of one file. At most `most_groups` groups of 512 pages may have any. `user`: who has read the first."""
 
-    __slots__ = ("_groups", "_most_groups", "changes", "unknown")
+    __slots__ = ("_groups", "_most_groups", "changes", "unknown", "user")
 
-    def __init__(self, most_groups: int) -> None:
+    def __init__(self, most_groups: int, user: int = 0) -> None:
         self._most_groups: Final = most_groups
+        self.user: Final = user
         self._groups: Final[dict[int, int]] = {}  # bits of the pages in a group; never none
         self.changes = 0  #: how often pages were added or discarded
         self.unknown = False  #: whether there were too many to remember

@@ -207,7 +207,7 @@ class FileHandlers:
         handle = self._open_files.file(fh)
         content = handle.inode.file.read(_in_range(offset), size)
         if handle.access is Access.CACHED:
-            self.page_cache.has_read(handle.inode, ByteOffset(offset), len(content))
+            self.page_cache.has_read(handle.inode, ByteOffset(offset), len(content), handle.user)
         return content
 
     async def write(self, request: Request) -> bytes:

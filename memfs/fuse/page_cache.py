@@ -8,9 +8,9 @@ of those pages (FUSE_NOTIFY_RETRIEVE); what is there and is not all zeros is dat
 which reads the same.)
 
 Which pages may be like that is known: those that the kernel has read as holes and not written since, while somebody
-has the file open for writing. What is remembered of that is bounded, and so is how much stat(2) looks at, in pages and
-in runs of them. Beyond that a hole counts as data, which POSIX allows for every hole; so no copy is ever wrong, but it
-may be larger.
+has the file open for writing. What is remembered of that is bounded, for each user (`Pool`) and in all, and so is how
+much stat(2) looks at, in pages and in runs of them. Beyond that a hole counts as data, which POSIX allows for every
+hole; so no copy is ever wrong, but it may be larger.
 
 Rejected:
 - to have the kernel write the pages back, by FUSE_NOTIFY_INVAL_INODE: that also takes them out of the cache, even if
@@ -48,12 +48,13 @@ from memfs.contract.units import (
 )
 from memfs.fuse.abi import NOTIFY_RETRIEVE_IN, Request, retrieve, unpack
 from memfs.fuse.cached_holes import CachedHoles
+from memfs.store.shares import Pool
 from memfs.tree.inode import Ino, RegularFile
 
 _PIECE: Final = 32  # pages that are retrieved at a time: FUSE_DEFAULT_MAX_PAGES_PER_REQ, which every kernel has
 _MOST_PAGES: Final = 4096  # that stat(2) looks at
 _MOST_GROUPS: Final = 1024  # of one file (CachedHoles), some 200 KB
-_MOST_GROUPS_OF_ALL: Final = 1 << 16  # of all files, some 13 MB
+_MOST_GROUPS_OF_ALL: Final = 1 << 16  # of all files, some 13 MB; each user has a share
 _FIRST_UNIQUE: Final = 1 << 63  # the kernel numbers its own requests from 0 on
 
 #: lseek(2) in the backing
@@ -71,30 +72,30 @@ class _Retrieval:
 class PageCache:
     """The kernel's page cache, as far as it may differ from the backing.
 
-    `notify` writes a notification to the kernel, and raises OSError.
+    `notify` writes a notification to the kernel, and raises OSError. `most_groups` (CachedHoles) are remembered in all.
     """
 
-    def __init__(self, notify: Callable[[bytes], None]) -> None:
+    def __init__(self, notify: Callable[[bytes], None], most_groups: int = _MOST_GROUPS_OF_ALL) -> None:
         self._notify: Final = notify
         self._files: Final[dict[Ino, CachedHoles]] = {}  # of files that are open; none is empty but `unknown` ones
-        self._groups = 0  # in all of them
+        self._groups: Final = Pool("groups of holes", most_groups, frozenset({0, os.geteuid()}))
         self._uniques: Final = itertools.count(_FIRST_UNIQUE)
         self._retrievals: Final[dict[int, _Retrieval]] = {}  # by unique
 
     # -- what the kernel reads and writes ---------------------------------------------------------------------------
 
-    def has_read(self, inode: RegularFile, offset: ByteOffset, nbytes: int) -> None:
-        """Note that the kernel has read a part of an open file into its cache."""
+    def has_read(self, inode: RegularFile, offset: ByteOffset, nbytes: int, user: int) -> None:
+        """Note that the kernel has read a part of an open file into its cache, for a user."""
         if not nbytes:
             return
         pages = PageRange.covering(offset, nbytes)
         for hole in _between(data_pages(inode.file.fd, pages), pages):
             holes = self._files.get(inode.ino)
             if holes is None:
-                holes = self._files[inode.ino] = CachedHoles(_MOST_GROUPS)
+                holes = self._files[inode.ino] = CachedHoles(_MOST_GROUPS, user)
             before = len(holes)
-            holes.add(hole, _MOST_GROUPS_OF_ALL - self._groups)
-            self._groups += len(holes) - before
+            holes.add(hole, self._groups.room(holes.user))
+            self._charge(holes, before)
             if holes.unknown:
                 return
 
@@ -109,7 +110,8 @@ class PageCache:
         holes = self._files.pop(inode.ino, None)
         if holes is None:
             return False
-        self._groups -= len(holes)
+        if holes:
+            self._groups.give_back(holes.user, len(holes))
         return True
 
     def _discard(self, inode: RegularFile, holes: CachedHoles, pages: PageRange) -> None:
@@ -117,9 +119,16 @@ class PageCache:
             return
         before = len(holes)
         holes.discard(pages)
-        self._groups += len(holes) - before
+        self._charge(holes, before)
         if not holes and not holes.unknown:
             self._files.pop(inode.ino, None)
+
+    def _charge(self, holes: CachedHoles, before: int) -> None:
+        """Count what a file has now, and had `before`, for whoever read of it first."""
+        if len(holes) > before:
+            self._groups.take(holes.user, len(holes) - before)
+        elif len(holes) < before:
+            self._groups.give_back(holes.user, before - len(holes))
 
     def _which_may_be_dirty(self, inode: RegularFile) -> CachedHoles | None:
         return self._files.get(inode.ino) if inode.file.opens.writable else None
@@ -127,8 +136,8 @@ class PageCache:
     def check(self) -> None:
         """Raise AssertionError on the first broken invariant."""
         groups = sum(map(len, self._files.values()))
-        assert self._groups == groups, f"{self._groups} groups of holes counted, {groups} there"
-        assert self._groups <= _MOST_GROUPS_OF_ALL, "more holes than may be remembered"
+        assert self._groups.used == groups, f"{self._groups.used} groups of holes counted, {groups} there"
+        assert groups <= self._groups.size, "more holes than may be remembered"
         assert all(holes or holes.unknown for holes in self._files.values()), "a file without holes"
 
     # -- what is told of it -----------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Shares of what there is only so much of: descriptors, page maps.
+"""Shares of what there is only so much of: descriptors, page maps, what is remembered of the page cache.
 
 A fixed quota for each user would either waste most of it, or let a few users take all. So a user may take more for as
 long as it has less than is left for everybody else: alone, it gets to half; a second one gets to half of the rest, and
@@ -36,9 +36,15 @@ class Pool:
         """Return how many a user has."""
         return self._users.get(user, 0)
 
+    def room(self, user: Hashable) -> int:
+        """Return how many more a user may take, one after the other."""
+        if user in self._trusted:
+            return self.left
+        return max(0, (self.left - self.size // _REST - self.of(user) + 1) // 2)
+
     def check(self, user: Hashable) -> None:
-        """Raise OSError(EMFILE) if a user has its share."""
-        if user not in self._trusted and self.of(user) >= self.left - self.size // _REST:
+        """Raise OSError(EMFILE) if a user has its share, unless it is `trusted`."""
+        if user not in self._trusted and not self.room(user):
             said = f"user {user} has {self.of(user)} {self.what}, and {self.left} are left for all"
             raise OSError(errno.EMFILE, said)
 

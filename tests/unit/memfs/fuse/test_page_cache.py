@@ -11,7 +11,6 @@ import trio
 import trio.testing
 
 from memfs.contract.units import PAGE_SIZE, ByteOffset
-from memfs.fuse import page_cache
 from memfs.fuse.abi import IN_HEADER, NOTIFY_RETRIEVE_IN, Opcode, Request
 from memfs.fuse.page_cache import PageCache
 from memfs.store.file import File
@@ -70,7 +69,7 @@ async def seek(offset: ByteOffset, whence: int) -> ByteOffset:
 @pytest.mark.parametrize("content", [b"", b"x", bytes(PAGE_SIZE - 1), b"x" * PAGE_SIZE])
 async def test_a_file_is_forgotten_while_somebody_waits(kernel: Kernel, content: bytes) -> None:
     inode = kernel.file(b"file", PAGE_SIZE)
-    kernel.cache.has_read(inode, at(0), PAGE_SIZE)
+    kernel.cache.has_read(inode, at(0), PAGE_SIZE, 0)
     found: list[int] = []
 
     async def ask() -> None:
@@ -80,38 +79,59 @@ async def test_a_file_is_forgotten_while_somebody_waits(kernel: Kernel, content:
         nursery.start_soon(ask)
         await trio.testing.wait_all_tasks_blocked()
         assert kernel.cache.forget(inode)
-        kernel.cache.has_read(inode, at(0), PAGE_SIZE)  # of one who has opened it since
+        kernel.cache.has_read(inode, at(0), PAGE_SIZE, 0)  # of one who has opened it since
         await kernel.answer(content)
     assert found == [PAGE_SIZE if content.strip(b"\0") else 0]
     kernel.cache.check()
     assert kernel.cache.forget(inode)
 
 
-async def test_all_files_together_are_bounded(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page_cache, "_MOST_GROUPS_OF_ALL", 5)
+async def test_all_files_together_are_bounded(kernel: Kernel) -> None:
+    kernel.cache = PageCache(kernel.notify, 5)
     files = [kernel.file(b"%d" % number, 100 * GROUP * PAGE_SIZE) for number in range(3)]
     for inode in files:
         for group in range(3):
-            kernel.cache.has_read(inode, at(group * GROUP), PAGE_SIZE)
+            kernel.cache.has_read(inode, at(group * GROUP), PAGE_SIZE, 0)
         kernel.cache.check()
     for inode in files[1:]:  # one has what is left, one nothing: any hole may be data
         assert await kernel.cache.seek(inode, at(7), os.SEEK_DATA, seek) == at(7)
         assert await kernel.cache.seek(inode, at(7), os.SEEK_HOLE, seek) == inode.file.size
         assert await kernel.cache.blocks(inode) == inode.file.size // 512
     assert kernel.cache.forget(files[0])
-    kernel.cache.has_read(kernel.file(b"another", GROUP * PAGE_SIZE), at(0), PAGE_SIZE)
+    kernel.cache.has_read(kernel.file(b"another", GROUP * PAGE_SIZE), at(0), PAGE_SIZE, 0)
     kernel.cache.check()
 
 
-async def test_all_files_together_are_bounded_also_if_each_begins_small(
-    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(page_cache, "_MOST_GROUPS_OF_ALL", 5)
+async def test_all_files_together_are_bounded_also_if_each_begins_small(kernel: Kernel) -> None:
+    kernel.cache = PageCache(kernel.notify, 5)
     files = [kernel.file(b"%d" % number, 100 * GROUP * PAGE_SIZE) for number in range(3)]
     for group in range(3):
         for inode in files:
-            kernel.cache.has_read(inode, at(group * GROUP), PAGE_SIZE)
+            kernel.cache.has_read(inode, at(group * GROUP), PAGE_SIZE, 0)
             kernel.cache.check()
+
+
+async def test_no_user_takes_what_is_remembered_of_the_files_of_others(kernel: Kernel) -> None:
+    kernel.cache = PageCache(kernel.notify, 100)
+    several = [kernel.file(b"%d" % number, 100 * GROUP * PAGE_SIZE) for number in range(10)]
+    for inode in several:
+        for group in range(50):
+            kernel.cache.has_read(inode, at(group * GROUP), PAGE_SIZE, 1000)
+    kernel.cache.check()
+    other = kernel.file(b"other", 100 * GROUP * PAGE_SIZE)
+    for group in range(20):
+        kernel.cache.has_read(other, at(group * GROUP), PAGE_SIZE, 1001)
+    kernel.cache.check()
+    assert await kernel.cache.seek(several[-1], at(7), os.SEEK_DATA, seek) == at(7)  # any hole may be data
+    assert not kernel.asked
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(kernel.cache.seek, other, at(7), os.SEEK_DATA, seek)
+        await trio.testing.wait_all_tasks_blocked()
+        assert kernel.asked  # what is remembered is looked at
+        nursery.cancel_scope.cancel()
+    for inode in (*several, other):
+        assert kernel.cache.forget(inode)
+    kernel.cache.check()
 
 
 async def test_of_very_many_holes_the_kernel_is_asked_about_some(kernel: Kernel) -> None:
@@ -119,7 +139,7 @@ async def test_of_very_many_holes_the_kernel_is_asked_about_some(kernel: Kernel)
     most = 256
     inode = kernel.file(b"file", 1000 * PAGE_SIZE)
     for page in range(0, 1000, 2):
-        kernel.cache.has_read(inode, at(page), PAGE_SIZE)
+        kernel.cache.has_read(inode, at(page), PAGE_SIZE, 0)
     blocks: list[int] = []
 
     async def ask() -> None:
@@ -137,7 +157,7 @@ async def test_of_very_many_holes_the_kernel_is_asked_about_some(kernel: Kernel)
 async def test_data_is_found_behind_very_many_holes(kernel: Kernel) -> None:
     inode = kernel.file(b"file", 1000 * PAGE_SIZE)
     for page in range(0, 1000, 2):
-        kernel.cache.has_read(inode, at(page), PAGE_SIZE)
+        kernel.cache.has_read(inode, at(page), PAGE_SIZE, 0)
     found: list[int] = []
 
     async def ask() -> None:
