@@ -75,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     install_faults()
     try:
         options.run(options)
+        sys.stdout.flush()
     except IntegrityError as error:
         print(f"kvmsim: {printable(error)}", file=sys.stderr)
         sys.exit(WRONG_BYTE)

@@ -52,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     parsed = build_parser(given[0] if given else "").parse_args(given)
     try:
         parsed.run(parsed)
+        sys.stdout.flush()
     except (CommandError, OptionError) as error:
         sys.exit(f"memfs: {printable(error)}")
     except BrokenPipeError:  # `memfs stat | head -1`: nobody reads on

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import Memfs, MountMemfs, memfs_command, run
+from .conftest import Memfs, MountMemfs, interruptible, memfs_command, run
 from .native import AREA, choice_or_skip
 
 BUSYBOX = Path("/bin/busybox")
@@ -54,7 +54,12 @@ class Kvmsim:
         """One in the background, which is killed at the end if it still runs."""
         command = self.command(name, *arguments)
         with subprocess.Popen(
-            command, cwd=self.memfs.path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command,
+            cwd=self.memfs.path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=interruptible,
         ) as process:
             try:
                 yield process

@@ -123,7 +123,8 @@ def _mount_idmapped(original: Path, again: Path) -> None:
     try:
         namespace = Path(f"/proc/{sleeper.pid}/ns/user")
         while namespace.readlink() == Path("/proc/self/ns/user").readlink():
-            assert sleeper.poll() is None
+            if sleeper.poll() is not None:
+                pytest.skip("no user namespace can be made, as in a plain chroot")
         for name in ("uid_map", "gid_map"):
             Path(f"/proc/{sleeper.pid}/{name}").write_text("10000 0 5000\n")
         fd = os.open(namespace, os.O_RDONLY)

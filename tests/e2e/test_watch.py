@@ -21,7 +21,7 @@ from .conftest import Memfs, MountMemfs, memfs_command, run
 from .owner import connected, shell
 from .terminal import Terminal
 from .test_terminal import KVMSIM
-from .tools import skip_without
+from .tools import skip_unless_others_run_memfs, skip_without
 
 ALICE = 12001
 
@@ -200,6 +200,7 @@ def test_what_map_cannot_show_is_said(guest: Memfs) -> None:
 
 def test_map_is_for_those_who_may_use_the_file(shared_mount: Memfs) -> None:
     skip_without("setpriv")
+    skip_unless_others_run_memfs(*alice())
     (shared_mount.path / "of-root").write_bytes(b"x")
     os.chmod(shared_mount.path / "of-root", 0o644)
     result = shared_mount.run(*alice(*memfs_command("map", "of-root")))

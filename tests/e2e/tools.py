@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Final
 
@@ -84,6 +85,13 @@ def skip_without_mount_namespace() -> None:
         pytest.skip(f"no mount namespace of our own: {result.stderr.strip()}")
 
 
+def skip_unless_others_run_memfs(*become: str) -> None:
+    """Skip the test that is running if a command that becomes another user cannot run memfs from this directory."""
+    result = run(*become, sys.executable, "-m", "memfs", "--version")
+    if result.returncode:
+        pytest.skip(f"other users cannot run memfs from here: {result.stderr.strip()}")
+
+
 #: in a new mount namespace: detach what is mounted of memfs, but for what lies below $0; then run a command
 _DETACH = """for at in $(awk '$3 == "fuse.memfs" { print $2 }' /proc/self/mounts); do
     case $at in "$0"/*) ;; *) umount --lazy "$at" ;; esac
@@ -96,8 +104,9 @@ def mount_namespace(own: Path, *options: str) -> list[str]:
     """Return a command that runs another in a mount namespace, where of all memfs only those below `own` are mounted.
 
     A memfs ends when nobody has it mounted any more, so a copy would keep that of another test. With `options` the
-    mounts must not be shared, or they would be unmounted everywhere.
+    mounts must not be shared, or they would be unmounted everywhere. Skips the test where there can be none.
     """
+    skip_without_mount_namespace()
     return ["unshare", "--mount", *options, "sh", "-c", _DETACH, str(own)]
 
 
