@@ -1,7 +1,8 @@
-"""A wheel, installed in a clean environment, brings programs, manual pages and completions."""
+"""A wheel, installed by pip in a clean environment or by pipx, brings programs, manual pages and completions."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import sysconfig
@@ -48,6 +49,20 @@ def test_wheel_in_a_clean_environment(wheel: Path, tmp_path: Path) -> None:
     assert (share / "bash-completion" / "completions" / "memfs").is_file()
     assert (share / "zsh" / "site-functions" / "_memfs").is_file()
     assert (share / "fish" / "vendor_completions.d" / "memfs.fish").is_file()
+
+
+def test_pipx_installs_programs_and_manual_pages(wheel: Path, tmp_path: Path) -> None:
+    pytest.importorskip("pipx")
+    places = {f"PIPX_{name}": str(tmp_path / name.lower()) for name in ("HOME", "BIN_DIR", "MAN_DIR")}
+    command = [sys.executable, "-m", "pipx", "install", "--python", sys.executable, str(wheel)]
+    installed = run(*command, env={**os.environ, **places}, timeout=110)
+    if "No matching distribution" in installed.stderr:
+        pytest.skip("what it depends on cannot be had, as without a network")
+    assert installed.returncode == 0, installed.stderr
+    for program in ("memfs", "kvmsim", "mount.fuse.memfs"):
+        assert run(tmp_path / "bin_dir" / program, "--version", cwd=tmp_path).stdout == f"{program} {__version__}\n"
+    for page in (ROOT / "contrib" / "man").iterdir():
+        assert (tmp_path / "man_dir" / f"man{page.suffix[1:]}" / page.name).read_bytes() == page.read_bytes()
 
 
 @pytest.mark.parametrize("program", ["memfs", "kvmsim"])
