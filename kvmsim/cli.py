@@ -307,7 +307,7 @@ async def _run_vcpu(vmm: Vmm, vcpu: VCPU) -> Exception | None:
     except OSError as error:
         # What a file operation of the VMM says once memfs is gone, which KVM may not have noticed yet.
         gone = error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
-        return StoreGone("memfs is gone, and guest memory with it") if gone else error
+        return StoreGone("memfs has gone, and guest memory with it") if gone else error
     except (IntegrityError, UnhandledExit, StoreGone) as error:
         return error
     return None
