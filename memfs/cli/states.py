@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from memfs.cli.command import CommandError
 from memfs.cli.state_shape import misfit
-from memfs.cli.watch.background import NO_ANSWER, TIMEOUT, Background
+from memfs.cli.timed_call import NO_ANSWER, TIMEOUT, TimedCall
 from memfs.contract.on_memfs import OnMemfs, locate
 from memfs.contract.sys.fdinfo import fdinfo
 from memfs.contract.sys.mountinfo import MEMFS, mount_flags, mountpoints_of_type
@@ -77,14 +77,14 @@ class Asking:
     """Asks many memfs's at once, again and again; a path at which one does not answer is not asked twice."""
 
     def __init__(self) -> None:
-        self._running: Final[dict[str, Background[dict[str, Any]]]] = {}
+        self._running: Final[dict[str, TimedCall[dict[str, Any]]]] = {}
 
     def ask(self, paths: Sequence[str]) -> list[Answer]:
         """Return what the memfs's at some paths say, in the same order, after a few seconds at most."""
         for gone in self._running.keys() - set(paths):
             del self._running[gone]
         for path in paths:
-            self._running.setdefault(path, Background(path, partial(_state_at, path))).start()
+            self._running.setdefault(path, TimedCall(path, partial(_state_at, path))).start()
         deadline = monotonic() + TIMEOUT
         return [self._answer(path, deadline) for path in paths]
 

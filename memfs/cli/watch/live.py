@@ -16,7 +16,7 @@ from typing import Any, Final
 import trio
 
 from memfs.cli.command import CommandError
-from memfs.cli.watch.background import Background
+from memfs.cli.timed_call import TimedCall
 from memfs.cli.watch.memory import PAUSE, GuestMemory
 from memfs.cli.watch.sample import Sample, Watcher, name_of, oldest, pairs
 from memfs.contract.terminal import printable
@@ -109,7 +109,7 @@ class MemoryMap:
         self._asked: Final = (mountpoint, owner, ino)
         self._window: Final = window
         self._files: list[tuple[str, int]] = []
-        self._look: Background[dict[str, Any]] | None = None
+        self._look: TimedCall[dict[str, Any]] | None = None
 
     async def draw(self) -> dict[str, Any]:
         """Return it as it is known by now, or why it cannot be drawn."""
@@ -117,7 +117,7 @@ class MemoryMap:
             files = self._live.files_of(*self._asked)
             if self._look is None or files != self._files:
                 self._files, memory = files, GuestMemory(files, self._window)
-                self._look = Background("memfs", lambda: _drawn(memory))
+                self._look = TimedCall("memfs", lambda: _drawn(memory))
             for _ in range(_MOST_LOOKS):
                 drawn = await trio.to_thread.run_sync(self._look.call, abandon_on_cancel=True)
                 if drawn["complete"]:

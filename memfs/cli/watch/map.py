@@ -13,7 +13,7 @@ from rich.text import Text
 
 from memfs.cli.command import CommandError, Commands
 from memfs.cli.replacing import replace
-from memfs.cli.watch.background import Background
+from memfs.cli.timed_call import TimedCall
 from memfs.cli.watch.memory import PAUSE, GuestMemory
 from memfs.contract.picture import Picture, check_format
 from memfs.contract.sizes import parse_bytes
@@ -66,7 +66,7 @@ def _run(arguments: argparse.Namespace) -> None:
     memory = GuestMemory(arguments.files, window)
     title = " and ".join(arguments.files)
     if not arguments.follow:
-        picture = Background(title, memory.look_at_all).call().picture()
+        picture = TimedCall(title, memory.look_at_all).call().picture()
         if arguments.output is not None:
             replace(arguments.output, picture.file(title, arguments.output))
         else:
@@ -81,7 +81,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def _changes(memory: GuestMemory, title: str) -> Iterator[Picture]:
     """Generate pictures, each as soon as it is another one than before."""
-    look = Background(title, memory.look)
+    look = TimedCall(title, memory.look)
     shown: bytes | None = None
     while True:
         known, is_all = look.call()

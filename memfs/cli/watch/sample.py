@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from memfs.cli.command import CommandError
 from memfs.cli.states import mountpoints, state_of
-from memfs.cli.watch.background import NO_ANSWER, TIMEOUT, Background, Late
+from memfs.cli.timed_call import NO_ANSWER, TIMEOUT, Late, TimedCall
 from memfs.cli.watch.checked_state import checked
 from memfs.cli.watch.names import Names
 from memfs.contract.on_memfs import locate
@@ -91,7 +91,7 @@ class _Mount:
         self._mountpoint: Final = mountpoint
         self._names: Final = Names(mountpoint) if names else None
         self._before: Sample | None = None
-        self.background: Final = Background(mountpoint, self._ask)
+        self.background: Final = TimedCall(mountpoint, self._ask)
 
     def _ask(self) -> Sample:
         with locate(self._mountpoint, last_link=True) as mount:

@@ -10,7 +10,7 @@ import pytest
 
 from memfs.cli import states
 from memfs.cli.states import Asking
-from memfs.cli.watch.background import NO_ANSWER
+from memfs.cli.timed_call import NO_ANSWER
 
 
 def test_path_at_which_none_answers_is_not_asked_twice(monkeypatch: pytest.MonkeyPatch) -> None:

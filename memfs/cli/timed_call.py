@@ -23,7 +23,7 @@ class Late(CommandError):
     """A call has not returned in time."""
 
 
-class Background(Generic[_T]):
+class TimedCall(Generic[_T]):
     """Calls a function in a thread, which is at most one at a time, whether or not it ever returns."""
 
     def __init__(self, what: str, function: Callable[[], _T]) -> None:
