@@ -29,16 +29,12 @@ import numpy as np
 import numpy.typing as npt
 import trio
 
+from kvmsim import kvm_run
 from kvmsim.service import ioctls
 from kvmsim.service.paths import default_socket
 from kvmsim.service.wire import INTERRUPT, MAX_DATAGRAM, MAX_FDS, Answer, Call
 from kvmsim.uapi import KVM_MEM_FD
 
-_EXIT_REASON: Final = 8
-_UNION: Final = 32
-_IMMEDIATE_EXIT: Final = 1
-_MEMORY_ERROR: Final = struct.Struct("<I4xQQ")
-_MMIO: Final = struct.Struct("<Q8sIB")
 _MOST_CLEARED: Final = 1 << 18  # pages at a time: 32 KiB of bitmap
 
 
@@ -240,33 +236,33 @@ class Vcpu(Descriptor):
     @property
     def exit_reason(self) -> int:
         """Why it has exited: KVM_EXIT_*."""
-        return int(struct.unpack_from("<I", self.page, _EXIT_REASON)[0])
+        return int(struct.unpack_from("<I", self.page, kvm_run.EXIT_REASON)[0])
 
     @property
     def memory_error(self) -> tuple[int, int, int]:
         """Of KVM_EXIT_MEMORY_ERROR: KVM_EXIT_MEM_MAP_*, gpa, bytes."""
-        kind, gpa, size = _MEMORY_ERROR.unpack_from(self.page, _UNION)
+        kind, gpa, size = kvm_run.MEMORY_ERROR.unpack_from(self.page, kvm_run.UNION)
         return kind, gpa, size
 
     @property
     def memory_fault(self) -> tuple[int, int, int]:
         """Of KVM_EXIT_MEMORY_FAULT, with which KVM_RUN raises EFAULT: flags, gpa, bytes."""
-        flags, gpa, size = struct.unpack_from("<QQQ", self.page, _UNION)
+        flags, gpa, size = kvm_run.MEMORY_FAULT.unpack_from(self.page, kvm_run.UNION)
         return flags, gpa, size
 
     @property
     def mmio(self) -> tuple[int, bytes, bool]:
         """Of KVM_EXIT_MMIO: gpa, the bytes, whether it is a store."""
-        gpa, data, size, is_write = _MMIO.unpack_from(self.page, _UNION)
+        gpa, data, size, is_write = kvm_run.MMIO.unpack_from(self.page, kvm_run.UNION)
         return gpa, data[:size], bool(is_write)
 
     def answer_mmio(self, data: bytes) -> None:
         """Give what a load from a device reads."""
-        self.page[_UNION + 8 : _UNION + 8 + len(data)] = data
+        self.page[kvm_run.MMIO_DATA : kvm_run.MMIO_DATA + len(data)] = data
 
     def set_immediate_exit(self, value: bool) -> None:
         """Have KVM_RUN return at once, with EINTR, or not."""
-        self.page[_IMMEDIATE_EXIT] = value
+        self.page[kvm_run.IMMEDIATE_EXIT] = value
 
     @property
     def registers(self) -> bytes:

@@ -15,6 +15,7 @@ import platform
 import struct
 from typing import Final
 
+from kvmsim import kvm_run
 from kvmsim.engines.registers import Registers
 
 KVM_API_VERSION: Final = 12
@@ -46,19 +47,6 @@ _ADDRESS_SIZES: Final = 0x8000_0008
 _FEATURES: Final = 1
 _OSXSAVE: Final = 1 << 27  # of ecx of _FEATURES
 _XSAVE: Final = 1 << 26
-
-# struct kvm_run
-_IMMEDIATE_EXIT: Final = 1
-_EXIT_REASON: Final = 8
-_EXIT: Final = 32
-_IO: Final = struct.Struct("=BBHIQ")  # direction, size, port, count, offset of the data in the mapping
-_MMIO: Final = struct.Struct("=Q8sIB")  # gpa, data, length, is_write
-_HYPERCALL: Final = struct.Struct("=QQQQ")  # nr, first three arguments
-_HYPERCALL_RET: Final = 88
-_VALID_REGS: Final = 288
-_DIRTY_REGS: Final = 296
-_REGS: Final = 304
-_SYNC_GENERAL: Final = 1
 
 SREGS_SIZE: Final = 312
 
@@ -179,7 +167,7 @@ class KvmVcpu:
         if kvm.has_xsave and kvm.has(_KVM_CAP_XCRS):
             xcr0 = struct.pack("=IIIIQ", 1, 0, 0, 0, 7).ljust(392, b"\0")  # x87, SSE, AVX
             fcntl.ioctl(fd, _KVM_SET_XCRS, xcr0)
-        struct.pack_into("=Q", self._page, _VALID_REGS, _SYNC_GENERAL)
+        struct.pack_into("=Q", self._page, kvm_run.VALID_REGS, kvm_run.SYNC_GENERAL)
 
     def run(self) -> None:
         """Run it (KVM_RUN), without the GIL. Raises OSError: EINTR if it was kicked."""
@@ -207,51 +195,51 @@ class KvmVcpu:
     @property
     def registers(self) -> Registers:
         """The general registers, a copy."""
-        return Registers.unpack(self._page[_REGS : _REGS + Registers.LAYOUT.size])
+        return Registers.unpack(self._page[kvm_run.REGS : kvm_run.REGS + Registers.LAYOUT.size])
 
     @registers.setter
     def registers(self, values: Registers) -> None:
-        self._page[_REGS : _REGS + Registers.LAYOUT.size] = values.pack()
-        struct.pack_into("=Q", self._page, _DIRTY_REGS, _SYNC_GENERAL)
+        self._page[kvm_run.REGS : kvm_run.REGS + Registers.LAYOUT.size] = values.pack()
+        struct.pack_into("=Q", self._page, kvm_run.DIRTY_REGS, kvm_run.SYNC_GENERAL)
 
     # -- what it exited with ------------------------------------------------------------------------------------------
 
     @property
     def immediate_exit(self) -> bool:
         """Whether KVM_RUN is to return at once."""
-        return bool(struct.unpack_from("=B", self._page, _IMMEDIATE_EXIT)[0])
+        return bool(struct.unpack_from("=B", self._page, kvm_run.IMMEDIATE_EXIT)[0])
 
     @immediate_exit.setter
     def immediate_exit(self, value: bool) -> None:
-        struct.pack_into("=B", self._page, _IMMEDIATE_EXIT, value)
+        struct.pack_into("=B", self._page, kvm_run.IMMEDIATE_EXIT, value)
 
     @property
     def exit_reason(self) -> int:
         """KVM_EXIT_*."""
-        return int(struct.unpack_from("=I", self._page, _EXIT_REASON)[0])
+        return int(struct.unpack_from("=I", self._page, kvm_run.EXIT_REASON)[0])
 
     @property
     def io(self) -> tuple[bool, int, int, slice]:
         """Of KVM_EXIT_IO: whether it is `out`, port, size of a unit, and where its data is in `page`."""
-        direction, size, port, count, offset = _IO.unpack_from(self._page, _EXIT)
+        direction, size, port, count, offset = kvm_run.IO.unpack_from(self._page, kvm_run.UNION)
         return bool(direction), port, size, slice(offset, offset + size * count)
 
     @property
     def mmio(self) -> tuple[int, bytes, bool]:
         """Of KVM_EXIT_MMIO: gpa, the bytes (of a load, as many as it reads), whether it is a store."""
-        gpa, data, length, is_write = _MMIO.unpack_from(self._page, _EXIT)
+        gpa, data, length, is_write = kvm_run.MMIO.unpack_from(self._page, kvm_run.UNION)
         return gpa, data[:length], bool(is_write)
 
     @property
     def hypercall(self) -> tuple[int, tuple[int, int, int]]:
-        """Of KVM_EXIT_HYPERCALL: number and arguments."""
-        nr, *arguments = _HYPERCALL.unpack_from(self._page, _EXIT)
+        """Of KVM_EXIT_HYPERCALL: number and the first three arguments."""
+        nr, *arguments = kvm_run.HYPERCALL.unpack_from(self._page, kvm_run.UNION)
         return nr, (arguments[0], arguments[1], arguments[2])
 
     @property
     def suberror(self) -> int:
         """Of KVM_EXIT_INTERNAL_ERROR: KVM_INTERNAL_ERROR_*; of KVM_EXIT_FAIL_ENTRY the hardware's reason."""
-        return int(struct.unpack_from("=I", self._page, _EXIT)[0])
+        return int(struct.unpack_from("=I", self._page, kvm_run.UNION)[0])
 
     @property
     def page(self) -> mmap.mmap:
@@ -260,11 +248,11 @@ class KvmVcpu:
 
     def answer_mmio(self, data: bytes) -> None:
         """Give what a load from a device reads."""
-        self._page[_EXIT + 8 : _EXIT + 8 + len(data)] = data
+        self._page[kvm_run.MMIO_DATA : kvm_run.MMIO_DATA + len(data)] = data
 
     def answer_hypercall(self, value: int) -> None:
         """Give what a hypercall returns."""
-        struct.pack_into("=q", self._page, _EXIT + _HYPERCALL_RET - 32, value)
+        struct.pack_into("=q", self._page, kvm_run.HYPERCALL_RET, value)
 
     def close(self) -> None:
         """Close it. It must not run."""
