@@ -161,9 +161,14 @@ class ComingBack:
         for key, value in state.items_of(records.ANSWER):
             if (of := owners.get(number_in(key))) is not None and of.last_answers is not None:
                 of.last_answers.restore(rest_of(key), value)
-        self._registry.frames.restore(each for file in saved for each in extents.get(file, {}).values())
         for file, each in saved.items():
             self._restore(file, each, owners[each.owner], extents.get(file, {}), locks.get(file, {}))
+        there = self._registry.registrations
+        self._registry.frames.restore(extent for each in there.values() for extent in each.frames.extents.values())
+        parts = [*state.of(records.EXTENT), *state.of(records.LOCKS)]
+        gone = [key for key in parts if FileId(number_in(key)) not in there]
+        gone += [key for key in state.of(records.ANSWER) if number_in(key) not in owners]
+        self._journal.drop(iter(gone))  # a predecessor has not come to that
 
     def _absent_one(self, number: int, saved: records.SavedOwner) -> Absent:
         absent = Absent(self._registry, number)
@@ -185,6 +190,7 @@ class ComingBack:
             registration = self._registry.restore(owner, inode, file, extents)
         except OSError as error:
             log.error("%s cannot come back: inode %d: %s", owner, saved.ino, error.strerror)  # noqa: TRY400
+            self._journal.changed(records.REGISTRATION, file)
             return
         registration.count, registration.preserves = saved.times, saved.preserves
         registration.locks.restore(locks)

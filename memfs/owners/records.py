@@ -8,7 +8,7 @@
     q OWNER SLOT      one of the last answers that the owner was given (answers.py)
     w                 the numbers that were given last, of owners and registrations: none is ever used again
 
-What belongs to an owner or a registration that is gone is ignored.
+What belongs to an owner or a registration that is gone is ignored, and a successor removes it.
 """
 
 from __future__ import annotations
