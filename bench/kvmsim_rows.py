@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ import numpy as np
 import trio
 
 from bench.harness import Row, Run, Sample, measure, now
+from kvmsim import ioctls
 from kvmsim.mmu.page_table import PageTable
 from kvmsim.mmu.pte import PTE_RWX
 from kvmsim.slots.memslots import Memslot
@@ -31,7 +31,6 @@ from memfs.contract.units import ORDER_1G, PAGE_SIZE, ByteOffset, Gfn, GfnRange,
 
 _GIB: Final = 1 << ORDER_1G  # in pages
 _RESIDENT: Final = 16 * _GIB
-_KVM_CREATE_VM, _KVM_SET_USER_MEMORY_REGION = 0xAE01, 0x4020AE46
 
 
 def _row(
@@ -99,6 +98,7 @@ def _ranges(run: Run) -> Iterator[Row]:
 
 _SIZE_PROGRAM: Final = """
 import sys
+from kvmsim import ioctls
 from kvmsim.mmu.page_table import PageTable
 from memfs.contract.units import GfnRange
 def rss():
@@ -209,12 +209,12 @@ def _slots(run: Run) -> Iterator[Row]:
 def _create_in_kvm() -> float:
     kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
     try:
-        vm = fcntl.ioctl(kvm, _KVM_CREATE_VM, 0)
+        vm = fcntl.ioctl(kvm, ioctls.KVM_CREATE_VM, 0)
         try:
             started = now()
             for slot in range(KVM_USER_MEM_SLOTS):
-                region = struct.pack("=IIQQQ", slot, 0, slot * 2 * PAGE_SIZE, PAGE_SIZE, 1 << 20)
-                fcntl.ioctl(vm, _KVM_SET_USER_MEMORY_REGION, region)
+                region = ioctls.REGION.pack(slot, 0, slot * 2 * PAGE_SIZE, PAGE_SIZE, 1 << 20)
+                fcntl.ioctl(vm, ioctls.KVM_SET_USER_MEMORY_REGION, region)
             return now() - started
         finally:
             os.close(vm)

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Final
 
 from bench.harness import BenchError, Row, Run, alone, compare, measure, memfs, now
+from kvmsim import ioctls
 from kvmsim.client import Kvm, Vcpu, Vm
-from kvmsim.service import ioctls
 from kvmsim.uapi import KVM_MEM_FD
 
 _WHERE: Final = "two processes"

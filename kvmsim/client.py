@@ -29,8 +29,7 @@ import numpy as np
 import numpy.typing as npt
 import trio
 
-from kvmsim import kvm_run
-from kvmsim.service import ioctls
+from kvmsim import ioctls, kvm_run
 from kvmsim.service.paths import default_socket
 from kvmsim.service.wire import INTERRUPT, MAX_DATAGRAM, MAX_FDS, Answer, Call
 from kvmsim.uapi import KVM_MEM_FD
@@ -288,7 +287,7 @@ class Vcpu(Descriptor):
         return int(ioctls.PRE_FAULT.unpack(answer.payload)[1])
 
     def set_accesses(self, accesses: Sequence[tuple[int, int, int, int]]) -> None:
-        """Have it make accesses, and run no code: gpa, ACCESS_*, bytes, value of each (service/ioctls.py)."""
+        """Have it make accesses, and run no code: gpa, ACCESS_*, bytes, value of each (ioctls.py)."""
         self.ioctl(ioctls.KVMSIM_SET_ACCESSES, payload=b"".join(ioctls.ACCESS.pack(*each) for each in accesses))
 
     @property

@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 from typing import Any, Final
 
+from kvmsim import ioctls
 from kvmsim.engines.program import Hypercall, Load, Program, ProgramEngine, Store
 from kvmsim.exits import Exit
-from kvmsim.service import ioctls
 from kvmsim.uapi import KVM_HC_MAP_GPA_RANGE
 from kvmsim.vcpu import VCPU
 from memfs.contract.units import Gpa

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from kvmsim.service import ioctls
+from kvmsim import ioctls
 from kvmsim.side import Side
 from kvmsim.slots.memslots import Memslot, Memslots
 from kvmsim.vmm.convert import Converter

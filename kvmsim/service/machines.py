@@ -21,12 +21,12 @@ from typing import Final
 import numpy as np
 import trio
 
+from kvmsim import ioctls
 from kvmsim.backing import socket_of
 from kvmsim.engines.kvm.engine import KvmEngine
 from kvmsim.engines.kvm.machine import KvmMachine, open_kvm_machine
 from kvmsim.engines.registers import Registers
 from kvmsim.exits import Exit, InterruptExit, MemoryErrorExit, MemoryFaultExit
-from kvmsim.service import ioctls
 from kvmsim.service.accesses import Accesses, parse_accesses
 from kvmsim.service.descriptors import close_in_thread
 from kvmsim.service.guest_memory import Conversions, make_guest_memfd

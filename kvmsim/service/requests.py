@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from typing import Any
 
-from kvmsim.service import ioctls
+from kvmsim import ioctls
 from kvmsim.service.wire import Call
 from kvmsim.uapi import KVM_MEM_FD, UserspaceMemoryRegion
 from memfs.contract.units import ByteOffset, Gpa

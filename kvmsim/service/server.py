@@ -20,8 +20,8 @@ from typing import Final
 
 import trio
 
+from kvmsim import ioctls
 from kvmsim.backing import StoreGone
-from kvmsim.service import ioctls
 from kvmsim.service.descriptors import close_in_thread
 from kvmsim.service.machines import Handler, ServedVm, Target, capability
 from kvmsim.service.run_page import SIZE

@@ -20,10 +20,10 @@ import numpy as np
 import pytest
 import trio
 
+from kvmsim import ioctls
 from kvmsim.client import Kvm, Vcpu, Vm
 from kvmsim.engines.registers import Registers
-from kvmsim.service import ioctls
-from kvmsim.service.ioctls import ACCESS_HYPERCALL, ACCESS_LOAD, ACCESS_STORE
+from kvmsim.ioctls import ACCESS_HYPERCALL, ACCESS_LOAD, ACCESS_STORE
 from kvmsim.service.wire import INTERRUPT, MAX_DATAGRAM, Call
 from kvmsim.uapi import (
     KVM_EXIT_HLT,

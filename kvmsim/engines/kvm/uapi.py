@@ -1,4 +1,4 @@
-"""The real KVM through ioctl(2): what an engine needs of include/uapi/linux/kvm.h, for x86-64.
+"""The real KVM through ioctl(2): what an engine needs of it, for x86-64.
 
 Registers go in and out through the page that KVM shares (KVM_CAP_SYNC_REGS), and never through an ioctl while a vCPU
 runs: each ioctl of a vCPU waits until its KVM_RUN has returned, which, for one that waits for a page, is when the
@@ -15,29 +15,24 @@ import platform
 import struct
 from typing import Final
 
-from kvmsim import kvm_run
+from kvmsim import ioctls, kvm_run
 from kvmsim.engines.registers import Registers
+from kvmsim.uapi import KVM_MEM_READONLY
 
-KVM_API_VERSION: Final = 12
-_KVM_GET_API_VERSION: Final = 0xAE00
-_KVM_CREATE_VM: Final = 0xAE01
-_KVM_CHECK_EXTENSION: Final = 0xAE03
-_KVM_GET_VCPU_MMAP_SIZE: Final = 0xAE04
 _KVM_GET_SUPPORTED_CPUID: Final = 0xC008AE05
-_KVM_CREATE_VCPU: Final = 0xAE41
 _KVM_CREATE_IRQCHIP: Final = 0xAE60
 _KVM_IRQ_LINE: Final = 0x4008AE61
 _KVM_CREATE_PIT2: Final = 0x4040AE77
-_KVM_SET_USER_MEMORY_REGION: Final = 0x4020AE46
-_KVM_RUN: Final = 0xAE80
-_KVM_GET_SREGS: Final = 0x8138AE83
-_KVM_SET_SREGS: Final = 0x4138AE84
 _KVM_SET_MSRS: Final = 0x4008AE89
 _KVM_SET_CPUID2: Final = 0x4008AE90
 _KVM_SET_XCRS: Final = 0x4188AEA7
 
 #: capabilities without which this engine cannot be
-_NEEDED: Final = {"KVM_CAP_SYNC_REGS": 74, "KVM_CAP_READONLY_MEM": 81, "KVM_CAP_IMMEDIATE_EXIT": 136}
+_NEEDED: Final = {
+    "KVM_CAP_SYNC_REGS": ioctls.KVM_CAP_SYNC_REGS,
+    "KVM_CAP_READONLY_MEM": ioctls.KVM_CAP_READONLY_MEM,
+    "KVM_CAP_IMMEDIATE_EXIT": ioctls.KVM_CAP_IMMEDIATE_EXIT,
+}
 _KVM_CAP_XCRS: Final = 56
 
 _CPUID_ENTRIES: Final = 256
@@ -70,31 +65,31 @@ class Kvm:
             self._check()
             self.cpuid: Final = _for_guests(self._supported_cpuid())
             self.vm = self._create()
-            self._run_size: Final[int] = fcntl.ioctl(self._kvm, _KVM_GET_VCPU_MMAP_SIZE)
+            self._run_size: Final[int] = fcntl.ioctl(self._kvm, ioctls.KVM_GET_VCPU_MMAP_SIZE)
         except BaseException:
             self.close()
             raise
 
     def _check(self) -> None:
         try:
-            version = fcntl.ioctl(self._kvm, _KVM_GET_API_VERSION)
+            version = fcntl.ioctl(self._kvm, ioctls.KVM_GET_API_VERSION)
         except OSError as error:
             raise KvmUnavailable(f"/dev/kvm is no KVM: {error.strerror}") from error
-        if version != KVM_API_VERSION:
-            raise KvmUnavailable(f"/dev/kvm has API version {version}, and not {KVM_API_VERSION}")
+        if version != ioctls.KVM_API_VERSION:
+            raise KvmUnavailable(f"/dev/kvm has API version {version}, and not {ioctls.KVM_API_VERSION}")
         for name, number in _NEEDED.items():
             if not self.has(number):
                 raise KvmUnavailable(f"this kernel's KVM has no {name}")
 
     def _create(self) -> int:
         try:
-            return fcntl.ioctl(self._kvm, _KVM_CREATE_VM, 0)
+            return fcntl.ioctl(self._kvm, ioctls.KVM_CREATE_VM, 0)
         except OSError as error:
             raise KvmUnavailable(f"/dev/kvm creates no VM: {error.strerror}") from error
 
     def has(self, capability: int) -> int:
         """Return what KVM_CHECK_EXTENSION says of a capability; 0: it has not."""
-        return fcntl.ioctl(self._kvm, _KVM_CHECK_EXTENSION, capability)
+        return fcntl.ioctl(self._kvm, ioctls.KVM_CHECK_EXTENSION, capability)
 
     def _supported_cpuid(self) -> list[list[int]]:
         buffer = bytearray(8 + _CPUID_ENTRIES * _CPUID_ENTRY.size)
@@ -124,12 +119,12 @@ class Kvm:
 
     def set_memory(self, slot: int, gpa: int, size: int, address: int, *, readonly: bool) -> None:
         """Create a memslot on memory of this process (KVM_SET_USER_MEMORY_REGION); bytes. Raises OSError."""
-        flags = 2 if readonly else 0
-        fcntl.ioctl(self.vm, _KVM_SET_USER_MEMORY_REGION, struct.pack("=IIQQQ", slot, flags, gpa, size, address))
+        region = ioctls.REGION.pack(slot, KVM_MEM_READONLY if readonly else 0, gpa, size, address)
+        fcntl.ioctl(self.vm, ioctls.KVM_SET_USER_MEMORY_REGION, region)
 
     def create_vcpu(self, number: int) -> KvmVcpu:
         """Create a vCPU. Raises OSError."""
-        return KvmVcpu(fcntl.ioctl(self.vm, _KVM_CREATE_VCPU, number), self._run_size, self)
+        return KvmVcpu(fcntl.ioctl(self.vm, ioctls.KVM_CREATE_VCPU, number), self._run_size, self)
 
     def close(self) -> None:
         """Close it. It lasts until its vCPUs are closed as well."""
@@ -171,19 +166,19 @@ class KvmVcpu:
 
     def run(self) -> None:
         """Run it (KVM_RUN), without the GIL. Raises OSError: EINTR if it was kicked."""
-        fcntl.ioctl(self._fd, _KVM_RUN, 0)
+        fcntl.ioctl(self._fd, ioctls.KVM_RUN, 0)
 
     # -- registers: not while it runs ---------------------------------------------------------------------------------
 
     def get_sregs(self) -> bytearray:
         """Return struct kvm_sregs."""
         sregs = bytearray(SREGS_SIZE)
-        fcntl.ioctl(self._fd, _KVM_GET_SREGS, sregs)
+        fcntl.ioctl(self._fd, ioctls.KVM_GET_SREGS, sregs)
         return sregs
 
     def set_sregs(self, sregs: bytes | bytearray) -> None:
         """Set segments, descriptor tables and control registers. Raises OSError(EINVAL)."""
-        fcntl.ioctl(self._fd, _KVM_SET_SREGS, bytes(sregs))
+        fcntl.ioctl(self._fd, ioctls.KVM_SET_SREGS, bytes(sregs))
 
     def set_msrs(self, values: dict[int, int]) -> None:
         """Set model-specific registers. Raises OSError(EINVAL) for one that KVM does not know."""

@@ -1,7 +1,7 @@
-"""The ioctls that the service answers, by KVM's numbers (include/uapi/linux/kvm.h), and their structures.
+"""KVM's ioctls and their structures (include/uapi/linux/kvm.h) that the service answers; the real KVM's are the same.
 
-A structure goes over the socket as it is. Where KVM would follow a pointer, what it points to comes behind the
-structure, or as a descriptor; which is said beside each.
+Between the service and its VMMs a structure goes over the socket as it is. Where KVM would follow a pointer, what it
+points to comes behind the structure, or as a descriptor; which is said beside each.
 """
 
 from __future__ import annotations
