@@ -22,9 +22,11 @@ import trio
 
 from kvmsim import ioctls
 from kvmsim.backing import StoreGone
+from kvmsim.service.capabilities import capability
 from kvmsim.service.descriptors import close_in_thread
-from kvmsim.service.machines import Handler, ServedVm, Target, capability
+from kvmsim.service.machines import ServedVm
 from kvmsim.service.run_page import SIZE
+from kvmsim.service.target import Handler, Target
 from kvmsim.service.wire import INTERRUPT, MAX_DATAGRAM, MAX_FDS, Answer, Call, WireError
 from kvmsim.vm_type import VmType
 from memfs.contract.sys.peer_credentials import PeerCredentials

@@ -1,0 +1,29 @@
+"""Which of KVM's capabilities there are here."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from kvmsim import ioctls
+from kvmsim.uapi import KVM_MAX_VCPU_ID, KVM_USER_MEM_SLOTS
+
+_CAPABILITIES: Final = {
+    ioctls.KVM_CAP_USER_MEMORY: 1,
+    ioctls.KVM_CAP_NR_VCPUS: 64,
+    ioctls.KVM_CAP_MAX_VCPUS: KVM_MAX_VCPU_ID,
+    ioctls.KVM_CAP_MAX_VCPU_ID: KVM_MAX_VCPU_ID,
+    ioctls.KVM_CAP_NR_MEMSLOTS: KVM_USER_MEM_SLOTS,
+    ioctls.KVM_CAP_READONLY_MEM: 1,
+    ioctls.KVM_CAP_IMMEDIATE_EXIT: 1,
+    ioctls.KVM_CAP_SYNC_REGS: 1,
+    ioctls.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: 1,
+    ioctls.KVM_CAP_PRE_FAULT_MEMORY: 1,
+    ioctls.KVM_CAP_USER_MEMORY2: 1,
+    ioctls.KVM_CAP_MEMORY_FAULT_INFO: 1,
+    ioctls.KVM_CAP_MEMORY_ATTRIBUTES: ioctls.KVM_MEMORY_ATTRIBUTE_PRIVATE,
+}
+
+
+def capability(number: int) -> int:
+    """Return what KVM_CHECK_EXTENSION says of a capability; 0: it is not here."""
+    return _CAPABILITIES.get(number, 0)
