@@ -81,10 +81,10 @@ def format_size(nbytes: int) -> str:
 def shown_bytes(nbytes: int) -> str:
     """Return a number of bytes as people read it in a table, in three digits or four, as df -h does.
 
-    >>> [shown_bytes(each) for each in (0, 4096, 3 << 29, 1 << 40)]
-    ['0', '4.0K', '1.5G', '1.0T']
+    >>> [shown_bytes(each) for each in (0, 4096, 3 << 29, 1 << 40, 1 << 70)]
+    ['0', '4.0K', '1.5G', '1.0T', '1024E']
     """
-    power = max(0, (nbytes.bit_length() - 1) // 10)
+    power = min(len("KMGTPE"), max(0, (nbytes.bit_length() - 1) // 10))
     if not power:
         return str(nbytes)
     number = nbytes / (1 << 10 * power)
