@@ -145,16 +145,18 @@ def _stat(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(state))
         return
-    registry, notifications = state.pop("registry"), state.pop("notifications")
-    conversions = state.pop("conversions", {})  # those of another version are none
+    # Those of another version are none.
+    registry, notifications, conversions = (
+        state.pop(name, None) or {} for name in ("registry", "notifications", "conversions")
+    )
     said = {name.replace("_", " "): value for name, value in state.items() if value is not None}
-    width = max(map(len, said))
+    width = max(map(len, said), default=0)
     for name, value in said.items():
         print(f"{printable(name):{width}}  {_words(value)}")
     for side, count in conversions.items():
         print(f"conversions to {printable(side)}: {count['count']} of {count['pages']} pages")
     for kind, tally in notifications.items():
-        mean, longest = 1000 * tally["seconds"] / tally["count"], 1000 * tally.get("longest", 0.0)
+        mean, longest = 1000 * tally["seconds"] / max(1, tally["count"]), 1000 * tally["longest"]
         of = f"{tally['count']} of {tally['pages']} pages"
         print(f"{printable(kind)}: {of}, {mean:.3f} ms each, {longest:.3f} ms at most")
     for owner in registry:

@@ -11,11 +11,12 @@ import re
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from memfs.cli.command import CommandError, Commands
 from memfs.cli.replacing import replace
-from memfs.cli.states import Answer, Asking, mountpoints
+from memfs.cli.states import Answer, Asking, mountpoints, state_at
 from memfs.contract.terminal import printable
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class _Collector:
 
     def __init__(self, paths: Sequence[str]) -> None:
         self._paths: Final = paths
-        self._asking: Final = Asking()
+        self._asking: Final = Asking(lambda path: partial(state_at, path))
         self._turn: Final = threading.Lock()  # for each scrape comes in a thread of its own
 
     def describe(self) -> list[Metric]:
@@ -110,19 +111,19 @@ class _Collector:
             answers = self._asking.ask(self._paths or mountpoints())
         up = GaugeMetricFamily("memfs_up", "Whether a memfs answers.", labels=["mountpoint"])
         for answer in answers:
-            up.add_metric([printable(answer.mountpoint)], float(answer.state is not None))
+            up.add_metric([printable(answer.mountpoint)], float(answer.said is not None))
         yield up
         about = InfoMetricFamily("memfs", "What it is mounted with.", labels=["mountpoint"])
         for answer in answers:
-            if answer.state is not None:
-                said = {name: str(answer.state.get(name, "")) for name in ("version", "backing", "huge")}
+            if answer.said is not None:
+                said = {name: str(answer.said.get(name, "")) for name in ("version", "backing", "huge")}
                 about.add_metric([printable(answer.mountpoint)], said)
         yield about
         for families, names in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTERS)):
             for metric, (name, help_) in names.items():
                 family = families(metric, help_, labels=["mountpoint"])
                 for answer in answers:
-                    value = (answer.state or {}).get(name)
+                    value = (answer.said or {}).get(name)
                     if isinstance(value, int | float):
                         family.add_metric([printable(answer.mountpoint)], float(value))
                 yield family
@@ -131,27 +132,27 @@ class _Collector:
         yield from _of_notifications(answers)
 
 
-def _of_kinds(answers: Sequence[Answer]) -> Iterator[Metric]:
+def _of_kinds(answers: Sequence[Answer[dict[str, Any]]]) -> Iterator[Metric]:
     from prometheus_client.core import GaugeMetricFamily
 
     labels = ["mountpoint", "kind"]
     used = GaugeMetricFamily("memfs_file_bytes", "What files take, guest-sealed (private) or ordinary.", labels=labels)
     for answer in answers:
-        total, private = ((answer.state or {}).get(name) for name in ("used", "guest_used"))
+        total, private = ((answer.said or {}).get(name) for name in ("used", "guest_used"))
         if isinstance(total, int) and isinstance(private, int):  # where all lie on memfds, nobody counts by kind
             used.add_metric([printable(answer.mountpoint), "private"], float(private))
             used.add_metric([printable(answer.mountpoint), "ordinary"], float(max(0, total - private)))
     yield used
 
 
-def _of_conversions(answers: Sequence[Answer]) -> Iterator[Metric]:
+def _of_conversions(answers: Sequence[Answer[dict[str, Any]]]) -> Iterator[Metric]:
     from prometheus_client.core import CounterMetricFamily
 
     labels = ["mountpoint", "direction"]
     calls = CounterMetricFamily("memfs_conversions", "Calls by which memory became private, or shared.", labels=labels)
     pages = CounterMetricFamily("memfs_converted_pages", "Pages that became private, or shared.", labels=labels)
     for answer in answers:
-        for side, count in (answer.state or {}).get("conversions", {}).items():
+        for side, count in ((answer.said or {}).get("conversions") or {}).items():
             of = [printable(answer.mountpoint), side]
             calls.add_metric(of, float(count["count"]))
             pages.add_metric(of, float(count["pages"]))
@@ -159,7 +160,7 @@ def _of_conversions(answers: Sequence[Answer]) -> Iterator[Metric]:
     yield pages
 
 
-def _of_notifications(answers: Sequence[Answer]) -> Iterator[Metric]:
+def _of_notifications(answers: Sequence[Answer[dict[str, Any]]]) -> Iterator[Metric]:
     from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 
     labels = ["mountpoint", "kind"]
@@ -179,5 +180,5 @@ def _of_notifications(answers: Sequence[Answer]) -> Iterator[Metric]:
     yield seconds
 
 
-def _tallies(answer: Answer) -> list[tuple[str, dict[str, Any]]]:
-    return sorted((answer.state or {}).get("notifications", {}).items())
+def _tallies(answer: Answer[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    return sorted(((answer.said or {}).get("notifications") or {}).items())

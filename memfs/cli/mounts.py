@@ -9,11 +9,12 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from functools import partial
 from itertools import chain, islice
 from typing import Any, Final
 
 from memfs.cli.command import CommandError, Commands
-from memfs.cli.states import Answer, Asking, mountpoints
+from memfs.cli.states import Answer, Asking, mountpoints, state_at
 from memfs.contract.sizes import shown_bytes
 from memfs.contract.sys.libc import MNT_DETACH, UMOUNT_NOFOLLOW, umount
 from memfs.contract.sys.mountinfo import (
@@ -48,9 +49,9 @@ def add_to(commands: Commands) -> None:
 
 def _list(arguments: argparse.Namespace) -> None:
     """List the memfs's that are mounted in this mount namespace, and why one of them cannot be asked."""
-    answers = Asking().ask(mountpoints())
+    answers = Asking(lambda path: partial(state_at, path)).ask(mountpoints())
     if arguments.json:
-        print(json.dumps([each.state or {"mountpoint": each.mountpoint, "error": each.why_not} for each in answers]))
+        print(json.dumps([each.said or {"mountpoint": each.mountpoint, "error": each.why_not} for each in answers]))
         return
     if not answers:
         return
@@ -65,9 +66,9 @@ def _padded(column: str, text: str, width: int) -> str:
     return f"{text:>{width}}" if column in _NUMBERS else f"{text:{width}}"
 
 
-def _row(answer: Answer) -> list[str]:
+def _row(answer: Answer[dict[str, Any]]) -> list[str]:
     """Return what is shown of a memfs, column by column; in the place of a socket why there is none."""
-    state: dict[str, Any] = answer.state or {"socket": answer.why_not}
+    state: dict[str, Any] = answer.said or {"socket": answer.why_not}
     shown = {**state, "mountpoint": answer.mountpoint}
     return [_cell(name, shown.get(name)) for name in _COLUMNS]
 

@@ -68,7 +68,7 @@ def _misfits(value: object, shape: Shape) -> Iterator[object]:
         case bool(), _ if shape is not bool:
             yield value
         case ((int() | float()), _) if shape is float or (shape is int and isinstance(value, int)):
-            if not abs(value) < _MOST:  # nor is that so of NaN
+            if not 0 <= value < _MOST:  # nor is that so of NaN
                 yield value
         case _ if not (isinstance(shape, type) and isinstance(value, shape)):
             yield value

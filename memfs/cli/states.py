@@ -8,29 +8,30 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from time import monotonic
-from typing import Any, Final
+from typing import Any, Final, Generic, TypeVar
 
 from memfs.cli.command import CommandError
 from memfs.cli.state_shape import misfit
-from memfs.cli.timed_call import NO_ANSWER, TIMEOUT, TimedCall
+from memfs.cli.timed_call import TIMEOUT, TimedCall
 from memfs.contract.on_memfs import OnMemfs, locate
 from memfs.contract.sys.fdinfo import fdinfo
 from memfs.contract.sys.mountinfo import MEMFS, mount_flags, mountpoints_of_type
 from memfs.options import OptionError, in_force
 
+_T = TypeVar("_T")
 
-@dataclass(slots=True)
-class Answer:
-    """What the memfs at a mountpoint said: its state (docs/stat.schema.json), or why there is none."""
+
+@dataclass(frozen=True, slots=True)
+class Answer(Generic[_T]):
+    """What the memfs at a mountpoint said, or why it said nothing."""
 
     mountpoint: str
-    state: dict[str, Any] | None = None
-    why_not: str = NO_ANSWER
+    said: _T | None
+    why_not: str = ""
 
 
 def state_of(mount: OnMemfs) -> dict[str, Any]:
@@ -73,30 +74,37 @@ def mountpoints() -> list[str]:
     return list(dict.fromkeys(mountpoints_of_type(MEMFS)))
 
 
-class Asking:
-    """Asks many memfs's at once, again and again; a path at which one does not answer is not asked twice."""
+class Asking(Generic[_T]):
+    """Asks many memfs's at once, again and again; a path at which one does not answer is not asked twice.
 
-    def __init__(self) -> None:
-        self._running: Final[dict[str, TimedCall[dict[str, Any]]]] = {}
+    `asks` returns for a path what asks the memfs there, which may take forever, or raise OSError or CommandError.
+    """
 
-    def ask(self, paths: Sequence[str]) -> list[Answer]:
+    def __init__(self, asks: Callable[[str], Callable[[], _T]]) -> None:
+        self._asks: Final = asks
+        self._calls: Final[dict[str, TimedCall[_T]]] = {}
+
+    def ask(self, paths: Sequence[str]) -> list[Answer[_T]]:
         """Return what the memfs's at some paths say, in the same order, after a few seconds at most."""
-        for gone in self._running.keys() - set(paths):
-            del self._running[gone]
+        for gone in self._calls.keys() - set(paths):
+            del self._calls[gone]
         for path in paths:
-            self._running.setdefault(path, TimedCall(path, partial(_state_at, path))).start()
+            if path not in self._calls:
+                self._calls[path] = TimedCall(path, self._asks(path))
+            self._calls[path].start()
         deadline = monotonic() + TIMEOUT
         return [self._answer(path, deadline) for path in paths]
 
-    def _answer(self, path: str, deadline: float) -> Answer:
+    def _answer(self, path: str, deadline: float) -> Answer[_T]:
         try:
-            return Answer(path, self._running[path].result(deadline), "")
+            return Answer(path, self._calls[path].result(deadline))
         except OSError as error:
-            return Answer(path, why_not=str(error.strerror))
+            return Answer(path, None, str(error.strerror))
         except CommandError as error:
-            return Answer(path, why_not=str(error).removeprefix(f"{path}: "))
+            return Answer(path, None, str(error).removeprefix(f"{path}: "))
 
 
-def _state_at(path: str) -> dict[str, Any]:
+def state_at(path: str) -> dict[str, Any]:
+    """Return the state of the memfs at a path. Raises as `state_of`."""
     with locate(path, last_link=True) as mount:
         return state_of(mount)

@@ -19,10 +19,6 @@ TIMEOUT: Final = 3.0  #: seconds
 NO_ANSWER: Final = "does not answer (is it stopped?)"
 
 
-class Late(CommandError):
-    """A call has not returned in time."""
-
-
 class TimedCall(Generic[_T]):
     """Calls a function in a thread, which is at most one at a time, whether or not it ever returns."""
 
@@ -38,7 +34,7 @@ class TimedCall(Generic[_T]):
             self._call = _Call(self._function)
 
     def result(self, deadline: float) -> _T:
-        """Wait for what it returns, or raises; Late if it does not until a deadline (time.monotonic).
+        """Wait for what it returns, or raises; CommandError if it does not until a deadline (time.monotonic).
 
         A call is waited for once: if it has not returned then, the next time only whether it has by now is seen.
         """
@@ -48,7 +44,7 @@ class TimedCall(Generic[_T]):
         call.join(0.0 if self._is_late else max(0.0, deadline - monotonic()))
         self._is_late = call.is_alive()
         if self._is_late:
-            raise Late(f"{self._what}: {NO_ANSWER}")
+            raise CommandError(f"{self._what}: {NO_ANSWER}")
         self._call = None
         if call.error is not None:
             raise call.error

@@ -73,6 +73,24 @@ def test_mount_that_is_no_memfs_hides_no_other(mount_memfs: MountMemfs, tmp_path
         assert run(*memfs_command("stat", tmp_path)).stderr.startswith(f"memfs: {tmp_path}: what it says of its state")
 
 
+@pytest.mark.parametrize(
+    "state",
+    [
+        "{}",
+        '{"conversions": null, "notifications": null, "registry": null, "guest_page_size": null}',
+        '{"notifications": {"Fallocate": {"count": 0, "pages": 0, "seconds": 0, "longest": 0, "buckets": {}}}}',
+        '{"registry": [{"owner": 1, "name": "", "acknowledged": 0, "pending": [], "files": [{"file": 1, "ino": 1, '
+        '"size": 0, "pages": 9223372036854775808, "guest": true, "locked": 0}]}]}',
+    ],
+    ids=["nothing", "nulls", "zeros", "much"],
+)
+def test_mount_that_says_little_is_shown(tmp_path: Path, state: str) -> None:
+    with lying(tmp_path, state):
+        for command in ("stat", "metrics", "top"):
+            result = run(*memfs_command(command, tmp_path))
+            assert (result.returncode, result.stderr) == (0, ""), command
+
+
 def test_stat_shows_the_options_that_are_in_force(mount_memfs: MountMemfs) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root changes flags of a mount")

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import Any, Final
 
-from memfs.cli.command import CommandError
-from memfs.cli.states import mountpoints, state_of
-from memfs.cli.timed_call import NO_ANSWER, TIMEOUT, Late, TimedCall
-from memfs.cli.watch.checked_state import checked
+from memfs.cli.states import Asking, mountpoints, state_at
+from memfs.cli.timed_call import NO_ANSWER
 from memfs.cli.watch.names import Names
-from memfs.contract.on_memfs import locate
 
 SIDES: Final = ("private", "shared")
 _ENDLESS: Final = 3600.0  # seconds, in the place of the bound of the last bucket, which JSON has no word for
@@ -46,7 +43,7 @@ class Sample:
     @property
     def owners(self) -> list[dict[str, Any]]:
         """The owners that we may see (docs/stat.schema.json)."""
-        found: list[dict[str, Any]] = (self.state or {}).get("registry", [])
+        found: list[dict[str, Any]] = (self.state or {}).get("registry") or []
         return found
 
     @property
@@ -69,63 +66,40 @@ def name_of(sample: Sample, ino: int) -> str:
 class Watcher:
     """Looks at mounts, again and again; those that do not answer are not waited for twice. `paths`: default: all."""
 
-    def __init__(self, paths: Sequence[str] = (), *, names: bool = True) -> None:
+    def __init__(self, paths: Sequence[str] = ()) -> None:
         self._paths: Final = paths
-        self._names: Final = names
-        self._mounts: Final[dict[str, _Mount]] = {}
+        self._asking: Final = Asking(lambda path: _Mount(path).look)
 
     def look(self) -> list[Sample]:
         """Return what each mount says, after a few seconds at most."""
-        paths = list(self._paths) or mountpoints()
-        for gone in self._mounts.keys() - set(paths):
-            del self._mounts[gone]
-        mounts = [self._mounts.setdefault(path, _Mount(path, names=self._names)) for path in paths]
-        for mount in mounts:
-            mount.background.start()
-        deadline = monotonic() + TIMEOUT
-        return [mount.sample(deadline) for mount in mounts]
+        answers = self._asking.ask(self._paths or mountpoints())
+        return [each.said or Sample(each.mountpoint, why_not=each.why_not) for each in answers]
 
 
 class _Mount:
-    def __init__(self, mountpoint: str, *, names: bool) -> None:
+    def __init__(self, mountpoint: str) -> None:
         self._mountpoint: Final = mountpoint
-        self._names: Final = Names(mountpoint) if names else None
+        self._names: Final = Names(mountpoint)
         self._before: Sample | None = None
-        self.background: Final = TimedCall(mountpoint, self._ask)
 
-    def _ask(self) -> Sample:
-        with locate(self._mountpoint, last_link=True) as mount:
-            state = checked(state_of(mount))
-        sample = Sample(self._mountpoint, state, "", monotonic())
-        inos = {int(each["ino"]) for owner in sample.owners for each in owner["files"]}
-        paths = self._names.look(inos) if self._names is not None else {}
-        return Sample(self._mountpoint, state, "", sample.at, **_since(self._before, sample), paths=paths)
-
-    def sample(self, deadline: float) -> Sample:
-        """Return what it says."""
-        try:
-            sample = self.background.result(deadline)
-        except OSError as error:
-            return Sample(self._mountpoint, why_not=str(error.strerror))
-        except Late:
-            return Sample(self._mountpoint)
-        except CommandError as error:
-            return Sample(self._mountpoint, why_not=str(error))
-        self._before = sample
-        return sample
+    def look(self) -> Sample:
+        """Return what it says. Blocking. Raises OSError, CommandError."""
+        sample = Sample(self._mountpoint, state_at(self._mountpoint), "", monotonic())
+        paths = self._names.look({each["ino"] for owner in sample.owners for each in owner["files"]})
+        self._before = replace(sample, **rates(self._before, sample), paths=paths)
+        return self._before
 
 
-def _since(before: Sample | None, now: Sample) -> dict[str, Any]:
-    """Return the rates between two samples; none if the daemon has begun to count anew."""
+def rates(before: Sample | None, now: Sample) -> dict[str, Any]:
+    """Return the fields of `Sample` that two make known; none if the daemon has begun to count anew."""
     if before is None or before.state is None or now.state is None or now.at <= before.at:
         return {}
-    if before.state.get("generation") != now.state.get("generation") or before.state.get("pid") != now.state.get("pid"):
+    if any(before.state.get(name) != now.state.get(name) for name in ("generation", "pid")):
         return {}
-    if not {"conversions", "notifications"} <= before.state.keys() & now.state.keys():  # of another version
-        return {}
+    states = (before.state, now.state)
+    if any(state.get(name) is None for state in states for name in ("conversions", "notifications")):
+        return {}  # of another version
     seconds = now.at - before.at
-    if any("conversions" not in state for state in (before.state, now.state)):  # it is of another version
-        return {}
     old, new = before.state["conversions"], now.state["conversions"]
     return {
         "conversions": {side: (new[side]["count"] - old[side]["count"]) / seconds for side in SIDES},
@@ -144,7 +118,7 @@ def latency(before: Mapping[str, Any], now: Mapping[str, Any]) -> Latency | None
             total = value - (old["count"] if bound == "inf" else old["buckets"].get(bound, 0))
             if total > last:
                 counts[float(bound)] = counts.get(float(bound), 0) + total - last
-                longest = max(longest, min(float(bound), tally.get("longest", float(bound))))
+                longest = max(longest, min(float(bound), tally["longest"]))
             last = total
     if not counts:
         return None

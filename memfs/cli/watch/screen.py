@@ -100,7 +100,7 @@ def mount_rows(samples: Sequence[Sample]) -> list[Row]:
                 "used": used,
                 "private": private,
                 "shared": None if private is None or used is None else max(0, used - private),
-                "huge": private if state.get("guest_page_size", PAGE_SIZE) > PAGE_SIZE else None,
+                "huge": private if (state.get("guest_page_size") or 0) > PAGE_SIZE else None,
                 "files": state.get("inodes_used"),
                 "owners": state.get("owners"),
                 "conversions": None if rates is None else sum(rates[side] for side in SIDES),

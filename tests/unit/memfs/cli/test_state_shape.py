@@ -13,7 +13,16 @@ from memfs.cli.state_shape import STATE, misfit
 TYPES = {"integer": int, "number": float, "string": str, "boolean": bool}
 SCHEMA = json.loads((Path(__file__).parents[4] / "docs" / "stat.schema.json").read_text())
 TALLY = {"count": 1, "pages": 1, "seconds": 0.5, "longest": 0.25, "buckets": {"0.1": 1}}
-OWNER = {"owner": 1, "name": "vm", "uid": None, "acknowledged": 0, "files": [], "pending": []}
+FILE = {"file": 1, "ino": 2, "size": 3, "pages": 4, "guest": True, "locked": 0}
+PENDING = {"notification": "Fallocate", "request": None, "age": 0.5}
+OWNER = {
+    "owner": 1,
+    "name": "vm",
+    "uid": None,
+    "acknowledged": 0,
+    "files": [FILE],
+    "pending": [PENDING],
+}
 
 
 def shape_of(schema: dict[str, Any]) -> object:
@@ -62,8 +71,8 @@ def test_state_of_this_version_or_another(state: dict[str, Any]) -> None:
 
 
 NO_STATES: dict[str, list[object]] = {
-    "size": ["5", 5.0, True, [], {}, 10**400, float("nan"), -(1 << 64)],
-    "last_outage": [float("inf"), "1", [1], 10**400],
+    "size": ["5", 5.0, True, [], {}, 10**400, float("nan"), -1, -(1 << 64)],
+    "last_outage": [-0.5, float("inf"), "1", [1], 10**400],
     "passthrough": [1, "no"],
     "mountpoint": [5, ["/mnt"]],
     "conversions": [[], 5, {}, {"private": {"count": 1, "pages": 1}, "shared": None}],

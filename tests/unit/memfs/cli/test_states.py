@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from functools import partial
 from typing import Any
 
 import pytest
@@ -22,9 +23,8 @@ def test_path_at_which_none_answers_is_not_asked_twice(monkeypatch: pytest.Monke
         may_answer.wait()
         return {"size": len(path)}
 
-    monkeypatch.setattr(states, "_state_at", state_at)
     monkeypatch.setattr(states, "TIMEOUT", 0.01)
-    asking = Asking()
+    asking = Asking(lambda path: partial(state_at, path))
     try:
         for _ in range(3):
             assert [answer.why_not for answer in asking.ask(["/mnt"])] == [NO_ANSWER]
@@ -32,7 +32,7 @@ def test_path_at_which_none_answers_is_not_asked_twice(monkeypatch: pytest.Monke
     finally:
         may_answer.set()
     monkeypatch.setattr(states, "TIMEOUT", 10)
-    while asking.ask(["/mnt"])[0].state is None:
+    while asking.ask(["/mnt"])[0].said is None:
         time.sleep(0.01)  # it was asked already, and answers now
-    assert [answer.state for answer in asking.ask(["/mnt", "/mnt/b"])] == [{"size": 4}, {"size": 6}]
-    assert [answer.state for answer in asking.ask(["/mnt"])] == [{"size": 4}]
+    assert [answer.said for answer in asking.ask(["/mnt", "/mnt/b"])] == [{"size": 4}, {"size": 6}]
+    assert [answer.said for answer in asking.ask(["/mnt"])] == [{"size": 4}]
