@@ -267,6 +267,7 @@ def keep(opened: Opened, not_kept: Iterable[int] = ()) -> Worker:
     if opened.predecessor is not None:
         return keeper.run(Worker(opened.predecessor.end(), f"upgraded to {__version__}", _replaced=opened.predecessor))
     if opened.was_served:
+        opened.listener.renew()
         return keeper.run(Worker(time.monotonic(), "all processes had died"))
     write_down(opened)
     store(opened)

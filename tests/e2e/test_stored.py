@@ -129,6 +129,19 @@ def test_what_a_mount_consists_of_is_kept_and_gone_on_with(manager: Manager) -> 
     assert list(manager.stored) == list(KEPT)
 
 
+def test_the_socket_of_what_is_gone_on_with_is_not_for_others(manager: Manager, tmp_path: Path) -> None:
+    manager.start()
+    manager.kill(manager.worker, manager.main_pid)
+    manager.start()
+    other, path = tmp_path / "other", Path(str(state_at(manager.mountpoint)["socket"]))
+    other.mkdir()
+    refused = run(*memfs_command("mount", "--socket", path, other))
+    run("umount", "--lazy", other)  # or it was not refused
+    assert refused.returncode == 1
+    assert "another memfs listens there" in refused.stderr
+    assert path.is_socket()
+
+
 def test_an_upgrade_makes_another_process_the_main_one(manager: Manager) -> None:
     manager.start()
     before = manager.main_pid
