@@ -40,7 +40,6 @@ import struct
 from collections.abc import Callable
 from typing import Final
 
-import numpy as np
 import trio
 
 from memfs.contract.aio.threads import Threads, current_user
@@ -268,7 +267,7 @@ class _Conversion:
         if runs is None:
             self._journal.note(intent, None)
         else:
-            self._journal.note(intent, _INTENT.pack(self._coming.number, self._to_private) + runs.array.tobytes())
+            self._journal.note(intent, _INTENT.pack(self._coming.number, self._to_private) + runs.pack())
             self._journal.commit()
 
     def _account_allocated(self, runs: PageRanges, reservation: Reservation | None) -> None:
@@ -332,7 +331,7 @@ def settle(state: Committed, files: Callable[[int], File | None], journal: Journ
         leaving, coming = files(number_in(key)), files(other)
         if leaving is None or coming is None:
             continue
-        runs = PageRanges(np.frombuffer(value, np.int64, offset=_INTENT.size).reshape(-1, 2).copy())
+        runs = PageRanges.unpack(value[_INTENT.size :])
         try:
             _leave(leaving, runs, coming if to_private else leaving)
         except OSError as error:  # no memory or no descriptor
