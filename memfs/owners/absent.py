@@ -6,7 +6,7 @@ operation on its files waits where only its caller does.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -52,9 +52,6 @@ class Absent(Owner):
 
     def notify(self, message: Notification) -> Answer:
         """Raise PeerGone."""
-        return self._nobody()
-
-    def _nobody(self) -> NoReturn:
         raise PeerGone("it has not come back")
 
     async def cut_off(self, reason: str) -> None:

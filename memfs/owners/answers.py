@@ -7,7 +7,7 @@ done. Which requests were refused is not remembered: they changed nothing, and m
 
 Answers arrive in the order in which they are sent, and an owner has MAX_IN_FLIGHT requests at most that are unanswered
 to its knowledge, so an answer that has not arrived is among the last MAX_IN_FLIGHT ones. Of GetPfn that gets a lock an
-answer is cut shorter (registry.py), so an owner's take 100 KiB at the most.
+answer is cut shorter (registration.py), so an owner's take 100 KiB at the most.
 """
 
 from __future__ import annotations

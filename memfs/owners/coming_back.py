@@ -27,17 +27,15 @@ from memfs.contract.protocol.wire import TOKEN_SIZE
 from memfs.owners import records
 from memfs.owners.absent import Absent
 from memfs.owners.answers import Answers
+from memfs.owners.owner import UNITS_TO_END, Owner
 from memfs.owners.registration import Registration
-from memfs.state.journal import NO_JOURNAL, Committed, Journal, number_in, numbered, rest_of
+from memfs.state.journal import Committed, Journal, number_in, numbered, rest_of
 from memfs.tree.tree import Tree
 
 if TYPE_CHECKING:
-    from memfs.owners.owner import Owner
     from memfs.owners.registry import Registry
 
 log = logging.getLogger(__name__)
-
-_UNITS_TO_END: Final = 4  # of work (contract/aio/turns.py)
 
 
 class ComingBack:
@@ -103,7 +101,7 @@ class ComingBack:
 
     def greet(self, owner: Owner) -> None:
         """Give a new owner a token, if there will be a successor. Raises OSError(ENOSPC)."""
-        if self._journal is not NO_JOURNAL:
+        if self._journal.is_kept:
             self._journal.check_space()
             owner.token = Token(secrets.token_bytes(TOKEN_SIZE))
             owner.last_answers = Answers(self._journal, owner.number)
@@ -205,7 +203,7 @@ class ComingBack:
         except trio.TooSlowError:
             why = f"memfs was killed, and it did not come back within {timeout:g} s"
             for absent in list(self._absent.values()):
-                await Turns.here().take(absent.user, _UNITS_TO_END)
+                await Turns.here().take(absent.user, UNITS_TO_END)
                 if absent.is_absent:
                     await self._registry.fence(absent, why)
 

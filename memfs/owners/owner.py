@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+UNITS_TO_END: Final = 4  #: of work that the end of one is (contract/aio/turns.py)
+
 
 class Unlocked:
     """That none of some pages is locked by their owner."""

@@ -57,7 +57,7 @@ from memfs.owners.admission import Client
 from memfs.owners.answers import must_not_be_repeated
 from memfs.owners.closer import Closer
 from memfs.owners.liveness import is_dying, is_stopped
-from memfs.owners.owner import Owner
+from memfs.owners.owner import UNITS_TO_END, Owner
 from memfs.owners.populate import launch, populate
 from memfs.owners.registration import Registration
 from memfs.owners.registry import Registry
@@ -70,7 +70,6 @@ from memfs.tree.tree import Tree
 
 log = logging.getLogger(__name__)
 
-_UNITS_TO_END: Final = 4  # of work (contract/aio/turns.py)
 _FINAL_TIMEOUT: Final = 0.1  # seconds for which we try to send the final message
 
 
@@ -101,7 +100,7 @@ class Session(Owner):
             log.exception("%s is cut off: a bug in memfs", self)
         finally:
             with trio.CancelScope(shield=True):  # all connections of a user may end in one moment
-                await Turns.here().take(self.user, _UNITS_TO_END)
+                await Turns.here().take(self.user, UNITS_TO_END)
             self._peer.close()
             self._registry.end(self)
             self._client.disconnected()
