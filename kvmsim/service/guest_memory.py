@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -18,7 +17,7 @@ from kvmsim.side import Side
 from kvmsim.slots.memslots import Memslot, Memslots
 from kvmsim.vmm.convert import Converter
 from kvmsim.vmm.file_calls import FileCalls
-from memfs.contract.units import PAGE_SIZE, Gfn, GfnRange, Gpa, gpa_to_gfn, is_page_aligned
+from memfs.contract.units import PAGE_SIZE, GfnRange, Gpa, gpa_to_gfn, is_page_aligned
 
 _U64: Final = 1 << 64
 
@@ -66,10 +65,10 @@ class Conversions:
         """Take notice of a slot with private memory; owns the descriptors from now on."""
         self._files[slot] = _Files(fds, Converter(slot, fds[0], fds[1], PAGE_SIZE, self._calls))
 
-    def drop(self, slots: Memslots) -> tuple[int, ...]:
-        """Forget slots that are none any more. Returns descriptors to be closed."""
-        gone = [slot for slot in self._files if not slots.is_current(slot)]
-        return tuple(fd for slot in gone for fd in self._files.pop(slot).fds)
+    def drop(self, slot: Memslot) -> tuple[int, ...]:
+        """Forget a slot, which may have no private memory. Returns descriptors to be closed."""
+        files = self._files.pop(slot, None)
+        return () if files is None else files.fds
 
     async def set_attributes(self, slots: Memslots, gpa: int, size: int, attributes: int, flags: int) -> None:
         """Make a range private or shared (KVM_SET_MEMORY_ATTRIBUTES); one after the other, of several slots.
@@ -81,22 +80,23 @@ class Conversions:
         if not size or gpa + size >= _U64 or not (is_page_aligned(gpa) and is_page_aligned(size)):
             raise OSError(errno.EINVAL, "a range that is empty, wraps, or is not page-aligned")
         wanted = GfnRange(gpa_to_gfn(Gpa(gpa)), gpa_to_gfn(Gpa(gpa + size)))
-        parts = list(_parts(slots, self._files, wanted))
-        if sum(len(part) for _, part in parts) != len(wanted):
-            raise OSError(errno.EINVAL, "a part of the range is no memory that could be private")
         to = Side.PRIVATE if attributes else Side.SHARED
-        for slot, part in parts:
+        for slot, part in self._parts(slots, wanted):
             await self._files[slot].converter.convert(slot.pages_of(part), to)
+
+    def _parts(self, slots: Memslots, wanted: GfnRange) -> list[tuple[Memslot, GfnRange]]:
+        """Return which gfns of a range lie in which slot. Raises OSError(EINVAL) unless each has private memory."""
+        parts, gfn = [], wanted.start
+        while gfn < wanted.end:
+            slot = slots.find(gfn)
+            if slot is None or slot not in self._files:
+                raise OSError(errno.EINVAL, "a part of the range is no memory that could be private")
+            end = min(slot.gfns.end, wanted.end)
+            parts.append((slot, GfnRange(gfn, end)))
+            gfn = end
+        return parts
 
     def take_all(self) -> tuple[int, ...]:
         """Forget all slots. Returns descriptors to be closed."""
         files, self._files = self._files, {}
         return tuple(fd for each in files.values() for fd in each.fds)
-
-
-def _parts(slots: Memslots, known: Iterable[Memslot], wanted: GfnRange) -> Iterable[tuple[Memslot, GfnRange]]:
-    with_private = set(known)
-    for slot in slots:
-        part = slot.gfns.intersect(wanted)
-        if part is not None and slot in with_private:
-            yield slot, GfnRange(Gfn(part.start), Gfn(part.end))

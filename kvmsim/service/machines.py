@@ -189,6 +189,7 @@ class ServedVm(Target):
         if self._socket is None:
             raise OSError(errno.EINVAL, f"no slot {region.slot} to delete")
         vm, kept = self.vm, tuple[int, ...]()
+        before = vm.mmu.slots.get(region.slot)
         try:
             if region.private_fd >= 0:
                 kept = (os.dup(region.fd),)
@@ -199,7 +200,8 @@ class ServedVm(Target):
                 self._conversions.add(slot, kept)
                 kept = ()
         finally:
-            await close_in_thread((*kept, *self._conversions.drop(vm.mmu.slots)))
+            gone = () if before is None or vm.mmu.slots.is_current(before) else self._conversions.drop(before)
+            await close_in_thread((*kept, *gone))
 
     async def _set_attributes(self, call: Call, _: tuple[int, ...]) -> Answer:
         gpa, size, attributes, flags = unpack(ioctls.MEMORY_ATTRIBUTES, call)
