@@ -149,8 +149,13 @@ class ServedVm(Target):
             if call.argument in self._vcpu_ids:
                 raise OSError(errno.EEXIST, f"there is a vCPU {call.argument}")
             vcpu = ServedVcpu(self, call.argument)
+            try:
+                page = os.dup(vcpu.page.fd)
+            except OSError:
+                vcpu.page.close()
+                raise
             self._vcpu_ids.add(call.argument)
-            return Answer(), (os.dup(vcpu.page.fd),), vcpu
+            return Answer(), (page,), vcpu
         if call.number == ioctls.KVM_CREATE_GUEST_MEMFD:
             make = partial(make_guest_memfd, self._directory, *unpack(ioctls.GUEST_MEMFD, call))
             fd = await trio.to_thread.run_sync(make, limiter=_one_thread())
