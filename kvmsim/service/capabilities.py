@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from kvmsim import ioctls
+from kvmsim.service.wire import Answer, Call
 from kvmsim.uapi import KVM_MAX_VCPU_ID, KVM_USER_MEM_SLOTS
 
 _CAPABILITIES: Final = {
@@ -24,6 +25,8 @@ _CAPABILITIES: Final = {
 }
 
 
-def capability(number: int) -> int:
-    """Return what KVM_CHECK_EXTENSION says of a capability; 0: it is not here."""
-    return _CAPABILITIES.get(number, 0)
+def check_extension(call: Call, *, makes_guest_memfds: bool) -> Answer:
+    """Answer KVM_CHECK_EXTENSION, of /dev/kvm or of a VM; 0: it is not here."""
+    if call.argument == ioctls.KVM_CAP_GUEST_MEMFD:
+        return Answer(makes_guest_memfds)
+    return Answer(_CAPABILITIES.get(call.argument, 0))

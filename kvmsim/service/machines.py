@@ -20,7 +20,7 @@ import trio
 from kvmsim import ioctls
 from kvmsim.backing import socket_of
 from kvmsim.engines.kvm.machine import KvmMachine, open_kvm_machine
-from kvmsim.service.capabilities import capability
+from kvmsim.service.capabilities import check_extension
 from kvmsim.service.descriptors import close_in_thread
 from kvmsim.service.guest_memory import Conversions, make_guest_memfd
 from kvmsim.service.requests import region2_of, region_of, unpack
@@ -167,9 +167,7 @@ class ServedVm(Target):
         return await super().handle(call, fds)
 
     async def _check_extension(self, call: Call, _: tuple[int, ...]) -> Answer:
-        if call.argument == ioctls.KVM_CAP_GUEST_MEMFD:
-            return Answer(self._directory is not None)
-        return Answer(capability(call.argument))
+        return check_extension(call, makes_guest_memfds=self._directory is not None)
 
     async def _shared_bit(self, _: Call, __: tuple[int, ...]) -> Answer:
         return Answer(self._type.shared_bit.bit_length() - 1)

@@ -22,7 +22,7 @@ import trio
 
 from kvmsim import ioctls
 from kvmsim.backing import StoreGone
-from kvmsim.service.capabilities import capability
+from kvmsim.service.capabilities import check_extension
 from kvmsim.service.descriptors import close_in_thread
 from kvmsim.service.machines import ServedVm
 from kvmsim.service.run_page import SIZE
@@ -57,9 +57,7 @@ class Service(Target):
         return Answer(ioctls.KVM_API_VERSION)
 
     async def _check_extension(self, call: Call, _: tuple[int, ...]) -> Answer:
-        if call.argument == ioctls.KVM_CAP_GUEST_MEMFD:
-            return Answer(self._directory is not None)
-        return Answer(capability(call.argument))
+        return check_extension(call, makes_guest_memfds=self._directory is not None)
 
     async def _mmap_size(self, _: Call, __: tuple[int, ...]) -> Answer:
         return Answer(SIZE)
