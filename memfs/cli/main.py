@@ -18,11 +18,11 @@ from importlib import import_module
 from typing import Final, NoReturn
 
 from memfs import __version__
+from memfs.cli.arguments import page_range, size
 from memfs.cli.command import CommandError
-from memfs.cli.page_range import page_range
 from memfs.cli.states import state_of
 from memfs.contract.on_memfs import OnMemfs, locate, naming
-from memfs.contract.sizes import format_size, parse_bytes
+from memfs.contract.sizes import format_size
 from memfs.contract.sys.standard_descriptors import fill_standard_descriptors
 from memfs.contract.terminal import Parser, printable, quoted
 from memfs.contract.units import ByteOffset
@@ -94,7 +94,7 @@ def build_parser(command: str = "") -> argparse.ArgumentParser:
     create.add_argument(
         "--size",
         metavar="SIZE",
-        type=_size,
+        type=size,
         default=0,
         help="its size in bytes, or with k, m, g, t (a hole: no memory used)",
     )
@@ -103,8 +103,8 @@ def build_parser(command: str = "") -> argparse.ArgumentParser:
 
     allocate = commands.add_parser("allocate", help="allocate the memory of a file", description=_allocate.__doc__)
     allocate.add_argument("file", metavar="FILE")
-    allocate.add_argument("--offset", metavar="SIZE", type=_size, default=0, help="where to begin (default 0)")
-    allocate.add_argument("--length", metavar="SIZE", type=_size, help="how much (default: to the file's end)")
+    allocate.add_argument("--offset", metavar="SIZE", type=size, default=0, help="where to begin (default 0)")
+    allocate.add_argument("--length", metavar="SIZE", type=size, help="how much (default: to the file's end)")
     allocate.set_defaults(run=_allocate)
 
     convert = commands.add_parser("convert", help="convert memory between two files", description=_convert.__doc__)
@@ -125,17 +125,10 @@ def build_parser(command: str = "") -> argparse.ArgumentParser:
     populate.add_argument("file", metavar="FILE")
     populate.add_argument("source", metavar="SOURCE", nargs="?", default="-", help="a file; default: standard input")
     populate.add_argument(
-        "--offset", metavar="SIZE", type=_size, default=0, help="where in FILE; a multiple of 4k (default 0)"
+        "--offset", metavar="SIZE", type=size, default=0, help="where in FILE; a multiple of 4k (default 0)"
     )
     populate.set_defaults(run=_populate)
     return parser
-
-
-def _size(text: str) -> int:
-    try:
-        return parse_bytes(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text}: {error}") from error
 
 
 def _stat(arguments: argparse.Namespace) -> None:
@@ -224,8 +217,8 @@ def _create(arguments: argparse.Namespace) -> None:
         raise CommandError(f"{arguments.file or 'FILE'}: there is no name for the file")
     with locate(directory or ".", last_link=True) as parent:
         if bits & seals.F_SEAL_GUEST and arguments.size % (granule := _granule(parent)):
-            size = format_size(granule)
-            raise CommandError(f"{arguments.file}: the size of a guest-sealed file here is a multiple of {size}")
+            why = f"the size of a guest-sealed file here is a multiple of {format_size(granule)}"
+            raise CommandError(f"{arguments.file}: {why}")
         fd = parent.create(name)
         path = f"/proc/self/fd/{fd}"
         try:

@@ -7,13 +7,13 @@ and nothing else, so that its graphs break off and do not stand still. prometheu
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+from memfs.cli.arguments import address
 from memfs.cli.command import CommandError, Commands
 from memfs.cli.replacing import replace
 from memfs.cli.states import Answer, Asking, mountpoints, state_at
@@ -51,18 +51,11 @@ def add_to(commands: Commands) -> None:
     parser = commands.add_parser("metrics", help="print metrics for Prometheus", description=_run.__doc__)
     parser.add_argument("path", metavar="PATH", nargs="*", help="mountpoints (default: all memfs's that are mounted)")
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--listen", metavar="ADDRESS:PORT", type=_address, help="answer scrapes until a signal")
+    how.add_argument("--listen", metavar="ADDRESS:PORT", type=address, help="answer scrapes until a signal")
     how.add_argument(
         "--textfile", metavar="FILE", help="replace FILE, in a directory of node_exporter's textfile collector"
     )
     parser.set_defaults(run=_run)
-
-
-def _address(text: str) -> tuple[str, int]:
-    match = re.fullmatch(r"\[?([^\[\]]*?)\]?:(\d{1,5})", text)
-    if not match or int(match[2]) > 65535:
-        raise argparse.ArgumentTypeError(f"{text}: not ADDRESS:PORT, such as 127.0.0.1:9753")
-    return match[1] or "127.0.0.1", int(match[2])
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -78,12 +71,12 @@ def _run(arguments: argparse.Namespace) -> None:
     registry = CollectorRegistry()
     registry.register(_Collector(arguments.path))
     if arguments.listen is not None:
-        address, port = arguments.listen
+        host, port = arguments.listen
         try:
-            start_http_server(port, address, registry)
+            start_http_server(port, host, registry)
         except OSError as error:
-            raise OSError(error.errno, error.strerror, f"{address}:{port}") from error
-        print(f"memfs: http://{address}:{port}/metrics", file=sys.stderr, flush=True)
+            raise OSError(error.errno, error.strerror, f"{host}:{port}") from error
+        print(f"memfs: http://{host}:{port}/metrics", file=sys.stderr, flush=True)
         threading.Event().wait()
     elif arguments.textfile is not None:
         replace(arguments.textfile, exposition.generate_latest(registry))  # node_exporter reads the older format

@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from memfs.cli.arguments import size
 from memfs.cli.command import CommandError, Commands
 from memfs.cli.replacing import replace
 from memfs.cli.timed_call import TimedCall
 from memfs.cli.watch.memory import PAUSE, GuestMemory
 from memfs.contract.picture import Picture, check_format
-from memfs.contract.sizes import parse_bytes
 from memfs.contract.terminal import printable
 from memfs.contract.units import ByteOffset, PageRange
 
@@ -29,18 +29,11 @@ def add_to(commands: Commands) -> None:
     parser.add_argument(
         "files", metavar="FILE", nargs="+", help="a file, or the ordinary and the guest-sealed file of one guest"
     )
-    parser.add_argument("--offset", metavar="SIZE", type=_bytes, default=0, help="where to begin (default 0)")
-    parser.add_argument("--length", metavar="SIZE", type=_bytes, help="how much to show (default: to the end)")
+    parser.add_argument("--offset", metavar="SIZE", type=size, default=0, help="where to begin (default 0)")
+    parser.add_argument("--length", metavar="SIZE", type=size, help="how much to show (default: to the end)")
     parser.add_argument("--follow", action="store_true", help="go on to show it as it changes, until a signal")
     parser.add_argument("--output", metavar="FILE", type=_output, help="write a picture, .png or .svg, instead")
     parser.set_defaults(run=_run)
-
-
-def _bytes(text: str) -> int:
-    try:
-        return parse_bytes(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text}: {error}") from error
 
 
 def _output(text: str) -> str:

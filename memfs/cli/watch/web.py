@@ -15,7 +15,6 @@ import argparse
 import hmac
 import ipaddress
 import json
-import re
 import secrets
 import socket
 from collections.abc import Awaitable, Callable, Iterable
@@ -27,6 +26,7 @@ from urllib.parse import parse_qs
 
 import trio
 
+from memfs.cli.arguments import address
 from memfs.cli.command import CommandError, Commands
 from memfs.cli.watch.live import Live, MemoryMap, window_of
 from memfs.cli.watch.sample import Watcher
@@ -60,26 +60,24 @@ def add_to(commands: Commands) -> None:
     parser.add_argument(
         "--listen",
         metavar="ADDRESS:PORT",
-        type=_address,
+        type=_own_address,
         default=("127.0.0.1", 0),
         help="an address of this machine only (default 127.0.0.1, any free port)",
     )
     parser.set_defaults(run=_run)
 
 
-def _address(text: str) -> tuple[str, int]:
-    match = re.fullmatch(r"\[?([^\[\]]*?)\]?:(\d{1,5})", text)
-    if not match or int(match[2]) > 65535:
-        raise argparse.ArgumentTypeError(f"{text}: not ADDRESS:PORT, such as 127.0.0.1:8080")
+def _own_address(text: str) -> tuple[str, int]:
+    host, port = address(text)
     try:
-        address = ipaddress.ip_address({"": "127.0.0.1", "localhost": "127.0.0.1"}.get(match[1], match[1]))
+        ours = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text}: not an address, such as 127.0.0.1") from None
-    if not address.is_loopback:
+    if not ours.is_loopback:
         raise argparse.ArgumentTypeError(
             f"{text}: not an address of this machine only (127.0.0.1, ::1); from elsewhere, forward a port with ssh -L"
         )
-    return str(address), int(match[2])
+    return str(ours), port
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -95,14 +93,14 @@ def _run(arguments: argparse.Namespace) -> None:
             "the page is served by hypercorn, which is not installed "
             "(pip install 'memfs-kvmsim[web]'; Debian: python3-hypercorn)"
         ) from error
-    address, wanted = arguments.listen
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    host, wanted = arguments.listen
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with closing(socket.socket(family)) as listener:  # until hypercorn has it
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            listener.bind((address, wanted))
+            listener.bind((host, wanted))
         except OSError as error:
-            raise OSError(error.errno, error.strerror, f"{address}:{wanted}") from error
+            raise OSError(error.errno, error.strerror, f"{host}:{wanted}") from error
         listener.listen()
         config = Config()
         config.loglevel = "CRITICAL"
@@ -111,8 +109,8 @@ def _run(arguments: argparse.Namespace) -> None:
         config.bind = [f"fd://{listener.detach()}"]
         live = Live(Watcher(arguments.path), _INTERVAL)
         site = Site(live, port)
-        host = f"[{address}]" if ":" in address else address
-        print(f"memfs: http://{host}:{site.port}/{site.token}/", flush=True)
+        at = f"[{host}]" if ":" in host else host
+        print(f"memfs: http://{at}:{site.port}/{site.token}/", flush=True)
         trio.run(_serve, live, partial(serve, site, config))
         raise KeyboardInterrupt  # nothing else ends it without an error, and hypercorn has caught that
 
