@@ -15,6 +15,7 @@ Rejected: a directory on an existing tmpfs such as /dev/shm (others see the file
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Set
@@ -179,24 +180,28 @@ class TmpfsBacking:
         self._adjust_guest_share()
 
     def remove_others(self, known: Set[int], guests: Set[int], end: int) -> Callable[[], None]:
-        """Remove what another process has left that is not one of the files that are known. Call before any is created.
+        """Remove what another process has left of files that are not known: content and page maps.
+
+        Call before any is created.
 
         `known` are their numbers, and `guests` those that are for a guest; none is as large as `end`, and those below
         it are given to no other file. So what may still be created goes now: it is empty, for nobody was told of it.
         The rest may be large. What is returned removes that, at any time, in a thread.
         """
         wanted = (known - guests) | {-number for number in guests}
-        rest = list[Content]()
-        for content in self._contents() - wanted:
+        others = [(content, functools.partial(self.free, Content(content))) for content in self._contents() - wanted]
+        others += [(-number, functools.partial(self.page_maps.remove, str(number))) for number in self._maps() - guests]
+        rest = list[Callable[[], None]]()
+        for content, remove in others:
             number = abs(content)
             if number >= end or (content < 0 and number in known):
-                self.free(Content(content))
+                remove()
             else:
-                rest.append(Content(content))
+                rest.append(remove)
 
         def remove_rest() -> None:
-            for content in rest:
-                self.free(content)
+            for remove in rest:
+                remove()
 
         return remove_rest
 
@@ -204,6 +209,12 @@ class TmpfsBacking:
         names = [name for root in (self._root, self._guests.root) for name in os.listdir(f"/proc/self/fd/{root}")]
         names.remove(_BALLAST_NAME)
         return set(map(int, names))
+
+    def _maps(self) -> set[int]:
+        """Return the numbers of the files that have a page map, which lie beside the log of the state."""
+        if self.state is None:
+            return set()
+        return {int(name) for name in os.listdir(f"/proc/self/fd/{self.state.root}") if name.isdecimal()}
 
     def open(self, content: Content) -> int:
         """Return a descriptor of a file."""

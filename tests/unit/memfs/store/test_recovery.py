@@ -94,6 +94,17 @@ async def test_only_what_differs_is_done(backing: TmpfsBacking, monkeypatch: pyt
     file.close()
 
 
+@pytest.mark.parametrize("known", [set[int](), {1}], ids=["freed", "about to be sealed"])
+async def test_the_map_of_a_file_that_is_none_goes(backing: TmpfsBacking, known: set[int]) -> None:
+    await left(backing, {1, 2}, {1, 2})
+    backing.remove_others({1}, {1}, end=2)()
+    assert backing.page_maps.exists("1"), "it is known"
+    remove_rest = backing.remove_others(known, set(), end=2)
+    assert backing.page_maps.exists("1") == (not known), "that of a file that may get one again goes at once"
+    remove_rest()
+    assert not backing.page_maps.exists("1")
+
+
 async def test_pages_that_were_being_freed_are_gone_if_there_is_no_space(
     backing: TmpfsBacking, caplog: pytest.LogCaptureFixture
 ) -> None:
