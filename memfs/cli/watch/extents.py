@@ -18,6 +18,7 @@ from memfs.contract.runs import NO_RUNS, Runs, merged, runs_of, within, without
 from memfs.contract.units import PAGE_SIZE, PageIndex, PageRange, page_offset
 
 _MOST_IN_A_CELL: Final = 8  # extents
+_TRIES: Final = 3
 
 
 class Extents:
@@ -59,16 +60,18 @@ class Extents:
 def _next_extent(fd: int, start: PageIndex, end: PageIndex) -> PageRange | None:
     """Return the first extent from a page on, as far as it lies before `end`; None: there is none.
 
-    Raises OSError(EIO) for a place that is none: who serves a filesystem may say anything.
+    What is freed between the two calls has no end, so that it is asked again. Raises OSError(EIO) for places that are
+    none: who serves a filesystem may say anything.
     """
-    try:
-        data = os.lseek(fd, page_offset(start), os.SEEK_DATA)
-        hole = os.lseek(fd, data, os.SEEK_HOLE)
-    except OSError as error:
-        if error.errno != errno.ENXIO:
-            raise
-        return None
-    if not page_offset(start) <= data < hole:
-        raise OSError(errno.EIO, "where it says that it has data makes no sense")
-    first, last = PageIndex(data // PAGE_SIZE), PageIndex(min(end, -(-hole // PAGE_SIZE)))
-    return PageRange(first, last) if first < last else None
+    for _ in range(_TRIES):
+        try:
+            data = os.lseek(fd, page_offset(start), os.SEEK_DATA)
+            hole = os.lseek(fd, data, os.SEEK_HOLE)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            return None
+        if page_offset(start) <= data < hole:
+            first, last = PageIndex(data // PAGE_SIZE), PageIndex(min(end, -(-hole // PAGE_SIZE)))
+            return PageRange(first, last) if first < last else None
+    raise OSError(errno.EIO, "where it says that it has data makes no sense")

@@ -10,6 +10,7 @@ import pytest
 
 from memfs.cli.watch.extents import Extents
 from memfs.cli.watch.memory import _locked
+from memfs.contract.sys.libc import PUNCH_HOLE, fallocate
 from memfs.contract.units import PAGE_SIZE
 from tests.helpers import pages, raises
 
@@ -56,6 +57,21 @@ def test_answers_of_a_filesystem_that_make_no_sense_end_it(
     monkeypatch.setattr("memfs.cli.watch.extents.os.lseek", lambda fd, at, whence: answers[whence == os.SEEK_HOLE])
     with raises(errno.EIO):
         Extents().look(fd, pages(5, 1000), 1, 100)
+
+
+def test_what_is_freed_between_two_calls_is_no_error(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(fd, 3, 4, 10)
+    lseek = os.lseek
+
+    def freed(fd: int, at: int, whence: int) -> int:
+        if whence == os.SEEK_HOLE and at == 3 * PAGE_SIZE:
+            fallocate(fd, PUNCH_HOLE, at, PAGE_SIZE)
+        return lseek(fd, at, whence)
+
+    monkeypatch.setattr("memfs.cli.watch.extents.os.lseek", freed)
+    extents = Extents()
+    assert extents.look(fd, pages(0, 1000), 1, 100)
+    assert extents.runs.tolist() == [[4, 5], [10, 11]]
 
 
 def test_locks_that_make_no_sense_are_none() -> None:
