@@ -21,7 +21,7 @@ from memfs.contract.terminal import printable
 from memfs.contract.units import PAGE_SIZE, GfnRange, PageRange
 
 _MOST_EVENTS: Final = 100_000  # that are kept; the page is a few megabytes then
-_QUANTILES: Final = {"p50": 0.5, "p99": 0.99, "max": 1.0}
+_QUANTILES: Final = (0.5, 0.99, 1.0)  # columns of the table
 
 
 class Timeline:
@@ -82,7 +82,7 @@ class Timeline:
                 here = [each for each in self._events if each[4:] == [to_private, by_guest]]
                 times = sorted(each[1] for each in here)
                 kib = sum(int(each[3]) for each in here) * PAGE_SIZE >> 10
-                quantiles = [_shown(times, share) for share in _QUANTILES.values()]
+                quantiles = [_shown(times, share) for share in _QUANTILES]
                 rows.append([direction, who, f"{len(here):,}", f"{kib:,} KiB", *quantiles])
         if self._left_out:
             rows.append(["later ones, left out", "", f"{self._left_out:,}", *[""] * 4])
