@@ -1,4 +1,4 @@
-"""What several commands are told, as people write it. Each raises argparse.ArgumentTypeError for what is none."""
+"""What several commands are told, and say, as people write it. What is none raises argparse.ArgumentTypeError."""
 
 from __future__ import annotations
 
@@ -27,6 +27,15 @@ def address(text: str) -> tuple[str, int]:
     if not match or int(match[2]) > 65535:
         raise argparse.ArgumentTypeError(f"{text}: not ADDRESS:PORT, such as 127.0.0.1:9753")
     return match[1] or "127.0.0.1", int(match[2])
+
+
+def listening_at(host: str, port: int) -> str:
+    """Return ADDRESS:PORT, as in a URL.
+
+    >>> listening_at("::1", 80), listening_at("127.0.0.1", 80)
+    ('[::1]:80', '127.0.0.1:80')
+    """
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def page_range(text: str) -> PageRange:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from memfs.cli.arguments import address
+from memfs.cli.arguments import address, listening_at
 from memfs.cli.command import CommandError, Commands
 from memfs.cli.replacing import replace
 from memfs.cli.states import Answer, Asking, mountpoints, state_at
@@ -75,8 +75,8 @@ def _run(arguments: argparse.Namespace) -> None:
         try:
             start_http_server(port, host, registry)
         except OSError as error:
-            raise OSError(error.errno, error.strerror, f"{host}:{port}") from error
-        print(f"memfs: http://{host}:{port}/metrics", file=sys.stderr, flush=True)
+            raise OSError(error.errno, error.strerror, listening_at(host, port)) from error
+        print(f"memfs: http://{listening_at(host, port)}/metrics", file=sys.stderr, flush=True)
         threading.Event().wait()
     elif arguments.textfile is not None:
         replace(arguments.textfile, exposition.generate_latest(registry))  # node_exporter reads the older format

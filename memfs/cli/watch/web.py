@@ -26,7 +26,7 @@ from urllib.parse import parse_qs
 
 import trio
 
-from memfs.cli.arguments import address
+from memfs.cli.arguments import address, listening_at
 from memfs.cli.command import CommandError, Commands
 from memfs.cli.watch.live import Live, MemoryMap, window_of
 from memfs.cli.watch.sample import Watcher
@@ -100,7 +100,7 @@ def _run(arguments: argparse.Namespace) -> None:
         try:
             listener.bind((host, wanted))
         except OSError as error:
-            raise OSError(error.errno, error.strerror, f"{host}:{wanted}") from error
+            raise OSError(error.errno, error.strerror, listening_at(host, wanted)) from error
         listener.listen()
         config = Config()
         config.loglevel = "CRITICAL"
@@ -109,8 +109,7 @@ def _run(arguments: argparse.Namespace) -> None:
         config.bind = [f"fd://{listener.detach()}"]
         live = Live(Watcher(arguments.path), _INTERVAL)
         site = Site(live, port)
-        at = f"[{host}]" if ":" in host else host
-        print(f"memfs: http://{at}:{site.port}/{site.token}/", flush=True)
+        print(f"memfs: http://{listening_at(host, site.port)}/{site.token}/", flush=True)
         trio.run(_serve, live, partial(serve, site, config))
         raise KeyboardInterrupt  # nothing else ends it without an error, and hypercorn has caught that
 
