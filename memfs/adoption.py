@@ -95,8 +95,8 @@ def adopt(fds: Sequence[int], predecessor: Predecessor | None = None) -> Opened:
         if os.path.lexists(socket_path):
             listening = Listener.of_descriptor(socket_path, listener, handed_over=written["handed_over"])
         else:  # somebody has removed it
-            os.close(listener)
             listening = listen([socket_path], options.socket_mode, options.socket_group)
+            os.close(listener)  # now: by its number `adopt_kept` sees that it is another one
     except (UnreadableState, OptionError, ListenError) as error:
         raise AdoptionError(str(error)) from error
     except (KeyError, ValueError, TypeError, OSError) as error:

@@ -142,6 +142,17 @@ def test_the_socket_of_what_is_gone_on_with_is_not_for_others(manager: Manager, 
     assert path.is_socket()
 
 
+def test_a_socket_that_somebody_has_removed_is_made_anew_and_kept(manager: Manager) -> None:
+    manager.start()
+    path = Path(str(state_at(manager.mountpoint)["socket"]))
+    path.unlink()
+    for _ in range(2):
+        manager.kill(manager.worker, manager.main_pid)
+        manager.start()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as owner:
+            owner.connect(str(path))
+
+
 def test_an_upgrade_makes_another_process_the_main_one(manager: Manager) -> None:
     manager.start()
     before = manager.main_pid
