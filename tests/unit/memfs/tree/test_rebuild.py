@@ -237,6 +237,24 @@ def timeless(described: dict[str, object]) -> dict[str, object]:
     }
 
 
+def test_killed_before_all_attributes_of_a_file_are_forgotten() -> None:
+    backing = new_backing_of_state()
+    world = World(backing)
+    inode = world.tree.create(ROOT_INO, b"file", stat.S_IFREG | 0o600, 0, 0)
+    for number in range(100):  # more than one commit drops
+        world.tree.xattrs.set(inode, b"trusted.%d" % number, b"value")
+    world.journal.commit()
+    world.tree.unlink(ROOT_INO, b"file")
+    world.journal.commit()
+    other = successor(world)
+    assert other.tree.inodes.count == 1
+    other.tree.check()
+    other.journal.commit()
+    other.journal.check(keys_of(other.tree))
+    other.close()
+    backing.close()
+
+
 def test_ordinary_files_from_before_are_built_when_somebody_asks_for_them() -> None:
     backing = new_backing_of_state()
     world = World(backing)
