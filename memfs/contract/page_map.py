@@ -66,9 +66,7 @@ _FREED_AT_ONCE: Final = 8  # pages of map, each of which takes a system call
 _STATES: Final = PAGE_SIZE  # bytes of a page of the object
 _OBJECT_BYTES: Final = _HEADER_BYTES + MAX_PAGES
 _SPARSE_FROM: Final = 1 << 16  # pages; for shorter ranges asking for the extents costs more than reading them
-_AT_ONCE: Final = (
-    1 << 16
-)  # pages whose runs are found at a time: a caller that needs only the first few does not pay for all
+_AT_ONCE: Final = 1 << 16  # pages whose runs are found at a time, for a caller that needs only the first few
 _READ_AT_ONCE: Final = 1 << 16  # pages that are read around those asked for
 _PAIRED_AT_ONCE: Final = 512  # edges of runs, an even number
 _TRIES: Final = 10_000  # to read a map that is being changed, which takes the store microseconds

@@ -63,7 +63,7 @@ def rebuild(tree: Tree, state: Committed, journal: LogJournal, old_file: Callabl
     for key, value in state.items_of(records.XATTR):
         owner = tree.inodes.find(number_in(key))
         if owner is None:
-            tree.dropped(iter([key]))
+            journal.drop(iter([key]))
         else:
             owner.xattrs = owner.xattrs or {}
             owner.xattrs[rest_of(key)] = value

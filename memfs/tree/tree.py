@@ -346,7 +346,7 @@ class Tree:
         self.space.remove_inode()
         self.space.remove_xattrs(inode.xattrs)
         if inode.xattrs:
-            self.dropped(records.xattr_key(inode.ino, name) for name in list(inode.xattrs))
+            self._journal.drop(records.xattr_key(inode.ino, name) for name in list(inode.xattrs))
         self.changed(inode)
         self._journal.defer(functools.partial(_free, inode))
 
@@ -386,10 +386,6 @@ class Tree:
     def changed(self, inode: Inode) -> None:
         """Note that an inode has changed, other than by a method of this class."""
         self._journal.changed(INODE, inode.ino)
-
-    def dropped(self, keys: Iterator[bytes]) -> None:
-        """Note keys of what has gone with an inode: they may be many."""
-        self._journal.drop(keys)
 
     def commit(self) -> None:
         """Commit what has changed other than by a request of the kernel's."""
