@@ -30,10 +30,6 @@ class Column:
     is_text: bool = False
 
 
-def _bytes(value: int) -> str:
-    return shown_bytes(value)
-
-
 def _rate(value: float) -> str:
     return f"{value:.0f}" if value >= 9.95 else f"{value:.1f}"
 
@@ -42,17 +38,13 @@ def _age(seconds: float) -> str:
     return f"{seconds:.1f}s" if seconds else "-"
 
 
-def _text(value: object) -> str:
-    return printable(value)
-
-
 MOUNTS: Final = {
-    "mountpoint": Column("MOUNT", _text, is_text=True),
-    "size": Column("SIZE", _bytes),
-    "used": Column("USED", _bytes),
-    "private": Column("PRIV", _bytes),
-    "shared": Column("SHARED", _bytes),
-    "huge": Column("HUGE", _bytes),
+    "mountpoint": Column("MOUNT", printable, is_text=True),
+    "size": Column("SIZE", shown_bytes),
+    "used": Column("USED", shown_bytes),
+    "private": Column("PRIV", shown_bytes),
+    "shared": Column("SHARED", shown_bytes),
+    "huge": Column("HUGE", shown_bytes),
     "files": Column("FILES"),
     "owners": Column("OWN"),
     "conversions": Column("CONV/s", _rate),
@@ -61,25 +53,25 @@ MOUNTS: Final = {
 }
 OWNERS: Final = {
     "owner": Column("OWNER"),
-    "name": Column("NAME", _text, is_text=True),
+    "name": Column("NAME", printable, is_text=True),
     "uid": Column("UID"),
     "files": Column("FILES"),
-    "private": Column("PRIV", _bytes),
-    "shared": Column("SHARED", _bytes),
-    "locked": Column("LOCKED", _bytes),
+    "private": Column("PRIV", shown_bytes),
+    "shared": Column("SHARED", shown_bytes),
+    "locked": Column("LOCKED", shown_bytes),
     "rate": Column("ACK/s", _rate),
     "pending": Column("PEND"),
     "age": Column("AGE", _age),
-    "mountpoint": Column("MOUNT", _text, is_text=True),
+    "mountpoint": Column("MOUNT", printable, is_text=True),
 }
 FILES: Final = {
-    "name": Column("FILE", _text, is_text=True),
+    "name": Column("FILE", printable, is_text=True),
     "side": Column("SIDE"),
-    "size": Column("SIZE", _bytes),
-    "used": Column("USED", _bytes),
-    "locked": Column("LOCKED", _bytes),
+    "size": Column("SIZE", shown_bytes),
+    "used": Column("USED", shown_bytes),
+    "locked": Column("LOCKED", shown_bytes),
     "owner": Column("OWNER"),
-    "mountpoint": Column("MOUNT", _text, is_text=True),
+    "mountpoint": Column("MOUNT", printable, is_text=True),
 }
 TABLES: Final = {"owners": OWNERS, "files": FILES}
 
