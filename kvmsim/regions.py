@@ -62,8 +62,8 @@ class Regions:
             if change is Change.DELETE:
                 assert old is not None
                 async with self._stopped():
-                    held = self._take_out(old)
                     self._copy(old, None)
+                    held = self._take_out(old)
                 await self.release(held)
                 return
             shared, private = await self._register(region, old) if region.flags & KVM_MEM_FD else (None, None)
