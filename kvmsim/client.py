@@ -14,7 +14,6 @@ Guest memory is nowhere here: a VMM has the descriptors of its files, and struct
 
 from __future__ import annotations
 
-import array
 import errno
 import mmap
 import os
@@ -33,6 +32,7 @@ from kvmsim import ioctls, kvm_run
 from kvmsim.service.paths import default_socket
 from kvmsim.service.wire import INTERRUPT, MAX_DATAGRAM, MAX_FDS, Answer, Call
 from kvmsim.uapi import KVM_MEM_FD
+from memfs.contract.sys.rights import descriptors_in, space_for, to_rights
 
 _MOST_CLEARED: Final = 1 << 18  # pages at a time: 32 KiB of bitmap
 
@@ -78,9 +78,8 @@ class Descriptor:
         return self._result(self._receive())
 
     def _send(self, call: Call, fds: Sequence[int]) -> None:
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         try:
-            self.socket.sendmsg([call.pack()], rights)
+            self.socket.sendmsg([call.pack()], to_rights(fds))
         except BrokenPipeError as error:
             raise ConnectionResetError(errno.ECONNRESET, "the service is gone") from error
 
@@ -89,16 +88,10 @@ class Descriptor:
             self.socket.send(Call(INTERRUPT).pack())
 
     def _receive(self) -> tuple[bytes, list[int]]:
-        fds = array.array("i")
-        data, ancillary, _, _ = self.socket.recvmsg(
-            MAX_DATAGRAM, socket.CMSG_SPACE(MAX_FDS * fds.itemsize), socket.MSG_CMSG_CLOEXEC
-        )
-        for level, kind, rights in ancillary:
-            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                fds.frombytes(rights)
+        data, ancillary, _, _ = self.socket.recvmsg(MAX_DATAGRAM, space_for(MAX_FDS), socket.MSG_CMSG_CLOEXEC)
         if not data:
             raise ConnectionResetError(errno.ECONNRESET, "the service is gone")
-        return data, fds.tolist()
+        return data, list(descriptors_in(ancillary))
 
     def _result(self, received: tuple[bytes, list[int]]) -> tuple[Answer, list[int]]:
         data, fds = received

@@ -12,7 +12,6 @@ Rejected: systemd's Python bindings (C, for twenty lines); a task of its own for
 
 from __future__ import annotations
 
-import array
 import os
 import socket
 import time
@@ -21,6 +20,8 @@ from contextlib import suppress
 from typing import Final
 
 import trio
+
+from memfs.contract.sys.rights import to_rights
 
 _STATUS_INTERVAL: Final = 10.0  # seconds between two lines of status
 _MICROSECONDS: Final = 1_000_000
@@ -58,10 +59,9 @@ def forget(name: str) -> None:
 def _tell(address: str, *lines: str, fds: Sequence[int] = ()) -> None:
     """Send what is to be told, perhaps with descriptors. Whether anybody hears it is not our business."""
     if address:
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as notify, suppress(OSError):
             notify.setblocking(False)
-            notify.sendmsg(["\n".join(lines).encode()], rights, 0, address.replace("@", "\0", 1))
+            notify.sendmsg(["\n".join(lines).encode()], to_rights(fds), 0, address.replace("@", "\0", 1))
 
 
 class ServiceManager:

@@ -9,7 +9,6 @@ MOST_DESCRIPTORS allows.
 
 from __future__ import annotations
 
-import array
 import errno
 import logging
 import os
@@ -30,12 +29,13 @@ from kvmsim.service.target import Handler, Target
 from kvmsim.service.wire import INTERRUPT, MAX_DATAGRAM, MAX_FDS, Answer, Call, WireError
 from kvmsim.vm_type import VmType
 from memfs.contract.sys.peer_credentials import PeerCredentials
+from memfs.contract.sys.rights import descriptors_in, space_for, to_rights
 
 log = logging.getLogger(__name__)
 
 MOST_DESCRIPTORS: Final = 4096  #: of KVM's, that one user can have
 _FLAGS: Final = socket.MSG_CMSG_CLOEXEC
-_RIGHTS_SIZE: Final = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
+_RIGHTS_SIZE: Final = space_for(MAX_FDS)
 
 
 class Service(Target):
@@ -193,7 +193,7 @@ class _Session:
     async def _receive(self) -> tuple[Call, tuple[int, ...]] | None:
         """Return the next call; None at the end."""
         data, ancillary, flags, _ = await self._socket.recvmsg(MAX_DATAGRAM + 1, _RIGHTS_SIZE, _FLAGS)
-        fds = tuple(fd for level, kind, rights in ancillary if _is_rights(level, kind) for fd in _numbers(rights))
+        fds = tuple(descriptors_in(ancillary))
         try:
             if not data:
                 if fds:
@@ -207,18 +207,7 @@ class _Session:
             raise
 
     async def _send(self, answer: Answer, rights: tuple[int, ...]) -> None:
-        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", rights))] if rights else []
-        await self._socket.sendmsg([answer.pack()], ancillary)
-
-
-def _is_rights(level: int, kind: int) -> bool:
-    return level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS
-
-
-def _numbers(rights: bytes) -> list[int]:
-    fds = array.array("i")
-    fds.frombytes(rights[: len(rights) - len(rights) % fds.itemsize])
-    return fds.tolist()
+        await self._socket.sendmsg([answer.pack()], to_rights(rights))
 
 
 async def serve(listener: socket.socket, vm_type: VmType, directory: str | None = None) -> None:

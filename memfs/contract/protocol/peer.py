@@ -18,12 +18,11 @@ next request is read when a handler is done or waits. What they wait for ends wi
 
 from __future__ import annotations
 
-import array
 import functools
 import os
 import socket
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -48,11 +47,12 @@ from memfs.contract.protocol.connection import (
 )
 from memfs.contract.protocol.custody import Custody, Datagram
 from memfs.contract.protocol.messages import Message
-from memfs.contract.protocol.transport import Datagrams, Rights
+from memfs.contract.protocol.transport import Datagrams
+from memfs.contract.sys.rights import Rights, descriptors_in, space_for, to_rights
 from memfs.contract.sys.unix_address import address_of
 
 # One descriptor more than is allowed, so that too many are noticed rather than cut off.
-_ANCILLARY: Final = socket.CMSG_SPACE((MAX_DESCRIPTORS + 1) * array.array("i").itemsize)
+_ANCILLARY: Final = space_for(MAX_DESCRIPTORS + 1)
 _RECVMSG: Final = (MAX_MESSAGE, _ANCILLARY, int(socket.MSG_CMSG_CLOEXEC))
 _MSG_CTRUNC: Final = int(socket.MSG_CTRUNC)  # an enum.IntFlag takes its time to be combined
 _MSG_TRUNC: Final = int(socket.MSG_TRUNC)
@@ -179,7 +179,7 @@ class Peer:
         number, data = self.protocol.send(call.message, answers=answers, repeats=repeats, descriptors=len(call.fds))
         if call.is_answered:
             self._calls[number] = call
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", call.fds))] if call.fds else []
+        rights = to_rights(call.fds)
         try:
             if not self._unsent and self._transmit(data, rights):
                 self._sent(call)
@@ -436,7 +436,7 @@ class Peer:
 
     def _accept(self, datagram: Datagram) -> tuple[Incoming, bool] | None:
         data, ancillary, flags, _ = datagram
-        fds = tuple(_descriptors(ancillary)) if ancillary else ()
+        fds = tuple(descriptors_in(ancillary)) if ancillary else ()
         if self.protocol.state is State.CLOSED:  # what crossed the final message on its way is nobody's offence
             self._discard(fds)
             return None
@@ -530,11 +530,3 @@ def close_all(fds: Iterable[int]) -> None:
 
 def _unreadable(error: OSError) -> PeerGone:
     return PeerGone(f"the peer cannot be received from: {error.strerror}")
-
-
-def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> Iterator[int]:
-    for level, kind, data in ancillary:
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-            numbers = array.array("i")
-            numbers.frombytes(data[: len(data) - len(data) % numbers.itemsize])
-            yield from numbers

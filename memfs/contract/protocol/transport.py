@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from typing import Any, Final
+from typing import Final
 
 import trio
 
 from memfs.contract.aio.poller import Poller, Reader
 from memfs.contract.protocol.custody import Custody, Datagram
-
-Rights = list[tuple[int, int, Any]]  #: descriptors, as sendmsg's ancillary data
+from memfs.contract.sys.rights import Rights
 
 _MSG_PEEK: Final = int(socket.MSG_PEEK)
 
