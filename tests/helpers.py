@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
 import pytest
+import trio
 
 from memfs.contract.protocol.connection import Connection, Role
 from memfs.contract.protocol.messages import Hello
@@ -59,6 +61,21 @@ def raises(*errnos: int, match: str | None = None) -> Iterator[None]:
 
 def _name(number: int | None) -> str:
     return errno.errorcode.get(number or 0, str(number))
+
+
+def until(holds: Callable[[], object], seconds: float = 10) -> None:
+    """Wait for what another process or thread does."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.005)
+
+
+async def until_async(holds: Callable[[], object], seconds: float = 10) -> None:
+    """Wait for what another process, thread or task does, and let the tasks of this one run meanwhile."""
+    with trio.fail_after(seconds):
+        while not holds():  # noqa: ASYNC110 - nothing tells
+            await trio.sleep(0.001)
 
 
 async def describe_nothing(most_bytes: int, user: int) -> str:

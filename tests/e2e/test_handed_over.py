@@ -13,9 +13,9 @@ import pytest
 
 from memfs.contract.protocol.connection import Connection, Role
 from memfs.contract.protocol.messages import Hello, HelloReply
+from tests.helpers import until
 
 from .conftest import STOP_TIMEOUT, memfs_command, run
-from .test_mount import until
 from .tools import needs
 
 MAX_REPLY = 1024

@@ -9,8 +9,7 @@ import random
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from memfs.contract.protocol.peer import close_all
 from memfs.contract.sys.hugetlb import Pool
 from memfs.contract.sys.libc import FALLOC_FL_KEEP_SIZE, PUNCH_HOLE, fallocate
 from memfs.contract.units import PAGE_SIZE
-from tests.helpers import pages, raises
+from tests.helpers import pages, raises, until
 from tests.huge_pages import SIZE_1G, SIZE_2M, huge_pages, taken_but
 
 from .conftest import Memfs, MountMemfs, memfs_command, run, start_memfs
@@ -58,13 +57,6 @@ def state(memfs: Memfs) -> dict[str, Any]:
     return dict(json.loads(os.getxattr(memfs.path, "user.memfs.stat")))
 
 
-def wait_until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def test_what_is_allocated_comes_out_of_the_pool_and_goes_back(memfs: Memfs, private: Path, pool: Pool) -> None:
     free = pool.free
     assert memfs.run("fallocate", "-o", "2M", "-l", "6M", "private").returncode == 0
@@ -80,7 +72,7 @@ def test_what_is_allocated_comes_out_of_the_pool_and_goes_back(memfs: Memfs, pri
         *(SIZE_2M, 4 << 20, pool.pages * SIZE_2M, (free - 2) * SIZE_2M, 0, "always")
     ]
     private.unlink()
-    wait_until(lambda: pool.free == free)
+    until(lambda: pool.free == free)
 
 
 def test_what_is_no_huge_page_is_refused_and_changes_nothing(memfs: Memfs, private: Path) -> None:
@@ -156,9 +148,9 @@ def test_two_mounts_share_one_pool(memfs: Memfs, mount_memfs: MountMemfs, pool: 
     assert other.run("fallocate", "-o", "32M", "-l", "2M", "private").returncode == 0
     for each in (memfs, other):
         each.run("rm", "private")
-    wait_until(lambda: (pool.free, pool.reserved) == (free, 4))
+    until(lambda: (pool.free, pool.reserved) == (free, 4))
     other.stop()
-    wait_until(lambda: (pool.free, pool.reserved) == (free, 0))
+    until(lambda: (pool.free, pool.reserved) == (free, 0))
 
 
 def test_reserve_that_cannot_be_had_is_no_mount(pool: Pool, tmp_path: Path) -> None:
@@ -212,7 +204,7 @@ async def test_file_that_is_removed_while_registered(memfs: Memfs, private: Path
         await trio.sleep(0.2)
         assert pool.free == free - 3
         close_all(fds)
-    await trio.to_thread.run_sync(wait_until, lambda: pool.free == free)
+    await trio.to_thread.run_sync(until, lambda: pool.free == free)
 
 
 def test_killed_owner_leaves_the_file_and_no_more(memfs: Memfs, private: Path, pool: Pool) -> None:
@@ -245,7 +237,7 @@ trio.run(main)
         if process.stdout is not None:
             process.stdout.close()
     assert memfs.run("truncate", "-s", "0", "private").returncode == 0
-    wait_until(lambda: pool.free == free)
+    until(lambda: pool.free == free)
     assert memfs.run("df", "--output=used", ".").stdout.split()[-1] == "0"
 
 

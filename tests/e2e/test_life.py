@@ -14,6 +14,7 @@ import trio
 
 from memfs.contract.protocol.messages import Fenced, Registered
 from memfs.contract.sys.mountinfo import device_of_mountpoint
+from tests.helpers import until
 
 from .conftest import Memfs, MountMemfs, memfs_command, run
 from .owner import connected, shell
@@ -257,10 +258,7 @@ def test_killed_memfs_stops_the_guest_and_can_be_mounted_again(guest: Memfs) -> 
         assert mounts == 1, "the dead one is still there"
     finally:
         assert run("umount", guest.path).returncode == 0
-    deadline = time.monotonic() + 10
-    while guest.socket.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: not guest.socket.exists())
 
 
 def test_dead_mount_of_something_else_is_left_alone(tmp_path: Path, can_mount: None) -> None:

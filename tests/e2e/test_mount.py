@@ -9,14 +9,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
-from tests.helpers import raises
+from tests.helpers import raises, until
 
 from .conftest import Memfs, MountMemfs, memfs_command, run
 from .tools import mount_namespace, skip_without, skip_without_mount_namespace
@@ -42,14 +41,6 @@ def test_mount_answers_when_the_command_returns(can_mount: None, tmp_path: Path)
         assert path.stat().st_mode & 0o777 == 0o600
         subprocess.run(["umount", mountpoint], check=True)
         until(lambda: not path.exists())
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Wait for what another process does next."""
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.01)
 
 
 def test_mount_shows_no_path_for_a_source(memfs: Memfs, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -38,7 +38,7 @@ from kvmsim.uapi import (
     KVM_MEM_LOG_DIRTY_PAGES,
 )
 from memfs.contract.units import PAGE_SIZE
-from tests.helpers import raises
+from tests.helpers import raises, until
 
 from .conftest import Memfs, memfs_command
 from .native import choice_or_skip
@@ -89,13 +89,6 @@ def new_vm(service: Service, files: Files) -> Iterator[tuple[Vm, Vcpu]]:
 
 def owners(memfs: Memfs) -> int:
     return int(json.loads(os.getxattr(memfs.path, "user.memfs.stat"))["owners"])
-
-
-def wait_for(what: Callable[[], bool], seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not what() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert what()
 
 
 # -- the RFC's interface ---------------------------------------------------------------------------------------------
@@ -286,7 +279,7 @@ def test_attributes_decide_who_is_private_over_several_slots(memfs: Memfs, files
                 vm.set_user_memory_region2(slot, 0, gpa=0, size=0)
             with raises(errno.EINVAL):
                 vm.set_memory_attributes(0, PAGE_SIZE, private)
-        wait_for(lambda: not owners(memfs))
+        until(lambda: not owners(memfs))
         assert "Traceback" not in served.stop()
     finally:
         served.process.kill()
@@ -377,7 +370,7 @@ def test_vm_ends_with_its_last_descriptor_and_with_its_vmm(service: Service, fil
         vcpu.run()
         assert owners(memfs)
         vcpu.close()
-        wait_for(lambda: not owners(memfs))
+        until(lambda: not owners(memfs))
     program = (
         "import os, signal, sys; from kvmsim.client import Kvm\n"
         "vm = Kvm(sys.argv[1]).create_vm(); vcpu = vm.create_vcpu(0)\n"
@@ -390,7 +383,7 @@ def test_vm_ends_with_its_last_descriptor_and_with_its_vmm(service: Service, fil
         assert vmm.stdout.readline() == b"ready\n"
         assert owners(memfs)
         vmm.kill()
-    wait_for(lambda: not owners(memfs))
+    until(lambda: not owners(memfs))
     with new_vm(service, files):
         pass
 

@@ -12,10 +12,9 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.helpers import HELLO, raises
+from tests.helpers import HELLO, raises, until
 
 from .conftest import Memfs, MountMemfs, run
-from .test_mount import until
 from .tools import skip_without
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="acts as several users, so it needs root")

@@ -9,8 +9,9 @@ from signal import Signals
 
 import pytest
 
+from tests.helpers import until
+
 from .conftest import Memfs
-from .test_mount import until
 
 ENDING = [Signals.SIGQUIT, Signals.SIGABRT, Signals.SIGTRAP, Signals.SIGSYS, Signals.SIGPWR]
 IGNORED = [

@@ -15,10 +15,10 @@ import pytest
 
 from memfs.contract.sys.unix_address import address_of
 from memfs.run_files import default_paths
+from tests.helpers import until
 
 from .conftest import Memfs, memfs_command, run
 from .lying_filesystem import lying
-from .test_mount import until
 from .tools import mount_namespace
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts in other namespaces, so it needs root")

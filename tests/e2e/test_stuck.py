@@ -14,10 +14,9 @@ from pathlib import Path
 import pytest
 
 from memfs.contract.sys.libc import MNT_DETACH, umount
-from tests.helpers import raises
+from tests.helpers import raises, until
 
 from .conftest import Memfs, memfs_command, run
-from .test_mount import until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounts a filesystem, so it needs root")
 

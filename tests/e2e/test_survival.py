@@ -19,7 +19,7 @@ import trio
 from memfs.contract.conversion import convert, key_of
 from memfs.contract.faults import Point
 from memfs.contract.protocol.messages import AllowPreserve, Done, Registered
-from tests.helpers import pages
+from tests.helpers import pages, until
 
 from .conftest import Memfs, MountMemfs, memfs_command, run
 from .owner import connected
@@ -297,10 +297,7 @@ def test_when_the_keeper_is_gone_the_worker_goes_on(mount_memfs: MountMemfs) -> 
     assert socket_of_keeper.exists()
     memfs.process.kill()
     memfs.process.wait()
-    deadline = time.monotonic() + 20
-    while state_of(memfs)["survives"]:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    until(lambda: not state_of(memfs)["survives"], 20)
     assert (memfs.path / "file").read_text() == "content"
     assert "the keeper is gone" in memfs.log.read_text()
     assert not socket_of_keeper.exists()

@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from pathlib import Path
 import pytest
 
 import memfs as package
+from tests.helpers import until
 
 from .conftest import Memfs, MountMemfs, memfs_command, run
 from .lying_filesystem import lying
@@ -100,7 +100,7 @@ def test_other_code_goes_on_and_nobody_sees_an_error(mount_memfs: MountMemfs, tm
     assert (state["version"], state["generation"], state["restarts"]) == (package.__version__, 4, 1)
     assert run("umount", memfs.path).returncode == 0
     sockets = [memfs.socket, Path(str(state["keeper_socket"]))]
-    wait_until(lambda: not any(each.exists() for each in sockets))
+    until(lambda: not any(each.exists() for each in sockets), 20)
     memfs.expected = [UPGRADED, *EXPECTED]
     lines = memfs.log.read_text().splitlines()
     assert [line for line in lines if not any(part in line for part in memfs.expected)] == []
@@ -110,14 +110,6 @@ def state_at(path: Path) -> dict[str, object]:
     """What `memfs stat` says."""
     state: dict[str, object] = json.loads(run(*memfs_command("stat", "--json", path)).stdout)
     return state
-
-
-def wait_until(condition: object) -> None:
-    assert callable(condition)
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 FAULTS = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import struct
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import nullcontext
 from itertools import pairwise
 
@@ -17,6 +17,7 @@ from kvmsim.guests.console import Console
 from kvmsim.guests.linux.kernel import ProgramDied
 from kvmsim.guests.loading import LoadError
 from kvmsim.guests.uart import FIRST_PORT, Uart
+from tests.helpers import until_async
 
 SIZE = 64 << 20
 
@@ -201,12 +202,6 @@ class Ends:
             os.close(fd)
 
 
-async def until(condition: Callable[[], object]) -> None:
-    """Look again and again, as a guest does that polls."""
-    while not condition():  # noqa: ASYNC110
-        await trio.sleep(0.001)
-
-
 @pytest.fixture
 async def ends() -> AsyncIterator[Ends]:
     ends = Ends()
@@ -222,10 +217,10 @@ async def test_screen_that_nobody_reads_holds_up_neither_guest_nor_keyboard(ends
     with trio.fail_after(20):
         async with ends.console.served():
             await trio.to_thread.run_sync(ends.guest_sends, sent[:4096])
-            await until(lambda: ends.console.uart.read(FIRST_PORT + 5) & 0x20)
+            await until_async(lambda: ends.console.uart.read(FIRST_PORT + 5) & 0x20)
             await trio.to_thread.run_sync(ends.guest_sends, sent[4096:])
             os.write(ends.keyboard, b"q")
-            await until(lambda: ends.console.uart.read(FIRST_PORT + 5) & 1)
+            await until_async(lambda: ends.console.uart.read(FIRST_PORT + 5) & 1)
             assert ends.console.uart.read(FIRST_PORT) == ord("q")
 
             async def read() -> None:
@@ -244,7 +239,7 @@ async def test_keyboard_is_read_no_faster_than_the_guest_reads() -> None:
     with trio.fail_after(20):
         async with console.served():
             while taken < 2000:
-                await until(lambda: not console.uart.room)
+                await until_async(lambda: not console.uart.room)
                 while console.uart.read(FIRST_PORT + 5) & 1:
                     assert console.uart.read(FIRST_PORT) == 0
                     taken += 1

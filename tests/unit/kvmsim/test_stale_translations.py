@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -27,7 +26,7 @@ from kvmsim.vcpu import VCPU
 from kvmsim.vm import VM
 from memfs.contract.protocol.messages import GetPfn, InvalidateBegin, InvalidateEnd
 from memfs.contract.units import PAGE_SIZE, ByteOffset, Gfn, Gpa, PageIndex
-from tests.helpers import one, pages
+from tests.helpers import one, pages, until_async
 
 from .conftest import PAGES, NewVm, ScriptedStore, region
 
@@ -156,13 +155,6 @@ class MappedFile:
         return os.dup(self.fd)
 
 
-async def until(holds: Callable[[], bool]) -> None:
-    """Wait until something holds; threads may be under way to it."""
-    with trio.fail_after(10):
-        while not holds():  # noqa: ASYNC110
-            await trio.sleep(0.001)
-
-
 @pytest.fixture
 def mapped(monkeypatch: pytest.MonkeyPatch) -> list[MappedFile]:
     """The last one is what is mapped now."""
@@ -185,12 +177,12 @@ async def test_fault_on_classic_memory_sees_what_was_mapped_there_meanwhile(
             await vm.set_user_memory_region(region(mapped[0].fd, slot=1, gpa=1 << 30))
         store.held = trio.Event()
         nursery.start_soon(vm.fault, Access(Gfn(5), True, Side.SHARED))
-        await until(lambda: any(isinstance(request, GetPfn) for request in store.requests))
+        await until_async(lambda: any(isinstance(request, GetPfn) for request in store.requests))
         vm.invalidate_hva(pages(HVA, HVA + PAGES))
         await wait_all_tasks_blocked()
         mapped.append(MappedFile(store))
         store.held.set()
-        await until(lambda: vm.mmu.table.mapped > 0)
+        await until_async(lambda: vm.mmu.table.mapped > 0)
         file, _ = vm.mmu.frames.locate(pte_pfn(vm.mmu.table.lookup(Gfn(5))))
         assert getattr(file, "id", None) == store.by_fd(mapped[1].fd).id
         assert vm.mmu.retries == 1
@@ -219,7 +211,7 @@ async def test_window_on_a_file_takes_over_an_invalidation_in_progress(new_vm: N
         file = store.by_fd(mapped[0].fd).id
         await store.notify(InvalidateBegin(file, one(5)))
         nursery.start_soon(vm.fault, Access(Gfn(5), True, Side.SHARED))
-        await until(lambda: vm.mmu.retries == 1)
+        await until_async(lambda: vm.mmu.retries == 1)
         assert vm.mmu.table.mapped == 0
         await store.notify(InvalidateEnd(file, one(5)))
-        await until(lambda: vm.mmu.table.mapped == 1)
+        await until_async(lambda: vm.mmu.table.mapped == 1)

@@ -8,13 +8,13 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from memfs.owners.liveness import is_dying, is_stopped
+from tests.helpers import until
 
 THREADED = """
 import threading, time
@@ -34,14 +34,6 @@ def child() -> Iterator[subprocess.Popen[str]]:
         yield process
         process.kill()
         process.wait()
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Wait for what another process does."""
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.005)
 
 
 def state(pid: int) -> str:
