@@ -7,6 +7,7 @@ and have logged nothing that its test did not expect.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import pytest
 
@@ -88,6 +89,20 @@ def interruptible() -> None:
 def memfs_command(*arguments: str | Path) -> list[str]:
     """The command line of `memfs`, run with the interpreter that runs the tests."""
     return [sys.executable, "-m", "memfs", *map(str, arguments)]
+
+
+def state_of(path: Path) -> dict[str, Any]:
+    """What the memfs that a path lies on says of itself; asked of it and not of a command, which would take long."""
+    state: dict[str, Any] = json.loads(os.getxattr(path, "user.memfs.stat"))
+    return state
+
+
+def stat_json(path: Path) -> dict[str, Any]:
+    """What `memfs stat --json` says of the memfs that a path lies on."""
+    result = run(*memfs_command("stat", "--json", path))
+    assert result.returncode == 0, result.stderr
+    state: dict[str, Any] = json.loads(result.stdout)
+    return state
 
 
 def start_memfs(directory: Path, options: str, *extra: str, within: Sequence[str] = ()) -> Memfs:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
-import json
 import os
 import stat
 import struct
@@ -19,7 +18,7 @@ import pytest
 
 from memfs.store.seals import F_SEAL_SEAL, MEMFS_IOC_ADD_SEALS
 
-from .conftest import run
+from .conftest import run, state_of
 from .process import mounted_alike
 from .tools import needs
 
@@ -212,7 +211,7 @@ def test_remount_says_when_access_times_are_set(alike: tuple[Path, Path], option
         # Without passthrough, access times of regular files stay as they are.
         return [line for line in result.stdout.splitlines() if passes or not line.startswith("file")]
 
-    passes = json.loads(os.getxattr(alike[0], "user.memfs.stat"))["passthrough"]
+    passes = state_of(alike[0])["passthrough"]
     expected = reads(alike[1])
     deadline = time.monotonic() + 10
     while (found := reads(alike[0])) != expected and time.monotonic() < deadline:

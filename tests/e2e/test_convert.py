@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import mmap
 import os
 import signal
@@ -35,7 +34,7 @@ from memfs.contract.sys.libc import PUNCH_HOLE, fallocate
 from memfs.contract.units import PAGE_SIZE, PageRange
 from tests.helpers import one, pages, raises
 
-from .conftest import Memfs, MountMemfs, memfs_command, run
+from .conftest import Memfs, MountMemfs, memfs_command, run, state_of
 from .owner import connected
 
 PAGES = 64  # of each file
@@ -82,7 +81,7 @@ class Pair:
 
     @property
     def passes_through(self) -> bool:
-        return bool(json.loads(os.getxattr(self.memfs.path, "user.memfs.stat"))["passthrough"])
+        return bool(state_of(self.memfs.path)["passthrough"])
 
     @property
     def state(self) -> tuple[object, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import mmap
 import os
 import signal
@@ -18,7 +17,7 @@ import pytest
 from memfs.store.seals import F_SEAL_GUEST, MEMFS_IOC_ADD_SEALS
 from tests.helpers import raises
 
-from .conftest import Memfs, MountMemfs, memfs_command, run
+from .conftest import Memfs, MountMemfs, memfs_command, run, stat_json
 
 PASSTHROUGH = pytest.mark.parametrize("passthrough", ["auto", "off"])
 
@@ -62,7 +61,7 @@ assert os.pwrite(fd, buffer, 0) == os.preadv(fd, [buffer], 0) == len(buffer)
 
 
 def test_daemon_is_not_asked_for_content(memfs: Memfs) -> None:
-    if not json.loads(run(*memfs_command("stat", "--json", memfs.path)).stdout)["passthrough"]:
+    if not stat_json(memfs.path)["passthrough"]:
         pytest.skip("no passthrough here")
     (memfs.path / "file").touch()
     command = [sys.executable, "-c", WRITES, str(memfs.path / "file")]

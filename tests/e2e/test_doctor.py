@@ -10,8 +10,7 @@ import pytest
 
 from memfs.contract.sys.mountinfo import MEMFS, mountpoints_of_type
 
-from .conftest import Memfs, memfs_command, run
-from .test_metrics import state
+from .conftest import Memfs, memfs_command, run, stat_json
 from .tools import skip_without_mount_namespace
 
 
@@ -23,7 +22,7 @@ def findings(text: str) -> dict[str, str]:
 def test_what_it_finds_is_what_a_mount_says(memfs: Memfs) -> None:
     result = run(*memfs_command("doctor"))
     assert (result.returncode, result.stderr) == (0, "")
-    found, said = findings(result.stdout), state(memfs)
+    found, said = findings(result.stdout), stat_json(memfs.path)
     assert (found["/dev/fuse"], found["mount"]) == ("yes", "yes")
     assert found["passthrough"] == ("yes" if said["passthrough"] else "no")
     assert found["private pages stay"] == ("no" if said["guest_swappable"] else "yes")

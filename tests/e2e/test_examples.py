@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 import subprocess
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import Memfs, interruptible, memfs_command, run
+from .conftest import Memfs, interruptible, memfs_command, run, stat_json
 from .service import Service, service
 
 __all__ = ["service"]
@@ -95,7 +94,7 @@ def test_owner_in_c(memfs: Memfs, owner_in_c: Path) -> None:
         memfs.run("fallocate", "--length", "64K", private)
         memfs.run("fallocate", "--punch-hole", "--offset", "4K", "--length", "8K", private)
         told = ["allocated 0-15", "invalidate 1-2", "freed 1-2"]
-        if json.loads(run(*memfs_command("stat", "--json", memfs.path)).stdout)["passthrough"]:
+        if stat_json(memfs.path)["passthrough"]:
             command = memfs_command("convert", "--to", "shared", shared, private, "0:4k", "16k:8k")
             assert run(*command).returncode == 0
             told += ["convert 0-0 4-5", "converted 0-0 4-5"]

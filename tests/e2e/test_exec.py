@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import signal
 import subprocess
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import Memfs, MountMemfs, interruptible, memfs_command, run
+from .conftest import Memfs, MountMemfs, interruptible, memfs_command, run, state_of
 from .native import AREA, choice_or_skip
 
 BUSYBOX = Path("/bin/busybox")
@@ -70,7 +69,7 @@ class Kvmsim:
         """Whether both files are free; waits a little for that."""
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline:
-            if not json.loads(os.getxattr(self.memfs.path, "user.memfs.stat"))["owners"]:
+            if not state_of(self.memfs.path)["owners"]:
                 return True
             time.sleep(0.05)
         return False

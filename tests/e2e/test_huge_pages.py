@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import random
 import signal
@@ -11,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import trio
@@ -26,7 +24,7 @@ from memfs.contract.units import PAGE_SIZE
 from tests.helpers import pages, raises, until
 from tests.huge_pages import SIZE_1G, SIZE_2M, huge_pages, taken_but
 
-from .conftest import Memfs, MountMemfs, memfs_command, run, start_memfs
+from .conftest import Memfs, MountMemfs, memfs_command, run, start_memfs, state_of
 from .owner import connected, shell
 from .tools import mount_namespace, skip_without_mount_namespace
 
@@ -53,10 +51,6 @@ def make_private(memfs: Memfs, size: int, name: str = "private") -> Path:
     return path
 
 
-def state(memfs: Memfs) -> dict[str, Any]:
-    return dict(json.loads(os.getxattr(memfs.path, "user.memfs.stat")))
-
-
 def test_what_is_allocated_comes_out_of_the_pool_and_goes_back(memfs: Memfs, private: Path, pool: Pool) -> None:
     free = pool.free
     assert memfs.run("fallocate", "-o", "2M", "-l", "6M", "private").returncode == 0
@@ -67,7 +61,7 @@ def test_what_is_allocated_comes_out_of_the_pool_and_goes_back(memfs: Memfs, pri
     os.close(fd)
     assert places == [2 << 20, 4 << 20, 6 << 20]
     assert memfs.run("df", "--output=used", ".").stdout.split()[-1] == str(4 << 10)
-    said = state(memfs)
+    said = state_of(memfs.path)
     assert [said[name] for name in ("guest_page_size", "guest_used", "pool", "pool_free", "min_size", "huge")] == [
         *(SIZE_2M, 4 << 20, pool.pages * SIZE_2M, (free - 2) * SIZE_2M, 0, "always")
     ]
@@ -136,7 +130,7 @@ def test_conversion_is_of_whole_huge_pages(memfs: Memfs, private: Path, pool: Po
 def test_two_mounts_share_one_pool(memfs: Memfs, mount_memfs: MountMemfs, pool: Pool) -> None:
     free = pool.free
     other = mount_memfs(f"size=64m,pagesize=2M,min_size={4 * SIZE_2M}")
-    assert state(other)["min_size"] == 4 * SIZE_2M
+    assert state_of(other.path)["min_size"] == 4 * SIZE_2M
     assert pool.reserved == 4
     make_private(memfs, 64 << 20)
     make_private(other, 64 << 20)
@@ -337,7 +331,7 @@ def test_blocks_are_as_large_as_a_tmpfs_says(mount_memfs: MountMemfs, tmp_path: 
             names = [directory, *(directory / name for name in ("file", "link", "directory", "pipe"))]
             found.append([path.lstat().st_blksize for path in names])
         assert found[0] == found[1]
-        if state(memfs)["backing"] == "tmpfs":
+        if state_of(memfs.path)["backing"] == "tmpfs":
             assert make_private(memfs, 4 << 20).stat().st_blksize == found[0][1]
     finally:
         run("umount", "--lazy", tmp_path)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import trio
@@ -19,7 +17,7 @@ from memfs.contract.conversion import convert, key_of
 from memfs.contract.units import PAGE_SHIFT
 from tests.helpers import pages
 
-from .conftest import Memfs, MountMemfs, memfs_command, run
+from .conftest import Memfs, MountMemfs, memfs_command, run, stat_json, state_of
 from .native import PAGES, NewGuest, kvm_guest, native_guest, unicorn_guest
 
 __all__ = ["kvm_guest", "native_guest", "unicorn_guest"]
@@ -36,15 +34,9 @@ def lasting(mount_memfs: MountMemfs, tmp_path: Path, monkeypatch: pytest.MonkeyP
     return memfs
 
 
-def state_of(memfs: Memfs) -> dict[str, Any]:
-    """What memfs says of itself."""
-    state: dict[str, Any] = json.loads(os.getxattr(memfs.path, "user.memfs.stat"))
-    return state
-
-
 def kill(memfs: Memfs) -> None:
     """Kill the process that serves a memfs."""
-    os.kill(state_of(memfs)["pid"], signal.SIGKILL)
+    os.kill(state_of(memfs.path)["pid"], signal.SIGKILL)
 
 
 def test_no_byte_is_wrong_and_no_conversion_fails(lasting: Memfs) -> None:
@@ -69,10 +61,10 @@ def test_no_byte_is_wrong_and_no_conversion_fails(lasting: Memfs) -> None:
         os.close(fd)
     assert guest.returncode == 0, said
     assert "every byte was as stored" in said, said
-    state = state_of(lasting)
+    state = state_of(lasting.path)
     assert (state["restarts"], state["owners_fenced"], state["owners"]) == (DEATHS, 0, 0)
     assert state["used"] == sum(blocks) << PAGE_SHIFT
-    assert json.loads(run(*memfs_command("stat", "--json", lasting.path)).stdout)["restarts"] == DEATHS
+    assert stat_json(lasting.path)["restarts"] == DEATHS
 
 
 async def test_native_code_goes_on(lasting: Memfs, native_guest: NewGuest) -> None:

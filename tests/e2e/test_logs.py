@@ -15,7 +15,7 @@ import trio
 from memfs.contract.protocol.messages import GetPfn, Hello
 from memfs.contract.units import PAGE_SIZE, PageIndex, PageRange
 
-from .conftest import Memfs, MountMemfs, memfs_command, run
+from .conftest import Memfs, MountMemfs, memfs_command, run, state_of
 from .owner import connected, shell
 from .test_hostile_messages import CUT_OFF, Client, packed, settled
 from .test_kvmsim import running
@@ -120,7 +120,7 @@ async def test_state_on_request(memfs: Memfs) -> None:
         await owner.arrived.wait()
         await trio.sleep(0.3)
         text = await trio.to_thread.run_sync(lambda: run(*memfs_command("stat", memfs.path)).stdout)
-        state = json.loads(await trio.to_thread.run_sync(os.getxattr, memfs.path, "user.memfs.stat"))
+        state = await trio.to_thread.run_sync(state_of, memfs.path)
         os.kill(memfs.process.pid, signal.SIGUSR1)
         assert await settled(lambda: "msg=file" in memfs.log.read_text())
         owner.acknowledge.set()
@@ -153,7 +153,7 @@ async def test_state_of_many_owners_fits_into_an_attribute(memfs: Memfs) -> None
             assert await trio.to_thread.run_sync(client.socket.recv, 100)
         if len(clients) < 700:
             clients += [await trio.to_thread.run_sync(lambda: Client(memfs, hello=False)) for _ in range(100)]
-    state = json.loads(await trio.to_thread.run_sync(os.getxattr, memfs.path, "user.memfs.stat"))
+    state = await trio.to_thread.run_sync(state_of, memfs.path)
     assert state["owners"] == 700
     assert 0 < len(state["registry"]) < 700
     for client in clients:

@@ -38,7 +38,7 @@ from typing import Any, NamedTuple
 import pytest
 import trio
 
-from .conftest import Memfs, MountMemfs, memfs_command
+from .conftest import Memfs, MountMemfs, memfs_command, state_of
 from .owner import shell
 from .test_leaks import resident
 from .time_bar import time_bar
@@ -456,8 +456,7 @@ class Soak:
 
     async def pid(self) -> int:
         """Which process serves the mount."""
-        state = await trio.to_thread.run_sync(os.getxattr, self.memfs.path, "user.memfs.stat")
-        pid: int = json.loads(state)["pid"]
+        pid: int = (await trio.to_thread.run_sync(state_of, self.memfs.path))["pid"]
         return pid
 
     async def state(self) -> None:

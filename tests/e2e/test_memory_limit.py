@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ import pytest
 
 from memfs.contract.sys.mountinfo import mounts_of_type
 
-from .conftest import STOP_TIMEOUT, Memfs, MountMemfs, memfs_command, run
+from .conftest import STOP_TIMEOUT, MountMemfs, memfs_command, run, stat_json
 
 LIMIT = 256 << 20
 JOINS = ["sh", "-c", 'echo $$ >"$0/cgroup.procs" && exec "$@"']
@@ -52,16 +51,11 @@ def limited(tmp_path: Path) -> Iterator[Path]:
             each.rmdir()
 
 
-def stat(memfs: Memfs) -> dict[str, object]:
-    state: dict[str, object] = json.loads(run(*memfs_command("stat", "--json", memfs.path)).stdout)
-    return state
-
-
 @pytest.mark.parametrize("way", ["passthrough=auto", "backing=memfd"])
 def test_limit_below_the_size_is_said(limited: Path, mount_memfs: MountMemfs, way: str) -> None:
     memfs = mount_memfs(f"size=300m,{way}", within=[*JOINS, str(limited)])
     assert f"the memory cgroup of memfs allows {LIMIT} bytes, and files may take {300 << 20}" in memfs.notes
-    assert stat(memfs)["memory_limit"] == LIMIT
+    assert stat_json(memfs.path)["memory_limit"] == LIMIT
     lines = run(*memfs_command("stat", memfs.path)).stdout.splitlines()
     assert ["memory", "limit", str(LIMIT)] in [line.split() for line in lines]
 
@@ -80,4 +74,4 @@ def test_limit_is_the_one_that_is_there_now(limited: Path, mount_memfs: MountMem
     memfs = mount_memfs("size=64m", within=[*JOINS, str(limited)])
     name = next(name for name in NAMES.values() if (limited / name).exists())
     (limited / name).write_text(str(200 << 20))
-    assert stat(memfs)["memory_limit"] == 200 << 20
+    assert stat_json(memfs.path)["memory_limit"] == 200 << 20

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import signal
 import socket
@@ -17,7 +16,7 @@ import pytest
 
 from tests.helpers import raises, until
 
-from .conftest import Memfs, MountMemfs, memfs_command, run
+from .conftest import Memfs, MountMemfs, memfs_command, run, stat_json
 from .tools import mount_namespace, skip_without, skip_without_mount_namespace
 
 
@@ -221,7 +220,7 @@ def test_why_a_daemon_ended_later_is_logged(can_mount: None, tmp_path: Path, err
     try:
         result = run(sys.executable, "-c", program, mountpoint, "-o", "size=1m", "--log-file", log)
         assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
-        os.kill(json.loads(run(*memfs_command("stat", "--json", mountpoint)).stdout)["pid"], signal.SIGUSR1)
+        os.kill(stat_json(mountpoint)["pid"], signal.SIGUSR1)
         until(lambda: log.exists() and "memfs has ended: " in log.read_text())
         until(lambda: not os.path.ismount(mountpoint))
         [line] = [line for line in log.read_text().splitlines() if "memfs has ended" in line]
@@ -335,7 +334,7 @@ def test_socket_s_path_is_told_as_it_was_checked(mount_memfs: MountMemfs, tmp_pa
     told = os.getxattr(memfs.path, "user.memfs.socket").decode()
     assert told == str(safe / "sub" / "socket")
     assert Path(told).is_socket()
-    assert json.loads(run(*memfs_command("stat", memfs.path, "--json")).stdout)["socket"] == told
+    assert stat_json(memfs.path)["socket"] == told
 
 
 def test_directories_are_made_in_safe_places_only(tmp_path: Path) -> None:

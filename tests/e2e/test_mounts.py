@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import MountMemfs, memfs_command, run
+from .conftest import MountMemfs, memfs_command, run, stat_json
 from .lying_filesystem import lying
 from .tools import skip_unless_others_run_memfs
 
@@ -37,7 +37,7 @@ def test_list_as_json_is_the_state_of_each(mount_memfs: MountMemfs) -> None:
     memfs = mount_memfs("size=8m")
     states = json.loads(run(*memfs_command("list", "--json")).stdout)
     [ours] = [each for each in states if each["mountpoint"] == str(memfs.path)]
-    assert ours == json.loads(run(*memfs_command("stat", "--json", memfs.path)).stdout)
+    assert ours == stat_json(memfs.path)
 
 
 def test_list_waits_for_nobody_who_does_not_answer(mount_memfs: MountMemfs) -> None:
@@ -97,7 +97,7 @@ def test_stat_shows_the_options_that_are_in_force(mount_memfs: MountMemfs) -> No
     memfs = mount_memfs("size=8m,nosuid,mode=755")
 
     def options() -> str:
-        return str(json.loads(run(*memfs_command("stat", "--json", memfs.path)).stdout)["options"])
+        return str(stat_json(memfs.path)["options"])
 
     assert options() == "size=8m,nosuid,mode=755"
     assert run(*memfs_command("remount", memfs.path, "-o", "size=16m,suid,noexec,ro")).returncode == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import mmap
 import os
 import signal
@@ -34,7 +33,7 @@ from memfs.contract.protocol.peer import close_all
 from memfs.contract.units import PAGE_SIZE, PageIndex
 from tests.helpers import pages
 
-from .conftest import Memfs, MountMemfs, memfs_command
+from .conftest import Memfs, MountMemfs, memfs_command, state_of
 from .owner import connected, shell
 from .tools import skip_without, tools_in
 
@@ -178,7 +177,7 @@ async def test_descriptor_that_will_not_do(memfs: Memfs, prepare: str, flags: in
         reply = await owner.register(path, flags)
         assert isinstance(reply, Failed)
         assert reply.errno == number
-        state = json.loads(await trio.to_thread.run_sync(os.getxattr, memfs.path, "user.memfs.stat"))
+        state = await trio.to_thread.run_sync(state_of, memfs.path)
         assert (state["registered_files"], state["open_handles"]) == (0, 0)
 
 

@@ -56,7 +56,7 @@ from memfs.contract.sys.libc import PUNCH_HOLE, fallocate
 from memfs.contract.units import PAGE_SIZE, ByteOffset, PageIndex, PageRange
 from tests.helpers import pages
 
-from .conftest import Memfs, MountMemfs, memfs_command, run
+from .conftest import Memfs, MountMemfs, memfs_command, run, stat_json
 from .owner import Owner, connected
 
 NO_SUCH_OWNER = "no such owner, or not any more: its registrations have ended"
@@ -64,12 +64,6 @@ EXPECTED = ["killed by SIGKILL: going on"]
 COMMITS = (Point.BEFORE_COMMIT, Point.AFTER_COMMIT)
 SIZE = 1 << 20
 in_thread = trio.to_thread.run_sync
-
-
-def state_of(memfs: Memfs) -> dict[str, Any]:
-    """What `memfs stat` says."""
-    state: dict[str, Any] = json.loads(run(*memfs_command("stat", "--json", memfs.path)).stdout)
-    return state
 
 
 @dataclass
@@ -100,12 +94,12 @@ class Pair:
 
     async def kill(self) -> None:
         """Kill the daemon, wherever it is."""
-        state = await in_thread(state_of, self.memfs)
+        state = await in_thread(stat_json, self.memfs.path)
         os.kill(state["pid"], signal.SIGKILL)
 
     async def owned(self, number: int = 1) -> dict[str, Any]:
         """What `memfs stat` says of an owner, the first one."""
-        registry = (await in_thread(state_of, self.memfs))["registry"]
+        registry = (await in_thread(stat_json, self.memfs.path))["registry"]
         (owner,) = [each for each in registry if each["owner"] == number]
         assert isinstance(owner, dict)
         return owner
@@ -423,7 +417,7 @@ def test_a_token_is_a_secret_of_its_user(mount_memfs: MountMemfs, inject: Path) 
         assert isinstance(first, Registered)
         with closing(Raw(memfs.socket, hello.token)) as living:
             assert living.reply == Failed(errno.ESTALE, NO_SUCH_OWNER)
-        os.kill(state_of(memfs)["pid"], signal.SIGKILL)
+        os.kill(stat_json(memfs.path)["pid"], signal.SIGKILL)
         guessed = Token(bytes([hello.token[0] ^ 1]) + hello.token[1:])
         with closing(Raw(memfs.socket, guessed)) as stranger:
             assert stranger.reply == Failed(errno.ESTALE, NO_SUCH_OWNER)
@@ -435,7 +429,7 @@ def test_a_token_is_a_secret_of_its_user(mount_memfs: MountMemfs, inject: Path) 
             assert again.ask(Register(), [file.fileno()], repeats=RequestId(2)) == first
             assert again.ask(Unregister(first.file)) == Done()
             assert again.ask(Unregister(first.file)) == Failed(errno.EBADF, f"no registration {first.file}")
-            said = memfs.log.read_text() + json.dumps(state_of(memfs))
+            said = memfs.log.read_text() + json.dumps(stat_json(memfs.path))
             memfs.process.send_signal(signal.SIGUSR1)
             said += memfs.log.read_text()
             for shown in (hello.token.hex(), repr(hello.token)[2:-1], base64.b64encode(hello.token).decode()):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import select
 import signal
@@ -40,7 +39,7 @@ from kvmsim.uapi import (
 from memfs.contract.units import PAGE_SIZE
 from tests.helpers import raises, until
 
-from .conftest import Memfs, memfs_command
+from .conftest import Memfs, memfs_command, state_of
 from .native import choice_or_skip
 from .service import Service, service
 
@@ -88,7 +87,7 @@ def new_vm(service: Service, files: Files) -> Iterator[tuple[Vm, Vcpu]]:
 
 
 def owners(memfs: Memfs) -> int:
-    return int(json.loads(os.getxattr(memfs.path, "user.memfs.stat"))["owners"])
+    return int(state_of(memfs.path)["owners"])
 
 
 # -- the RFC's interface ---------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import pytest
 
 from tests.helpers import HELLO, raises, until
 
-from .conftest import Memfs, MountMemfs, run
+from .conftest import Memfs, MountMemfs, run, state_of
 from .tools import skip_without
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="acts as several users, so it needs root")
@@ -71,11 +70,6 @@ def scarce(mount_memfs: MountMemfs, request: pytest.FixtureRequest) -> Memfs:
     return memfs
 
 
-def state(memfs: Memfs) -> dict[str, int]:
-    described: dict[str, int] = json.loads(os.getxattr(memfs.path, "user.memfs.stat"))
-    return described
-
-
 @pytest.mark.parametrize("scarce", ["", ",backing=memfd"], ids=["tmpfs", "memfd"], indirect=True)
 @pytest.mark.parametrize("seals", [b"", b"guest"], ids=["ordinary", "guest-sealed"])
 def test_no_user_gets_all_descriptors(scarce: Memfs, seals: bytes) -> None:
@@ -89,7 +83,7 @@ def test_no_user_gets_all_descriptors(scarce: Memfs, seals: bytes) -> None:
             assert 5 < bob < alice
             with opening(scarce, 0, 8) as (root, refused):
                 assert (root, refused) == (8, 0)
-                said = state(scarce)
+                said = state_of(scarce.path)
                 assert alice + bob + root <= said["descriptors_used"] < said["descriptors"] < FEW
                 assert (said["page_maps_used"] > 0) == (bool(seals) or str(said["backing"]) == "memfd")
                 assert said["your_descriptors"] >= 8
@@ -116,9 +110,10 @@ print(len(held))
 """
     scarce.socket.parent.chmod(0o711)
     command = [sys.executable, "-c", connect, str(scarce.socket)]
-    before = state(scarce)["descriptors_used"]
+    before = state_of(scarce.path)["descriptors_used"]
     assert 20 < int(run(*command, str(ALICE), HELLO.hex()).stdout) < FEW / 2
-    until(lambda: state(scarce)["descriptors_used"] == before)  # connections of who has ended are closed a bit later
+    # connections of who has ended are closed a bit later
+    until(lambda: state_of(scarce.path)["descriptors_used"] == before)
     with opening(scarce, ALICE):
         assert run(*command, str(ALICE), HELLO.hex()).stdout == "0\n"
         assert 20 < int(run(*command, str(BOB), HELLO.hex()).stdout) < FEW / 2

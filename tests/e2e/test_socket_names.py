@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -17,7 +16,7 @@ from memfs.contract.sys.unix_address import address_of
 from memfs.run_files import default_paths
 from tests.helpers import until
 
-from .conftest import Memfs, memfs_command, run
+from .conftest import Memfs, memfs_command, run, state_of
 from .lying_filesystem import lying
 from .tools import mount_namespace
 
@@ -136,7 +135,7 @@ def test_mountpoints_of_one_name(can_mount: None, tmp_path: Path) -> None:
     with mounted(mountpoints[0]) as one, mounted(mountpoints[1]) as other:
         assert one != other
         for mountpoint, path in ((mountpoints[1], other), (mountpoints[0], one)):
-            state = json.loads(os.getxattr(mountpoint, "user.memfs.stat"))
+            state = state_of(mountpoint)
             assert (state["mountpoint"], state["socket"]) == (str(mountpoint), str(path))
             asked(path)
         logs = [path.with_suffix(".log") for path in (one, other)]

@@ -18,8 +18,8 @@ import pytest
 
 from memfs.handed_over import KEPT
 
-from .conftest import memfs_command, run
-from .test_upgrade import state_at, working
+from .conftest import memfs_command, run, stat_json
+from .test_upgrade import working
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="what survives its daemon is for root")
 
@@ -91,7 +91,7 @@ class Manager:
 
     @property
     def worker(self) -> int:
-        pid = state_at(self.mountpoint)["pid"]
+        pid = stat_json(self.mountpoint)["pid"]
         assert isinstance(pid, int)
         return pid
 
@@ -120,7 +120,7 @@ def test_what_a_mount_consists_of_is_kept_and_gone_on_with(manager: Manager) -> 
         for generation in (2, 3):
             manager.kill(manager.worker, manager.main_pid)  # all of it is gone
             manager.start()
-            state = state_at(manager.mountpoint)
+            state = stat_json(manager.mountpoint)
             assert (state["generation"], state["restarts"], state["survives"]) == (generation, generation - 1, True)
         worker = manager.worker
         manager.kill(manager.main_pid)  # and only the keeper: the worker leaves it to the next one
@@ -133,7 +133,7 @@ def test_the_socket_of_what_is_gone_on_with_is_not_for_others(manager: Manager, 
     manager.start()
     manager.kill(manager.worker, manager.main_pid)
     manager.start()
-    other, path = tmp_path / "other", Path(str(state_at(manager.mountpoint)["socket"]))
+    other, path = tmp_path / "other", Path(str(stat_json(manager.mountpoint)["socket"]))
     other.mkdir()
     refused = run(*memfs_command("mount", "--socket", path, other))
     run("umount", "--lazy", other)  # or it was not refused
@@ -144,7 +144,7 @@ def test_the_socket_of_what_is_gone_on_with_is_not_for_others(manager: Manager, 
 
 def test_a_socket_that_somebody_has_removed_is_made_anew_and_kept(manager: Manager) -> None:
     manager.start()
-    path = Path(str(state_at(manager.mountpoint)["socket"]))
+    path = Path(str(stat_json(manager.mountpoint)["socket"]))
     path.unlink()
     for _ in range(2):
         manager.kill(manager.worker, manager.main_pid)
@@ -162,7 +162,7 @@ def test_an_upgrade_makes_another_process_the_main_one(manager: Manager) -> None
     assert Path(f"/proc/{manager.worker}/stat").read_text().split()[3] == str(manager.main_pid)
     manager.kill(manager.worker, manager.main_pid)
     manager.start()
-    assert state_at(manager.mountpoint)["generation"] == 3
+    assert stat_json(manager.mountpoint)["generation"] == 3
 
 
 def test_what_has_ended_is_let_go_and_mounted_anew(manager: Manager) -> None:
@@ -173,5 +173,5 @@ def test_what_has_ended_is_let_go_and_mounted_anew(manager: Manager) -> None:
     assert manager.service.wait(20) == 0
     manager.start()
     assert list(manager.mountpoint.iterdir()) == []
-    assert state_at(manager.mountpoint)["generation"] == 1
+    assert stat_json(manager.mountpoint)["generation"] == 1
     assert list(manager.stored) == list(KEPT)

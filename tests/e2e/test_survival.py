@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import random
 import signal
@@ -21,7 +20,7 @@ from memfs.contract.faults import Point
 from memfs.contract.protocol.messages import AllowPreserve, Done, Registered
 from tests.helpers import pages, until
 
-from .conftest import Memfs, MountMemfs, memfs_command, run
+from .conftest import Memfs, MountMemfs, memfs_command, run, stat_json, state_of
 from .owner import connected
 from .process import mounted_alike
 from .test_differential import INODES, MINUTES, SEED, SIZE, Differential, Side, run_machine
@@ -31,15 +30,9 @@ from .time_bar import time_bar
 EXPECTED = ["killed by SIGKILL: going on"]
 
 
-def state_of(memfs: Memfs) -> dict[str, object]:
-    """What `memfs stat` says."""
-    state: dict[str, object] = json.loads(run(*memfs_command("stat", "--json", memfs.path)).stdout)
-    return state
-
-
 def worker_of(memfs: Memfs) -> int:
     """Which process serves a memfs; asked for without a command, for those take long where much is going on."""
-    worker = json.loads(os.getxattr(memfs.path, "user.memfs.stat"))["pid"]
+    worker = state_of(memfs.path)["pid"]
     assert isinstance(worker, int)
     return worker
 
@@ -113,7 +106,7 @@ def test_soak(inject: Path, can_mount: None) -> None:
                 if time.monotonic() > end:
                     break
             inject.unlink(missing_ok=True)
-            restarts = json.loads(os.getxattr(ours, "user.memfs.stat"))["restarts"]
+            restarts = state_of(ours)["restarts"]
             print(f"{restarts} deaths; resident after each round: {resident} KiB")
             assert max(resident[len(resident) // 2 :]) < 1.2 * max(resident[: len(resident) // 2 + 1]) + 4096
         finally:
@@ -124,7 +117,7 @@ def test_soak(inject: Path, can_mount: None) -> None:
 
 def resident_of_all(mounted: Path) -> int:
     """How much memory of their own the worker of a memfs and its keeper have, in KiB."""
-    worker = json.loads(os.getxattr(mounted, "user.memfs.stat"))["pid"]
+    worker = state_of(mounted)["pid"]
     keeper = int(Path(f"/proc/{worker}/stat").read_text().rsplit(")", 1)[1].split()[1])
     statuses = [Path(f"/proc/{pid}/status").read_text() for pid in (worker, keeper)]
     return sum(int(status.split("RssAnon:")[1].split()[0]) for status in statuses)
@@ -142,7 +135,7 @@ def test_open_files_go_on(mount_memfs: MountMemfs) -> None:
         gone.seek(0)
         assert gone.read() == b"unlinked"
         assert os.fstat(gone.fileno()).st_nlink == 0
-    state = state_of(memfs)
+    state = stat_json(memfs.path)
     assert (state["generation"], state["restarts"], state["survives"]) == (2, 1, True)
     assert isinstance(state["last_outage"], float)
 
@@ -163,7 +156,7 @@ def test_programs_notice_nothing_of_many_deaths(
         time.sleep(0.2)  # not to wait for something, but so that deaths come at any moment of the work
     (memfs.path / "enough").touch()
     assert working.wait(100) == 0, log.read_text()
-    assert state_of(memfs)["restarts"] == deaths
+    assert stat_json(memfs.path)["restarts"] == deaths
 
 
 #: Works until it is told that it is enough
@@ -216,8 +209,8 @@ def test_a_guest_s_pages_are_what_its_map_shows(mount_memfs: MountMemfs, inject:
         assert path.stat().st_blocks == 8 * len(pages)
     seek = f"import os; f = os.open({str(path)!r}, os.O_RDONLY); print(os.lseek(f, 0, os.SEEK_HOLE))"
     assert int(run(sys.executable, "-c", seek).stdout) == 2 * 4096
-    assert state_of(memfs)["restarts"] == 16
-    assert state_of(memfs)["used"] == 4096 * len(pages)
+    assert stat_json(memfs.path)["restarts"] == 16
+    assert stat_json(memfs.path)["used"] == 4096 * len(pages)
 
 
 def test_what_was_populated_before_a_death_is_not_measured_as_if_nothing_had_been(
@@ -259,7 +252,7 @@ def test_one_that_a_bug_ends_is_followed_and_says_what_it_was(mount_memfs: Mount
     inject.write_text(f"{Point.BEFORE_COMMIT.value} fail")  # nothing is there for that
     (memfs.path / "file").chmod(0o600)
     assert (memfs.path / "file").read_text() == "content"
-    assert state_of(memfs)["restarts"] == 1
+    assert stat_json(memfs.path)["restarts"] == 1
     assert "injected: before-commit" in memfs.log.read_text()
 
 
@@ -279,7 +272,7 @@ def test_a_signal_that_comes_while_nobody_serves_is_not_lost(mount_memfs: MountM
     """At any moment between the death of a worker and that its successor can be told."""
     for number in range(12):
         memfs = mount_memfs("size=64m,survive=on")
-        worker = state_of(memfs)["pid"]
+        worker = stat_json(memfs.path)["pid"]
         assert isinstance(worker, int)
         memfs.expected = EXPECTED
         os.kill(worker, signal.SIGKILL)
@@ -293,15 +286,15 @@ def test_a_signal_that_comes_while_nobody_serves_is_not_lost(mount_memfs: MountM
 def test_when_the_keeper_is_gone_the_worker_goes_on(mount_memfs: MountMemfs) -> None:
     memfs = mount_memfs("size=64m,survive=on")
     (memfs.path / "file").write_text("content")
-    socket_of_keeper = Path(str(state_of(memfs)["keeper_socket"]))
+    socket_of_keeper = Path(str(stat_json(memfs.path)["keeper_socket"]))
     assert socket_of_keeper.exists()
     memfs.process.kill()
     memfs.process.wait()
-    until(lambda: not state_of(memfs)["survives"], 20)
+    until(lambda: not stat_json(memfs.path)["survives"], 20)
     assert (memfs.path / "file").read_text() == "content"
     assert "the keeper is gone" in memfs.log.read_text()
     assert not socket_of_keeper.exists()
-    assert state_of(memfs)["keeper_socket"] is None
+    assert stat_json(memfs.path)["keeper_socket"] is None
     assert run("umount", memfs.path).returncode == 0
 
 
@@ -319,7 +312,7 @@ def test_a_request_that_kills_each_daemon_is_given_up(mount_memfs: MountMemfs, i
         time.sleep(0.001)
     inject.unlink(missing_ok=True)
     assert "Input/output error" in allocating.communicate()[1]
-    assert state_of(memfs)["restarts"] == 3
+    assert stat_json(memfs.path)["restarts"] == 3
     assert path.stat().st_blocks == 0
     assert run("fallocate", "-l", "4K", path).returncode == 0
 
@@ -337,7 +330,7 @@ def test_where_the_keeper_is_killed_as_well_the_next_mount_takes_the_place(can_m
             assert writer.stdout is not None
             assert writer.stdout.readline() == "ready\n"
             for _ in range(2):
-                worker = json.loads(os.getxattr(mountpoint, "user.memfs.stat"))["pid"]
+                worker = state_of(mountpoint)["pid"]
                 keeper = int(Path(f"/proc/{worker}/stat").read_text().rsplit(")", 1)[1].split()[1])
                 os.kill(keeper, signal.SIGKILL)
                 os.kill(worker, signal.SIGKILL)
@@ -353,7 +346,7 @@ def test_where_it_cannot_be_had_it_is_refused_or_said(mount_memfs: MountMemfs) -
     with pytest.raises(AssertionError, match="survive=on: files live on memfds"):
         mount_memfs("size=64m,survive=on,backing=memfd")
     memfs = mount_memfs("size=64m,survive=auto,backing=memfd")
-    state = state_of(memfs)
+    state = stat_json(memfs.path)
     assert (state["survives"], state["restarts"]) == (False, 0)
     assert "memfds" in str(state["no_survival_because"])
 
@@ -391,9 +384,9 @@ def test_a_conversion_that_is_cut_short_leaves_no_page_on_both_sides(mount_memfs
         blocks = [os.fstat(fd).st_blocks // 8 for fd in fds]
         count = 11 * len(points)
         assert blocks == ([256 - count, count] if to_private else [256, 0])
-        assert state_of(memfs)["used"] == 1 << 20
+        assert stat_json(memfs.path)["used"] == 1 << 20
     assert deaths == 4 * len(points)
-    assert state_of(memfs)["restarts"] == deaths
+    assert stat_json(memfs.path)["restarts"] == deaths
     for fd in fds:
         os.close(fd)
 

@@ -20,9 +20,9 @@ import pytest
 import memfs as package
 from tests.helpers import until
 
-from .conftest import Memfs, MountMemfs, memfs_command, run
+from .conftest import Memfs, MountMemfs, memfs_command, run, stat_json
 from .lying_filesystem import lying
-from .test_survival import EXPECTED, state_of
+from .test_survival import EXPECTED
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="what survives its daemon is for root")
 
@@ -88,15 +88,15 @@ def test_other_code_goes_on_and_nobody_sees_an_error(mount_memfs: MountMemfs, tm
         assert gone.read() == "unlinked"
     assert memfs.process.wait(20) == 0
     assert guest.stat().st_blocks == 2048
-    state = state_of(memfs)
+    state = stat_json(memfs.path)
     assert (state["version"], state["generation"], state["restarts"], state["survives"]) == ("9.0", 2, 0, True)
     worker = state["pid"]
     assert isinstance(worker, int)
     os.kill(worker, signal.SIGKILL)
-    state = state_of(memfs)
+    state = stat_json(memfs.path)
     assert (state["version"], state["generation"], state["restarts"]) == ("9.0", 3, 1)
     assert run(*memfs_command("upgrade", memfs.path)).returncode == 0  # and back
-    state = state_of(memfs)
+    state = stat_json(memfs.path)
     assert (state["version"], state["generation"], state["restarts"]) == (package.__version__, 4, 1)
     assert run("umount", memfs.path).returncode == 0
     sockets = [memfs.socket, Path(str(state["keeper_socket"]))]
@@ -104,12 +104,6 @@ def test_other_code_goes_on_and_nobody_sees_an_error(mount_memfs: MountMemfs, tm
     memfs.expected = [UPGRADED, *EXPECTED]
     lines = memfs.log.read_text().splitlines()
     assert [line for line in lines if not any(part in line for part in memfs.expected)] == []
-
-
-def state_at(path: Path) -> dict[str, object]:
-    """What `memfs stat` says."""
-    state: dict[str, object] = json.loads(run(*memfs_command("stat", "--json", path)).stdout)
-    return state
 
 
 FAULTS = {
@@ -123,14 +117,14 @@ FAULTS = {
 
 def test_what_cannot_go_on_touches_nothing(mount_memfs: MountMemfs, tmp_path: Path) -> None:
     memfs = mount_memfs("size=64m,survive=on,notify_timeout=4")
-    worker = state_of(memfs)["pid"]
+    worker = stat_json(memfs.path)["pid"]
     for number, (fault, (file, before, after)) in enumerate(FAULTS.items()):
         result = Code(tmp_path / str(number), "9.0", **{file: (before, after)}).upgrade(memfs)
         assert result.returncode == 1, fault
         [sentence] = result.stderr.splitlines()
         assert sentence.startswith("memfs: "), fault
-        assert state_of(memfs)["pid"] == worker, fault
-    assert state_of(memfs)["generation"] == 1
+        assert stat_json(memfs.path)["pid"] == worker, fault
+    assert stat_json(memfs.path)["generation"] == 1
 
 
 def test_one_that_fails_when_it_takes_over_is_followed_by_the_old(mount_memfs: MountMemfs, tmp_path: Path) -> None:
@@ -149,7 +143,7 @@ def test_one_that_fails_when_it_takes_over_is_followed_by_the_old(mount_memfs: M
         assert result.returncode == 1
         assert result.stderr == ("memfs: this version did not come up, and the one before goes on; the log says why\n")
         assert (memfs.path / "file").read_text() == "content"
-        state = state_of(memfs)
+        state = stat_json(memfs.path)
         assert (state["version"], state["restarts"]) == (package.__version__, number + 1)
     assert memfs.process.poll() is None
 
@@ -167,7 +161,7 @@ def test_one_that_takes_for_ever_is_followed_by_the_old(tmp_path: Path) -> None:
         with working(mountpoint):
             result = run(*memfs_command("upgrade", mountpoint), cwd=new.directory)
         assert result.returncode == 1
-        state = state_at(mountpoint)
+        state = stat_json(mountpoint)
         assert (state["version"], state["restarts"]) == ("8.0", 1)
         assert "has not taken over in 0.5 s" in log.read_text()
     finally:
@@ -180,21 +174,21 @@ def test_a_state_of_a_newer_version_is_not_gone_on_with_by_an_older(mount_memfs:
     code.change("state/log", "frozenset({VERSION})", "frozenset({1, VERSION})")
     (memfs.path / "file").write_text("content")
     assert code.upgrade(memfs).returncode == 0
-    worker = state_of(memfs)["pid"]
+    worker = stat_json(memfs.path)["pid"]
     result = run(*memfs_command("upgrade", memfs.path))
     assert result.returncode == 1
     assert result.stderr == (
         f"memfs: no upgrade to {package.__version__}: the state has version 2; this memfs reads version 1; "
         "nothing has changed\n"
     )
-    assert state_of(memfs)["pid"] == worker
+    assert stat_json(memfs.path)["pid"] == worker
     assert (memfs.path / "file").read_text() == "content"
     assert run("umount", memfs.path).returncode == 0
 
 
 def test_whoever_is_not_root_gets_nothing(mount_memfs: MountMemfs) -> None:
     memfs = mount_memfs("size=64m,survive=on,allow_other")
-    keeper = str(state_of(memfs)["keeper_socket"])
+    keeper = str(stat_json(memfs.path)["keeper_socket"])
     assert Path(keeper).stat().st_mode & 0o777 == 0o600
     os.chmod(keeper, 0o666)  # and if it were not
     connect = f"""

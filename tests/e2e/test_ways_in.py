@@ -8,7 +8,6 @@ that it is a way at all on this machine. What root can do is tried, too, and is 
 from __future__ import annotations
 
 import errno
-import json
 import mmap
 import os
 import subprocess
@@ -22,7 +21,7 @@ import pytest
 
 from tests.helpers import raises
 
-from .conftest import Memfs, memfs_command, run, start_memfs
+from .conftest import Memfs, memfs_command, run, start_memfs, stat_json
 from .tools import skip_without
 from .ways_in import BY_PATH, BY_PROCESS, SIZE
 
@@ -143,7 +142,7 @@ def test_daemon_leaves_no_core(place: Place) -> None:
 
 def test_private_pages_are_not_swapped(place: Place) -> None:
     release = tuple(map(int, os.uname().release.split(".")[:2]))
-    state = json.loads(run(*memfs_command("stat", "--json", place.memfs.path)).stdout)
+    state = stat_json(place.memfs.path)
     pinned = state["backing"] == "tmpfs" and release >= (6, 4)
     assert state["guest_swappable"] is not pinned
     assert ("private memory can be swapped" in place.memfs.notes) is not pinned
