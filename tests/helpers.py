@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ import pytest
 import trio
 
 from memfs.contract.protocol.connection import Connection, Role
-from memfs.contract.protocol.messages import Hello
+from memfs.contract.protocol.messages import Hello, Message
 from memfs.contract.units import PAGE_SIZE, ByteOffset, PageIndex, PageRange
 from memfs.store.backing import Backing
 
@@ -20,6 +21,16 @@ T = TypeVar("T")
 
 #: The first message of an owner, for processes that import nothing of memfs
 HELLO = Connection(Role.OWNER).send(Hello())[1]
+
+
+def datagram(kind: int, body: bytes = b"", number: int = 1, *, version: int = 1, length: int | None = None) -> bytes:
+    """Return a message as it travels (docs/PROTOCOL.md, "On the wire"), packed by hand so that it may also be wrong."""
+    return struct.pack("<HHIQ", version, kind, 16 + len(body) if length is None else length, number) + body
+
+
+def packed(message: Message, number: int) -> bytes:
+    """Return a message as it travels, whatever the protocol says of it."""
+    return datagram(message.TYPE, message.pack(), number)
 
 
 def pages(start: int, end: int) -> PageRange:

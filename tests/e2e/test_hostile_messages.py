@@ -39,6 +39,7 @@ from memfs.contract.protocol.messages import (
 from memfs.contract.sys.libc import umount
 from memfs.contract.units import PageIndex, PageRange
 from memfs.owners.admission import MAX_SILENT
+from tests.helpers import packed
 
 from .conftest import Memfs
 from .owner import Owner, connected, shell
@@ -46,12 +47,6 @@ from .test_leaks import resident
 
 CUT_OFF = "broke the protocol and is cut off"
 ONE_PAGE = PageRange(PageIndex(0), PageIndex(1))
-
-
-def packed(message: Message, number: int) -> bytes:
-    """A message as it travels, whatever the protocol says of it."""
-    body = message.pack()
-    return struct.pack("<HHIQ", 1, message.TYPE, 16 + len(body), number) + body
 
 
 class Client:

@@ -14,10 +14,11 @@ import trio
 
 from memfs.contract.protocol.messages import GetPfn, Hello
 from memfs.contract.units import PAGE_SIZE, PageIndex, PageRange
+from tests.helpers import packed
 
 from .conftest import Memfs, MountMemfs, memfs_command, run, state_of
 from .owner import connected, shell
-from .test_hostile_messages import CUT_OFF, Client, packed, settled
+from .test_hostile_messages import CUT_OFF, Client, settled
 from .test_kvmsim import running
 
 LINE = re.compile(r"([\w-]+)=(\"(?:[^\"\\]|\\.)*\"|[^ ]*)(?: |$)")

@@ -44,6 +44,7 @@ from memfs.contract.units import ByteOffset, PageIndex, PageRange, Pfn
 from memfs.fuse import abi
 from memfs.fuse.abi import Opcode
 from memfs.store import seals
+from tests.helpers import packed
 
 from .targets import OPCODES
 
@@ -58,9 +59,7 @@ def piece(data: bytes, width: int) -> bytes:
 
 
 def said(message: Message, to: int, number: int, descriptors: int = 0) -> bytes:
-    body = message.pack()
-    datagram = struct.pack("<HHIQ", 1, message.TYPE, 16 + len(body), number) + body
-    return piece(bytes([descriptors << 1 | to]) + datagram, 2)
+    return piece(bytes([descriptors << 1 | to]) + packed(message, number), 2)
 
 
 def protocol() -> dict[str, bytes]:

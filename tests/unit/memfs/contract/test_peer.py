@@ -46,6 +46,7 @@ from memfs.contract.protocol.messages import (
 )
 from memfs.contract.protocol.peer import Handler, Peer, close_all
 from memfs.contract.units import PageIndex, PageRange
+from tests.helpers import datagram
 
 RANGE = PageRange(PageIndex(0), PageIndex(1))
 
@@ -245,10 +246,6 @@ async def test_calls_that_wait_their_turn_end_with_the_connection() -> None:
         assert len(gone) == MAX_IN_FLIGHT + 50
 
 
-def datagram(kind: int, body: bytes = b"", number: int = 1, length: int | None = None) -> bytes:
-    return struct.pack("<HHIQ", 1, kind, 16 + len(body) if length is None else length, number) + body
-
-
 HELLO = datagram(Hello.TYPE, struct.pack("<HH16x", 2, 2))
 
 
@@ -358,8 +355,8 @@ def owner_in_a_thread(end: socket.socket, answers: Callable[[Connection, int], l
         end.send(protocol.send(Hello())[1])
         protocol.receive(end.recv(MAX_MESSAGE))
         request = protocol.receive(end.recv(MAX_MESSAGE))
-        for datagram in answers(protocol, request.id):
-            end.send(datagram)
+        for answer in answers(protocol, request.id):
+            end.send(answer)
 
     thread = threading.Thread(target=run)
     thread.start()

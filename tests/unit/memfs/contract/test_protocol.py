@@ -54,7 +54,7 @@ from memfs.contract.protocol.messages import (
     Unregister,
 )
 from memfs.contract.units import Pfn
-from tests.helpers import pages
+from tests.helpers import datagram, packed, pages
 
 FILE = FileId(7)
 OTHER = FileId(8)
@@ -230,12 +230,6 @@ def test_what_may_not_be_sent_raises_and_changes_nothing(subtests: pytest.Subtes
             assert snapshot(connection) == before
 
 
-def datagram(message: Message, number: int = 5, **changes: int) -> bytes:
-    body = message.pack()
-    header = {"version": 1, "type": message.TYPE, "length": 16 + len(body), "id": number, **changes}
-    return struct.pack("<HHIQ", *header.values()) + body
-
-
 def test_what_may_not_be_said_raises_and_changes_nothing(subtests: pytest.Subtests) -> None:
     for what, sender, message, answers, descriptors in illegal():
         receiver = Connection(sender.role.peer)
@@ -243,20 +237,20 @@ def test_what_may_not_be_said_raises_and_changes_nothing(subtests: pytest.Subtes
         before = snapshot(receiver)
         with subtests.test(what):
             with pytest.raises(RemoteProtocolError):
-                receiver.receive(datagram(message, answers or 1), descriptors)
+                receiver.receive(packed(message, answers or 1), descriptors)
             assert snapshot(receiver) == before
 
 
-GOOD = datagram(GetPfn(FILE, pages(3, 9), False))
+GOOD = packed(GetPfn(FILE, pages(3, 9), False), 5)
 MALFORMED = {
     "empty": b"",
     "header cut": GOOD[:15],
     "body cut": GOOD[:-1],
     "body too long": GOOD + b"\0",
-    "other version": datagram(Done(), version=2),
-    "wrong length": datagram(GetPfn(FILE, pages(3, 9), False), length=99),
-    "unknown type": datagram(Done(), type=99),
-    "type 0": datagram(Done(), type=0),
+    "other version": datagram(Done.TYPE, number=5, version=2),
+    "wrong length": datagram(GetPfn.TYPE, GOOD[16:], 5, length=99),
+    "unknown type": datagram(99, number=5),
+    "type 0": datagram(0, number=5),
     "not a flag": GOOD[:-1] + b"\2",
     "empty range": struct.pack("<HHIQQQQB", 1, 6, 41, 5, 7, 3, 3, 0),
     "reversed range": struct.pack("<HHIQQQQB", 1, 6, 41, 5, 7, 9, 3, 0),
@@ -280,7 +274,7 @@ def test_hello_must_be_text_and_short() -> None:
         for name in (b"\xff", b"x" * 513):
             body = struct.pack("<HH", version, version) + token + name
             with pytest.raises(RemoteProtocolError):
-                Connection(Role.STORE).receive(struct.pack("<HHIQ", 1, Hello.TYPE, 16 + len(body), 1) + body)
+                Connection(Role.STORE).receive(datagram(Hello.TYPE, body))
 
 
 def test_runs_must_cover_what_they_claim() -> None:
@@ -292,7 +286,7 @@ def test_runs_must_cover_what_they_claim() -> None:
         before = snapshot(owner)
         body = header + runs
         with pytest.raises(RemoteProtocolError):
-            owner.receive(struct.pack("<HHIQ", 1, PfnReply.TYPE, 16 + len(body), number) + body)
+            owner.receive(datagram(PfnReply.TYPE, body, number))
         assert snapshot(owner) == before
 
 
@@ -326,7 +320,7 @@ def test_a_conversion(end: PageRanges) -> None:
         with pytest.raises(LocalProtocolError):
             store.send(wrong)
         with pytest.raises(RemoteProtocolError):
-            owner.receive(datagram(wrong, 99))
+            owner.receive(packed(wrong, 99))
         assert snapshot(owner) == before
     store.receive(owner.send(Ack(), answers=number)[1])
     owner.receive(store.send(ConvertEnd(FILE, OTHER, True, end))[1])
@@ -393,7 +387,7 @@ def test_end_without_begin_is_refused() -> None:
         with pytest.raises(LocalProtocolError):
             store.send(end)
         with pytest.raises(RemoteProtocolError):
-            owner.receive(datagram(end))
+            owner.receive(packed(end, 5))
 
 
 def test_flood_is_refused() -> None:
@@ -404,7 +398,7 @@ def test_flood_is_refused() -> None:
     with pytest.raises(LocalProtocolError):
         owner.send(Unregister(FILE))
     with pytest.raises(RemoteProtocolError):
-        store.receive(datagram(Unregister(FILE), 9999))
+        store.receive(packed(Unregister(FILE), 9999))
     assert snapshot(store) == before
 
 
@@ -441,4 +435,4 @@ def test_one_flipped_byte_is_a_message_or_refused(data: st.DataObject) -> None:
         received = store.receive(bytes(broken))
     except RemoteProtocolError:
         return
-    assert datagram(received.message, received.id) == bytes(broken)
+    assert packed(received.message, received.id) == bytes(broken)

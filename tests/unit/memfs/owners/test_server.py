@@ -14,7 +14,6 @@ import os
 import resource
 import socket
 import stat
-import struct
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
@@ -53,7 +52,7 @@ from memfs.store.tmpfs_backing import TmpfsBacking
 from memfs.tree.inode import RegularFile
 from memfs.tree.inode_flags import FS_APPEND_FL, FS_IMMUTABLE_FL
 from memfs.tree.tree import ROOT_INO
-from tests.helpers import at, new_backing, not_none, pages, raises
+from tests.helpers import at, datagram, new_backing, not_none, pages, raises
 
 from ..tree.places import SIZE, OnTmpfs, OnTree
 from .test_admission import ALICE, CONNECT, GROUP
@@ -440,7 +439,7 @@ async def test_connections_of_a_user_that_end_together_take_many_turns(mount: Mo
     assert max(ended) <= SHARE // 2
 
 
-@pytest.mark.parametrize("datagram", [b"", b"nonsense", b"\xff" * 64, struct.pack("<HHIQ", 1, 0, 1 << 30, 1)])
+@pytest.mark.parametrize("datagram", [b"", b"nonsense", b"\xff" * 64, datagram(0, length=1 << 30)])
 async def test_owner_that_breaks_the_protocol_is_cut_off_and_others_are_not(mount: Mount, datagram: bytes) -> None:
     await mount.guest_file("file")
     async with mount.connected() as client:
