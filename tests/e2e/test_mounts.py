@@ -12,7 +12,7 @@ import pytest
 
 from .conftest import MountMemfs, memfs_command, run, stat_json
 from .lying_filesystem import lying
-from .tools import skip_unless_others_run_memfs
+from .tools import as_user, skip_unless_others_run_memfs
 
 
 def listed(*arguments: str) -> list[list[str]]:
@@ -150,7 +150,7 @@ def test_umount_from_within_is_not_in_its_own_way(mount_memfs: MountMemfs) -> No
 def test_umount_by_another_user_says_who_may(mount_memfs: MountMemfs) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root becomes another user")
-    drop = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"]
+    drop = as_user(65534)
     skip_unless_others_run_memfs(*drop)
     memfs = mount_memfs("size=8m,allow_other")
     refused = run(*drop, sys.executable, "-m", "memfs", "umount", memfs.path)

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from .conftest import run
-from .tools import mount_namespace, skip_without, skip_without_mount_namespace
+from .tools import as_user, mount_namespace, skip_without, skip_without_mount_namespace
 
 NOBODY = 65534
-DROP = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+DROP = as_user(NOBODY)
 
 
 class Home:

@@ -21,7 +21,7 @@ from .conftest import Memfs, MountMemfs, memfs_command, run
 from .owner import connected, shell
 from .terminal import Terminal
 from .test_terminal import KVMSIM
-from .tools import skip_unless_others_run_memfs, skip_without
+from .tools import as_user, skip_unless_others_run_memfs, skip_without
 
 ALICE = 12001
 
@@ -36,11 +36,6 @@ def shared_mount(mount_memfs: MountMemfs) -> Memfs:
         if directory.stat().st_uid == os.geteuid() and directory.stat().st_mode & 0o777 == 0o700:
             directory.chmod(0o711)
     return memfs
-
-
-def alice(*command: str) -> list[str]:
-    """Return a command that runs another as a user without rights."""
-    return ["setpriv", f"--reuid={ALICE}", f"--regid={ALICE}", "--clear-groups", *command]
 
 
 async def state(memfs: Memfs, *command: str) -> dict[str, Any]:
@@ -63,7 +58,7 @@ async def test_owners_of_others_are_seen_by_root_only(shared_mount: Memfs) -> No
             await owner.arrived.wait()
             pending = await state(shared_mount, *ask)
             owner.acknowledge.set()
-        seen, unseen = await state(shared_mount, *ask), await state(shared_mount, *alice(*ask))
+        seen, unseen = await state(shared_mount, *ask), await state(shared_mount, *as_user(ALICE), *ask)
     assert [(each["uid"], len(each["files"])) for each in seen["registry"]] == [(0, 1)]
     assert [each["notification"] for each in pending["registry"][0]["pending"]] == ["Fallocate"]
     assert (unseen["owners"], unseen["registry"]) == (1, [])
@@ -89,7 +84,7 @@ async def test_locked_pages_are_seen_by_who_may_read_the_file(shared_mount: Memf
             await owner.client.get_pfn(registered.file, pages, alloc=True, lock=True)
         said = await state(shared_mount, *ask)
         assert (said["locked"], said["runs"]) == (3, [[3, 5], [8, 9]])
-        refused = await shell(*alice(*ask), cwd=shared_mount.path)
+        refused = await shell(*as_user(ALICE), *ask, cwd=shared_mount.path)
     assert refused.returncode != 0
     assert b"Permission denied" in refused.stderr
 
@@ -200,10 +195,10 @@ def test_what_map_cannot_show_is_said(guest: Memfs) -> None:
 
 def test_map_is_for_those_who_may_use_the_file(shared_mount: Memfs) -> None:
     skip_without("setpriv")
-    skip_unless_others_run_memfs(*alice())
+    skip_unless_others_run_memfs(*as_user(ALICE))
     (shared_mount.path / "of-root").write_bytes(b"x")
     os.chmod(shared_mount.path / "of-root", 0o644)
-    result = shared_mount.run(*alice(*memfs_command("map", "of-root")))
+    result = shared_mount.run(*as_user(ALICE), *memfs_command("map", "of-root"))
     assert (result.returncode, "Permission denied" in result.stderr) == (1, True), result.stderr
 
 

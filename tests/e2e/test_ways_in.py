@@ -22,12 +22,12 @@ import pytest
 from tests.helpers import raises
 
 from .conftest import Memfs, memfs_command, run, start_memfs, stat_json
-from .tools import skip_without
+from .tools import as_user, skip_without
 from .ways_in import BY_PATH, BY_PROCESS, SIZE
 
 SECRET = b"THE SECRET OF THE GUEST"
 CONTROL = b"NO SECRET OF THE GUEST"
-NOBODY = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+NOBODY = as_user(65534)
 OWNER = f"""
 import mmap, os, sys, trio
 from pathlib import Path

@@ -92,6 +92,11 @@ def skip_unless_others_run_memfs(*become: str) -> None:
         pytest.skip(f"other users cannot run memfs from here: {result.stderr.strip()}")
 
 
+def as_user(user: int) -> list[str]:
+    """Return a command that runs another as a user of no groups but the one of the same number."""
+    return ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"]
+
+
 #: in a new mount namespace: detach what is mounted of memfs, but for what lies below $0; then run a command
 _DETACH = """for at in $(awk '$3 == "fuse.memfs" { print $2 }' /proc/self/mounts); do
     case $at in "$0"/*) ;; *) umount --lazy "$at" ;; esac
