@@ -13,7 +13,6 @@ import pytest
 
 from memfs.contract.protocol.connection import Connection, Role
 from memfs.contract.protocol.messages import Hello, HelloReply
-from tests.helpers import until
 
 from .conftest import STOP_TIMEOUT, memfs_command, run
 from .tools import needs
@@ -29,7 +28,8 @@ def activated(mountpoint: Path, path: Path) -> Iterator[subprocess.Popen[str]]:
     arguments = memfs_command("mount", mountpoint, "-f", "-o", "size=1m")
     with subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
-            until(path.exists)
+            assert process.stderr is not None
+            assert "Listening on" in process.stderr.readline()  # the path is there a moment before
             yield process
         finally:
             run("umount", "--lazy", mountpoint)
