@@ -23,6 +23,8 @@ import pytest
 from memfs.contract.sys.hugetlb import Pool
 from tests.huge_pages import huge_pages
 
+from .injection import Injection
+
 STOP_TIMEOUT = 20  # seconds
 
 
@@ -168,6 +170,20 @@ def mount_memfs(can_mount: None, tmp_path_factory: pytest.TempPathFactory) -> It
 def memfs(mount_memfs: MountMemfs) -> Memfs:
     """A memfs of 64 MiB."""
     return mount_memfs()
+
+
+@pytest.fixture
+def injection(tmp_path: Path) -> Injection:
+    """What processes that are started with its environment stumble over."""
+    return Injection(tmp_path)
+
+
+@pytest.fixture
+def in_memfs(injection: Injection, monkeypatch: pytest.MonkeyPatch) -> Injection:
+    """What memfs's that are mounted from now on stumble over."""
+    for name, value in injection.environment.items():
+        monkeypatch.setenv(name, value)
+    return injection
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from memfs.contract.sys.libc import FALLOC_FL_KEEP_SIZE, PUNCH_HOLE, fallocate
 from memfs.store.seals import F_SEAL_GUEST, F_SEAL_SHRINK, IOC_ARGUMENT, MEMFS_IOC_ADD_SEALS
 
 from .conftest import memfs_command, run
+from .injection import Injection
 from .process import mounted_alike
 from .test_survival import EXPECTED
 
@@ -160,16 +161,17 @@ REQUESTS_OF_OURS: dict[str, Request] = {
 
 
 @pytest.fixture(scope="module")
-def inject(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The file in which a fault is armed."""
-    path = tmp_path_factory.mktemp("inject") / "inject"
+def inject(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Injection]:
+    """As in_memfs, for one memfs of all these tests."""
+    injection = Injection(tmp_path_factory.mktemp("inject"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MEMFS_INJECT", str(path))
-        yield path
+        for name, value in injection.environment.items():
+            patch.setenv(name, value)
+        yield injection
 
 
 @pytest.fixture(scope="module")
-def alike(inject: Path, can_mount: None) -> Iterator[tuple[Path, Path]]:
+def alike(inject: Injection, can_mount: None) -> Iterator[tuple[Path, Path]]:
     """A memfs that can be killed, and a tmpfs."""
     with mounted_alike("size=16m,nr_inodes=2000", "survive=on", EXPECTED) as both:
         yield both
@@ -203,7 +205,7 @@ def done_in(mounted: Path, request: Request) -> tuple[object, dict[str, object]]
 
 
 @pytest.mark.parametrize("name", [*REQUESTS, *REQUESTS_OF_OURS])
-def test_a_death_at_any_commit_is_not_noticed(alike: tuple[Path, Path], inject: Path, name: str) -> None:
+def test_a_death_at_any_commit_is_not_noticed(alike: tuple[Path, Path], inject: Injection, name: str) -> None:
     ours, theirs = alike
     prepare, act = request = (REQUESTS | REQUESTS_OF_OURS)[name]
     expected = done_in(theirs if name in REQUESTS else ours, request)
@@ -213,12 +215,12 @@ def test_a_death_at_any_commit_is_not_noticed(alike: tuple[Path, Path], inject: 
             armed = list[bool]()
 
             def dies(directory: Path, point: Point = point, number: int = number, armed: list[bool] = armed) -> object:
-                inject.write_text(f"{point.value} kill {number}")
+                inject.arm(point, spared=number)
                 try:
                     return act(directory)
                 finally:
-                    armed.append(inject.exists())
-                    inject.unlink(missing_ok=True)
+                    armed.append(inject.armed)
+                    inject.disarm()
 
             assert done_in(ours, (prepare, dies)) == expected, f"killed {point.value}, the {number}th"
             if armed == [True]:
@@ -230,7 +232,7 @@ def test_a_death_at_any_commit_is_not_noticed(alike: tuple[Path, Path], inject: 
 
 
 def test_what_is_populated_is_there_after_a_death_at_any_commit(
-    alike: tuple[Path, Path], inject: Path, tmp_path: Path
+    alike: tuple[Path, Path], inject: Injection, tmp_path: Path
 ) -> None:
     """The command makes many requests; the measurement tells of the death (test_survival.py)."""
     content = tmp_path / "content"
@@ -240,9 +242,9 @@ def test_what_is_populated_is_there_after_a_death_at_any_commit(
         for number in (0, 2, 5):
             with tempfile.TemporaryDirectory(dir=ours) as name:
                 guest(Path(name))
-                inject.write_text(f"{point.value} kill {number}")
+                inject.arm(point, spared=number)
                 result = run(*memfs_command("populate", Path(name) / "guest", content))
-                inject.unlink(missing_ok=True)
+                inject.disarm()
                 if result.returncode == 0:
                     assert (Path(name) / "guest").stat().st_blocks == 16
                 else:  # the connection has ended, and the sentence says so

@@ -43,6 +43,7 @@ from memfs.contract.protocol.peer import close_all
 from memfs.contract.units import ByteOffset, PageIndex, PageRange
 
 from .conftest import Memfs, MountMemfs, memfs_command, run
+from .injection import Injection
 from .owner import Owner, connected, shell
 
 PAGE = 4096
@@ -85,37 +86,6 @@ CUTS_OFF = {
     *MESSAGES,
 }
 CASES = [(name, point) for name, change in CHANGES.items() for point in Point if point in change.points]
-
-
-class Injection:
-    """What a process with this environment is to stumble over next."""
-
-    def __init__(self, directory: Path) -> None:
-        self.path = directory / "inject"
-        self.environment = {"MEMFS_INJECT": str(self.path)}
-
-    def arm(self, point: Point, kind: Kind) -> None:
-        written = self.path.with_suffix(".new")
-        written.write_text(f"{point.value} {kind.value}")
-        written.rename(self.path)
-
-    @property
-    def armed(self) -> bool:
-        """Whether nobody has come by."""
-        return self.path.exists()
-
-
-@pytest.fixture
-def injection(tmp_path: Path) -> Injection:
-    return Injection(tmp_path)
-
-
-@pytest.fixture
-def in_memfs(injection: Injection, monkeypatch: pytest.MonkeyPatch) -> Injection:
-    """For memfs's that are mounted from now on."""
-    for name, value in injection.environment.items():
-        monkeypatch.setenv(name, value)
-    return injection
 
 
 async def used(memfs: Memfs) -> int:

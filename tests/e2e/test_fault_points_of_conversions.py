@@ -24,10 +24,9 @@ from memfs.contract.sys.libc import fallocate
 from tests.helpers import one, pages
 
 from .conftest import Memfs, MountMemfs, memfs_command, run
+from .injection import Injection
 from .owner import Owner, connected, shell
-from .test_fault_points import MESSAGES, PAGE, Injection, blocks, in_memfs, injection, used
-
-__all__ = ["in_memfs", "injection"]  # fixtures
+from .test_fault_points import MESSAGES, PAGE, blocks, used
 
 PAGES = 16  # of each file
 RANGES = PageRanges.of([one(1), pages(4, 7)])

@@ -57,10 +57,11 @@ from memfs.contract.units import PAGE_SIZE, ByteOffset, PageIndex, PageRange
 from tests.helpers import pages
 
 from .conftest import Memfs, MountMemfs, memfs_command, run, stat_json
+from .injection import Injection
 from .owner import Owner, connected
+from .test_survival import EXPECTED
 
 NO_SUCH_OWNER = "no such owner, or not any more: its registrations have ended"
-EXPECTED = ["killed by SIGKILL: going on"]
 COMMITS = (Point.BEFORE_COMMIT, Point.AFTER_COMMIT)
 SIZE = 1 << 20
 in_thread = trio.to_thread.run_sync
@@ -71,24 +72,13 @@ class Pair:
     """A shared and a private file on a mount that survives, open, and where the next death is armed."""
 
     memfs: Memfs
-    inject: Path
+    injection: Injection
     shared: int
     private: int
 
-    def arm(self, point: Point) -> None:
-        """Have the daemon die when it comes to a point next."""
-        partial = self.inject.with_suffix(".new")
-        partial.write_text(f"{point.value} kill")
-        partial.rename(self.inject)
-
-    @property
-    def has_died(self) -> bool:
-        """Whether it has."""
-        return not self.inject.exists()
-
     def close(self) -> None:
         """Close the files, and have no more deaths."""
-        self.inject.unlink(missing_ok=True)
+        self.injection.disarm()
         for fd in (self.shared, self.private):
             os.close(fd)
 
@@ -106,28 +96,20 @@ class Pair:
 
 
 @asynccontextmanager
-async def open_pair(mount_memfs: MountMemfs, inject: Path, options: str = "") -> AsyncIterator[Pair]:
+async def open_pair(mount_memfs: MountMemfs, injection: Injection, options: str = "") -> AsyncIterator[Pair]:
     def make() -> Pair:
         memfs = mount_memfs(f"size=64m,survive=on{options}")
         memfs.expected = list(EXPECTED)
         assert run(*memfs_command("create", memfs.path / "private", "--seals", "guest", "--size", "1m")).returncode == 0
         (memfs.path / "shared").write_bytes(b"x" * SIZE)
         fds = [os.open(memfs.path / name, os.O_RDWR) for name in ("shared", "private")]
-        return Pair(memfs, inject, *fds)
+        return Pair(memfs, injection, *fds)
 
     pair = await in_thread(make)
     try:
         yield pair
     finally:
         await in_thread(pair.close)
-
-
-@pytest.fixture
-def inject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The file in which a fault is armed."""
-    path = tmp_path / "inject"
-    monkeypatch.setenv("MEMFS_INJECT", str(path))
-    return path
 
 
 async def registered(owner: Owner, fd: int) -> FileId:
@@ -137,9 +119,9 @@ async def registered(owner: Owner, fd: int) -> FileId:
     return reply.file
 
 
-async def test_what_an_owner_has_it_has_again(mount_memfs: MountMemfs, inject: Path) -> None:
+async def test_what_an_owner_has_it_has_again(mount_memfs: MountMemfs, in_memfs: Injection) -> None:
     """Files, frames, locks and permissions, be the file unlinked; and what it asks meanwhile is answered."""
-    async with open_pair(mount_memfs, inject) as pair, connected(pair.memfs.socket) as owner:
+    async with open_pair(mount_memfs, in_memfs) as pair, connected(pair.memfs.socket) as owner:
         files = [await registered(owner, fd) for fd in (pair.shared, pair.private, pair.private)]
         assert files[1] == files[2]
         await in_thread((pair.memfs.path / "private").unlink)
@@ -164,13 +146,13 @@ async def test_what_an_owner_has_it_has_again(mount_memfs: MountMemfs, inject: P
 
 @pytest.mark.parametrize("stray", [False, True])
 async def test_the_page_map_of_a_file_that_was_empty_is_the_one_that_its_owner_has(
-    mount_memfs: MountMemfs, inject: Path, stray: bool
+    mount_memfs: MountMemfs, in_memfs: Injection, stray: bool
 ) -> None:
-    async with open_pair(mount_memfs, inject) as pair, connected(pair.memfs.socket) as owner:
+    async with open_pair(mount_memfs, in_memfs) as pair, connected(pair.memfs.socket) as owner:
         reply = await owner.client.request(Register(), [pair.private])
         page_map = PageMapView(reply.fds[1])
         if stray:  # it dies with pages that nobody was told of
-            pair.arm(Point.AFTER_ALLOCATE)
+            pair.injection.arm(Point.AFTER_ALLOCATE)
             await in_thread(fallocate, pair.private, 0, 0, PAGE_SIZE)
             await in_thread(fallocate, pair.private, PUNCH_HOLE, 0, PAGE_SIZE)
         await pair.kill()
@@ -208,19 +190,19 @@ async def times(owner: Owner, pair: Pair, step: Step, file: FileId) -> int:
 
 
 @pytest.mark.parametrize("step", [register, unregister, lock, unlock])
-async def test_what_an_owner_asks_for_is_done_once(mount_memfs: MountMemfs, inject: Path, step: Step) -> None:
+async def test_what_an_owner_asks_for_is_done_once(mount_memfs: MountMemfs, in_memfs: Injection, step: Step) -> None:
     """Killed before the commit of it or after, it gets one answer, and the file is registered or locked so often."""
-    async with open_pair(mount_memfs, inject) as pair:
+    async with open_pair(mount_memfs, in_memfs) as pair:
         for point in COMMITS:
             async with connected(pair.memfs.socket) as owner:
                 file = await registered(owner, pair.private)
                 await registered(owner, pair.private)
                 await owner.client.get_pfn(file, pages(0, 4), alloc=True, lock=True)
                 await lock(owner, pair, file)
-                pair.arm(point)
+                pair.injection.arm(point)
                 answer = await step(owner, pair, file)
                 assert not isinstance(answer, Failed)
-                assert pair.has_died, point
+                assert not pair.injection.armed, point
                 if isinstance(answer, PfnReply):
                     assert [(run.pages, run.pfn is not None) for run in answer.runs] == [(pages(0, 4), True)]
                 more = 1 if step in (register, lock) else -1
@@ -230,14 +212,14 @@ async def test_what_an_owner_asks_for_is_done_once(mount_memfs: MountMemfs, inje
 
 
 @pytest.mark.parametrize("point", COMMITS)
-async def test_what_is_populated_is_measured_once(mount_memfs: MountMemfs, inject: Path, point: Point) -> None:
-    async with open_pair(mount_memfs, inject) as pair, connected(pair.memfs.socket) as owner:
+async def test_what_is_populated_is_measured_once(mount_memfs: MountMemfs, in_memfs: Injection, point: Point) -> None:
+    async with open_pair(mount_memfs, in_memfs) as pair, connected(pair.memfs.socket) as owner:
         content = os.memfd_create("content", os.MFD_ALLOW_SEALING)
         os.write(content, b"c" * PAGE_SIZE)
         fcntl.fcntl(content, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
-        pair.arm(point)
+        pair.injection.arm(point)
         answer = await owner.ask(Populate(pages(7, 8), ByteOffset(0)), [pair.private, content])
-        assert pair.has_died, point
+        assert not pair.injection.armed, point
         os.close(content)
         record = (7).to_bytes(8, "little") + b"c" * PAGE_SIZE
         restarted = struct.pack("<3Q", 2**64 - 3, 0, 0)
@@ -286,10 +268,10 @@ CONVERTING = (Point.BEFORE_ALLOCATE, Point.AFTER_ALLOCATE, *ORDER, *COMMITS)
 
 
 @pytest.mark.parametrize("do", ["punch", "allocate", "to private", "to shared"])
-async def test_what_was_begun_ends_and_is_done_once(mount_memfs: MountMemfs, inject: Path, do: str) -> None:
+async def test_what_was_begun_ends_and_is_done_once(mount_memfs: MountMemfs, in_memfs: Injection, do: str) -> None:
     """Wherever the daemon dies in it, its caller gets one result, and the owner hears of an end to each beginning."""
     points = {"punch": ORDER, "allocate": ALLOCATING}.get(do, CONVERTING)
-    async with open_pair(mount_memfs, inject) as pair, connected(pair.memfs.socket) as owner:
+    async with open_pair(mount_memfs, in_memfs) as pair, connected(pair.memfs.socket) as owner:
         memory = Memory()
         hear = owner.hear
 
@@ -319,9 +301,9 @@ async def test_what_was_begun_ends_and_is_done_once(mount_memfs: MountMemfs, inj
             await in_thread(call, where, undone[do])
             before = await in_thread(blocks)
             owner.heard.clear()
-            pair.arm(point)
+            pair.injection.arm(point)
             await in_thread(call, where, do)
-            assert pair.has_died, point
+            assert not pair.injection.armed, point
             assert await in_thread(blocks) == [
                 before[0] + {"to shared": 5 if before[0] < 256 else 0, "to private": -5}.get(do, 0),
                 before[1] + (5 if do in ("allocate", "to private") else -5),
@@ -336,9 +318,9 @@ async def test_what_was_begun_ends_and_is_done_once(mount_memfs: MountMemfs, inj
         assert {shared, private} == {each["file"] for each in (await pair.owned())["files"]}
 
 
-async def test_killed_before_the_owner_has_acknowledged(mount_memfs: MountMemfs, inject: Path) -> None:
+async def test_killed_before_the_owner_has_acknowledged(mount_memfs: MountMemfs, in_memfs: Injection) -> None:
     """Nothing is freed until it does, to the next daemon."""
-    async with open_pair(mount_memfs, inject) as pair, connected(pair.memfs.socket) as owner:
+    async with open_pair(mount_memfs, in_memfs) as pair, connected(pair.memfs.socket) as owner:
         file = await registered(owner, pair.private)
         await in_thread(fallocate, pair.private, 0, 0, 8 * PAGE_SIZE)
         begun, acknowledge = trio.Event(), trio.Event()
@@ -403,7 +385,7 @@ def register_as(memfs: Memfs, uid: int, token: Token) -> str:
     return done.stdout + done.stderr
 
 
-def test_a_token_is_a_secret_of_its_user(mount_memfs: MountMemfs, inject: Path) -> None:
+def test_a_token_is_a_secret_of_its_user(mount_memfs: MountMemfs, in_memfs: Injection) -> None:
     """No other token is good, nor this one for another user; a daemon that lives takes none; it is shown nowhere."""
     if os.geteuid() != 0:
         pytest.skip("acts as another user")
@@ -437,9 +419,9 @@ def test_a_token_is_a_secret_of_its_user(mount_memfs: MountMemfs, inject: Path) 
 
 
 async def test_who_does_not_come_back_is_fenced_and_only_its_own_files_wait(
-    mount_memfs: MountMemfs, inject: Path
+    mount_memfs: MountMemfs, in_memfs: Injection
 ) -> None:
-    async with open_pair(mount_memfs, inject, ",notify_timeout=2") as pair:
+    async with open_pair(mount_memfs, in_memfs, ",notify_timeout=2") as pair:
         pair.memfs.expected += ["owner 1 (raw) is fenced: memfs was killed, and it did not come back within 2 s"]
         gone = Raw(pair.memfs.socket)
         assert isinstance(gone.ask(Register(), [pair.private]), Registered)

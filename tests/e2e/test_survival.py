@@ -16,11 +16,12 @@ import pytest
 import trio
 
 from memfs.contract.conversion import convert, key_of
-from memfs.contract.faults import Point
+from memfs.contract.faults import Kind, Point
 from memfs.contract.protocol.messages import AllowPreserve, Done, Registered
 from tests.helpers import pages, until
 
 from .conftest import Memfs, MountMemfs, memfs_command, run, stat_json, state_of
+from .injection import Injection
 from .owner import connected
 from .process import mounted_alike
 from .test_differential import INODES, MINUTES, SEED, SIZE, Differential, Side, run_machine
@@ -47,49 +48,39 @@ def kill(memfs: Memfs) -> int:
     return successor
 
 
-@pytest.fixture
-def inject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The file in which a fault is armed."""
-    path = tmp_path / "inject"
-    monkeypatch.setenv("MEMFS_INJECT", str(path))
-    return path
-
-
 class Dying(Differential):
     """Every other step begins with the daemon about to die, before it commits something or after it."""
 
-    inject: Path
+    inject: Injection
     random = random.Random(0)
 
     def do(self, user: str, name: str, *arguments: object, same_atime: bool = True) -> bool:
         point = self.random.choice([Point.BEFORE_COMMIT, Point.AFTER_COMMIT, None, None])
         if point is not None:
-            partial = self.inject.with_suffix(".new")
-            partial.write_text(f"{point.value} kill")
-            partial.rename(self.inject)
+            self.inject.arm(point)
         return super().do(user, name, *arguments, same_atime=same_atime)
 
 
 @pytest.mark.timeout(600)
-def test_every_step_is_tmpfs_s_when_the_daemon_dies_in_it(inject: Path, can_mount: None) -> None:
+def test_every_step_is_tmpfs_s_when_the_daemon_dies_in_it(in_memfs: Injection, can_mount: None) -> None:
     """With passthrough: without, holes may count as data after a death (DIFFERENCES.md)."""
     Dying.passes_through = True
-    Dying.inject = inject
+    Dying.inject = in_memfs
     with mounted_alike(f"size={SIZE},nr_inodes={INODES},mode=755", "survive=on", EXPECTED) as (ours, theirs):
         pair = Side(ours), Side(theirs)
         try:
             run_machine(pair, examples=8, steps=40, number=0, machine=Dying)
         finally:
-            inject.unlink(missing_ok=True)
+            in_memfs.disarm()
             for side in pair:
                 side.close()
 
 
 @pytest.mark.skipif(not MINUTES, reason="long: run by `make soak`")
 @pytest.mark.timeout(0)
-def test_soak(inject: Path, can_mount: None) -> None:
+def test_soak(in_memfs: Injection, can_mount: None) -> None:
     Dying.passes_through = True
-    Dying.inject = inject
+    Dying.inject = in_memfs
     first = SEED or random.SystemRandom().randrange(1 << 32)
     end = time.monotonic() + MINUTES * 60
     resident: list[int] = []
@@ -105,12 +96,12 @@ def test_soak(inject: Path, can_mount: None) -> None:
                 resident.append(resident_of_all(ours))
                 if time.monotonic() > end:
                     break
-            inject.unlink(missing_ok=True)
+            in_memfs.disarm()
             restarts = state_of(ours)["restarts"]
             print(f"{restarts} deaths; resident after each round: {resident} KiB")
             assert max(resident[len(resident) // 2 :]) < 1.2 * max(resident[: len(resident) // 2 + 1]) + 4096
         finally:
-            inject.unlink(missing_ok=True)
+            in_memfs.disarm()
             for side in pair:
                 side.close()
 
@@ -142,7 +133,7 @@ def test_open_files_go_on(mount_memfs: MountMemfs) -> None:
 
 @pytest.mark.parametrize(("mode", "deaths"), [("auto", 20), ("off", 5)])
 def test_programs_notice_nothing_of_many_deaths(
-    mount_memfs: MountMemfs, inject: Path, tmp_path: Path, mode: str, deaths: int
+    mount_memfs: MountMemfs, in_memfs: Injection, tmp_path: Path, mode: str, deaths: int
 ) -> None:
     """Of files that are written and checked, and of a repository that is made, cloned and verified."""
     memfs = mount_memfs(f"size=64m,survive=on,passthrough={mode}")
@@ -185,7 +176,7 @@ done
 """
 
 
-def test_a_guest_s_pages_are_what_its_map_shows(mount_memfs: MountMemfs, inject: Path) -> None:
+def test_a_guest_s_pages_are_what_its_map_shows(mount_memfs: MountMemfs, in_memfs: Injection) -> None:
     memfs = mount_memfs("size=64m,survive=on")
     path = memfs.path / "guest"
     assert run(*memfs_command("create", path, "--seals", "guest", "--size", "1m")).returncode == 0
@@ -194,7 +185,7 @@ def test_a_guest_s_pages_are_what_its_map_shows(mount_memfs: MountMemfs, inject:
     for number, point in enumerate(
         [Point.BEFORE_ALLOCATE, Point.AFTER_ALLOCATE, Point.BEFORE_ACCOUNT, Point.AFTER_ACCOUNT] * 2
     ):
-        inject.write_text(f"{point.value} kill")
+        in_memfs.arm(point)
         offset = number * 8
         assert run("fallocate", "-o", f"{offset * 4}K", "-l", "32K", path).returncode == 0
         pages |= set(range(offset, offset + 8))
@@ -202,7 +193,7 @@ def test_a_guest_s_pages_are_what_its_map_shows(mount_memfs: MountMemfs, inject:
     for number, point in enumerate(
         [Point.BEFORE_FREE, Point.AFTER_FREE, Point.BEFORE_ACCOUNT, Point.AFTER_ACCOUNT] * 2
     ):
-        inject.write_text(f"{point.value} kill")
+        in_memfs.arm(point)
         offset = number * 8 + 2
         assert run("fallocate", "-p", "-o", f"{offset * 4}K", "-l", "16K", path).returncode == 0
         pages -= set(range(offset, offset + 4))
@@ -245,11 +236,11 @@ def test_after_too_many_deaths_in_a_row_it_ends(mount_memfs: MountMemfs) -> None
     assert "unmounting" in memfs.log.read_text()
 
 
-def test_one_that_a_bug_ends_is_followed_and_says_what_it_was(mount_memfs: MountMemfs, inject: Path) -> None:
+def test_one_that_a_bug_ends_is_followed_and_says_what_it_was(mount_memfs: MountMemfs, in_memfs: Injection) -> None:
     memfs = mount_memfs("size=64m,survive=on")
     (memfs.path / "file").write_text("content")
     memfs.expected = ["a bug in memfs ends", "ended by a bug, with exit code 1: going on"]
-    inject.write_text(f"{Point.BEFORE_COMMIT.value} fail")  # nothing is there for that
+    in_memfs.arm(Point.BEFORE_COMMIT, Kind.FAIL)  # nothing is there for that
     (memfs.path / "file").chmod(0o600)
     assert (memfs.path / "file").read_text() == "content"
     assert stat_json(memfs.path)["restarts"] == 1
@@ -298,7 +289,7 @@ def test_when_the_keeper_is_gone_the_worker_goes_on(mount_memfs: MountMemfs) -> 
     assert run("umount", memfs.path).returncode == 0
 
 
-def test_a_request_that_kills_each_daemon_is_given_up(mount_memfs: MountMemfs, inject: Path) -> None:
+def test_a_request_that_kills_each_daemon_is_given_up(mount_memfs: MountMemfs, in_memfs: Injection) -> None:
     """It has been tried three times then, and others are not concerned."""
     memfs = mount_memfs("size=64m,survive=on")
     memfs.expected = [*EXPECTED, "has killed memfs 2 times: EIO"]
@@ -306,11 +297,9 @@ def test_a_request_that_kills_each_daemon_is_given_up(mount_memfs: MountMemfs, i
     assert run(*memfs_command("create", path, "--seals", "guest", "--size", "1m")).returncode == 0
     allocating = subprocess.Popen(["fallocate", "-l", "4K", path], stderr=subprocess.PIPE, text=True)
     while allocating.poll() is None:
-        partial = inject.with_suffix(".new")
-        partial.write_text(f"{Point.BEFORE_ALLOCATE.value} kill")
-        partial.rename(inject)
+        in_memfs.arm(Point.BEFORE_ALLOCATE)
         time.sleep(0.001)
-    inject.unlink(missing_ok=True)
+    in_memfs.disarm()
     assert "Input/output error" in allocating.communicate()[1]
     assert stat_json(memfs.path)["restarts"] == 3
     assert path.stat().st_blocks == 0
@@ -358,7 +347,9 @@ def test_a_signal_that_ends_it_ends_it(mount_memfs: MountMemfs) -> None:
     memfs.see_end()
 
 
-def test_a_conversion_that_is_cut_short_leaves_no_page_on_both_sides(mount_memfs: MountMemfs, inject: Path) -> None:
+def test_a_conversion_that_is_cut_short_leaves_no_page_on_both_sides(
+    mount_memfs: MountMemfs, in_memfs: Injection
+) -> None:
     memfs = mount_memfs("size=64m,survive=on")
     shared, private = memfs.path / "shared", memfs.path / "private"
     assert run(*memfs_command("create", private, "--seals", "guest", "--size", "1m")).returncode == 0
@@ -377,10 +368,10 @@ def test_a_conversion_that_is_cut_short_leaves_no_page_on_both_sides(mount_memfs
     deaths = 0
     for to_private in (True, False) * 2:
         for number, point in enumerate(points):
-            inject.write_text(f"{point.value} kill")
+            in_memfs.arm(point)
             ranges = [pages(40 * number, 40 * number + 10), pages(40 * number + 20, 40 * number + 21)]
             convert(fds[1], key, ranges, to_private=to_private)
-            deaths += not inject.exists()
+            deaths += not in_memfs.armed
         blocks = [os.fstat(fd).st_blocks // 8 for fd in fds]
         count = 11 * len(points)
         assert blocks == ([256 - count, count] if to_private else [256, 0])
@@ -393,7 +384,7 @@ def test_a_conversion_that_is_cut_short_leaves_no_page_on_both_sides(mount_memfs
 
 @pytest.mark.parametrize("to_private", [True, False], ids=["to private", "to shared"])
 async def test_a_conversion_that_was_allowed_is_done_by_the_next_daemon(
-    mount_memfs: MountMemfs, inject: Path, to_private: bool
+    mount_memfs: MountMemfs, in_memfs: Injection, to_private: bool
 ) -> None:
     """The owner's permission outlives the daemon."""
     memfs = mount_memfs("size=64m,survive=on")
@@ -413,9 +404,9 @@ async def test_a_conversion_that_was_allowed_is_done_by_the_next_daemon(
         convert(fds[1], key, [pages(0, 4)], to_private=to_private, preserve=True)
 
     def die_in_it(point: Point) -> None:
-        inject.write_text(f"{point.value} kill")
+        in_memfs.arm(point)
         convert_it(to_private)
-        assert not inject.exists(), "it did not die"
+        assert not in_memfs.armed, "it did not die"
 
     for point in (Point.BEFORE_FREE, Point.AFTER_FREE):
         async with connected(memfs.socket) as owner:
