@@ -23,6 +23,7 @@ from tests.helpers import until
 from .conftest import Memfs, MountMemfs, memfs_command, run, stat_json
 from .lying_filesystem import lying
 from .test_survival import EXPECTED
+from .tools import open_to_all
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="what survives its daemon is for root")
 
@@ -219,8 +220,7 @@ with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         client, _ = sock.accept()
         client.send({said_to_root!r}.encode())
 """
-    for directory in (tmp_path, *tmp_path.parents[:2]):
-        directory.chmod(directory.stat().st_mode | 0o711)
+    open_to_all(tmp_path)
     tmp_path.chmod(0o777)
     with subprocess.Popen([sys.executable, "-c", listen], stdout=subprocess.PIPE, text=True) as stranger:
         try:

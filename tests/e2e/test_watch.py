@@ -21,7 +21,7 @@ from .conftest import Memfs, MountMemfs, memfs_command, run
 from .owner import connected, shell
 from .terminal import Terminal
 from .test_terminal import KVMSIM
-from .tools import as_user, skip_unless_others_run_memfs, skip_without
+from .tools import as_user, open_to_all, skip_unless_others_run_memfs, skip_without
 
 ALICE = 12001
 
@@ -32,9 +32,7 @@ def shared_mount(mount_memfs: MountMemfs) -> Memfs:
     if os.geteuid() != 0:
         pytest.skip("acts as several users, so it needs root")
     memfs = mount_memfs("size=64m,allow_other")
-    for directory in memfs.path.parents:  # pytest's are its user's only
-        if directory.stat().st_uid == os.geteuid() and directory.stat().st_mode & 0o777 == 0o700:
-            directory.chmod(0o711)
+    open_to_all(memfs.path)
     return memfs
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import sys
@@ -95,6 +96,13 @@ def skip_unless_others_run_memfs(*become: str) -> None:
 def as_user(user: int) -> list[str]:
     """Return a command that runs another as a user of no groups but the one of the same number."""
     return ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"]
+
+
+def open_to_all(path: Path) -> None:
+    """Have every user get to a path that is below pytest's directories, which are their user's only."""
+    for directory in path.parents:
+        if directory.stat().st_uid == os.geteuid() and directory.stat().st_mode & 0o777 == 0o700:
+            directory.chmod(0o711)
 
 
 #: in a new mount namespace: detach what is mounted of memfs, but for what lies below $0; then run a command
