@@ -83,9 +83,10 @@ class Manager:
                 return
 
     def kill(self, *pids: int) -> None:
-        """Kill processes, and wait for the end of the service."""
-        for pid in pids:
-            os.kill(pid, signal.SIGKILL)
+        """Kill processes, of which none sees another's end, and wait for that of the service."""
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for pid in pids:
+                os.kill(pid, number)
         assert self.service is not None
         self.service.wait(20)
 
